@@ -1,0 +1,79 @@
+# `make help` lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+TEST_VENV ?= .venv-test
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+# Compiling all of torch to bytecode would take as long as the rest of an installation; what is imported is
+# compiled once, on import, whatever the caller's environment says.
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
+DEPENDENCIES := pyproject.toml constraints.txt
+# One thread a worker: the test processes share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(TEST_VENV)/bin/pytest --numprocesses $(JOBS)
+BENCHMARKS := $(wildcard benchmarks/[!_]*.py)
+
+.DELETE_ON_ERROR:
+.PHONY: help dev demo bench test slow lint clean fresh-test-env wheel
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+# ---- the working environment: editable, kept until the dependencies change
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(DEPENDENCIES) | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP_INSTALL) --editable '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(DEPENDENCIES) | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP_INSTALL) --editable '.[dev]'
+	touch $@
+
+dev: $(VENV)/.dev ## make or renew the working environment, an editable install with all tools
+
+demo: $(VENV)/.demo ## run the demo
+	$(VENV)/bin/python examples/demo.py
+
+bench: $(VENV)/.dev ## run every benchmark, one after the other
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(VENV)/bin/python $$script; done
+
+# ---- the test environment: the built wheel, never the source tree
+
+# The wheel is built from the source distribution, so a file missing from either shows.
+wheel: $(TEST_VENV)/.tools
+	rm -rf $(TEST_VENV)/dist
+	$(TEST_VENV)/bin/python -m build --no-isolation --outdir $(TEST_VENV)/dist . > $(TEST_VENV)/build.log 2>&1 \
+	  || { cat $(TEST_VENV)/build.log; exit 1; }
+
+$(TEST_VENV)/.tools: $(DEPENDENCIES)
+	$(PYTHON) -m venv --clear $(TEST_VENV)
+	$(TEST_VENV)/bin/python $(PIP_INSTALL) build setuptools
+	touch $@
+
+fresh-test-env:
+	rm -rf $(TEST_VENV)
+	$(MAKE) --no-print-directory wheel
+	$(TEST_VENV)/bin/python $(PIP_INSTALL) "$$(echo $(TEST_VENV)/dist/*.whl)[test]"
+
+test: fresh-test-env ## build the wheel, install it in a new environment, run the tests
+	$(PYTEST) $(PYTEST_ARGS)
+
+slow: fresh-test-env ## the same for the tests that take minutes
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+lint: wheel ## ruff, mypy on the installed wheel, length of the files
+	$(TEST_VENV)/bin/python $(PIP_INSTALL) "$$(echo $(TEST_VENV)/dist/*.whl)[dev]"
+	$(TEST_VENV)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps $(TEST_VENV)/dist/*.whl
+	$(TEST_VENV)/bin/ruff check .
+	$(TEST_VENV)/bin/ruff format --check .
+	cd $(TEST_VENV) && bin/mypy --strict --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p fx_approx
+	@git ls-files --cached --others --exclude-standard '*.py' | xargs wc -l \
+	  | awk '$$2 != "total" && $$1 > 400 { print $$2 ": " $$1 " lines, more than 400"; bad = 1 } END { exit bad }'
+
+clean: ## remove environments, caches and builds
+	rm -rf $(VENV) $(TEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,62 @@
+"""fx_approx: train with fewer operations, by sampled matrix products and convolutions, as a pass over torch.fx.
+
+    approx = fx_approx.transform(model, policy)   # same parameters, same state_dict, exact in eval()
+    approx = torch.compile(approx)
+    print(fx_approx.report(approx))               # what each layer saves, and why the others were left exact
+"""
+
+from fx_approx.api import explain, report, restore, transform
+from fx_approx.candidate import Candidate, GemmShape, Role
+from fx_approx.controls import (
+    hold,
+    load_sampler_state,
+    recalibrate,
+    sampler_state,
+    set_enabled,
+    set_ratio,
+)
+from fx_approx.errors import (
+    AlreadyTransformedError,
+    CaptureError,
+    CaptureWarning,
+    NoEffectWarning,
+    PlanMismatchError,
+    RecomputationError,
+    ShapesNeededError,
+    StaleStatisticsWarning,
+)
+from fx_approx.plan import Decision, Plan
+from fx_approx.report import Explanation, SavingsReport
+from fx_approx.sampling import SamplerSpec, Selection
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyTransformedError",
+    "Candidate",
+    "CaptureError",
+    "CaptureWarning",
+    "Decision",
+    "Explanation",
+    "GemmShape",
+    "NoEffectWarning",
+    "Plan",
+    "PlanMismatchError",
+    "RecomputationError",
+    "Role",
+    "SamplerSpec",
+    "SavingsReport",
+    "Selection",
+    "ShapesNeededError",
+    "StaleStatisticsWarning",
+    "explain",
+    "hold",
+    "load_sampler_state",
+    "recalibrate",
+    "report",
+    "restore",
+    "sampler_state",
+    "set_enabled",
+    "set_ratio",
+    "transform",
+]

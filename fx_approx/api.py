@@ -1,0 +1,210 @@
+"""The public verbs: transform, explain, report, restore."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
+
+from torch import nn
+
+from fx_approx.candidate import Candidate, with_facts
+from fx_approx.capture import Capture, call_form, capture, described, skeleton
+from fx_approx.checks import check_inputs, check_model, check_seed
+from fx_approx.controls import load_sampler_state, sampler_state
+from fx_approx.errors import CaptureWarning, NoEffectWarning
+from fx_approx.modules import unswap
+from fx_approx.passes import Found, annotate, decide, propagate, rewrite
+from fx_approx.plan import Plan, Policy
+from fx_approx.policies import Paper
+from fx_approx.report import Explanation, SavingsReport, build_report
+from fx_approx.runtime import ApproxModule, Runtime, adopt, find
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def transform(
+    model: M, policy: Policy | None = None, example_inputs: Any = None, *, seed: int = 0, every: int = 1
+) -> M:
+    """A copy of ``model`` that trains with fewer operations, on the same parameters and buffers.
+
+    The result is an instance of the model's own class, with the same ``state_dict``, and exact in ``eval()``. A layer
+    is sampled if and only if its own ``training`` flag is set. ``model`` itself is not changed.
+
+    Args:
+        model: Any module on its final device. Transform before ``torch.compile`` and DistributedDataParallel.
+        policy: What to sample, a policy or a :class:`Plan`; by default the paper's rule at ratio 0.5.
+        example_inputs: One training batch as the model is called with it: a tensor, a tuple of positional arguments
+            or a dict of keyword arguments. Only shapes are read. Without it shapes are learnt from the first forward.
+        seed: All samples of a training run follow from it (64-bit integer).
+        every: Keep one sample for so many forwards.
+
+    Returns:
+        The transformed model.
+
+    Raises:
+        AlreadyTransformedError: ``model`` is or contains the result of a transform.
+        CaptureError: ``model`` cannot be captured (scripted, compiled, wrapped, on meta, lazy, not copyable).
+        PlanMismatchError: ``policy`` is a plan for another model.
+        ShapesNeededError: The policy decides by shapes and there are no example inputs.
+        ValueError: ``example_inputs`` do not fit; names what is wrong.
+
+    Warns:
+        NoEffectWarning: Nothing is sampled.
+        CaptureWarning: A part is served by module swap; names module and line.
+    """
+    check_model(model)
+    check_seed(seed, every)
+    root, prepared = _prepare(model, example_inputs)
+    plan = decide(prepared.candidates, Paper() if policy is None else policy)
+    runtime = Runtime(prepared.captured, prepared.candidates, plan, seed, every)
+    runtime.called = prepared.called
+    _place(runtime, model)
+    rewrite(root, runtime, prepared.found)
+    for part in prepared.captured.opaque:
+        warnings.warn(f"not traced, served by module swap: {part}", CaptureWarning, stacklevel=2)
+    if not plan.sampled:
+        what = "it has no matrix product or convolution" if not prepared.found else "every layer stays exact"
+        warnings.warn(
+            f"transform changed nothing in {type(model).__name__}: {what}", NoEffectWarning, stacklevel=2
+        )
+    return cast(M, adopt(root, runtime, _reduce))
+
+
+def explain(model: nn.Module, policy: Policy | None = None, example_inputs: Any = None) -> Explanation:
+    """What :func:`transform` would do, without doing it: the plan, and the report it predicts.
+
+    Args:
+        model: As in :func:`transform`; it is not changed.
+        policy: As there.
+        example_inputs: As there; without them the report has no shapes.
+
+    Returns:
+        An explanation whose ``plan`` can be edited and given to :func:`transform`.
+    """
+    check_model(model)
+    _, prepared = _prepare(model, example_inputs)
+    plan = decide(prepared.candidates, Paper() if policy is None else policy)
+    report = build_report(type(model).__name__, prepared.candidates, plan, prepared.captured.opaque)
+    return Explanation(plan, report)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    captured: Capture
+    found: list[Found]
+    called: tuple[Any, Any] | None
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        return tuple(one.candidate for one in self.found)
+
+
+def _prepare(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, _Prepared]:
+    """Capture and annotate: everything before a decision."""
+    args, kwargs = check_inputs(model, example_inputs)
+    root = skeleton(model)
+    captured = capture(root, call_form(root, args, kwargs))
+    found = annotate(root, captured)
+    called = None
+    if args is not None:
+        called = described(args), described(kwargs)
+        found = _with_shapes(root, captured, found, called)
+    return root, _Prepared(captured, found, called)
+
+
+def _with_shapes(root: nn.Module, captured: Capture, found: list[Found], called: tuple[Any, Any]) -> list[Found]:
+    shapes = propagate(root, captured, found, *called)
+    if shapes.stopped:
+        warnings.warn(
+            f"shapes are known only in part: {shapes.stopped}", CaptureWarning, stacklevel=4
+        )
+    candidates = with_facts(tuple(one.candidate for one in found), shapes.facts)
+    return [
+        dataclasses.replace(
+            one,
+            candidate=dataclasses.replace(
+                candidate, blocked=candidate.blocked or shapes.blocked.get(candidate.name)
+            ),
+        )
+        for one, candidate in zip(found, candidates, strict=True)
+    ]
+
+
+def _place(runtime: Runtime, model: nn.Module) -> None:
+    """Puts the random state on the device of the model's first parameter."""
+    first = next(model.parameters(), None)
+    if first is not None:
+        runtime.state = runtime.state.to(first.device)
+
+
+def report(model: nn.Module) -> SavingsReport:
+    """What each layer of a transformed model saves, and why the others were left exact.
+
+    Shapes that were not known at the transform are filled in from the first forward since.
+
+    Raises:
+        ValueError: ``model`` is not transformed.
+    """
+    approx = find(model)
+    runtime = approx._fx_approx
+    if runtime.called is not None and any(c.facts is None for c in runtime.candidates):
+        _learn(approx, runtime)
+    return build_report(
+        approx.exact_class.__name__, runtime.candidates, runtime.plan, runtime.capture.opaque, runtime.selectors
+    )
+
+
+def _learn(approx: ApproxModule, runtime: Runtime) -> None:
+    assert runtime.called is not None
+    found = annotate(_plain(approx), runtime.capture)
+    learnt = _with_shapes(_plain(approx), runtime.capture, found, runtime.called)
+    runtime.candidates = tuple(one.candidate for one in learnt)
+
+
+def _plain(approx: ApproxModule) -> nn.Module:
+    """The original structure with exact layers, on the same parameters."""
+    root = skeleton(approx)
+    root.__dict__.pop("_fx_approx", None)
+    root.__class__ = approx.exact_class
+    for module in root.modules():
+        unswap(module)
+    return root
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """The exact model again: the original class and layers, on the same parameters and buffers.
+
+    Raises:
+        ValueError: ``model`` is not transformed.
+    """
+    return _plain(find(model))
+
+
+def _reduce(approx: ApproxModule) -> tuple[Any, ...]:
+    runtime = approx._fx_approx
+    switches = {name: (s.spec, s.enabled) for name, s in runtime.selectors.items()}
+    inputs = runtime.called
+    return _rebuild, (_plain(approx), runtime.plan.to_dict(), sampler_state(approx), switches, inputs)
+
+
+def _rebuild(
+    model: nn.Module,
+    plan: Mapping[str, Any],
+    state: Mapping[str, int],
+    switches: Mapping[str, tuple[Any, bool]],
+    called: tuple[Any, Any] | None,
+) -> nn.Module:
+    """Unpickles: transforms the exact model again by the same plan."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        approx = transform(model, Plan.from_dict(plan))
+    runtime = find(approx)._fx_approx
+    load_sampler_state(approx, state)
+    runtime.called = called
+    for name, (spec, enabled) in switches.items():
+        runtime.selectors[name].set_spec(spec)
+        runtime.selectors[name].enabled = enabled
+    return approx
+

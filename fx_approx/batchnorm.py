@@ -1,0 +1,124 @@
+"""BatchNorm statistics: gathered while sampling, they do not fit the exact evaluation (docs/how-it-works.md)."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fx_approx.errors import StaleStatisticsWarning
+
+ENOUGH_EXACT_BATCHES = 20
+"""After so many exact training batches the running averages of the default momentum hold 88 % exact values."""
+
+
+class SamplingState(Protocol):
+    """What the warning needs to know of a transformed model."""
+
+    warned: set[str]
+    exact_since: int | None
+    calibrated_at: int | None
+
+    @property
+    def samples(self) -> bool:
+        """Whether some layer is sampled."""
+        ...
+
+
+def tracked(model: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorm layers of ``model`` that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def batches_seen(model: nn.Module) -> int:
+    """Training batches that the BatchNorm layers have seen (the most of any layer)."""
+    counts = [m.num_batches_tracked for m in tracked(model)]
+    return max((int(count) for count in counts if count is not None), default=0)
+
+
+def warn_if_stale(model: nn.Module, state: SamplingState) -> None:
+    """Warns once when ``model`` is about to be evaluated with statistics gathered while sampling."""
+    if "batchnorm" in state.warned or not tracked(model):
+        return
+    seen = batches_seen(model)
+    if seen == 0 or seen == state.calibrated_at:
+        return
+    if state.exact_since is None and not state.samples:
+        return
+    if state.exact_since is not None and seen - state.exact_since >= ENOUGH_EXACT_BATCHES:
+        return
+    state.warned.add("batchnorm")
+    warnings.warn(
+        "BatchNorm statistics were gathered while sampling and do not fit exact evaluation, which can cost many points "
+        "of accuracy. Call fx_approx.recalibrate(model, batches) first, or end training with some exact steps: "
+        f"fx_approx.set_enabled(model, False) for at least {ENOUGH_EXACT_BATCHES} batches.",
+        StaleStatisticsWarning,
+        stacklevel=4,
+    )
+
+
+@torch.no_grad()
+def reestimate(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Replaces the running statistics by the averages over ``batches``, everything else in evaluation mode.
+
+    Args:
+        model: Any module.
+        batches: Each is the model's input, or a tuple or list that begins with it, or a dict of keyword arguments.
+
+    Returns:
+        How many batches were used.
+
+    Raises:
+        ValueError: ``batches`` is empty. The statistics are then as before, as after any other error.
+    """
+    layers = tracked(model)
+    with _restored_on_error(layers), _only_training(model, layers):
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # a plain average over all batches
+        count = 0
+        for batch in batches:
+            if isinstance(batch, dict):
+                model(**batch)
+            else:
+                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            count += 1
+        if count == 0:
+            raise ValueError("batches: expected at least one batch, got none (an iterator that is used up?)")
+    return count
+
+
+@contextlib.contextmanager
+def _restored_on_error(layers: list[_BatchNorm]) -> Iterator[None]:
+    saved: list[tuple[Tensor, Tensor]] = [
+        (buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)
+    ]
+    try:
+        yield
+    except BaseException:
+        for buffer, value in saved:
+            buffer.copy_(value)
+        raise
+
+
+@contextlib.contextmanager
+def _only_training(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
+    """Training mode for ``layers`` alone; flags and momenta come back at the end."""
+    flags = [(module, module.training) for module in model.modules()]
+    momenta = [(layer, layer.momentum) for layer in layers]
+    for module, _ in flags:
+        module.training = False
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+        for layer, momentum in momenta:
+            layer.momentum = momentum

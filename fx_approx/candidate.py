@@ -1,0 +1,159 @@
+"""Candidates: the nodes of a graph that multiply, with the shape of their product."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+
+class Role(str, enum.Enum):
+    """One of the three products of a candidate in a training step."""
+
+    OUTPUT = "output"
+    GRAD_INPUT = "grad_input"
+    GRAD_WEIGHT = "grad_weight"
+
+
+class Frontend(str, enum.Enum):
+    """How a candidate is reached: as a node of the traced graph, or as a module swapped in place."""
+
+    GRAPH = "graph"
+    SWAP = "swap"
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmShape:
+    """The product seen as ``batch * groups`` matrix products of ``[m, k] @ [k, n]``.
+
+    A column-row pair is ``block`` consecutive entries of the contraction: 1 for a matrix product, the
+    number of kernel positions for a convolution (whose pairs are input channels).
+
+    Attributes:
+        m: Rows (for a convolution: batch size times output positions; summed over repeated calls).
+        n: Columns of one group.
+        k: Contraction length of one group, ``pairs * block``.
+        groups: Groups of a convolution, else 1.
+        batch: Independent products of a batched product, else 1.
+        block: Contraction entries of one pair.
+    """
+
+    m: int
+    n: int
+    k: int
+    groups: int = 1
+    batch: int = 1
+    block: int = 1
+
+    @property
+    def pairs(self) -> int:
+        """Column-row pairs of one group: what a sampler chooses from."""
+        return self.k // self.block
+
+    def flops(self, pairs: int | None = None) -> int:
+        """Floating-point operations of one role when ``pairs`` of the pairs are computed (default: all).
+
+        A multiply-add is two operations, as torch's ``FlopCounterMode`` counts.
+        """
+        kept = self.pairs if pairs is None else pairs
+        return 2 * self.batch * self.groups * self.m * self.n * kept * self.block
+
+
+@dataclasses.dataclass(frozen=True)
+class RoleFlops:
+    """Floating-point operations of one training step of one candidate, by role."""
+
+    output: int = 0
+    grad_input: int = 0
+    grad_weight: int = 0
+
+    @property
+    def total(self) -> int:
+        """All three roles together."""
+        return self.output + self.grad_input + self.grad_weight
+
+    def __add__(self, other: RoleFlops) -> RoleFlops:
+        """Role by role."""
+        return RoleFlops(
+            self.output + other.output, self.grad_input + other.grad_input, self.grad_weight + other.grad_weight
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductFacts:
+    """What is known of a product once shapes are known.
+
+    Attributes:
+        shape: The GEMM shape; None for a blocked multiply that is no single GEMM (LSTM, attention).
+        flops: Exact operations of a training step, by role; a role that autograd never runs counts 0.
+        dtype: Data type of the left operand, such as ``"torch.float32"``.
+        device: Device of the left operand.
+        lhs_bytes: Bytes of the left operand.
+        rhs_bytes: Bytes of the right operand (a weight).
+        lhs_kept: The left operand is kept for backward, because the right one needs a gradient.
+        rhs_kept: The right operand is kept for backward, because the left one needs a gradient.
+        rhs_is_parameter: The right operand is a parameter, whose bytes exist anyway.
+    """
+
+    shape: GemmShape | None
+    flops: RoleFlops
+    dtype: str
+    device: str
+    lhs_bytes: int = 0
+    rhs_bytes: int = 0
+    lhs_kept: bool = False
+    rhs_kept: bool = False
+    rhs_is_parameter: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A multiply of the model.
+
+    Attributes:
+        name: Unique name: ``fqn``, with ``#2``, ``#3`` ... for further calls of the same thing.
+        fqn: Fully-qualified name: the module's path, or ``owner.kind`` for a functional call.
+        kind: ``linear``, ``conv2d``, ``matmul`` ...
+        frontend: Node of the graph, or module swapped inside a part that cannot be traced.
+        node: Name of the graph node ("" in a swapped part).
+        pairs: Column-row pairs per group, where known.
+        groups: Groups of a convolution, else 1.
+        first: No other candidate lies between the model's inputs and this one.
+        last: No other candidate lies between this one and the model's outputs.
+        blocked: Why it must stay exact, or None.
+        facts: Shapes and counts, once known.
+    """
+
+    name: str
+    fqn: str
+    kind: str
+    frontend: Frontend = Frontend.GRAPH
+    node: str = ""
+    pairs: int | None = None
+    groups: int = 1
+    first: bool = False
+    last: bool = False
+    blocked: str | None = None
+    facts: ProductFacts | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a plan compares to see whether it was made for this model."""
+        return {"kind": self.kind, "pairs": self.pairs, "groups": self.groups}
+
+
+def with_facts(
+    candidates: tuple[Candidate, ...], facts: Mapping[str, ProductFacts]
+) -> tuple[Candidate, ...]:
+    """The same candidates with ``facts`` (by candidate name) filled in, and ``pairs`` where it was unknown."""
+    filled = []
+    for candidate in candidates:
+        found = facts.get(candidate.name)
+        if found is not None:
+            pairs = candidate.pairs
+            if pairs is None and found.shape is not None:
+                pairs = found.shape.pairs
+            candidate = dataclasses.replace(candidate, facts=found, pairs=pairs)
+        filled.append(candidate)
+    return tuple(filled)

@@ -1,0 +1,338 @@
+"""Capture: a model in, one graph for both modes out. The model that is given is not touched.
+
+Tracing works on a copy of the module structure that shares the parameters and buffers (:func:`skeleton`). It is done
+twice, in training and in evaluation, and the two graphs are compared: constants that differ become reads of the owning
+module's ``training`` flag; where the structure differs, the owners are ``branching`` and the graph serves training only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fx_approx.errors import CaptureError
+from fx_approx.tracer import HOOKS, LeafTracer, Opaque, describe
+
+_ENTRY = "_fx_approx_entry"
+
+
+@dataclasses.dataclass(frozen=True)
+class CallForm:
+    """How the captured forward is called.
+
+    Attributes:
+        names: Parameter names of ``forward``, in order.
+        dynamic: Those that are inputs of the graph.
+        constants: Values of the others, fixed at capture; a call with another value is not the captured one.
+        defaults: Default values, for calls that leave arguments out.
+    """
+
+    names: tuple[str, ...]
+    dynamic: tuple[str, ...]
+    constants: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
+        """The graph's inputs for a call, or None if the call is not of this form. Plain Python: it traces."""
+        if len(args) > len(self.names):
+            return None
+        for name in kwargs:
+            if name not in self.names:
+                return None
+        values = []
+        for position, name in enumerate(self.names):
+            if position < len(args):
+                value = args[position]
+            elif name in kwargs:
+                value = kwargs[name]
+            elif name in self.defaults:
+                value = self.defaults[name]
+            else:
+                return None
+            if name in self.dynamic:
+                if value is None:
+                    return None
+                values.append(value)
+            elif value is not self.constants[name]:
+                constant = self.constants[name]
+                if isinstance(value, torch.Tensor) or type(value) is not type(constant) or value != constant:
+                    return None
+        return values
+
+
+@dataclasses.dataclass
+class Capture:
+    """A captured model.
+
+    Attributes:
+        graph: The traced graph, whose targets are paths in the skeleton; None if the forward itself cannot be traced.
+        form: How it is called.
+        opaque: Parts kept as Python, with the reason.
+        branching: Paths of modules whose Python branches on ``training``: the graph serves calls in which all of them
+            are in training mode.
+        constants: Tensors made while tracing, by target name.
+    """
+
+    graph: fx.Graph | None
+    form: CallForm
+    opaque: tuple[Opaque, ...]
+    branching: tuple[str, ...]
+    constants: dict[str, torch.Tensor]
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the module structure with the same parameter and buffer objects, and the user's own hooks.
+
+    Raises:
+        CaptureError: A module cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    inside = {id(module) for module in model.modules()}
+    for module in model.modules():
+        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(value, torch.Tensor):
+                memo[id(value)] = value
+                if value.grad is not None and value.is_leaf:
+                    memo[id(value.grad)] = value.grad
+        for name in HOOKS:
+            for hook in getattr(module, name).values():
+                # A bound method would be copied with the user's object; one of the model's own modules must be.
+                if id(getattr(hook, "__self__", None)) not in inside:
+                    memo[id(hook)] = hook
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(f"model: {type(model).__name__} cannot be copied: {describe(error)}") from error
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Restores the random states of torch (all devices) and Python."""
+    python, cpu = random.getstate(), torch.random.get_rng_state()
+    gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        torch.random.set_rng_state(cpu)
+        if gpu:
+            torch.cuda.set_rng_state_all(gpu)
+
+
+def call_form(model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any]) -> CallForm:
+    """How ``model`` will be called: as in the example, or with its required arguments only.
+
+    Raises:
+        ValueError: The example inputs do not fit the signature of ``forward``.
+    """
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    defaults = {p.name: p.default for p in plain if p.default is not p.empty}
+    names = tuple(p.name for p in plain)
+    if args is None:
+        dynamic = tuple(name for name in names if name not in defaults)
+        return CallForm(names, dynamic, defaults, defaults)
+    try:
+        bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"example_inputs: {type(model).__name__}.forward{tuple(names)} {error}") from None
+    given = {name: bound.arguments[name] for name in names if name in bound.arguments}
+    extra = set(bound.arguments) - set(given) - {parameters[0].name if parameters else "", "self"}
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name in extra for p in parameters):
+        raise ValueError(f"example_inputs: *args and **kwargs of {type(model).__name__}.forward cannot be captured")
+    dynamic = tuple(name for name in names if name in given and _has_tensor(given[name]))
+    constants = {name: value for name, value in {**defaults, **given}.items() if name not in dynamic}
+    return CallForm(names, dynamic, constants, defaults)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """What shape propagation needs of a tensor, without its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    def empty(self) -> torch.Tensor:
+        """A tensor of this description; inside a fake tensor mode it takes no memory."""
+        made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        return made.requires_grad_(self.requires_grad)
+
+
+def described(value: Any) -> Any:
+    """``value`` with a :class:`TensorSpec` in place of every tensor."""
+    return torch.utils._pytree.tree_map_only(
+        torch.Tensor,
+        lambda t: TensorSpec(tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad),
+        value,
+    )
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in torch.utils._pytree.tree_leaves(value))
+
+
+def capture(root: nn.Module, form: CallForm) -> Capture:
+    """Traces ``root`` (a :func:`skeleton`; its attributes and training flags are as before afterwards)."""
+    with kept_random_state(), _kept_attributes(root):
+        try:
+            graph, opaque, constants = _trace(root, form, training=True)
+        except Exception as error:  # whatever a user's forward does with a Proxy
+            return Capture(None, form, (Opaque("", describe(error)),), (), {})
+        try:
+            evaluation, _, _ = _trace(root, form, training=False)
+            branching = _merge(graph, evaluation)
+        except Exception:  # the evaluation path alone cannot be traced: the model's own forward runs it
+            branching = {""}
+    return Capture(graph, form, opaque, tuple(sorted(branching)), constants)
+
+
+@contextlib.contextmanager
+def _kept_attributes(root: nn.Module) -> Iterator[None]:
+    """Restores every module's attributes: a forward may store a Proxy in one, and fx adds constants."""
+    before = [
+        (module, dict(vars(module)), dict(module._buffers), dict(module._modules)) for module in root.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers, modules in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for registry, entries in ((module._buffers, buffers), (module._modules, modules)):
+                registry.clear()
+                registry.update(entries)
+
+
+def _trace(
+    root: nn.Module, form: CallForm, training: bool
+) -> tuple[fx.Graph, tuple[Opaque, ...], dict[str, torch.Tensor]]:
+    for module in root.modules():
+        module.training = training
+    before = set(vars(root))
+    tracer = LeafTracer()
+    tracer.traced_func_name = _ENTRY
+    with _entry(root, form):
+        graph = tracer.trace(root)
+    constants = {name: value for name, value in vars(root).items() if name not in before}
+    used = {node.target for node in graph.nodes if node.op == "get_attr"}
+    constants = {name: value for name, value in constants.items() if name in used}
+    return graph, tuple(tracer.opaque.values()), constants
+
+
+@contextlib.contextmanager
+def _entry(root: nn.Module, form: CallForm) -> Iterator[None]:
+    """Gives root's class a method whose parameters are the graph's inputs and which calls ``forward``."""
+    cls = type(root)
+
+    def call(self: nn.Module, *values: Any) -> Any:
+        arguments = {**form.constants, **dict(zip(form.dynamic, values, strict=True))}
+        keyword = {p.name for p in inspect.signature(cls.forward).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        positional = [arguments[name] for name in form.names if name not in keyword]
+        return cls.forward(self, *positional, **{name: arguments[name] for name in keyword if name in arguments})
+
+    # fx reads the names of the inputs from the code object, so the function must really have them.
+    listed = ", ".join(form.dynamic)
+    namespace: dict[str, Any] = {"call": call}
+    exec(f"def entry(self, {listed}):\n    return call(self, {listed})", namespace)
+    setattr(cls, _ENTRY, namespace["entry"])
+    try:
+        yield
+    finally:
+        delattr(cls, _ENTRY)
+
+
+def owner(node: fx.Node) -> str:
+    """Path of the module whose forward made the node ("" for the root)."""
+    stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    if node.op == "call_module":
+        stack = stack[:-1]
+    return stack[-1] if stack else ""
+
+
+def select_by_mode(training: bool, in_training: Any, in_evaluation: Any) -> Any:
+    """A constant that the model's Python chose by its ``training`` flag."""
+    return in_training if training else in_evaluation
+
+
+def _merge(graph: fx.Graph, evaluation: fx.Graph) -> set[str]:
+    """Makes ``graph`` serve both modes where it can; returns the owners of what it cannot.
+
+    Nodes are matched by owner, target and occurrence, so that an extra node in one graph does not shift the others.
+    """
+    twins = _matched(graph, evaluation)
+    branching = {owner(node) for node in evaluation.nodes if node not in set(twins.values())}
+    flags: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        twin = twins.get(node)
+        if twin is None:
+            branching.add(owner(node))
+            continue
+        merge = _Merge(graph, node, twins, flags)
+        arguments = merge.value(node.args, twin.args), merge.value(dict(node.kwargs), dict(twin.kwargs))
+        if merge.differs:
+            branching.add(owner(node))
+        else:
+            node.args, node.kwargs = arguments
+    return branching
+
+
+def _matched(graph: fx.Graph, evaluation: fx.Graph) -> dict[fx.Node, fx.Node]:
+    def keyed(nodes: Any) -> dict[tuple[Any, ...], fx.Node]:
+        seen: dict[tuple[Any, ...], int] = {}
+        keys = {}
+        for node in nodes:
+            key = (owner(node), node.op, node.target)
+            seen[key] = seen.get(key, 0) + 1
+            keys[(*key, seen[key])] = node
+        return keys
+
+    others = keyed(evaluation.nodes)
+    return {node: others[key] for key, node in keyed(graph.nodes).items() if key in others}
+
+
+class _Merge:
+    """One node's arguments in both modes, made one where only constants differ."""
+
+    def __init__(
+        self, graph: fx.Graph, node: fx.Node, twins: Mapping[fx.Node, fx.Node], flags: dict[str, fx.Node]
+    ) -> None:
+        self.graph, self.node, self.twins, self.flags = graph, node, twins, flags
+        self.differs = False
+
+    def value(self, ours: Any, theirs: Any) -> Any:
+        if isinstance(ours, fx.Node) or isinstance(theirs, fx.Node):
+            self.differs |= not isinstance(ours, fx.Node) or self.twins.get(ours) is not theirs
+            return ours
+        if isinstance(ours, (list, tuple)) and type(ours) is type(theirs) and len(ours) == len(theirs):
+            return type(ours)([self.value(a, b) for a, b in zip(ours, theirs, strict=True)])
+        if isinstance(ours, dict) and isinstance(theirs, dict) and list(ours) == list(theirs):
+            return {key: self.value(ours[key], theirs[key]) for key in ours}
+        if isinstance(ours, slice) and isinstance(theirs, slice):
+            return slice(*(self.value(getattr(ours, f), getattr(theirs, f)) for f in ("start", "stop", "step")))
+        if ours is theirs or (type(ours) is type(theirs) and ours == theirs):
+            return ours
+        flag = self._flag()
+        if (ours, theirs) == (True, False):
+            return flag
+        with self.graph.inserting_before(self.node):
+            return self.graph.call_function(select_by_mode, (flag, ours, theirs))
+
+    def _flag(self) -> fx.Node:
+        path = owner(self.node)
+        if path not in self.flags:
+            first = next(node for node in self.graph.nodes if node.op != "placeholder")
+            with self.graph.inserting_before(first):
+                target = f"{path}.training" if path else "training"
+                self.flags[path] = self.graph.create_node("get_attr", target)
+        return self.flags[path]

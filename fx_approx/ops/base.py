@@ -1,0 +1,118 @@
+"""What every product op tells the passes, and the registry of ops.
+
+An op is one row: how its arguments are named, which two operands it multiplies, the GEMM it is, the scores of its
+column-row pairs, and the function that computes it from a :class:`~fx_approx.sampling.Selection`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fx_approx.candidate import GemmShape
+from fx_approx.sampling import ScoreKind, Selection
+
+
+class Unsupported(ValueError):
+    """This use of the op cannot be sampled; the message is the reason shown in plans and reports."""
+
+
+class ScoreFunction(Protocol):
+    """Scores ``[groups, pairs]`` of the pairs of a product; non-negative, float32 (float64 for float64)."""
+
+    def __call__(self, lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, static: Mapping[str, Any]) -> Tensor:
+        """The scores of ``kind`` for these operands."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductOp:
+    """One sampled product.
+
+    Attributes:
+        kind: Its name in candidates, such as ``"conv2d"``.
+        function: ``function(*args, selection=...)`` with the signature of the exact call plus ``selection``; with None
+            it is the exact call.
+        lhs: Argument name of the left operand (the activation).
+        rhs: Argument name of the right operand (the weight).
+        targets: The exact functions that a graph may call.
+        methods: The tensor methods that a graph may call.
+        static: Names of arguments that are plain values and that ``geometry`` and ``scores`` read.
+        geometry: ``(lhs_shape, rhs_shape, static) -> GemmShape``; raises :class:`Unsupported`.
+        pairs: Pairs per group of two operands (the left one may be None), 0 if they cannot be sampled; plain integers, so that it traces.
+        scores: Scores of the pairs.
+        check: Raises :class:`Unsupported` for plain arguments that cannot be sampled whatever the shapes.
+    """
+
+    kind: str
+    function: Callable[..., Tensor]
+    lhs: str
+    rhs: str
+    targets: tuple[Callable[..., Any], ...]
+    geometry: Callable[[torch.Size, torch.Size, Mapping[str, Any]], GemmShape]
+    pairs: Callable[[Tensor | None, Tensor, Mapping[str, Any]], int]
+    scores: ScoreFunction
+    check: Callable[[Mapping[str, Any]], None] = lambda static: None
+    methods: tuple[str, ...] = ()
+    static: tuple[str, ...] = ()
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """The signature of the exact call."""
+        full = inspect.signature(self.function)
+        return full.replace(parameters=[p for p in full.parameters.values() if p.name != "selection"])
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name, defaults filled in; :class:`Unsupported` if they do not fit."""
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise Unsupported(f"called with arguments that are not understood ({error})") from None
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+
+OPS: dict[str, ProductOp] = {}
+_BY_TARGET: dict[Any, ProductOp] = {}
+
+
+def register_op(op: ProductOp) -> ProductOp:
+    """Adds ``op`` to the table that the passes read; ValueError if its kind or a target is taken."""
+    keys = [*op.targets, *op.methods]
+    taken = [str(key) for key in keys if key in _BY_TARGET] + [op.kind] * (op.kind in OPS)
+    if taken:
+        raise ValueError(f"op: already registered: {', '.join(taken)}")
+    OPS[op.kind] = op
+    _BY_TARGET.update(dict.fromkeys(keys, op))
+    return op
+
+
+def find_op(target: Any) -> ProductOp | None:
+    """The op of a graph node's target (a function, or a method's name), or None."""
+    try:
+        return _BY_TARGET.get(target)
+    except TypeError:  # an unhashable target is nobody's
+        return None
+
+
+def norm(operand: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Euclidean norms over ``dims``, accumulated in float32, or in float64 for float64 operands."""
+    dtype = torch.float64 if operand.dtype == torch.float64 else torch.float32
+    result: Tensor = torch.linalg.vector_norm(operand, dim=dims, dtype=dtype)
+    return result
+
+
+def ones_like_scores(reference: Tensor, groups: int, pairs: int) -> Tensor:
+    """Uniform scores ``[groups, pairs]`` on the reference's device."""
+    dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
+    return torch.ones(groups, pairs, dtype=dtype, device=reference.device)
+
+
+def single(selection: Selection) -> tuple[Tensor, Tensor | None]:
+    """The indices and scale of a selection with one group."""
+    return selection.indices[0], None if selection.scale is None else selection.scale[0]

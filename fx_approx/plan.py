@@ -1,0 +1,233 @@
+"""Decisions and plans: what happens to each candidate, with its reason and its numbers.
+
+A plan is made by a policy, can be looked at and edited, goes to JSON and back, and is accepted wherever a policy is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from fx_approx.candidate import Candidate, Role
+from fx_approx.errors import PlanMismatchError
+from fx_approx.sampling import SamplerSpec
+
+_FORMAT = "fx_approx.plan/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Estimated cost of one training step of one candidate; None where a model does not say.
+
+    Attributes:
+        flops: Multiply-adds times two, all roles.
+        bytes: Memory traffic in bytes.
+        seconds: Time in seconds.
+        launches: Kernel launches.
+    """
+
+    flops: int | None = None
+    bytes: int | None = None
+    seconds: float | None = None
+    launches: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CostEstimate:
+    """Exact against sampled cost of one candidate, and what the model leaves out."""
+
+    exact: Cost
+    sampled: Cost
+    omits: str = ""
+
+
+class CostModel(Protocol):
+    """Estimates what sampling a candidate would cost and save."""
+
+    def estimate(self, candidate: Candidate, roles: Mapping[Role, SamplerSpec]) -> CostEstimate | None:
+        """The estimate, or None where the candidate's shapes are not known."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What happens to one candidate.
+
+    Attributes:
+        name: The candidate's unique name.
+        roles: Sampler of each sampled role; empty means exact.
+        reason: Why, in words.
+        source: Which policy said so.
+        cost: Estimated cost, where known.
+    """
+
+    name: str
+    roles: Mapping[Role, SamplerSpec] = dataclasses.field(default_factory=dict)
+    reason: str = ""
+    source: str = ""
+    cost: CostEstimate | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the roles."""
+        for role, spec in self.roles.items():
+            if role is not Role.OUTPUT:
+                raise ValueError(f"roles: only {Role.OUTPUT.value!r} (forward mode) can be sampled, got {role!r}")
+            if not isinstance(spec, SamplerSpec):
+                raise TypeError(f"roles[{role.value!r}]: expected a SamplerSpec, got {spec!r}")
+
+    @property
+    def spec(self) -> SamplerSpec | None:
+        """The sampler of the forward product, or None when it is exact."""
+        return self.roles.get(Role.OUTPUT)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "name": self.name,
+            "roles": {role.value: spec.to_dict() for role, spec in self.roles.items()},
+            "reason": self.reason,
+            "source": self.source,
+            "cost": None if self.cost is None else dataclasses.asdict(self.cost),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Decision:
+        """The inverse of :meth:`to_dict`."""
+        cost = data.get("cost")
+        if cost is not None:
+            cost = CostEstimate(Cost(**cost["exact"]), Cost(**cost["sampled"]), cost["omits"])
+        roles = {Role(role): SamplerSpec.from_dict(spec) for role, spec in data["roles"].items()}
+        return cls(data["name"], roles, data.get("reason", ""), data.get("source", ""), cost)
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Sees all candidates of a model and decides about each."""
+
+    @property
+    def needs_shapes(self) -> bool:
+        """Whether :meth:`decide` reads ``candidate.facts``, so that example inputs must be given."""
+        ...
+
+    def decide(self, candidates: Sequence[Candidate]) -> Sequence[Decision]:
+        """One decision per candidate, in the same order. Blocked candidates are exact whatever it says."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All decisions of a model, one per candidate, exact ones included.
+
+    Attributes:
+        decisions: In the order in which the model runs.
+        identities: What each candidate was (kind, pairs, groups), to recognise the model.
+    """
+
+    decisions: tuple[Decision, ...]
+    identities: Mapping[str, Mapping[str, Any]]
+
+    needs_shapes = False
+
+    def __post_init__(self) -> None:
+        """Checks that names are unique."""
+        names = [decision.name for decision in self.decisions]
+        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        if twice:
+            raise ValueError(f"decisions: two decisions for the same candidate: {', '.join(twice)}")
+
+    def __iter__(self) -> Iterator[Decision]:
+        """The decisions in order."""
+        return iter(self.decisions)
+
+    def __len__(self) -> int:
+        """How many decisions."""
+        return len(self.decisions)
+
+    def __getitem__(self, name: str) -> Decision:
+        """The decision about the candidate ``name``; KeyError lists near names."""
+        for decision in self.decisions:
+            if decision.name == name:
+                return decision
+        raise KeyError(f"no candidate {name!r}; there are: {', '.join(d.name for d in self.decisions)}")
+
+    @property
+    def sampled(self) -> tuple[Decision, ...]:
+        """The decisions that sample something."""
+        return tuple(decision for decision in self.decisions if decision.roles)
+
+    def edit(self, name: str, spec: SamplerSpec | None, reason: str = "edited by hand") -> Plan:
+        """A copy in which candidate ``name`` is sampled by ``spec``, or exact if None."""
+        self[name]
+        roles = {} if spec is None else {Role.OUTPUT: spec}
+        return dataclasses.replace(
+            self,
+            decisions=tuple(
+                Decision(name, roles, reason, "edit") if decision.name == name else decision
+                for decision in self.decisions
+            ),
+        )
+
+    def decide(self, candidates: Sequence[Candidate]) -> Sequence[Decision]:
+        """The plan's own decisions, if it was made for a model with these candidates.
+
+        Raises:
+            PlanMismatchError: Names what differs between the plan's model and this one.
+        """
+        own, given = set(self.identities), {candidate.name for candidate in candidates}
+        problems = [f"only in the plan: {name}" for name in sorted(own - given)]
+        problems += [f"only in the model: {name}" for name in sorted(given - own)]
+        for candidate in candidates:
+            planned = self.identities.get(candidate.name, {})
+            for key, value in candidate.identity.items():
+                then = planned.get(key, value)
+                # A pair count is unknown until shapes are: that is no difference.
+                if then != value and None not in (then, value):
+                    problems.append(f"{candidate.name}: {key} is {value!r}, the plan has {then!r}")
+        for candidate in candidates:
+            if candidate.blocked and candidate.name in own and self[candidate.name].roles:
+                problems.append(f"{candidate.name}: the plan samples it, but it must stay exact: {candidate.blocked}")
+        if problems:
+            shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+            raise PlanMismatchError(f"plan: made for another model: {shown}")
+        by_name = {decision.name: decision for decision in self.decisions}
+        return [by_name[candidate.name] for candidate in candidates]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "format": _FORMAT,
+            "decisions": [decision.to_dict() for decision in self.decisions],
+            "candidates": {name: dict(identity) for name, identity in self.identities.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The inverse of :meth:`to_dict`; ValueError for another format."""
+        if data.get("format") != _FORMAT:
+            raise ValueError(f"format: expected {_FORMAT!r}, got {data.get('format')!r}")
+        return cls(tuple(Decision.from_dict(entry) for entry in data["decisions"]), data["candidates"])
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The plan as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The inverse of :meth:`to_json`."""
+        return cls.from_dict(json.loads(text))
+
+
+def make_plan(candidates: Sequence[Candidate], decisions: Sequence[Decision]) -> Plan:
+    """The plan for ``candidates``; blocked ones become exact with the reason that blocks them."""
+    if len(candidates) != len(decisions):
+        raise ValueError(f"decisions: the policy made {len(decisions)} for {len(candidates)} candidates")
+    final = []
+    for candidate, decision in zip(candidates, decisions, strict=True):
+        if decision.name != candidate.name:
+            raise ValueError(f"decisions: expected one about {candidate.name!r}, got {decision.name!r}")
+        if candidate.blocked:
+            decision = Decision(candidate.name, {}, candidate.blocked, "blocked")
+        final.append(decision)
+    return Plan(tuple(final), {candidate.name: candidate.identity for candidate in candidates})

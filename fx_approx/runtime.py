@@ -1,0 +1,279 @@
+"""What a transformed model carries with it, and how its forward runs."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import linecache
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from fx_approx.candidate import Candidate
+from fx_approx.batchnorm import warn_if_stale
+from fx_approx.capture import Capture, described
+from fx_approx.errors import CaptureWarning
+from fx_approx.modules import Selector
+from fx_approx.plan import Plan
+from fx_approx.state import SEED, fingerprint, in_backward, new_state, next_key, recall
+
+_numbers = itertools.count()
+
+
+class Runtime(nn.Module):
+    """Plan, selectors, graph and random state of one transformed model; not one of its submodules.
+
+    So ``state_dict``, ``parameters()`` and ``buffers()`` are those of the original, and neither an averaged model nor
+    the buffer broadcast of data-parallel training touches the state.
+
+    Attributes:
+        state: ``[step, increment, every, seed]``, see :func:`fx_approx.state.new_state`.
+        number: Unique in the process; tells forwards of different models apart.
+        capture: The captured graph before the rewrite.
+        graph: The rewritten graph.
+        candidates: All candidates.
+        plan: What was decided.
+        sampling_swapped: Some layer in an untraced part is sampled.
+    """
+
+    state: Tensor
+
+    def __init__(self, capture: Capture, candidates: tuple[Candidate, ...], plan: Plan, seed: int, every: int) -> None:
+        super().__init__()
+        self.register_buffer("state", new_state(seed, every), persistent=False)
+        self.number = next(_numbers)
+        self.capture, self.candidates, self.plan = capture, candidates, plan
+        self.graph: fx.Graph | None = None
+        self.function: Callable[..., Any] | None = None
+        self.selectors: dict[str, Selector] = {}
+        self.branching: tuple[nn.Module, ...] = ()
+        self.sampling_swapped = False
+        self.inside = False
+        self.key: Tensor | None = None
+        self.called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.warned: set[str] = set()
+        self.exact_since: int | None = None
+        self.calibrated_at: int | None = None
+
+    def add(self, name: str, selector: Selector) -> str:
+        """Registers the selector of candidate ``name``; returns its target in the graph."""
+        attribute = f"s{selector.site}"
+        self.add_module(attribute, selector)
+        self.selectors[name] = selector
+        return f"_fx_approx.{attribute}"
+
+    @property
+    def samples(self) -> bool:
+        """Whether some layer is sampled when its training flag is set."""
+        return any([selector.enabled and not selector.exact for selector in self.selectors.values()])
+
+    @property
+    def draws(self) -> bool:
+        """Whether some sampler of the model is random, so that forwards need a key."""
+        for selector in self.selectors.values():
+            if selector.sampler.random and selector.active and not selector.exact:
+                return True
+        return False
+
+    def forward(self, *inputs: Any) -> Tensor | None:
+        """The prologue: ``[seed, step]`` for this forward as a fresh tensor, or None if nothing is drawn."""
+        key = next_key(self.state, _detached(inputs), self.number) if self.draws else None
+        if self.sampling_swapped:
+            self.key = key
+        return key
+
+    def key_for(self, selector: Selector, inputs: list[Tensor]) -> Tensor | None:
+        """The key for a layer that is called outside the graph; see :class:`fx_approx.modules.KeySource`.
+
+        Inside a forward it is that forward's. In a recomputation, that of the forward that is recomputed. A direct
+        call of the layer takes one of its own.
+        """
+        if not selector.sampler.random:
+            return None
+        if self.inside:
+            return self.key
+        if not torch.compiler.is_compiling() and in_backward():
+            key = recall(fingerprint(self.number, _detached(inputs)))
+            return self.key if key is None else key
+        key = next_key(self.state, _detached(inputs), self.number)
+        return cast(Tensor, key)
+
+    def run(self, root: nn.Module, exact: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """One forward of ``root``: through the graph, or through its own Python ``exact`` with swapped layers."""
+        if self.called is None and not torch.compiler.is_compiling():
+            self.called = described(args), described(dict(kwargs))
+        values = None if self.function is None else self.capture.form.bind(args, kwargs)
+        training = all([module.training for module in self.branching])
+        if values is None or not training:
+            return self._run_python(root, exact, args, kwargs, expected=self.function is None or not training)
+        assert self.function is not None
+        if not self.sampling_swapped:
+            return self.function(root, *values)
+        self.inside = True
+        try:
+            result = self.function(root, *values)
+        finally:
+            self.inside = False
+        self._mark(result)
+        return result
+
+    def _run_python(
+        self,
+        root: nn.Module,
+        exact: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        expected: bool,
+    ) -> Any:
+        if not torch.compiler.is_compiling():
+            if not expected and "form" not in self.warned and any([s.active for s in self.selectors.values()]):
+                self.warned.add("form")
+                warnings.warn(
+                    f"{type(root).__name__} was called in another way than it was captured "
+                    f"({', '.join(self.capture.form.dynamic)}): module swap serves this call. Pass example_inputs that "
+                    "look like your calls.",
+                    CaptureWarning,
+                    stacklevel=4,
+                )
+        self.key = next_key(self.state, _detached((args, kwargs)), self.number) if self.draws else None
+        self.inside = True
+        try:
+            result = exact(root, *args, **kwargs)
+        finally:
+            self.inside = False
+        self._mark(result)
+        return result
+
+    def _mark(self, result: Any) -> None:
+        """Makes checkpointed parts recompute with this forward's key: its backward begins at these outputs."""
+        key = self.key
+        if key is None or torch.compiler.is_compiling():
+            return
+        reference = weakref.ref(self)
+
+        def restore(grad: Tensor) -> None:
+            runtime = reference()
+            if runtime is not None:
+                runtime.key = key
+
+        for tensor in _tensors((result,)):
+            if tensor.requires_grad:
+                tensor.register_hook(restore)
+
+    def compile_graph(self, graph: fx.Graph) -> None:
+        """Makes ``graph`` the one that runs: Python code whose ``self`` is the model."""
+        code = graph.python_code("self")
+        name = f"<fx_approx {self.number}>"
+        linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
+        namespace: dict[str, Any] = dict(code.globals)
+        exec(compile(code.src, name, "exec"), namespace)
+        self.graph, self.function = graph, namespace["forward"]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Runtime:
+        """Follows the model to its device; keeps dtypes and values."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.to(fn(torch.empty(0, device=buffer.device)).device)
+        self.key = None
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        """A copy with its own random state; plan, candidates and graphs are shared, since nothing changes them."""
+        new = cast(Runtime, type(self).__new__(type(self)))
+        memo[id(self)] = new
+        shared = {"capture", "candidates", "plan", "graph", "function"}
+        for name, value in vars(self).items():
+            new.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
+        new.number, new.key = next(_numbers), None
+        return new
+
+    @property
+    def seed(self) -> int:
+        """The seed that all samples depend on."""
+        return int(self.state[SEED])
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _detached(value: Any) -> list[Tensor]:
+    return [tensor.detach() for tensor in _tensors(value)]
+
+
+class ApproxModule(nn.Module):
+    """Base of a transformed model, in front of the user's own class, so that ``isinstance`` and methods keep working."""
+
+    _fx_approx: Runtime
+    exact_class: type[nn.Module]
+
+    def train(self, mode: bool = True) -> ApproxModule:
+        """As ``nn.Module.train``; warns once if BatchNorm statistics do not fit the exact evaluation that follows."""
+        if not mode and self.training and "_fx_approx" in vars(self):
+            warn_if_stale(self, self._fx_approx)
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ApproxModule:
+        super()._apply(fn, recurse)
+        if "_fx_approx" in vars(self):
+            self._fx_approx._apply(fn)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ApproxModule:
+        new = cast(ApproxModule, type(self).__new__(type(self)))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(vars(self), memo))
+        return new
+
+
+def adopt(
+    root: nn.Module, runtime: Runtime, reduce: Callable[[ApproxModule], tuple[Any, ...]]
+) -> ApproxModule:
+    """Makes ``root`` a transformed model: an instance of a subclass of its own class that carries ``runtime``.
+
+    ``reduce`` pickles it: the class exists in this process only.
+
+    The class is made anew for each model, and its ``forward`` has its own code object: Dynamo counts recompilations
+    by code object, and models must not use up each other's limit.
+    """
+    cls = type(root)
+    exact = cls.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        runtime = self.__dict__.get("_fx_approx")
+        if runtime is None:  # a part of the model, such as a slice of a Sequential
+            return exact(self, *args, **kwargs)
+        return runtime.run(self, exact, args, kwargs)
+
+    own = types.FunctionType(forward.__code__.replace(), forward.__globals__, "forward", None, forward.__closure__)
+    own.__wrapped__ = exact  # type: ignore[attr-defined]
+    own.__doc__ = exact.__doc__
+    namespace = {
+        "forward": own,
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "__reduce_ex__": lambda self, protocol: reduce(self),
+        "exact_class": cls,
+    }
+    root.__class__ = type(f"Approx{cls.__name__}", (ApproxModule, cls), namespace)
+    root.__dict__["_fx_approx"] = runtime
+    return cast(ApproxModule, root)
+
+
+def find(model: nn.Module) -> ApproxModule:
+    """The transformed model in ``model``: itself, or inside ``torch.compile``, DistributedDataParallel or alike.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    found = [module for module in model.modules() if isinstance(module, ApproxModule) and "_fx_approx" in vars(module)]
+    if len(found) != 1:
+        what = "not a transformed model" if not found else f"holds {len(found)} transformed models"
+        raise ValueError(f"model: {type(model).__name__} is {what}; expected what fx_approx.transform returned")
+    return found[0]

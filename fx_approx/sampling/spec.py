@@ -1,0 +1,120 @@
+"""SamplerSpec: how one product is to be sampled, as a validated, frozen record."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fx_approx.sampling.base import get_sampler
+from fx_approx.sampling.scores import get_score
+
+__all__ = ["SamplerSpec"]
+
+
+def _require_name(field: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{field}: expected a name (str), got {value!r}")
+
+
+def _require_count(field: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{field}: expected an integer >= 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{field}: expected an integer >= 1, got {value!r}")
+
+
+def _require_real(field: str, value: object, right: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{field}: expected {right}, got {value!r}")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """How many pairs to draw, with which sampler, from which scores.
+
+    Attributes:
+        name: the sampler, a key of ``SAMPLERS``.
+        ratio: the share of the K pairs to keep, in (0, 1]; 1 means exact.
+        minimal_k: never keep fewer pairs than this (or K, if that is less).
+        scores: what the sampler draws from, a key of ``SCORES``.
+        granularity: round the count to a multiple of this, for the device's matrix units.
+        epsilon: share of uniform probability mixed in, in [0, 1); None means the sampler's own default.
+
+    Raises:
+        TypeError, ValueError: naming the field, the value and what would be right.
+    """
+
+    name: str = "topk"
+    ratio: float = 0.5
+    minimal_k: int = 1
+    scores: str = "online"
+    granularity: int = 1
+    epsilon: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        _require_name("name", self.name)
+        sampler = get_sampler(self.name)
+        _require_name("scores", self.scores)
+        get_score(self.scores)
+        # `not` around the range, so that NaN fails too.
+        if not 0 < _require_real("ratio", self.ratio, "a number in (0, 1]") <= 1:
+            raise ValueError(f"ratio: expected a number in (0, 1], got {self.ratio!r}")
+        _require_count("minimal_k", self.minimal_k)
+        _require_count("granularity", self.granularity)
+        if self.epsilon is not None:
+            if not 0 <= _require_real("epsilon", self.epsilon, "a number in [0, 1) or None") < 1:
+                raise ValueError(f"epsilon: expected a number in [0, 1) or None, got {self.epsilon!r}")
+            if self.epsilon > 0 and not sampler.random:
+                raise ValueError(
+                    f"epsilon: {self.name} draws nothing at random, expected 0 or None, got {self.epsilon!r}"
+                )
+
+    @property
+    def effective_epsilon(self) -> float:
+        """The share of uniform probability that is used: ``epsilon``, or the sampler's default."""
+        return get_sampler(self.name).default_epsilon if self.epsilon is None else self.epsilon
+
+    def count(self, pairs: int) -> int:
+        """Return k for K = ``pairs``: min(K, max(minimal_k, align(floor(ratio K + 1/2)))).
+
+        ``align`` takes the nearest multiple of ``granularity``, the upper one half way, but at least one.
+        A ratio of 1 gives K whatever the granularity.
+
+        Raises:
+            ValueError: ``pairs`` is negative.
+        """
+        if pairs < 0:
+            raise ValueError(f"pairs: expected a number of column-row pairs >= 0, got {pairs}")
+        if self.ratio == 1:
+            return pairs
+        # Halves round up also where floating point falls just short: 0.29 * 50 is 14.499999999999998.
+        rounded = math.floor(self.ratio * pairs + 0.5 + 1e-9)
+        multiple = max(1, (2 * rounded + self.granularity) // (2 * self.granularity))
+        return min(pairs, max(self.minimal_k, multiple * self.granularity))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a plain dictionary, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplerSpec:
+        """Build a spec from ``to_dict``'s output; absent fields take their defaults.
+
+        Raises:
+            ValueError: a key is not a field; the message names it.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(str(key) for key in values if key not in known)
+        if unknown:
+            raise ValueError(f"unknown field(s) {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> SamplerSpec:
+        """Return a copy with the given fields changed, checked like a new one."""
+        return self.from_dict({**self.to_dict(), **changes})

@@ -1,0 +1,152 @@
+"""Symbolic tracing that never stops: what cannot be traced becomes a leaf, with module and line as the reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import fx, nn
+
+_TORCH_FILES = os.path.dirname(torch.__file__) + os.sep
+_CHECKPOINT_FILE = torch.utils.checkpoint.__file__
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+FUSED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+"""Modules of torch that compute several products in one call."""
+
+
+class _CheckpointFoundError(Exception):
+    def __init__(self) -> None:
+        super().__init__("torch.utils.checkpoint, which tracing would remove")
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module runs a user's hook."""
+    return any(getattr(module, name, None) for name in HOOKS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opaque:
+    """A module that stays a leaf although it is not a layer of torch: why, and where tracing stopped."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        """One line for warnings and reports."""
+        return f"{self.path or 'the model'}: {self.reason}"
+
+
+class LeafTracer(fx.Tracer):
+    """Traces a model; a submodule whose forward cannot be traced is kept as a call of that submodule.
+
+    Attributes:
+        opaque: The submodules kept whole, by path.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opaque: dict[str, Opaque] = {}
+        self._cache: dict[str, fx.Proxy] = {}
+        self._names: dict[int, str] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Layers of torch without children are leaves, and modules whose call runs a user's hook."""
+        if is_hooked(m) or isinstance(m, FUSED):
+            return True
+        return super().is_leaf_module(m, module_qualified_name) and not list(m.children())
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Traces into ``m``, or takes back what was traced of it and calls it as a leaf."""
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            if is_hooked(m) and list(m.children()):
+                self.opaque[path] = Opaque(path, "has hooks, which tracing would skip")
+            return super().call_module(m, forward, args, kwargs)
+        last = next(reversed(self.graph.nodes), None)
+        stack, scope = dict(self.module_stack), self.scope
+        known = set(self.opaque)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:  # whatever a user's forward does with a Proxy
+            self._take_back(last)
+            self.scope = scope
+            self.module_stack.clear()
+            self.module_stack.update(stack)
+            for inner in set(self.opaque) - known:
+                del self.opaque[inner]
+            reason = describe(error)
+        result = self._leaf(m, path, args, kwargs)
+        self.opaque[path] = Opaque(path, reason)
+        return result
+
+    def _leaf(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.module_stack[path] = (path, type(m))
+        try:
+            return self.create_proxy("call_module", path, args, kwargs)
+        finally:
+            self.module_stack.popitem(last=True)
+
+    def _take_back(self, last: fx.Node | None) -> None:
+        """Erases the nodes created after ``last``."""
+        gone = []
+        for node in reversed(self.graph.nodes):
+            if node is last:
+                break
+            gone.append(node)
+        for node in gone:
+            self.graph.erase_node(node)
+        erased = set(gone)
+        for name in [name for name, proxy in self._cache.items() if proxy.node in erased]:
+            del self._cache[name]
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers become nodes, so that nothing is frozen at its value of today.
+
+        The base class searches all parameters at every access, which makes tracing quadratic.
+        """
+        self._cache = parameter_proxy_cache
+        if not isinstance(attr_val, torch.Tensor):
+            return attr_val
+        if not self._names:
+            self._names.update((id(p), name) for name, p in self.root.named_buffers())
+            self._names.update((id(p), name) for name, p in self.root.named_parameters())
+        name = self._names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Refuses to create a node inside ``torch.utils.checkpoint.checkpoint``."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_filename == _CHECKPOINT_FILE:
+                raise _CheckpointFoundError
+            frame = frame.f_back  # type: ignore[assignment]
+        return super().create_node(*args, **kwargs)
+
+
+def describe(error: BaseException) -> str:
+    """The error in one line, with the line of the user's code where it arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [f for f in frames if not f.filename.startswith(_TORCH_FILES) and f.filename != __file__]
+    message = str(error).strip().split("\n")[0]
+    where = f" at {users[-1].filename}:{users[-1].lineno} in {users[-1].name}" if users else ""
+    text = message if isinstance(error, _CheckpointFoundError) else f"{type(error).__name__}: {message}"
+    return text + where

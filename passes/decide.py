@@ -1,0 +1,30 @@
+"""Decide: the only place where a policy runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fx_approx.candidate import Candidate
+from fx_approx.errors import ShapesNeededError
+from fx_approx.plan import Plan, Policy, make_plan
+
+
+def decide(candidates: Sequence[Candidate], policy: Policy) -> Plan:
+    """The policy's plan for ``candidates``; blocked ones stay exact with the reason that blocks them.
+
+    Raises:
+        TypeError: ``policy`` is none.
+        ShapesNeededError: The policy reads shapes, and some are not known.
+    """
+    if not isinstance(policy, Policy):
+        raise TypeError(
+            f"policy: expected a policy such as fx_approx.policies.Paper(0.5), or a Plan, got {policy!r}"
+        )
+    if policy.needs_shapes:
+        unknown = [c.name for c in candidates if c.facts is None and not c.blocked]
+        if unknown:
+            raise ShapesNeededError(
+                f"policy: {type(policy).__name__} decides by shapes, which are not known for {len(unknown)} of "
+                f"{len(candidates)} candidates ({', '.join(unknown[:3])}...): give example_inputs"
+            )
+    return make_plan(candidates, policy.decide(candidates))

@@ -1,0 +1,222 @@
+"""Shapes: runs the captured graph on fake tensors and writes down the facts of every product."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+
+from fx_approx.candidate import GemmShape, ProductFacts, RoleFlops
+from fx_approx.capture import Capture, TensorSpec, kept_random_state
+from fx_approx.flops import measured_flops, role_flops
+from fx_approx.ops import Unsupported
+from fx_approx.passes.annotate import META_KEY, Found
+
+_UNKNOWABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Facts by candidate name, reasons that only shapes show, and what stopped the propagation, if anything."""
+
+    facts: dict[str, ProductFacts]
+    blocked: dict[str, str]
+    stopped: str | None = None
+
+
+def propagate(
+    root: nn.Module, captured: Capture, found: list[Found], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Shapes:
+    """The facts of all candidates that a call with these inputs reaches.
+
+    Nothing of ``root`` is touched: a fake copy runs, so that BatchNorm counts nothing and no random number is drawn.
+
+    Args:
+        root: The model.
+        captured: Its capture.
+        found: Its candidates.
+        args: Positional example inputs; tensors or :class:`TensorSpec`.
+        kwargs: Keyword example inputs.
+
+    Raises:
+        ValueError: The model does not run on these inputs; names the place.
+    """
+    recorder = _Recorder({one.candidate.name: one for one in found})
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with kept_random_state(), torch.enable_grad():
+        with FakeCopyMode(mode):
+            fake = copy.deepcopy(root)
+        for module in fake.modules():
+            module.training = True
+        recorder.watch(fake)
+        with mode:
+            fake_args, fake_kwargs = _fake(mode, args), _fake(mode, dict(kwargs))
+            try:
+                _run(fake, captured, recorder, fake_args, fake_kwargs)
+            except _UNKNOWABLE as error:
+                message = str(error).strip().split("\n")[0]
+                return Shapes(recorder.facts, recorder.blocked, f"{type(error).__name__}: {message}")
+    return Shapes(recorder.facts, recorder.blocked)
+
+
+def _run(
+    fake: nn.Module, captured: Capture, recorder: _Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    values = captured.form.bind(args, kwargs)
+    try:
+        if captured.graph is None or values is None:
+            type(fake).forward(fake, *args, **kwargs)
+        else:
+            _Interpreter(fake, captured.graph, recorder).run(*values)
+    except _UNKNOWABLE:
+        raise
+    except Exception as error:  # whatever an operator says of inputs that do not fit
+        place = recorder.place or type(fake).__name__
+        message = str(error).strip().split("\n")[0]
+        raise ValueError(f"example_inputs: the model does not run on them: at {place}: {message}") from error
+
+
+def _fake(mode: FakeTensorMode, value: Any) -> Any:
+    def convert(leaf: Any) -> Any:
+        if isinstance(leaf, TensorSpec):
+            return leaf.empty()
+        if isinstance(leaf, Tensor):
+            return mode.from_tensor(leaf, static_shapes=True)
+        return leaf
+
+    return torch.utils._pytree.tree_map(convert, value, is_leaf=lambda leaf: isinstance(leaf, TensorSpec))
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, root: nn.Module, graph: fx.Graph, recorder: _Recorder) -> None:
+        super().__init__(root, graph=graph)
+        self.recorder = recorder
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.recorder.place = str(n.target) if n.op == "call_module" else n.name
+        one = self.recorder.at(n)
+        if one is not None:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            if n.op == "call_module":
+                self.recorder.layer(one, self.fetch_attr(str(n.target)), args, kwargs)
+            else:
+                self.recorder.call(one, self._function(n), args, kwargs)
+        return super().run_node(n)
+
+    @staticmethod
+    def _function(node: fx.Node) -> Callable[..., Any]:
+        if node.op == "call_method":
+            return lambda receiver, *args, **kwargs: getattr(receiver, str(node.target))(*args, **kwargs)
+        assert callable(node.target)
+        return node.target
+
+
+class _Recorder:
+    def __init__(self, found: dict[str, Found]) -> None:
+        self.found = found
+        self.facts: dict[str, ProductFacts] = {}
+        self.blocked: dict[str, str] = {}
+        self.place = ""
+
+    def at(self, node: fx.Node) -> Found | None:
+        """The candidate that ``node`` itself is (a part that is not traced holds several, and is none)."""
+        for name in node.meta.get(META_KEY, ()):
+            one = self.found[name]
+            if one.candidate.node == node.name:
+                return one
+        return None
+
+    def watch(self, root: nn.Module) -> None:
+        """Records the layers inside parts that are not traced when those parts call them."""
+        for one in self.found.values():
+            if one.module is None or one.candidate.node:
+                continue
+
+            def record(module: nn.Module, args: Any, kwargs: Any, one: Found = one) -> None:
+                self.layer(one, module, args, kwargs)
+
+            root.get_submodule(one.module).register_forward_pre_hook(record, with_kwargs=True)
+
+    def layer(self, one: Found, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Records a layer that is called with ``args``."""
+        if one.op is None:
+            weights = [p for p in module.parameters() if p.requires_grad]
+            self._measure(one, module.forward, args, kwargs, weights)
+        else:
+            lhs = args[0] if args else next(iter(kwargs.values()))
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            self._product(one, lhs, weight, one.static)
+
+    def call(self, one: Found, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Records a functional call."""
+        if one.op is not None:
+            try:
+                bound = one.op.bind(args, kwargs)
+                static = {name: bound[name] for name in one.op.static}
+                one.op.check(static)
+                self._product(one, bound[one.op.lhs], bound[one.op.rhs], static)
+                return
+            except Unsupported as error:
+                self.blocked[one.candidate.name] = str(error)
+        self._measure(one, function, args, kwargs, [])
+
+    def _product(self, one: Found, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> None:
+        assert one.op is not None
+        shape = one.op.geometry(lhs.shape, rhs.shape, static)
+        name = one.candidate.name
+        if not lhs.is_floating_point() or not rhs.is_floating_point():
+            self.blocked[name] = f"{lhs.dtype}: only real floating-point products are sampled"
+        elif shape.pairs == 1:
+            self.blocked[name] = "one column-row pair, nothing to choose from"
+        facts = ProductFacts(
+            shape=shape,
+            flops=role_flops(shape, lhs.requires_grad, rhs.requires_grad),
+            dtype=str(lhs.dtype),
+            device=str(lhs.device),
+            lhs_bytes=lhs.numel() * lhs.itemsize,
+            rhs_bytes=rhs.numel() * rhs.itemsize,
+            lhs_kept=rhs.requires_grad,
+            rhs_kept=lhs.requires_grad,
+            rhs_is_parameter=isinstance(rhs, nn.Parameter),
+        )
+        before = self.facts.get(name)
+        self.facts[name] = facts if before is None else _summed(before, facts)
+
+    def _measure(
+        self,
+        one: Found,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        weights: list[Tensor],
+    ) -> None:
+        inputs = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        # On copies, so that the graph behind the inputs is not walked.
+        copies = {id(t): t.detach().requires_grad_(t.requires_grad) for t in inputs}
+        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: copies[id(t)], (args, kwargs))
+        flops = measured_flops(lambda: function(*args, **kwargs), list(copies.values()), weights)
+        reference = inputs[0] if inputs else torch.empty(0)
+        facts = ProductFacts(None, flops, str(reference.dtype), str(reference.device))
+        before = self.facts.get(one.candidate.name)
+        self.facts[one.candidate.name] = facts if before is None else _summed(before, facts)
+
+
+def _summed(one: ProductFacts, other: ProductFacts) -> ProductFacts:
+    """Two calls of one layer inside a part that is not traced: more rows of the same product."""
+    shape: GemmShape | None = None
+    if one.shape is not None and other.shape is not None:
+        shape = dataclasses.replace(one.shape, m=one.shape.m + other.shape.m)
+    flops: RoleFlops = one.flops + other.flops
+    return dataclasses.replace(one, shape=shape, flops=flops, lhs_bytes=one.lhs_bytes + other.lhs_bytes)

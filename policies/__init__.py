@@ -1,0 +1,10 @@
+"""Policies: what is sampled, how, and why."""
+
+from fx_approx.plan import CostModel, Policy
+from fx_approx.policies.cost_model import FlopModel
+from fx_approx.policies.fixed import Exact, Uniform
+from fx_approx.policies.override import Override
+from fx_approx.policies.paper import Paper
+from fx_approx.policies.parse import parse_policy
+
+__all__ = ["CostModel", "Exact", "FlopModel", "Override", "Paper", "Policy", "Uniform", "parse_policy"]

@@ -1,0 +1,35 @@
+"""Cost models: what sampling a candidate is estimated to save. The first counts operations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from fx_approx.candidate import Candidate, Role
+from fx_approx.flops import executed_flops, selection_flops
+from fx_approx.plan import Cost, CostEstimate
+from fx_approx.sampling import SamplerSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class FlopModel:
+    """Counts multiply-adds times two of the products and of the scores.
+
+    It promises nothing about time: a gather, a sort and a kernel launch cost no operation and yet take time.
+    """
+
+    def estimate(self, candidate: Candidate, roles: Mapping[Role, SamplerSpec]) -> CostEstimate | None:
+        """Exact and sampled operations of a training step, or None where the candidate's shapes are not known."""
+        facts = candidate.facts
+        if facts is None:
+            return None
+        exact = facts.flops.total
+        sampled = exact
+        spec = roles.get(Role.OUTPUT)
+        if spec is not None and facts.shape is not None:
+            kept = spec.count(facts.shape.pairs)
+            if kept < facts.shape.pairs:
+                sampled = executed_flops(facts, kept).total + selection_flops(candidate, spec.scores)
+        return CostEstimate(
+            Cost(flops=exact), Cost(flops=sampled), omits="time: memory traffic, gathers, sorting, kernel launches"
+        )

@@ -1,0 +1,66 @@
+"""Another policy for some layers, chosen by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+from fx_approx.candidate import Candidate
+from fx_approx.plan import Decision, Policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Override:
+    """Applies other policies to the candidates whose names match, ``base`` to the rest.
+
+    Attributes:
+        rules: Glob on the fully-qualified name -> policy; the first that matches decides. ``layer1.*`` matches
+            everything below ``layer1``; ``fc`` all calls of ``fc``, ``fc#2`` its second call only.
+        base: Policy of the candidates that no glob matches.
+
+    Raises:
+        TypeError: At construction, a rule or the base is no policy.
+        ValueError: When deciding, a glob matches no candidate; the message lists names.
+    """
+
+    rules: Mapping[str, Policy]
+    base: Policy
+
+    def __post_init__(self) -> None:
+        """Checks the types."""
+        for pattern, policy in self.rules.items():
+            if not isinstance(pattern, str):
+                raise TypeError(f"rules: expected a glob such as 'layer1.*', got {pattern!r}")
+            if not isinstance(policy, Policy):
+                raise TypeError(f"rules[{pattern!r}]: expected a policy, got {policy!r}")
+        if not isinstance(self.base, Policy):
+            raise TypeError(f"base: expected a policy, got {self.base!r}")
+
+    @property
+    def needs_shapes(self) -> bool:
+        """Whether any of the policies needs shapes."""
+        return any(policy.needs_shapes for policy in (*self.rules.values(), self.base))
+
+    def decide(self, candidates: Sequence[Candidate]) -> list[Decision]:
+        """Each policy sees the candidates that are its own, in order."""
+        owners = [self._owner(candidate) for candidate in candidates]
+        unused = [pattern for pattern in self.rules if not any(matches(pattern, c) for c in candidates)]
+        if unused:
+            names = ", ".join(candidate.name for candidate in candidates)
+            raise ValueError(f"rules: no candidate matches {', '.join(map(repr, unused))}; there are: {names}")
+        decided: dict[str, Decision] = {}
+        for pattern in (*self.rules, None):
+            own = [candidate for candidate, owner in zip(candidates, owners, strict=True) if owner == pattern]
+            policy = self.base if pattern is None else self.rules[pattern]
+            if own:
+                decided.update((decision.name, decision) for decision in policy.decide(own))
+        return [decided[candidate.name] for candidate in candidates]
+
+    def _owner(self, candidate: Candidate) -> str | None:
+        return next((pattern for pattern in self.rules if matches(pattern, candidate)), None)
+
+
+def matches(pattern: str, candidate: Candidate) -> bool:
+    """Whether a glob matches the candidate's unique name or its fully-qualified name."""
+    return fnmatch.fnmatchcase(candidate.name, pattern) or fnmatch.fnmatchcase(candidate.fqn, pattern)

@@ -1,0 +1,58 @@
+"""The rule of the paper's experiments."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from fx_approx.candidate import Candidate
+from fx_approx.plan import Decision
+from fx_approx.policies.base import exact, sampled
+from fx_approx.sampling import SamplerSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+    """TopK-CRS on linear and convolution layers, but the first convolution and the classifier exact.
+
+    Source: "Faster Neural Network Training with Approximate Tensor Operations", NeurIPS 2021, section 5.
+
+    Attributes:
+        ratio: Share of the column-row pairs to keep, in (0, 1].
+        minimal_k: Keep at least so many pairs; smaller layers stay exact.
+        sampler: Another sampler than the paper's ``topk``.
+        scores: Other scores than the paper's ``online``.
+
+    Raises:
+        TypeError: At construction, a field of the wrong type.
+        ValueError: At construction, a value out of range or an unknown name; the message lists the known ones.
+    """
+
+    ratio: float = 0.5
+    minimal_k: int = 1
+    sampler: str = "topk"
+    scores: str = "online"
+
+    needs_shapes = False
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        self.spec  # noqa: B018  (building the spec is the check)
+
+    @property
+    def spec(self) -> SamplerSpec:
+        """The sampler specification of every sampled decision."""
+        return SamplerSpec(self.sampler, self.ratio, self.minimal_k, self.scores)
+
+    def decide(self, candidates: Sequence[Candidate]) -> list[Decision]:
+        """One decision per candidate."""
+        return [self._one(candidate) for candidate in candidates]
+
+    def _one(self, candidate: Candidate) -> Decision:
+        if not candidate.kind.startswith(("linear", "conv")):
+            return exact(candidate, "the paper samples linear and convolution layers", "Paper")
+        if candidate.last:
+            return exact(candidate, "classifier: no layer after it", "Paper")
+        if candidate.first and candidate.kind.startswith("conv"):
+            return exact(candidate, "first convolution", "Paper")
+        return sampled(candidate, self.spec, "inner layer", "Paper")

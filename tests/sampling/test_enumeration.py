@@ -1,0 +1,159 @@
+"""Mean and variance of every sampler, exactly: all outcomes are enumerated, no luck is needed."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from fx_approx.sampling import SAMPLERS, Bernoulli, Crs, Systematic, TopK
+from tests.sampling import oracles
+
+TOLERANCE = 1e-10
+
+# Kinds of scores and epsilon: the optimum, the optimum mixed with uniform, no information, a poor proxy.
+MIXES = [("norms", 0.0), ("norms", 0.1), ("norms", 0.6), ("uniform", 0.0), ("uniform", 0.3), ("proxy", 0.1)]
+mixes = pytest.mark.parametrize(("kind", "epsilon"), MIXES)
+
+
+def scores_of(kind: str, product: oracles.Product) -> Tensor:
+    if kind == "norms":
+        return product.norms
+    if kind == "uniform":
+        return torch.full_like(product.norms, 3.0)
+    return torch.arange(1, len(product.norms) + 1, dtype=torch.float64) ** 2
+
+
+def check(mean: Tensor, error: float, product: oracles.Product, formula: float) -> None:
+    torch.testing.assert_close(mean, product.exact, rtol=0, atol=TOLERANCE)
+    assert error == pytest.approx(formula, rel=TOLERANCE)
+
+
+@mixes
+@pytest.mark.parametrize(("pairs", "k"), [(2, 1), (4, 3), (5, 3), (5, 4), (8, 2)])
+def test_crs(kind: str, epsilon: float, pairs: int, k: int) -> None:
+    product = oracles.make_product(pairs, seed=pairs)
+    scores = scores_of(kind, product)
+    p = oracles.draw_p(scores, epsilon)
+    outcomes = oracles.crs_outcomes(p, k)
+    mean, error = oracles.moments(Crs(), product, scores, k, epsilon, outcomes, static=False)
+    check(mean, error, product, oracles.crs_error(product, p, k))
+
+
+@pytest.mark.parametrize(("pairs", "k"), [(5, 3), (8, 2)])
+def test_crs_formulas_of_the_paper(pairs: int, k: int) -> None:
+    product = oracles.make_product(pairs, seed=1)
+    s, exact = product.norms, float(product.exact.square().sum())
+    for scores, formula in (
+        (s, (float(s.sum()) ** 2 - exact) / k),
+        (torch.ones_like(s), (pairs * float(s.square().sum()) - exact) / k),
+    ):
+        outcomes = oracles.crs_outcomes(oracles.draw_p(scores, 0.0), k)
+        mean, error = oracles.moments(Crs(), product, scores, k, 0.0, outcomes, static=False)
+        check(mean, error, product, formula)
+
+
+@mixes
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(("pairs", "k"), [(2, 1), (5, 3), (8, 1), (8, 5), (8, 7)])
+def test_bernoulli(kind: str, epsilon: float, pairs: int, k: int, static: bool) -> None:
+    product = oracles.make_product(pairs, seed=pairs + k)
+    scores = scores_of(kind, product)
+    p = oracles.inclusion_p(scores, k, epsilon)
+    outcomes = oracles.bernoulli_outcomes(p)
+    mean, error = oracles.moments(Bernoulli(), product, scores, k, epsilon, outcomes, static)
+    check(mean, error, product, oracles.bernoulli_error(product, p))
+
+
+@mixes
+@pytest.mark.parametrize(("pairs", "k"), [(2, 1), (4, 2), (5, 2), (5, 4), (6, 3)])
+def test_systematic(kind: str, epsilon: float, pairs: int, k: int) -> None:
+    product = oracles.make_product(pairs, seed=3 * pairs + k)
+    scores = scores_of(kind, product)
+    p = oracles.inclusion_p(scores, k, epsilon)
+    outcomes = oracles.systematic_outcomes(p)
+    mean, error = oracles.moments(Systematic(), product, scores, k, epsilon, outcomes, static=False)
+    check(mean, error, product, oracles.systematic_error(product, p))
+    # A sample of fixed size k: the joint probabilities of a row add up to k pi_j. This checks the oracle.
+    torch.testing.assert_close(oracles.systematic_joint(p).sum(1), k * p, rtol=0, atol=1e-12)
+
+
+def test_water_filling_is_the_best_bernoulli() -> None:
+    """No other inclusion probabilities with the same sum have a lower expected error (small grid)."""
+    product = oracles.make_product(4, seed=7)
+    k, best = 2, oracles.bernoulli_error(product, oracles.inclusion_p(product.norms, 2, 0.0))
+    grid = torch.linspace(0.02, 1.0, 50, dtype=torch.float64)
+    for a, b, c in itertools.product(grid.tolist(), repeat=3):
+        d = k - a - b - c
+        if 0 < d <= 1:
+            p = torch.tensor([a, b, c, d], dtype=torch.float64)
+            assert oracles.bernoulli_error(product, p) >= best - 1e-12
+
+
+@pytest.mark.parametrize("name", ["bernoulli", "crs", "systematic"])
+def test_without_the_scale_there_is_bias(name: str) -> None:
+    """The mean test can fail: the same enumeration with the scale dropped misses by far."""
+    product = oracles.make_product(5, seed=2)
+    k = 2
+    p = oracles.draw_p(product.norms, 0.0) if name == "crs" else oracles.inclusion_p(product.norms, k, 0.0)
+    outcomes = {
+        "bernoulli": oracles.bernoulli_outcomes,
+        "crs": lambda q: oracles.crs_outcomes(q, k),
+        "systematic": oracles.systematic_outcomes,
+    }[name](p)
+    rows = product.norms.expand(len(outcomes.probability), -1)
+    drawn = SAMPLERS[name].draw(rows, k, outcomes.uniforms, epsilon=0.0)
+    unscaled = oracles.sampled_products(product, drawn._replace(scale=(drawn.scale > 0).double()))
+    mean = (unscaled * outcomes.probability[:, None, None]).sum(0)
+    assert (mean - product.exact).norm() > 0.1 * product.exact.norm()
+
+
+def top(scores: list[float], k: int) -> tuple[int, ...]:
+    row = torch.tensor([scores], dtype=torch.float64)
+    selection = TopK().draw(row, k, None, epsilon=0.0)
+    assert selection.scale is None
+    return tuple(selection.indices[0].tolist())
+
+
+def sums_left_out(values: tuple[float, ...], kept: tuple[int, ...]) -> float:
+    return sum(value for j, value in enumerate(values) if j not in kept)
+
+
+def test_topk_is_the_best_fixed_subset() -> None:
+    """Independent pairs of zero mean: MSE is the sum of E t_j**2 left out, for every subset of k."""
+    # Per pair two values with probabilities that make the mean 0: (value, probability), (value, probability).
+    laws = [((-a, b / (a + b)), (b, a / (a + b))) for a, b in [(1, 2), (3, 1), (0.5, 0.5), (2, 2), (1, 0.1)]]
+    second = [sum(value**2 * chance for value, chance in law) for law in laws]
+    for k in (1, 2, 3, 4):
+        mse = {}
+        for kept in itertools.combinations(range(5), k):
+            mse[kept] = 0.0
+            for outcome in itertools.product(*laws):
+                chance = torch.tensor([q for _, q in outcome]).prod().item()
+                mse[kept] += chance * sums_left_out(tuple(value for value, _ in outcome), kept) ** 2
+            assert mse[kept] == pytest.approx(sums_left_out(tuple(second), kept), rel=1e-5)
+        assert min(mse, key=lambda kept: mse[kept]) == top(second, k)
+
+
+def realised_mse(*law: tuple[float, float]) -> tuple[float, float]:
+    """Of TopK on realised scores, K = 4, k = 2: the true MSE, and the sum of E t_j**2 left out."""
+    mse = formula = 0.0
+    for outcome in itertools.product(law, repeat=4):
+        values = tuple(value for value, _ in outcome)
+        chance = 1.0
+        for _, q in outcome:
+            chance *= q
+        kept = top([abs(value) for value in values], 2)
+        mse += chance * sums_left_out(values, kept) ** 2
+        formula += chance * sums_left_out(tuple(value**2 for value in values), kept)
+    return mse, formula
+
+
+def test_topk_on_realised_scores() -> None:
+    """The formula holds for sign-symmetric pairs and, in general, does not."""
+    mse, formula = realised_mse((-1.0, 2 / 3), (2.0, 1 / 3))
+    assert (round(mse, 2), round(formula, 2)) == (3.85, 2.37)
+    mse, formula = realised_mse((-3.0, 0.1), (-1.0, 0.4), (1.0, 0.4), (3.0, 0.1))
+    assert mse == pytest.approx(formula, rel=1e-12)

@@ -1,0 +1,177 @@
+"""The rules of the repository itself: length, layers, paths, packaging, public names."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.resources
+import inspect
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fx_approx
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MAX_LINES = 400
+
+# Layer -> (rank, its modules and packages, named below fx_approx). A module may import modules of a lower
+# rank and of its own layer, so layers of equal rank know nothing of each other. A new module is placed here.
+LAYERS: dict[str, tuple[int, set[str]]] = {
+    "foundation": (0, {"errors", "sampling", "flops", "candidate", "plan"}),
+    "ops": (1, {"ops"}),
+    "modules": (2, {"state", "modules", "runtime"}),
+    "capture": (3, {"tracer", "capture"}),
+    "passes": (3, {"passes"}),
+    "policies": (3, {"policies"}),
+    "report": (4, {"report", "batchnorm"}),
+    "api": (5, {"api"}),
+    "entry": (6, {"__init__", "__main__", "cli"}),
+}
+
+# A path that exists on one machine only; the look-behind keeps URLs and relative paths out.
+MACHINE_PATH = re.compile(r"(?<![\w.~:/-])/(?:home|root|Users|work|opt|mnt|tmp|private)/\w|\b[A-Z]:\\\w")
+
+
+def repository_files() -> list[Path]:
+    """Files that git tracks or would add."""
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True, text=True).stdout
+    return [path for name in listed.split("\0") if name and (path := REPOSITORY / name).is_file()]
+
+
+def package_sources() -> dict[str, Path]:
+    """Module name -> source file, for every module of the installed package."""
+    sources = {}
+    for package in ("fx_approx", "fx_approx.passes", "fx_approx.policies"):
+        root = Path(importlib.import_module(package).__file__ or "").parent
+        for path in root.rglob("*.py"):
+            parts = path.relative_to(root).with_suffix("").parts
+            name = ".".join((package, *parts)).removesuffix(".__init__")
+            sources[name] = path
+    return sources
+
+
+def layer_of(module: str) -> str:
+    head = module.removeprefix("fx_approx").removeprefix(".").partition(".")[0] or "__init__"
+    for layer, (_, members) in LAYERS.items():
+        if head in members:
+            return layer
+    raise LookupError(f"{module} stands in no layer; place {head!r} in LAYERS")
+
+
+def imports(module: str, path: Path, known: set[str]) -> Iterator[str]:
+    """Modules of fx_approx that ``module`` imports, inside functions and for type checking too."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == "fx_approx")
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                base = package.split(".")[: len(package.split(".")) - node.level + 1]
+                source = ".".join([*base, *filter(None, [node.module])])
+            if source.partition(".")[0] == "fx_approx":
+                for alias in node.names:
+                    submodule = f"{source}.{alias.name}"
+                    yield submodule if submodule in known else source
+
+
+def layer_violations(sources: dict[str, Path]) -> list[str]:
+    found = []
+    for module, path in sorted(sources.items()):
+        layer = layer_of(module)
+        for imported in imports(module, path, set(sources)):
+            other = layer_of(imported)
+            if other != layer and LAYERS[other][0] >= LAYERS[layer][0]:
+                found.append(f"{module} ({layer}) imports {imported} ({other})")
+    return found
+
+
+def test_no_python_file_is_above_the_length_limit() -> None:
+    lengths = {
+        path.relative_to(REPOSITORY).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in repository_files()
+        if path.suffix == ".py"
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > MAX_LINES} == {}
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    found = []
+    for path in repository_files():
+        content = path.read_bytes()
+        if b"\0" in content:
+            continue
+        for number, line in enumerate(content.decode("utf-8").splitlines(), start=1):
+            if MACHINE_PATH.search(line):
+                found.append(f"{path.relative_to(REPOSITORY)}:{number}: {line.strip()}")
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("text", "matches"),
+    [
+        ("see {root}home/someone/x", True),
+        ('open("{root}tmp/x")', True),
+        ("https://host{root}work/x", False),
+        ("a relative{root}home/x", False),
+        ("in the roots {root}work and {root}tmp", False),
+    ],
+)
+def test_machine_paths_are_told_from_others(text: str, matches: bool) -> None:
+    assert bool(MACHINE_PATH.search(text.format(root="/"))) == matches
+
+
+def test_modules_import_only_from_layers_below() -> None:
+    assert layer_violations(package_sources()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "allowed"),
+    [
+        ("fx_approx.plan", "from fx_approx.candidate import Candidate", True),
+        ("fx_approx.plan", "from . import candidate", True),
+        ("fx_approx.plan", "from .ops import linear", False),
+        ("fx_approx.plan", "import fx_approx", False),
+        ("fx_approx.ops.linear", "from ..sampling import base", True),
+        ("fx_approx.passes.rewrite", "def f():\n    from fx_approx.policies.base import Policy", False),
+        ("fx_approx.policies.fixed", "from ..passes import base", False),
+        ("fx_approx.capture", "from fx_approx import passes", False),
+        ("fx_approx.api", "from fx_approx import passes, policies, report", True),
+    ],
+)
+def test_layer_rule(tmp_path: Path, module: str, line: str, allowed: bool) -> None:
+    names = ["candidate", "ops", "ops.linear", "sampling", "sampling.base", "passes", "passes.base"]
+    names += ["policies", "policies.base", "report"]
+    empty = tmp_path / "empty.py"
+    empty.write_text("")
+    source = tmp_path / "source.py"
+    source.write_text(line)
+    known = {"fx_approx": empty, **{f"fx_approx.{name}": empty for name in names}, module: source}
+    assert (layer_violations(known) == []) == allowed
+
+
+def test_a_module_in_no_layer_is_refused() -> None:
+    with pytest.raises(LookupError, match="place 'newcomer' in LAYERS"):
+        layer_of("fx_approx.newcomer.part")
+
+
+def test_type_marker_is_installed() -> None:
+    assert importlib.resources.files("fx_approx").joinpath("py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", fx_approx.__all__)
+def test_public_name_exists_and_is_documented(name: str) -> None:
+    value = getattr(fx_approx, name)
+    if not (callable(value) or inspect.ismodule(value)):
+        return  # a constant
+    text = value.__doc__ or ""
+    assert text.strip()
+    # What dataclasses write when there is nothing.
+    assert not text.startswith(f"{name}(")

@@ -1,0 +1,62 @@
+"""torchvision beside a torch build for which its compiled library was not made.
+
+The torchvision wheel is built against CUDA torch. Beside a CPU-only torch its library does not load, and
+``import torchvision`` ends with "operator torchvision::nms does not exist". With the schemas of the two
+operators that its Python code names at import, all its classification models work.
+
+Tests import :func:`import_torchvision` from here. Examples and benchmarks, run as scripts, load it by path::
+
+    import runpy
+    from pathlib import Path
+
+    compat = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "torchvision_compat.py"))
+    torchvision = compat["import_torchvision"]()
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+from types import ModuleType
+
+import torch
+
+_SCHEMAS = {
+    "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+
+
+def import_torchvision() -> ModuleType:
+    """Return torchvision, whose models work even where its compiled library does not load.
+
+    Raises:
+        ModuleNotFoundError: If torchvision is not installed.
+    """
+    define_missing_schemas()
+    return importlib.import_module("torchvision")
+
+
+def define_missing_schemas() -> None:
+    """Make a plain ``import torchvision`` work; does nothing where torchvision is missing or loads anyway."""
+    if hasattr(torch.ops.torchvision, "nms") or _compiled_library_loads():
+        return
+    # Schemas live as long as the object that defines them, so torch keeps it.
+    library = torch.ops.torchvision.fx_approx_schemas = torch.library.Library("torchvision", "DEF")
+    for name, signature in _SCHEMAS.items():
+        library.define(name + signature)
+
+
+def _compiled_library_loads() -> bool:
+    package = importlib.util.find_spec("torchvision")
+    if package is None:
+        return True
+    library = importlib.machinery.PathFinder.find_spec("_C", package.submodule_search_locations)
+    if library is None or library.origin is None:
+        return False
+    try:
+        torch.ops.load_library(library.origin)
+    except OSError:
+        return False
+    return True
