@@ -206,5 +206,6 @@ def _rebuild(
     for name, (spec, enabled) in switches.items():
         runtime.selectors[name].set_spec(spec)
         runtime.selectors[name].enabled = enabled
+    runtime.lay_out()
     return approx
 

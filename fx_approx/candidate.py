@@ -91,8 +91,8 @@ class ProductFacts:
         device: Device of the left operand.
         lhs_bytes: Bytes of the left operand.
         rhs_bytes: Bytes of the right operand (a weight).
-        lhs_kept: The left operand is kept for backward, because the right one needs a gradient.
-        rhs_kept: The right operand is kept for backward, because the left one needs a gradient.
+        lhs_kept: The left operand is kept for backward: the right one needs a gradient (or either, for a convolution).
+        rhs_kept: The right operand is kept for backward: the left one needs a gradient (or either, for a convolution).
         rhs_is_parameter: The right operand is a parameter, whose bytes exist anyway.
     """
 

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import inspect
 import random
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -184,7 +185,8 @@ def _has_tensor(value: Any) -> bool:
 
 def capture(root: nn.Module, form: CallForm) -> Capture:
     """Traces ``root`` (a :func:`skeleton`; its attributes and training flags are as before afterwards)."""
-    with kept_random_state(), _kept_attributes(root):
+    with kept_random_state(), _kept_attributes(root), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the model says of Proxies is of no use to anyone
         try:
             graph, opaque, constants = _trace(root, form, training=True)
         except Exception as error:  # whatever a user's forward does with a Proxy
@@ -203,9 +205,18 @@ def _kept_attributes(root: nn.Module) -> Iterator[None]:
     before = [
         (module, dict(vars(module)), dict(module._buffers), dict(module._modules)) for module in root.modules()
     ]
+    filled = [
+        (value, copy.copy(value))
+        for _, attributes, _, _ in before
+        for value in attributes.values()
+        if type(value) in (list, dict, set)
+    ]
     try:
         yield
     finally:
+        for container, contents in filled:
+            container.clear()
+            container.extend(contents) if isinstance(container, list) else container.update(contents)
         for module, attributes, buffers, modules in before:
             vars(module).clear()
             vars(module).update(attributes)

@@ -53,6 +53,7 @@ def set_ratio(model: nn.Module, ratio: float | Mapping[str, float]) -> None:
     ]
     for selector, spec in specs:
         selector.set_spec(spec)
+    runtime.lay_out()
 
 
 def set_enabled(model: nn.Module, enabled: bool | Mapping[str, bool]) -> None:

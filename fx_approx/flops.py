@@ -56,7 +56,8 @@ def kept_bytes(facts: ProductFacts, pairs: int | None, scaled: bool) -> int:
 
     Exact, it keeps its left operand where the right one needs a gradient, and its right operand where the left one
     does. Sampled, it keeps the chosen part of both: the slice of a weight is new memory, unlike the weight. The
-    producer of the left operand may keep the whole of it for itself; that is not this product's.
+    producer of the left operand may keep the whole of it for itself; that is not this product's. Operands
+    count as they are, though torch writes out a broadcast batch, and ``einsum`` may copy an operand or sum it up first.
     """
     if facts.shape is None:
         return 0
@@ -64,8 +65,10 @@ def kept_bytes(facts: ProductFacts, pairs: int | None, scaled: bool) -> int:
         return facts.lhs_kept * facts.lhs_bytes + (facts.rhs_kept and not facts.rhs_is_parameter) * facts.rhs_bytes
     total = facts.shape.pairs
     kept = facts.lhs_kept * facts.lhs_bytes * pairs // total + facts.rhs_kept * facts.rhs_bytes * pairs // total
-    small = facts.shape.groups * pairs * (_INDEX_BYTES + (_SCALE_BYTES if scaled else 0))
-    return kept + small
+    # Indices lead the gradients back to their places; the scale, in float32 or float64, multiplies that of the weight.
+    index = _INDEX_BYTES * (facts.lhs_kept or facts.rhs_kept)
+    scale = max(_SCALE_BYTES, _itemsize(facts.dtype)) * (scaled and facts.flops.grad_weight > 0)
+    return kept + facts.shape.groups * pairs * (index + scale)
 
 
 def measured_flops(function: Callable[..., Any], inputs: list[torch.Tensor], weights: list[torch.Tensor]) -> RoleFlops:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fx_approx import ops
 from fx_approx.ops import OPS
-from fx_approx.sampling import SamplerSpec, Selection, derive_key, get_sampler, get_score, uniforms
+from fx_approx.sampling import SamplerSpec, Selection, get_sampler, get_score
+from fx_approx.state import Draw, draw
 
 
 class Selector(nn.Module):
@@ -22,6 +23,7 @@ class Selector(nn.Module):
     Attributes:
         spec: Sampler and ratio.
         site: Number of the site; sites draw independently.
+        count: Uniforms that a forward draws for it beforehand, at ``offset`` of ``Draw.numbers``.
         k: Pairs to keep per group; 0 where the number of pairs is not known before the call.
         pairs: Column-row pairs per group, where known.
         enabled: False makes the site exact.
@@ -44,6 +46,7 @@ class Selector(nn.Module):
         self.enabled = True
         self.last_count: int | None = None
         self.version = 0
+        self.offset = 0
         self.owner = (owner,)  # in a tuple: not a submodule
         self.set_spec(spec)
 
@@ -53,6 +56,7 @@ class Selector(nn.Module):
         self.sampler, self.score = get_sampler(spec.name), get_score(spec.scores)
         self.epsilon = spec.effective_epsilon
         self.k = spec.count(self.pairs) if self.pairs else 0
+        self.count = self._uniforms(self.pairs, self.k) if self.k and self.pairs else 0
         # Where k is not known beforehand it is computed from the ratio, a float, which guards may reuse stale
         # (pytorch#194976); the integer makes them see the change.
         self.version += 1
@@ -67,13 +71,25 @@ class Selector(nn.Module):
         """Whether the ratio keeps all pairs."""
         return self.pairs is not None and self.k >= self.pairs
 
-    def forward(self, lhs: Tensor | None, rhs: Tensor, key: Tensor | None) -> Selection | None:
+    def _uniforms(self, pairs: int, k: int) -> int:
+        return self.groups * self.sampler.uniforms(pairs, k) if self.sampler.random and k < pairs else 0
+
+    def _numbers(self, pairs: int, k: int, given: Draw) -> Tensor:
+        """``[groups, n]`` uniforms, a slice of the forward's own where those were drawn for this count."""
+        count = self._uniforms(pairs, k)
+        if count == self.count and k == self.k:
+            numbers = given.numbers[self.offset : self.offset + count]
+        else:
+            numbers = draw(given.key, [self.site], [count])
+        return numbers.view(self.groups, -1)
+
+    def forward(self, lhs: Tensor | None, rhs: Tensor, given: Draw | None) -> Selection | None:
         """The selection for operands ``lhs`` (None for scores that do not read it) and ``rhs``.
 
         Args:
             lhs: Left operand.
             rhs: Right operand.
-            key: ``[seed, step]`` of this forward; None if no sampler of the model is random.
+            given: The randomness of this forward; None if no sampler of the model is random.
         """
         op = OPS[self.kind]
         if not self.active or not rhs.is_floating_point():
@@ -86,9 +102,8 @@ class Selector(nn.Module):
             scores = op.scores(lhs, rhs, self.score, self.static)
             numbers = None
             if self.sampler.random:
-                assert key is not None
-                count = self.sampler.uniforms(pairs, k)
-                numbers = uniforms(derive_key(key[0], key[1]), self.site, scores.shape[0], count)
+                assert given is not None
+                numbers = self._numbers(pairs, k, given)
             static = torch.compiler.is_compiling()
             selection = self.sampler.draw(scores, k, numbers, epsilon=self.epsilon, static=static)
         if not static:
@@ -103,22 +118,22 @@ class Selector(nn.Module):
         return f"{self.kind}, {self.spec.name}:{self.spec.ratio:g}, scores={self.spec.scores}, k={self.k or '?'}"
 
 
-class KeySource(Protocol):
-    """Gives a layer that is called outside the graph the key of its sample."""
+class DrawSource(Protocol):
+    """Gives a layer that is called outside the graph the randomness of its sample."""
 
-    def key_for(self, selector: Selector, inputs: list[Tensor]) -> Tensor | None:
-        """The key for this call, or None if the sampler needs none."""
+    def draw_for(self, selector: Selector, inputs: list[Tensor]) -> Draw | None:
+        """The randomness for this call, or None if the sampler needs none."""
         ...
 
 
 class SampledLayer(nn.Module):
     """What all sampled layers share: called with a selection by the graph, or making their own elsewhere.
 
-    ``site`` is the selector and key source for calls without a selection: in a part of the model that could not be
+    ``site`` is the selector and source of randomness for calls without a selection: in a part of the model that could not be
     traced, or when the layer is called directly.
     """
 
-    site: tuple[Selector, KeySource] | None = None
+    site: tuple[Selector, DrawSource] | None = None
     weight: Tensor
 
     def selection_for(self, input: Tensor, given: tuple[Selection | None, ...]) -> Selection | None:
@@ -131,7 +146,7 @@ class SampledLayer(nn.Module):
         if not selector.active or selector.exact:
             return None
         lhs = None if selector.score.ahead else input
-        result: Selection | None = selector(lhs, self.weight, source.key_for(selector, [input]))
+        result: Selection | None = selector(lhs, self.weight, source.draw_for(selector, [input]))
         return result
 
 
@@ -186,7 +201,7 @@ def static_of(module: nn.Module, kind: str) -> dict[str, Any]:
     return {name: getattr(module, name) for name in OPS[kind].static}
 
 
-def swap(module: nn.Module, site: tuple[Selector, KeySource]) -> None:
+def swap(module: nn.Module, site: tuple[Selector, DrawSource]) -> None:
     """Makes an exact layer its sampled subclass in place: same object, parameters, hooks and path."""
     if not isinstance(module, SampledLayer):
         module.__dict__["_fx_approx_exact_class"] = type(module)

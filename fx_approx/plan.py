@@ -5,7 +5,9 @@ A plan is made by a policy, can be looked at and edited, goes to JSON and back, 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -132,8 +134,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Checks that names are unique."""
-        names = [decision.name for decision in self.decisions]
-        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        counts = collections.Counter(decision.name for decision in self.decisions)
+        twice = [name for name, count in counts.items() if count > 1]
         if twice:
             raise ValueError(f"decisions: two decisions for the same candidate: {', '.join(twice)}")
 
@@ -147,10 +149,14 @@ class Plan:
 
     def __getitem__(self, name: str) -> Decision:
         """The decision about the candidate ``name``; KeyError lists near names."""
-        for decision in self.decisions:
-            if decision.name == name:
-                return decision
-        raise KeyError(f"no candidate {name!r}; there are: {', '.join(d.name for d in self.decisions)}")
+        found = self._by_name.get(name)
+        if found is None:
+            raise KeyError(f"no candidate {name!r}; there are: {', '.join(self._by_name)}")
+        return found
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Decision]:
+        return {decision.name: decision for decision in self.decisions}
 
     @property
     def sampled(self) -> tuple[Decision, ...]:
@@ -191,8 +197,7 @@ class Plan:
         if problems:
             shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
             raise PlanMismatchError(f"plan: made for another model: {shown}")
-        by_name = {decision.name: decision for decision in self.decisions}
-        return [by_name[candidate.name] for candidate in candidates]
+        return [self[candidate.name] for candidate in candidates]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -1,4 +1,4 @@
-"""The savings report: per layer what is saved, what it costs to choose, and why the others were left exact."""
+"""The savings report: per layer what is saved, what choosing costs, and why the others were left exact."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
@@ -59,7 +60,7 @@ class Row:
 
     @property
     def saved(self) -> float | None:
-        """Share of the layer's operations that are not computed, the selection's not counted; 0 when exact."""
+        """Share of the layer's operations that are not computed, not counting the selection's; 0 if exact."""
         if self.exact is None or self.executed is None:
             return None
         return 1 - self.executed.total / self.exact.total if self.exact.total else 0.0
@@ -90,8 +91,8 @@ class Totals:
 class SavingsReport:
     """Savings of a model, layer by layer; ``str()`` is a table.
 
-    Operations are multiply-adds times two of one training step (output, gradient of the input, gradient of the
-    weight), as ``torch.utils.flop_counter.FlopCounterMode`` counts the eager step.
+    Operations are multiply-adds times two of one training step (output, gradient of the input, gradient of
+    the weight), as ``torch.utils.flop_counter.FlopCounterMode`` counts the eager step.
 
     Attributes:
         model: Class name of the model.
@@ -116,18 +117,37 @@ class SavingsReport:
                 return row
         raise KeyError(f"no candidate {name!r}; there are: {', '.join(row.name for row in self.rows)}")
 
-    def to_text(self) -> str:
-        """The table for a terminal, with totals and notes."""
-        return f"{tabulate(self._cells(), headers=_HEADERS, disable_numparse=True)}\n\n{self._summary()}"
+    def to_text(self, columns: Sequence[str] | None = None, *, width: int | None = None) -> str:
+        """The table for a terminal, with totals and notes.
 
-    def to_markdown(self) -> str:
-        """The same as a Markdown table."""
-        table = tabulate(self._cells(), headers=_HEADERS, tablefmt="github", disable_numparse=True)
+        Args:
+            columns: Names from :data:`COLUMNS`, in the order to show; by default all but ``flops``, which
+                says in one column what ``exact`` and ``executed`` say by role in six.
+            width: Leave out the less important columns until no line has more characters than this. Names of
+                layers, samples, FLOPs and savings stay, however long.
+
+        Raises:
+            ValueError: An unknown column; the message lists the known ones.
+        """
+        shown = _checked(columns)
+        table, summary = self._table(shown, "simple"), self._summary()
+        for instead in _NARROWER if width is not None else ():
+            if width is None or max(map(len, table.splitlines())) <= width:
+                break
+            shown = [new for name in shown for new in instead.get(name, (name,))]
+            table = self._table(shown, "simple")
+        if width is not None:
+            summary = "\n".join(textwrap.fill(line, max(width, 40)) for line in summary.splitlines())
+        return f"{table}\n\n{summary}"
+
+    def to_markdown(self, columns: Sequence[str] | None = None) -> str:
+        """The same as a Markdown table; ``columns`` as in :meth:`to_text`."""
+        table = self._table(_checked(columns), "github")
         return table + "\n\n" + "\n".join(f"- {line}" for line in self._summary().splitlines())
 
-    def to_html(self) -> str:
-        """The same as an HTML table."""
-        return tabulate(self._cells(), headers=_HEADERS, tablefmt="html", disable_numparse=True)
+    def to_html(self, columns: Sequence[str] | None = None) -> str:
+        """The same as an HTML table; ``columns`` as in :meth:`to_text`."""
+        return self._table(_checked(columns), "html")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; operations and bytes as exact integers."""
@@ -152,38 +172,11 @@ class SavingsReport:
         writer.writerows(flat)
         return out.getvalue()
 
-    def _cells(self) -> list[list[str]]:
-        cells = [
-            [
-                row.name,
-                row.op,
-                row.shape,
-                f"{row.sampler}/{row.scores}" if row.sampler else "exact",
-                "" if row.ratio is None else f"{row.ratio:g}",
-                _count(row),
-                *_roles(row.exact),
-                *_roles(row.executed),
-                "?" if row.saved is None else f"{100 * row.saved:.1f}",
-                _human(row.selection) if row.sampler else "",
-                "?" if row.kept is None else f"{_human(row.kept_exact)} → {_human(row.kept)}",
-                row.reason,
-            ]
-            for row in self.rows
-        ]
-        totals = self.totals
-        cells.append(
-            [
-                "total",
-                *[""] * 5,
-                *_roles(totals.exact),
-                *_roles(totals.executed),
-                f"{100 * totals.saved:.1f}",
-                _human(totals.selection),
-                f"{_human(totals.kept_exact)} → {_human(totals.kept)}",
-                "",
-            ]
-        )
-        return cells
+    def _table(self, columns: Sequence[str], form: str) -> str:
+        rows = [*map(_row_cells, self.rows), _total_cells(self.totals)]
+        cells = [[cell for name in columns for cell in row[name]] for row in rows]
+        headers = [header for name in columns for header in COLUMNS[name]]
+        return tabulate(cells, headers=headers, tablefmt=form, disable_numparse=True)
 
     def _summary(self) -> str:
         totals, sampled = self.totals, sum(1 for row in self.rows if row.sampler)
@@ -193,29 +186,48 @@ class SavingsReport:
             f"{_human(totals.executed.total)} executed ({100 * totals.saved:.1f} % fewer), "
             f"{_human(totals.selection)} for the selections ({100 * totals.saved_net:.1f} % fewer in all). "
             "FLOPs are not time: see benchmarks/.",
-            f"Bytes that the products keep for backward: {_human(totals.kept_exact)} exact, {_human(totals.kept)} now.",
+            f"Bytes that the products keep for backward: {_human(totals.kept_exact)} exact, "
+            f"{_human(totals.kept)} now.",
         ]
         return "\n".join([*lines, *self.notes])
 
 
-_HEADERS = [
-    "layer",
-    "op",
-    "batch x groups x (m, n, k)",
-    "sampler",
-    "ratio",
-    "k of K",
-    "out",
-    "dX",
-    "dW",
-    "→ out",
-    "dX",
-    "dW",
-    "saved %",
-    "select",
-    "bytes kept",
-    "reason",
-]
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "layer": ("layer",),
+    "op": ("op",),
+    "shape": ("batch x groups x (m, n, k)",),
+    "sampler": ("sampler",),
+    "ratio": ("ratio",),
+    "k": ("k of K",),
+    "flops": ("FLOPs",),
+    "exact": ("out", "dX", "dW"),
+    "executed": ("→ out", "dX", "dW"),
+    "saved": ("saved %",),
+    "selection": ("select",),
+    "kept": ("bytes kept",),
+    "reason": ("reason",),
+}
+"""Columns of the table by name, with their headers."""
+
+_NARROWER: tuple[Mapping[str, tuple[str, ...]], ...] = (
+    {"exact": ("flops",), "executed": ()},
+    {"ratio": ()},
+    {"selection": ()},
+    {"op": ()},
+    {"kept": ()},
+    {"shape": ()},
+    {"reason": ()},
+)
+"""What stands for which column in a narrower table, step by step."""
+
+
+def _checked(columns: Sequence[str] | None) -> list[str]:
+    if columns is None:
+        return [name for name in COLUMNS if name != "flops"]
+    unknown = [name for name in columns if name not in COLUMNS]
+    if unknown or not columns or isinstance(columns, str):
+        raise ValueError(f"columns: expected a list of names from {', '.join(COLUMNS)}, got {columns!r}")
+    return list(columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,6 +305,42 @@ def _row(candidate: Candidate, plan: Plan, selectors: Mapping[str, Selector] | N
         kept=None if facts is None else kept_bytes(facts, k, spec is not None and spec.name != "topk"),
         reason=reason,
     )
+
+
+def _row_cells(row: Row) -> dict[str, list[str]]:
+    exact, executed = (None if flops is None else flops.total for flops in (row.exact, row.executed))
+    return {
+        "layer": [row.name],
+        "op": [row.op],
+        "shape": [row.shape],
+        "sampler": [f"{row.sampler}/{row.scores}" if row.sampler else "exact"],
+        "ratio": ["" if row.ratio is None else f"{row.ratio:g}"],
+        "k": [_count(row)],
+        "flops": [_change(exact, executed)],
+        "exact": _roles(row.exact),
+        "executed": _roles(row.executed),
+        "saved": ["?" if row.saved is None else f"{100 * row.saved:.1f}"],
+        "selection": [_human(row.selection) if row.sampler else ""],
+        "kept": [_change(row.kept_exact, row.kept)],
+        "reason": [row.reason],
+    }
+
+
+def _total_cells(totals: Totals) -> dict[str, list[str]]:
+    return {
+        **{name: [""] for name in COLUMNS},
+        "layer": ["total"],
+        "flops": [_change(totals.exact.total, totals.executed.total)],
+        "exact": _roles(totals.exact),
+        "executed": _roles(totals.executed),
+        "saved": [f"{100 * totals.saved:.1f}"],
+        "selection": [_human(totals.selection)],
+        "kept": [_change(totals.kept_exact, totals.kept)],
+    }
+
+
+def _change(before: int | None, now: int | None) -> str:
+    return "?" if now is None else f"{_human(before)} → {_human(now)}"
 
 
 def _shape(candidate: Candidate) -> str:

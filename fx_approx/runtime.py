@@ -17,10 +17,10 @@ from torch import Tensor, fx, nn
 from fx_approx.candidate import Candidate
 from fx_approx.batchnorm import warn_if_stale
 from fx_approx.capture import Capture, described
-from fx_approx.errors import CaptureWarning
+from fx_approx.errors import CaptureWarning, RecomputationError
 from fx_approx.modules import Selector
 from fx_approx.plan import Plan
-from fx_approx.state import SEED, fingerprint, in_backward, new_state, next_key, recall
+from fx_approx.state import SEED, Draw, draw, fingerprint, in_backward, new_state, next_key, recall
 
 _numbers = itertools.count()
 
@@ -54,7 +54,9 @@ class Runtime(nn.Module):
         self.branching: tuple[nn.Module, ...] = ()
         self.sampling_swapped = False
         self.inside = False
-        self.key: Tensor | None = None
+        self.drawn: Draw | None = None
+        self.sites: list[int] = []
+        self.counts: list[int] = []
         self.called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.warned: set[str] = set()
         self.exact_since: int | None = None
@@ -66,6 +68,13 @@ class Runtime(nn.Module):
         self.add_module(attribute, selector)
         self.selectors[name] = selector
         return f"_fx_approx.{attribute}"
+
+    def lay_out(self) -> None:
+        """Gives each site its place among the uniforms that a forward draws; to be called when counts have changed."""
+        counted = [selector for selector in self.selectors.values() if selector.count]
+        self.sites, self.counts = [s.site for s in counted], [s.count for s in counted]
+        for selector, offset in zip(counted, itertools.accumulate(self.counts, initial=0), strict=False):
+            selector.offset = offset
 
     @property
     def samples(self) -> bool:
@@ -80,15 +89,21 @@ class Runtime(nn.Module):
                 return True
         return False
 
-    def forward(self, *inputs: Any) -> Tensor | None:
-        """The prologue: ``[seed, step]`` for this forward as a fresh tensor, or None if nothing is drawn."""
-        key = next_key(self.state, _detached(inputs), self.number) if self.draws else None
+    def forward(self, *inputs: Any) -> Draw | None:
+        """The prologue: the randomness of this forward in fresh tensors, or None if nothing is drawn."""
+        drawn = self._next(_detached(inputs)) if self.draws else None
         if self.sampling_swapped:
-            self.key = key
-        return key
+            self.drawn = drawn
+        return drawn
 
-    def key_for(self, selector: Selector, inputs: list[Tensor]) -> Tensor | None:
-        """The key for a layer that is called outside the graph; see :class:`fx_approx.modules.KeySource`.
+    def _next(self, inputs: list[Tensor]) -> Draw:
+        return self._draw(next_key(self.state, inputs, self.number))
+
+    def _draw(self, key: Tensor) -> Draw:
+        return Draw(key, draw(key, self.sites, self.counts))
+
+    def draw_for(self, selector: Selector, inputs: list[Tensor]) -> Draw | None:
+        """The randomness for a layer that is called outside the graph; see :class:`fx_approx.modules.DrawSource`.
 
         Inside a forward it is that forward's. In a recomputation, that of the forward that is recomputed. A direct
         call of the layer takes one of its own.
@@ -96,12 +111,27 @@ class Runtime(nn.Module):
         if not selector.sampler.random:
             return None
         if self.inside:
-            return self.key
+            return self.drawn
         if not torch.compiler.is_compiling() and in_backward():
-            key = recall(fingerprint(self.number, _detached(inputs)))
-            return self.key if key is None else key
-        key = next_key(self.state, _detached(inputs), self.number)
-        return cast(Tensor, key)
+            return self._recalled(_detached(inputs))
+        return self._next(_detached(inputs))
+
+    def _recalled(self, inputs: list[Tensor]) -> Draw:
+        """The randomness that a layer had in the forward that is recomputed now.
+
+        Raises:
+            RecomputationError: It was in a part that was called by itself, so that nothing tells which call this is.
+        """
+        key = recall(fingerprint(self.number, inputs))
+        if key is not None and (self.drawn is None or not torch.equal(key, self.drawn.key)):
+            self.drawn = None  # what follows may belong to the same part, and not to the forward of the whole model
+            return self._draw(key)
+        if self.drawn is None:
+            raise RecomputationError(
+                "a checkpoint recomputes a part of the transformed model that was called by itself. Checkpoint the "
+                "whole model, or put the checkpoint into its forward, or transform the part alone."
+            )
+        return self.drawn
 
     def run(self, root: nn.Module, exact: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One forward of ``root``: through the graph, or through its own Python ``exact`` with swapped layers."""
@@ -130,6 +160,12 @@ class Runtime(nn.Module):
         kwargs: Mapping[str, Any],
         expected: bool,
     ) -> Any:
+        self.drawn = self._next(_detached((args, kwargs))) if self.draws else None
+        self.inside = True
+        try:
+            result = exact(root, *args, **kwargs)
+        finally:
+            self.inside = False
         if not torch.compiler.is_compiling():
             if not expected and "form" not in self.warned and any([s.active for s in self.selectors.values()]):
                 self.warned.add("form")
@@ -138,32 +174,33 @@ class Runtime(nn.Module):
                     f"({', '.join(self.capture.form.dynamic)}): module swap serves this call. Pass example_inputs that "
                     "look like your calls.",
                     CaptureWarning,
-                    stacklevel=4,
+                    stacklevel=6,
                 )
-        self.key = next_key(self.state, _detached((args, kwargs)), self.number) if self.draws else None
-        self.inside = True
-        try:
-            result = exact(root, *args, **kwargs)
-        finally:
-            self.inside = False
         self._mark(result)
         return result
 
     def _mark(self, result: Any) -> None:
-        """Makes checkpointed parts recompute with this forward's key: its backward begins at these outputs."""
-        key = self.key
-        if key is None or torch.compiler.is_compiling():
+        """Makes checkpointed parts recompute with this forward's sample: its backward begins at these outputs."""
+        drawn = self.drawn
+        if drawn is None or torch.compiler.is_compiling():
             return
+        if not in_backward():
+            self.drawn = None
         reference = weakref.ref(self)
 
         def restore(grad: Tensor) -> None:
             runtime = reference()
             if runtime is not None:
-                runtime.key = key
+                runtime.drawn = drawn
+                torch.autograd.Variable._execution_engine.queue_callback(runtime.forget)
 
         for tensor in _tensors((result,)):
             if tensor.requires_grad:
                 tensor.register_hook(restore)
+
+    def forget(self) -> None:
+        """Ends a backward pass: no recomputation from now on belongs to its forward."""
+        self.drawn = None
 
     def compile_graph(self, graph: fx.Graph) -> None:
         """Makes ``graph`` the one that runs: Python code whose ``self`` is the model."""
@@ -179,7 +216,7 @@ class Runtime(nn.Module):
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 self._buffers[name] = buffer.to(fn(torch.empty(0, device=buffer.device)).device)
-        self.key = None
+        self.drawn = None
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
@@ -189,7 +226,7 @@ class Runtime(nn.Module):
         shared = {"capture", "candidates", "plan", "graph", "function"}
         for name, value in vars(self).items():
             new.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
-        new.number, new.key = next(_numbers), None
+        new.number, new.drawn = next(_numbers), None
         return new
 
     @property

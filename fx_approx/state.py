@@ -10,15 +10,31 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import sys
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fx_approx.errors import RecomputationError
+from fx_approx.sampling import derive_key, site_uniforms
 
 STEP, INCREMENT, EVERY, SEED = range(4)
 
 _REMEMBERED = 4096
+
+
+class Draw(NamedTuple):
+    """The randomness of one forward, fresh tensors that nothing overwrites.
+
+    Attributes:
+        key: ``[seed, step]``, int64.
+        numbers: Uniforms of all sites whose counts are known beforehand, float32, one site behind the other.
+    """
+
+    key: Tensor
+    numbers: Tensor
 
 
 @dataclasses.dataclass
@@ -115,4 +131,56 @@ def next_key(state: Tensor, inputs: list[Tensor], owner: int) -> Tensor:
 
 @next_key.register_fake
 def _(state: Tensor, inputs: list[Tensor], owner: int) -> Tensor:
+    if _traced_in_checkpoint():
+        raise RecomputationError(
+            "torch.compile around a checkpoint of the whole model cannot keep its sample for the recomputation. "
+            "Compile inside the checkpoint instead: checkpoint(torch.compile(model), x), or checkpoint parts of it."
+        )
     return state.new_empty(2)
+
+
+@torch.library.custom_op("fx_approx::draw", mutates_args=())
+def draw(key: Tensor, sites: list[int], counts: list[int]) -> Tensor:
+    """Uniforms of several sites, one behind the other.
+
+    Opaque for the compiler, since Inductor 2.13 takes about a minute over the hash (it reasons about the range of every
+    integer); one call serves all sites of a model, since the hash is some hundred small operations however long.
+
+    Args:
+        key: ``[seed, step]`` as :func:`next_key` gave it.
+        sites: Numbers of the sites.
+        counts: Uniforms of each.
+
+    Returns:
+        float32 ``[sum(counts)]`` in (0, 1); those of a site depend on key and site only.
+    """
+    if not sites:
+        return key.new_empty(0, dtype=torch.float32)
+    places, elements = _positions(tuple(sites), tuple(counts), key.device)
+    return site_uniforms(derive_key(key[0], key[1]), places, elements)
+
+
+@draw.register_fake
+def _(key: Tensor, sites: list[int], counts: list[int]) -> Tensor:
+    return key.new_empty(sum(counts), dtype=torch.float32)
+
+
+@functools.lru_cache(maxsize=64)
+def _positions(sites: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    places = [torch.full((count,), site, dtype=torch.int64) for site, count in zip(sites, counts, strict=True)]
+    elements = [torch.arange(count, dtype=torch.int64) for count in counts]
+    return torch.cat(places).to(device), torch.cat(elements).to(device)
+
+
+def _traced_in_checkpoint() -> bool:
+    """Whether Dynamo is tracing the body of an activation checkpoint.
+
+    The compiled backward would read the state after it has moved on. Torch notices that, but only in the backward, and
+    in words about versions; that is what happens if Dynamo's class has another name one day.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if type(frame.f_locals.get("self")).__name__ == "CheckpointHigherOrderVariable":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

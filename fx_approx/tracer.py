@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import random
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
+_OWN_FILES = os.path.dirname(__file__) + os.sep
 _TORCH_FILES = os.path.dirname(torch.__file__) + os.sep
+_LAYER_FILES = os.path.dirname(nn.__file__) + os.sep
 _CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
 HOOKS = (
@@ -27,9 +32,55 @@ FUSED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 """Modules of torch that compute several products in one call."""
 
 
-class _CheckpointFoundError(Exception):
-    def __init__(self) -> None:
-        super().__init__("torch.utils.checkpoint, which tracing would remove")
+class _DroppedError(Exception):
+    """The code is inside something that tracing would silently remove."""
+
+    def __init__(self, what: str, where: str = "") -> None:
+        super().__init__(f"{what}, which tracing would remove{where}")
+        self.placed = bool(where)
+
+
+def _grad_mode() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+@contextlib.contextmanager
+def _autocast_refused() -> Iterator[None]:
+    """Stops a forward that enters ``torch.autocast``, also with ``enabled=False``."""
+    enter = torch.autocast.__enter__
+
+    def refuse(self: torch.autocast) -> None:
+        raise _DroppedError("torch.autocast")
+
+    torch.autocast.__enter__ = refuse  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _no_side_effects(module: nn.Module) -> Iterator[None]:
+    """Stops when tracing the forward of ``module`` did what the graph would do never, or always alike."""
+    python, cpu = random.getstate(), torch.random.get_rng_state()
+    before = dict(vars(module))
+    yield
+    if random.getstate() != python or not torch.equal(torch.random.get_rng_state(), cpu):
+        random.setstate(python)
+        torch.random.set_rng_state(cpu)
+        raise _DroppedError("random numbers that do not depend on an input", _place(module))
+    changed = [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_tensor_constant") and (name not in before or before[name] is not value)
+    ]
+    if changed:
+        raise _DroppedError(f"an assignment to self.{changed[0]}", _place(module))
+
+
+def _place(module: nn.Module) -> str:
+    code = getattr(type(module).forward, "__code__", None)
+    return "" if code is None else f" at {code.co_filename}:{code.co_firstlineno} in forward"
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -61,10 +112,17 @@ class LeafTracer(fx.Tracer):
         self.opaque: dict[str, Opaque] = {}
         self._cache: dict[str, fx.Proxy] = {}
         self._names: dict[int, str] = {}
+        self._outside = _grad_mode()
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """The graph of ``root``; what tracing would silently remove from its own forward is an error."""
+        with torch.inference_mode(False), torch.enable_grad(), _autocast_refused(), _no_side_effects(root):
+            self._outside = _grad_mode()
+            return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Layers of torch without children are leaves, and modules whose call runs a user's hook."""
-        if is_hooked(m) or isinstance(m, FUSED):
+        """Layers of torch without children are leaves, and modules that hooks or parametrisations have changed."""
+        if is_hooked(m) or isinstance(m, FUSED) or parametrize.is_parametrized(m):
             return True
         return super().is_leaf_module(m, module_qualified_name) and not list(m.children())
 
@@ -74,14 +132,18 @@ class LeafTracer(fx.Tracer):
         """Traces into ``m``, or takes back what was traced of it and calls it as a leaf."""
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
-            if is_hooked(m) and list(m.children()):
+            inner = [name for name, _ in m.named_children() if name != "parametrizations"]
+            if inner and is_hooked(m):
                 self.opaque[path] = Opaque(path, "has hooks, which tracing would skip")
+            elif inner and parametrize.is_parametrized(m):
+                self.opaque[path] = Opaque(path, "is parametrised: its weights are computed at every access")
             return super().call_module(m, forward, args, kwargs)
         last = next(reversed(self.graph.nodes), None)
         stack, scope = dict(self.module_stack), self.scope
         known = set(self.opaque)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            with _no_side_effects(m):
+                return super().call_module(m, forward, args, kwargs)
         except Exception as error:  # whatever a user's forward does with a Proxy
             self._take_back(last)
             self.scope = scope
@@ -133,20 +195,24 @@ class LeafTracer(fx.Tracer):
         return parameter_proxy_cache[name]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Refuses to create a node inside ``torch.utils.checkpoint.checkpoint``."""
+        """Refuses to create a node inside ``torch.utils.checkpoint.checkpoint`` or ``torch.no_grad``."""
         frame = sys._getframe(1)
         while frame is not None:
             if frame.f_code.co_filename == _CHECKPOINT_FILE:
-                raise _CheckpointFoundError
+                raise _DroppedError("torch.utils.checkpoint")
             frame = frame.f_back  # type: ignore[assignment]
+        if _grad_mode() != self._outside:
+            raise _DroppedError("torch.no_grad or alike")
         return super().create_node(*args, **kwargs)
 
 
 def describe(error: BaseException) -> str:
-    """The error in one line, with the line of the user's code where it arose."""
-    frames = traceback.extract_tb(error.__traceback__)
-    users = [f for f in frames if not f.filename.startswith(_TORCH_FILES) and f.filename != __file__]
+    """The error in one line, with the line of the user's code where it arose, or else of a layer of torch."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OWN_FILES)]
+    users = [f for f in frames if not f.filename.startswith(_TORCH_FILES)]
+    users = users or [f for f in frames if f.filename.startswith(_LAYER_FILES)]
     message = str(error).strip().split("\n")[0]
     where = f" at {users[-1].filename}:{users[-1].lineno} in {users[-1].name}" if users else ""
-    text = message if isinstance(error, _CheckpointFoundError) else f"{type(error).__name__}: {message}"
-    return text + where
+    if isinstance(error, _DroppedError):
+        return message if error.placed else message + where
+    return f"{type(error).__name__}: {message}{where}"

@@ -29,6 +29,7 @@ def rewrite(root: nn.Module, runtime: Runtime, found: list[Found]) -> None:
         spec = runtime.plan[name].spec
         assert spec is not None
         _prepare(root, runtime, one, spec, sites[name])
+    runtime.lay_out()
     for path, value in runtime.capture.constants.items():
         runtime.register_buffer(f"c{path}", value, persistent=False)
     runtime.branching = tuple(_branching(root, runtime.capture))
@@ -69,7 +70,17 @@ def _graph(root: nn.Module, runtime: Runtime, captured: fx.Graph, chosen: Mappin
     for name, one in chosen.items():
         if one.candidate.node:
             _sample(root, graph, runtime.selectors[name], one, by_name[one.candidate.node], key)
+    _keep_exact(chosen, by_name)
     return graph
+
+
+def _keep_exact(chosen: Mapping[str, Found], by_name: Mapping[str, fx.Node]) -> None:
+    """Other calls of a sampled layer say that they are exact: left alone, the layer would take its own sample."""
+    sampled = {one.candidate.node for one in chosen.values()}
+    layers = {one.module for one in chosen.values() if one.module is not None}
+    for name, node in by_name.items():
+        if node.op == "call_module" and node.target in layers and name not in sampled:
+            node.args, node.kwargs = (node.args[0] if node.args else next(iter(node.kwargs.values())), None), {}
 
 
 def _sample(

@@ -187,8 +187,8 @@ class _Recorder:
             device=str(lhs.device),
             lhs_bytes=lhs.numel() * lhs.itemsize,
             rhs_bytes=rhs.numel() * rhs.itemsize,
-            lhs_kept=rhs.requires_grad,
-            rhs_kept=lhs.requires_grad,
+            lhs_kept=rhs.requires_grad or (one.op.keeps_both and lhs.requires_grad),
+            rhs_kept=lhs.requires_grad or (one.op.keeps_both and rhs.requires_grad),
             rhs_is_parameter=isinstance(rhs, nn.Parameter),
         )
         before = self.facts.get(name)

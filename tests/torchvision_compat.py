@@ -11,6 +11,10 @@ Tests import :func:`import_torchvision` from here. Examples and benchmarks, run 
 
     compat = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "torchvision_compat.py"))
     torchvision = compat["import_torchvision"]()
+
+Run as a script it only defines the schemas, which is what the command line's ``--setup`` is for::
+
+    python -m fx_approx explain torchvision.models:resnet50 --setup tests/torchvision_compat.py
 """
 
 from __future__ import annotations
@@ -60,3 +64,7 @@ def _compiled_library_loads() -> bool:
     except OSError:
         return False
     return True
+
+
+if __name__ == "__main__":
+    define_missing_schemas()

@@ -46,6 +46,8 @@ class ProductOp:
         geometry: ``(lhs_shape, rhs_shape, static) -> GemmShape``; raises :class:`Unsupported`.
         pairs: Pairs per group of two operands (the left one may be None), 0 if they cannot be sampled; plain integers, so that it traces.
         scores: Scores of the pairs.
+        keeps_both: Whether autograd keeps both operands whichever of them needs a gradient (one backward function makes
+            both gradients), instead of each for the gradient of the other.
         check: Raises :class:`Unsupported` for plain arguments that cannot be sampled whatever the shapes.
     """
 
@@ -60,6 +62,7 @@ class ProductOp:
     check: Callable[[Mapping[str, Any]], None] = lambda static: None
     methods: tuple[str, ...] = ()
     static: tuple[str, ...] = ()
+    keeps_both: bool = False
 
     @property
     def signature(self) -> inspect.Signature:

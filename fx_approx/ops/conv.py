@@ -147,5 +147,6 @@ for _exact, _sampled in ((F.conv1d, conv1d), (F.conv2d, conv2d), (F.conv3d, conv
             pairs=_pairs,
             scores=_scores,
             static=("stride", "padding", "dilation", "groups"),
+            keeps_both=True,
         )
     )

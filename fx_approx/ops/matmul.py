@@ -96,7 +96,8 @@ def _pairs(lhs: Tensor | None, rhs: Tensor, static: Mapping[str, Any]) -> int:
 def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, static: Mapping[str, Any]) -> Tensor:
     if not (kind.reads_lhs or kind.reads_rhs):
         return ones_like_scores(rhs, 1, rhs.shape[-2])
-    factors = [norm(lhs, (-2,))] * kind.reads_lhs + [norm(rhs, (-1,))] * kind.reads_rhs
+    factors = [norm(lhs, (-2,))] if kind.reads_lhs and lhs is not None else []
+    factors += [norm(rhs, (-1,))] if kind.reads_rhs else []
     products = math.prod(factors[1:], start=factors[0])
     return norm(products, tuple(range(products.dim() - 1))).unsqueeze(0) if products.dim() > 1 else products[None]
 

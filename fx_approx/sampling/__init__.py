@@ -8,7 +8,7 @@ from fx_approx.sampling.scores import SCORES, ScoreKind, get_score
 from fx_approx.sampling.spec import SamplerSpec
 from fx_approx.sampling.systematic import Systematic
 from fx_approx.sampling.topk import TopK
-from fx_approx.sampling.uniforms import derive_key, mix, uniforms
+from fx_approx.sampling.uniforms import derive_key, mix, site_uniforms, uniforms
 
 __all__ = [
     "SAMPLERS",
@@ -30,5 +30,6 @@ __all__ = [
     "inclusion_probabilities",
     "mix",
     "register_sampler",
+    "site_uniforms",
     "uniforms",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["derive_key", "mix", "uniforms"]
+__all__ = ["derive_key", "mix", "site_uniforms", "uniforms"]
 
 _WORD = 0xFFFFFFFF
 
@@ -88,11 +88,26 @@ def uniforms(key: Tensor, site: int, groups: int, count: int, dtype: torch.dtype
     """
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype: uniforms are exact in torch.float32 or torch.float64 only, got {dtype}")
+    element = torch.arange(groups * count, dtype=torch.int64, device=key.device)
+    sites = torch.full_like(element, site)
+    return site_uniforms(key, sites, element).view(groups, count).to(dtype)
+
+
+def site_uniforms(key: Tensor, sites: Tensor, elements: Tensor) -> Tensor:
+    """Return the uniforms of many sites at once: what ``uniforms`` gives each of them.
+
+    Args:
+        key: int64 scalar tensor from ``derive_key``.
+        sites: int64 ``[n]``, the number of the site of each uniform.
+        elements: int64 ``[n]``, its position within the site.
+
+    Returns:
+        float32 ``[n]`` in (0, 1), see ``uniforms``.
+    """
     low, high = key & _WORD, (key >> 32) & _WORD
-    for word in (site & _WORD, (site >> 32) & _WORD):
-        # Each lane also takes a constant of its own: with equal lanes `site` could cancel out below.
+    for word in (sites & _WORD, (sites >> 32) & _WORD):
+        # Each lane also takes a constant of its own: with equal lanes the site could cancel out below.
         low, high = mix(low ^ word ^ _LANE_LOW), mix(high ^ word ^ _LANE_HIGH)
-    element = torch.arange(groups * count, dtype=torch.int64, device=key.device).view(groups, count)
     # Two rounds: after the first alone, two keys close to each other would give shifted copies of one stream.
-    hashed = mix(mix(element + low) ^ high)
-    return ((hashed >> 9).to(dtype) + 0.5) * 2.0**-23
+    hashed = mix(mix(elements + low) ^ high)
+    return ((hashed >> 9).to(torch.float32) + 0.5) * 2.0**-23

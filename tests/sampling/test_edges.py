@@ -221,6 +221,8 @@ def test_topk_ties_go_to_the_lowest_index() -> None:
     assert TopK().draw(torch.ones(1, 200), 3, None, epsilon=0.0).indices.tolist() == [[0, 1, 2]]
     scores = row(1.0, 5.0, 5.0, 0.0, 5.0, 9.0)
     assert TopK().draw(scores, 3, None, epsilon=0.0).indices.tolist() == [[1, 2, 5]]
+    # Beside a non-finite score all others count as equal, as they do for the random samplers.
+    assert TopK().draw(row(1.0, 5.0, NAN, 9.0), 2, None, epsilon=0.0).indices.tolist() == [[0, 2]]
 
 
 @random_samplers

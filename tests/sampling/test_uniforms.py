@@ -131,6 +131,14 @@ def test_successive_values_and_groups_are_independent() -> None:
     assert correlations(list(rows)).abs().max() < Z
 
 
+def test_uniforms_use_every_bit_of_key_and_site() -> None:
+    """Flipping any one bit gives another stream, independent of the first."""
+    base = uniforms(torch.tensor(0), 0, 1, 4096, torch.float64)[0]
+    flips = [(1 << bit, 0) for bit in range(63)] + [(0, 1 << bit) for bit in range(63)]
+    streams = [uniforms(torch.tensor(key), site, 1, 4096, torch.float64)[0] for key, site in flips]
+    assert correlations([base, *streams]).abs().max() < Z
+
+
 def test_pure_function_of_its_arguments() -> None:
     assert torch.equal(stream(1, 2, 3), stream(1, 2, 3))
     for other in [(2, 2, 3), (1, 3, 3), (1, 2, 4), (2, 1, 3)]:

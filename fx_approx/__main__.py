@@ -1,0 +1,8 @@
+"""``python -m fx_approx``."""
+
+import sys
+
+from fx_approx.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

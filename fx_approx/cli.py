@@ -1,0 +1,277 @@
+"""The command line: ``python -m fx_approx explain MODULE:CALLABLE --input SHAPE --policy POLICY``."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import difflib
+import importlib
+import os
+import re
+import runpy
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fx_approx
+from fx_approx.plan import Policy
+from fx_approx.policies import parse_policy
+from fx_approx.report import COLUMNS, SavingsReport
+
+_DESCRIPTION = """\
+What fx_approx.transform would sample in a model, layer by layer, without doing it.
+
+  python -m fx_approx explain torchvision.models:resnet50 --input 32x3x224x224 --policy topk:0.5
+  python -m fx_approx explain mymodels:Net.small --kwarg classes=10 --input 8x128:int64 --format md
+"""
+_INPUT = re.compile(r"([1-9][0-9]*(?:x[1-9][0-9]*)*)(?::(\w+))?")
+_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+_TABLES = ("text", "md", "html")
+_TORCHVISION = (
+    ". This torchvision was built for another torch (its usual wheel belongs to CUDA builds): install the two "
+    "together for one platform, or give --setup FILE with a Python file that defines the missing operators"
+)
+
+
+class _WrongArgument(Exception):
+    """The message names the argument and what would be right."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _WrongArgument(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: Those after the program's name; by default the process's own.
+
+    Returns:
+        The exit code: 0, or 2 for a wrong argument, which one line on stderr names.
+    """
+    try:
+        options = _parser().parse_args(arguments)
+        report, said = _explain(options)
+    except _WrongArgument as error:
+        print(f"fx_approx: error: {error}", file=sys.stderr)
+        return 2
+    for warning in said:
+        print(f"fx_approx: warning: {warning}", file=sys.stderr)
+    try:
+        print(_rendered(report, options), flush=True)
+    except BrokenPipeError:  # the reader has seen enough; Python would complain again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="python -m fx_approx", description="Looks at models as fx_approx sees them.")
+    parser.add_argument("--version", action="version", version=f"fx_approx {fx_approx.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    explain = commands.add_parser(
+        "explain",
+        help="what transform would sample, layer by layer",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    explain.add_argument(
+        "model",
+        type=_argument(_split_model),
+        metavar="MODULE:CALLABLE",
+        help="returns the model; the part after the colon may be dotted",
+    )
+    explain.add_argument(
+        "--input",
+        action="append",
+        type=_argument(_parse_input),
+        metavar="SHAPE[:DTYPE]",
+        help="shape of a positional argument of the model, such as 32x3x224x224 or 8x128:int64, once for each; "
+        "without any, the report has no shapes",
+    )
+    explain.add_argument(
+        "--policy",
+        type=_argument(parse_policy),
+        default="paper:0.5",
+        help="exact, paper[:RATIO], or SAMPLER[:RATIO[:SCORES]] for every layer (%(default)s)",
+    )
+    explain.add_argument(
+        "--kwarg",
+        action="append",
+        type=_argument(_parse_keyword),
+        default=[],
+        metavar="NAME=VALUE",
+        help="for the callable; a Python literal, or else text",
+    )
+    explain.add_argument(
+        "--format", choices=("text", "md", "csv", "json", "html"), default="text", help="(%(default)s)"
+    )
+    explain.add_argument(
+        "--columns",
+        type=_argument(_parse_columns),
+        metavar="NAME,...",
+        help=f"of {', '.join(_TABLES)}, out of: {', '.join(COLUMNS)} (what fits the terminal; all when not in one)",
+    )
+    explain.add_argument(
+        "--setup",
+        type=Path,
+        metavar="FILE",
+        help="a Python script to run before the model's module is imported, for example to define operators",
+    )
+    return parser
+
+
+def _argument(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``convert`` for argparse, which keeps the message of no other error."""
+
+    def converted(text: str) -> Any:
+        try:
+            return convert(text)
+        except (TypeError, ValueError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return converted
+
+
+def _split_model(text: str) -> tuple[str, str]:
+    module, colon, path = text.partition(":")
+    if not colon or not _PATH.fullmatch(module) or not _PATH.fullmatch(path):
+        raise ValueError(f"expected module:callable such as torchvision.models:resnet50, got {text!r}")
+    return module, path
+
+
+def _parse_input(text: str) -> tuple[tuple[int, ...], torch.dtype]:
+    match = _INPUT.fullmatch(text)
+    if match is None:
+        raise ValueError(f"expected positive sizes such as 32x3x224x224 or 8x128:int64, got {text!r}")
+    name = match[2] or "float32"
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            f"expected a dtype of torch such as float32, bfloat16 or int64, got {name!r} in {text!r}"
+        )
+    return tuple(map(int, match[1].split("x"))), dtype
+
+
+def _parse_keyword(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"expected NAME=VALUE such as num_classes=10, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _parse_columns(text: str) -> list[str]:
+    columns = text.split(",")
+    unknown = [name for name in columns if name not in COLUMNS]
+    if unknown:
+        raise ValueError(f"expected names from {', '.join(COLUMNS)}, got {', '.join(map(repr, unknown))}")
+    return columns
+
+
+def _explain(options: argparse.Namespace) -> tuple[SavingsReport, list[str]]:
+    """The report, and what there is to warn of."""
+    if options.columns and options.format not in _TABLES:
+        raise _WrongArgument(
+            f"argument --columns: only for --format {', '.join(_TABLES)}, got {options.format}"
+        )
+    name = ":".join(options.model)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the report alone
+        if options.setup is not None:
+            _run_setup(options.setup)
+        model = _build(*options.model, dict(options.kwarg))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            report = _report(name, model, options.policy, options.input)
+    return report, [str(warning.message) for warning in said]
+
+
+def _report(name: str, model: nn.Module, policy: Policy, inputs: Any) -> SavingsReport:
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    try:
+        with FakeTensorMode():  # no memory, however large
+            example = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in inputs or ())
+        return fx_approx.explain(model, policy, example or None).report
+    except fx_approx.ShapesNeededError as error:
+        raise _WrongArgument(f"argument --input: {error}") from None
+    except fx_approx.AlreadyTransformedError as error:
+        raise _WrongArgument(f"argument MODULE:CALLABLE: {name}: {error}") from None
+    except (ValueError, OverflowError) as error:
+        raise _WrongArgument(f"argument --input: {str(error).removeprefix('example_inputs: ')}") from None
+    except RuntimeError as error:
+        raise _WrongArgument(f"argument MODULE:CALLABLE: {name}: {error}") from None
+
+
+def _run_setup(path: Path) -> None:
+    if not path.is_file():
+        raise _WrongArgument(f"argument --setup: {path} is no file")
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except Exception as error:
+        raise _WrongArgument(f"argument --setup: {path} failed: {_described(error)}") from None
+
+
+def _build(module_name: str, path: str, kwargs: dict[str, Any]) -> nn.Module:
+    where = "argument MODULE:CALLABLE"
+    sys.path.insert(0, "")  # as with `python -m`, also when called from elsewhere
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # an import runs anything
+        missing = isinstance(error, ModuleNotFoundError) and error.name is not None
+        if missing and f"{module_name}.".startswith(f"{error.name}."):
+            raise _WrongArgument(f"{where}: there is no module {error.name!r} (installed here?)") from None
+        hint = _TORCHVISION if "torchvision::" in str(error) else ""
+        raise _WrongArgument(f"{where}: import {module_name} failed: {_described(error)}{hint}") from None
+    finally:
+        sys.path.remove("")
+    parent = module_name
+    for part in path.split("."):
+        if not hasattr(found, part):
+            near = _near(part, found)
+            raise _WrongArgument(f"{where}: {parent} has no {part!r}{near}")
+        found, parent = getattr(found, part), f"{parent}.{part}"
+    if not callable(found):
+        raise _WrongArgument(f"{where}: {parent} is not callable, it is a {type(found).__name__}")
+    if isinstance(found, nn.Module):
+        if kwargs:
+            raise _WrongArgument(f"argument --kwarg: {parent} is a model already, there is nothing to call")
+        return found
+    call = f"{parent}({', '.join(f'{name}={value!r}' for name, value in kwargs.items())})"
+    try:
+        model = found(**kwargs)
+    except Exception as error:  # the user's own code
+        raise _WrongArgument(f"{where}: {call} failed: {_described(error)}") from None
+    if not isinstance(model, nn.Module):
+        raise _WrongArgument(f"{where}: {call} returned a {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _near(name: str, owner: Any) -> str:
+    near = difflib.get_close_matches(name, dir(owner), n=3)
+    return f"; close: {', '.join(near)}" if near else ""
+
+
+def _rendered(report: SavingsReport, options: argparse.Namespace) -> str:
+    if options.format == "text":
+        fits = shutil.get_terminal_size().columns if sys.stdout.isatty() and not options.columns else None
+        return report.to_text(options.columns, width=fits)
+    if options.format == "md":
+        return report.to_markdown(options.columns)
+    if options.format == "html":
+        return report.to_html(options.columns)
+    return (report.to_csv() if options.format == "csv" else report.to_json()).rstrip("\n")

@@ -1,0 +1,28 @@
+"""The selector of a row of the table, as a transformed model would have it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fx_approx.modules import Selector
+from fx_approx.sampling import Selection
+from tests.families import OpCase, Operands, SamplerCase
+
+
+def selector_of(case: OpCase, sampler: SamplerCase, ratio: float = 0.5, site: int = 1) -> Selector:
+    return Selector(case.kind, case.plain, sampler.spec(ratio), site, case.pairs, nn.Identity(), case.groups)
+
+
+def select(selector: Selector, case: OpCase, operands: Operands, step: int = 0) -> Selection | None:
+    """The selection of one step, with the left operand withheld where it may not be read."""
+    lhs = None if selector.score.ahead else operands[case.op.lhs]
+    result: Selection | None = selector(lhs, operands[case.op.rhs], torch.tensor([7, step]))
+    return result
+
+
+def dense(case: OpCase, selection: Selection) -> Tensor:
+    """What every pair is multiplied with: ``[groups, pairs]``, 0 for those left out."""
+    scale = selection.scale
+    values = torch.ones_like(selection.indices, dtype=torch.float64) if scale is None else scale.double()
+    return torch.zeros(case.groups, case.pairs, dtype=torch.float64).scatter(1, selection.indices, values)
