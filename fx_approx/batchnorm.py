@@ -18,11 +18,17 @@ ENOUGH_EXACT_BATCHES = 20
 
 
 class SamplingState(Protocol):
-    """What the warning needs to know of a transformed model."""
+    """What the warning needs to know of a transformed model.
+
+    Attributes:
+        warned: What was warned of.
+        stale_from: :func:`batches_seen` when the statistics last fitted exact evaluation.
+        exact_since: The same when sampling was switched off, None while it is on.
+    """
 
     warned: set[str]
+    stale_from: int
     exact_since: int | None
-    calibrated_at: int | None
 
     @property
     def samples(self) -> bool:
@@ -41,16 +47,35 @@ def batches_seen(model: nn.Module) -> int:
     return max((int(count) for count in counts if count is not None), default=0)
 
 
+def _stale(seen: int, state: SamplingState) -> bool:
+    sampled_until = seen if state.exact_since is None else state.exact_since
+    return sampled_until > state.stale_from and seen - sampled_until < ENOUGH_EXACT_BATCHES
+
+
+def note_switch(model: nn.Module, state: SamplingState) -> None:
+    """Writes down when sampling of ``model`` went on or off; to be called after every such change."""
+    if state.samples == (state.exact_since is None):
+        return
+    seen = batches_seen(model)
+    if not state.samples:
+        state.exact_since = seen
+        return
+    if not _stale(seen, state):
+        state.stale_from = seen
+    state.exact_since = None
+
+
+def note_fresh(model: nn.Module, state: SamplingState) -> None:
+    """Writes down that the statistics of ``model`` fit exact evaluation now."""
+    state.stale_from = batches_seen(model)
+    state.exact_since = None if state.samples else state.stale_from
+
+
 def warn_if_stale(model: nn.Module, state: SamplingState) -> None:
     """Warns once when ``model`` is about to be evaluated with statistics gathered while sampling."""
     if "batchnorm" in state.warned or not tracked(model):
         return
-    seen = batches_seen(model)
-    if seen == 0 or seen == state.calibrated_at:
-        return
-    if state.exact_since is None and not state.samples:
-        return
-    if state.exact_since is not None and seen - state.exact_since >= ENOUGH_EXACT_BATCHES:
+    if not _stale(batches_seen(model), state):
         return
     state.warned.add("batchnorm")
     warnings.warn(

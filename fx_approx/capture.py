@@ -220,9 +220,10 @@ def _kept_attributes(root: nn.Module) -> Iterator[None]:
         for module, attributes, buffers, modules in before:
             vars(module).clear()
             vars(module).update(attributes)
-            for registry, entries in ((module._buffers, buffers), (module._modules, modules)):
-                registry.clear()
-                registry.update(entries)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._modules.clear()
+            module._modules.update(modules)
 
 
 def _trace(

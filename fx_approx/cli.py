@@ -7,6 +7,7 @@ import ast
 import contextlib
 import difflib
 import importlib
+import logging
 import os
 import re
 import runpy
@@ -35,10 +36,14 @@ What fx_approx.transform would sample in a model, layer by layer, without doing 
 _INPUT = re.compile(r"([1-9][0-9]*(?:x[1-9][0-9]*)*)(?::(\w+))?")
 _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _TABLES = ("text", "md", "html")
+_MODEL = "argument MODULE:CALLABLE"
 _TORCHVISION = (
     ". This torchvision was built for another torch (its usual wheel belongs to CUDA builds): install the two "
     "together for one platform, or give --setup FILE with a Python file that defines the missing operators"
 )
+
+
+_Input = tuple[tuple[int, ...], torch.dtype]
 
 
 class _WrongArgument(Exception):
@@ -119,7 +124,7 @@ def _parser() -> _Parser:
         "--columns",
         type=_argument(_parse_columns),
         metavar="NAME,...",
-        help=f"of {', '.join(_TABLES)}, out of: {', '.join(COLUMNS)} (what fits the terminal; all when not in one)",
+        help=f"of {', '.join(_TABLES)}, out of: {', '.join(COLUMNS)} (what fits the terminal, if there is one)",
     )
     explain.add_argument(
         "--setup",
@@ -137,7 +142,7 @@ def _argument(convert: Callable[[str], Any]) -> Callable[[str], Any]:
         try:
             return convert(text)
         except (TypeError, ValueError) as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+            raise argparse.ArgumentTypeError(_without_name(error)) from None
 
     return converted
 
@@ -149,16 +154,14 @@ def _split_model(text: str) -> tuple[str, str]:
     return module, path
 
 
-def _parse_input(text: str) -> tuple[tuple[int, ...], torch.dtype]:
+def _parse_input(text: str) -> _Input:
     match = _INPUT.fullmatch(text)
     if match is None:
         raise ValueError(f"expected positive sizes such as 32x3x224x224 or 8x128:int64, got {text!r}")
     name = match[2] or "float32"
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(
-            f"expected a dtype of torch such as float32, bfloat16 or int64, got {name!r} in {text!r}"
-        )
+        raise ValueError(f"expected a dtype of torch such as float32, bfloat16 or int64, got {text!r}")
     return tuple(map(int, match[1].split("x"))), dtype
 
 
@@ -183,9 +186,7 @@ def _parse_columns(text: str) -> list[str]:
 def _explain(options: argparse.Namespace) -> tuple[SavingsReport, list[str]]:
     """The report, and what there is to warn of."""
     if options.columns and options.format not in _TABLES:
-        raise _WrongArgument(
-            f"argument --columns: only for --format {', '.join(_TABLES)}, got {options.format}"
-        )
+        raise _WrongArgument(f"argument --columns: only for --format {', '.join(_TABLES)}, got {options.format}")
     name = ":".join(options.model)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the report alone
         if options.setup is not None:
@@ -193,24 +194,37 @@ def _explain(options: argparse.Namespace) -> tuple[SavingsReport, list[str]]:
         model = _build(*options.model, dict(options.kwarg))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            report = _report(name, model, options.policy, options.input)
+            report = _report(name, model, options.policy, _example(model, options.input or []))
     return report, [str(warning.message) for warning in said]
 
 
-def _report(name: str, model: nn.Module, policy: Policy, inputs: Any) -> SavingsReport:
+def _example(model: nn.Module, inputs: Sequence[_Input]) -> tuple[torch.Tensor, ...] | None:
+    """Inputs on the model's device that take no memory, however large."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
-        with FakeTensorMode():  # no memory, however large
-            example = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in inputs or ())
-        return fx_approx.explain(model, policy, example or None).report
+        with FakeTensorMode():
+            return tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in inputs) or None
+    except (RuntimeError, OverflowError) as error:
+        raise _WrongArgument(f"argument --input: {error}") from None
+
+
+def _report(name: str, model: nn.Module, policy: Policy, example: tuple[torch.Tensor, ...] | None) -> SavingsReport:
+    # torch logs every failure on fake tensors with a traceback; the message is raised as well.
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        return fx_approx.explain(model, policy, example).report
     except fx_approx.ShapesNeededError as error:
         raise _WrongArgument(f"argument --input: {error}") from None
     except fx_approx.AlreadyTransformedError as error:
-        raise _WrongArgument(f"argument MODULE:CALLABLE: {name}: {error}") from None
-    except (ValueError, OverflowError) as error:
-        raise _WrongArgument(f"argument --input: {str(error).removeprefix('example_inputs: ')}") from None
-    except RuntimeError as error:
-        raise _WrongArgument(f"argument MODULE:CALLABLE: {name}: {error}") from None
+        raise _WrongArgument(f"{_MODEL}: {name}: {_without_name(error)}") from None
+    except ValueError as error:
+        raise _WrongArgument(f"argument --input: {_without_name(error)}") from None
+    except fx_approx.CaptureError as error:
+        raise _WrongArgument(f"{_MODEL}: {name}: {_without_name(error)}") from None
+    finally:
+        logger.setLevel(level)
 
 
 def _run_setup(path: Path) -> None:
@@ -222,27 +236,27 @@ def _run_setup(path: Path) -> None:
         raise _WrongArgument(f"argument --setup: {path} failed: {_described(error)}") from None
 
 
-def _build(module_name: str, path: str, kwargs: dict[str, Any]) -> nn.Module:
-    where = "argument MODULE:CALLABLE"
-    sys.path.insert(0, "")  # as with `python -m`, also when called from elsewhere
+def _import(name: str) -> Any:
     try:
-        found: Any = importlib.import_module(module_name)
+        return importlib.import_module(name)
     except Exception as error:  # an import runs anything
-        missing = isinstance(error, ModuleNotFoundError) and error.name is not None
-        if missing and f"{module_name}.".startswith(f"{error.name}."):
-            raise _WrongArgument(f"{where}: there is no module {error.name!r} (installed here?)") from None
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{name}.".startswith(f"{missing}."):
+            raise _WrongArgument(f"{_MODEL}: there is no module {missing!r} (is it installed here?)") from None
         hint = _TORCHVISION if "torchvision::" in str(error) else ""
-        raise _WrongArgument(f"{where}: import {module_name} failed: {_described(error)}{hint}") from None
-    finally:
-        sys.path.remove("")
-    parent = module_name
+        raise _WrongArgument(f"{_MODEL}: import {name} failed: {_described(error)}{hint}") from None
+
+
+def _build(module: str, path: str, kwargs: dict[str, Any]) -> nn.Module:
+    found, parent = _import(module), module
     for part in path.split("."):
         if not hasattr(found, part):
-            near = _near(part, found)
-            raise _WrongArgument(f"{where}: {parent} has no {part!r}{near}")
+            near = difflib.get_close_matches(part, dir(found))
+            close = f"; it has {', '.join(near)}" if near else ""
+            raise _WrongArgument(f"{_MODEL}: {parent} has no {part!r}{close}")
         found, parent = getattr(found, part), f"{parent}.{part}"
     if not callable(found):
-        raise _WrongArgument(f"{where}: {parent} is not callable, it is a {type(found).__name__}")
+        raise _WrongArgument(f"{_MODEL}: {parent} is not callable, it is a {type(found).__name__}")
     if isinstance(found, nn.Module):
         if kwargs:
             raise _WrongArgument(f"argument --kwarg: {parent} is a model already, there is nothing to call")
@@ -251,19 +265,19 @@ def _build(module_name: str, path: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
         model = found(**kwargs)
     except Exception as error:  # the user's own code
-        raise _WrongArgument(f"{where}: {call} failed: {_described(error)}") from None
+        raise _WrongArgument(f"{_MODEL}: {call} failed: {_described(error)}") from None
     if not isinstance(model, nn.Module):
-        raise _WrongArgument(f"{where}: {call} returned a {type(model).__name__}, expected a torch.nn.Module")
+        raise _WrongArgument(f"{_MODEL}: {call} returned a {type(model).__name__}, expected a torch.nn.Module")
     return model
+
+
+def _without_name(error: Exception) -> str:
+    """The message without the library's name for the argument."""
+    return re.sub(r"^(model|policy|example_inputs): ", "", str(error))
 
 
 def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def _near(name: str, owner: Any) -> str:
-    near = difflib.get_close_matches(name, dir(owner), n=3)
-    return f"; close: {', '.join(near)}" if near else ""
 
 
 def _rendered(report: SavingsReport, options: argparse.Namespace) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fx_approx.batchnorm import batches_seen, reestimate
+from fx_approx.batchnorm import note_fresh, note_switch, reestimate
 from fx_approx.checks import check_seed
 from fx_approx.modules import Selector
 from fx_approx.runtime import ApproxModule, Runtime, find
@@ -44,7 +44,8 @@ def set_ratio(model: nn.Module, ratio: float | Mapping[str, float]) -> None:
         ValueError: A ratio outside (0, 1] or a glob that matches no sampled layer; nothing is changed then.
         TypeError: A ratio that is no number.
     """
-    runtime = find(model)._fx_approx
+    approx = find(model)
+    runtime = approx._fx_approx
     rules = dict(ratio) if isinstance(ratio, Mapping) else {"*": ratio}
     specs = [
         (selector, selector.spec.replace(ratio=rules[pattern]))
@@ -54,6 +55,7 @@ def set_ratio(model: nn.Module, ratio: float | Mapping[str, float]) -> None:
     for selector, spec in specs:
         selector.set_spec(spec)
     runtime.lay_out()
+    note_switch(approx, runtime)
 
 
 def set_enabled(model: nn.Module, enabled: bool | Mapping[str, bool]) -> None:
@@ -72,11 +74,7 @@ def set_enabled(model: nn.Module, enabled: bool | Mapping[str, bool]) -> None:
     for pattern, selectors in _selected(runtime, rules).items():
         for selector in selectors:
             selector.enabled = rules[pattern]
-    on = any(selector.enabled for selector in runtime.selectors.values())
-    if on:
-        runtime.exact_since = None
-    elif runtime.exact_since is None:
-        runtime.exact_since = batches_seen(approx)
+    note_switch(approx, runtime)
 
 
 @contextlib.contextmanager
@@ -133,5 +131,5 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     count = reestimate(model, batches)
     for module in model.modules():
         if isinstance(module, ApproxModule):
-            module._fx_approx.calibrated_at = batches_seen(module)
+            note_fresh(module, module._fx_approx)
     return count

@@ -94,7 +94,7 @@ def measured_flops(function: Callable[..., Any], inputs: list[torch.Tensor], wei
                 return 0
             with FlopCounterMode(display=False) as counter:
                 torch.autograd.grad(outputs, targets, seeds, retain_graph=True, allow_unused=True)
-            return counter.get_total_flops()
+            return int(counter.get_total_flops())
 
         to_inputs, total = backward(inputs), backward(inputs + weights)
     return RoleFlops(forward, to_inputs, total - to_inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -153,7 +153,7 @@ class SampledLayer(nn.Module):
 class SampledLinear(SampledLayer, nn.Linear):
     """``nn.Linear`` over sampled in-features; the same parameters, exact without a selection."""
 
-    def forward(self, input: Tensor, *given: Selection | None) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor, *given: Selection | None) -> Tensor:
         """``input`` is ``[..., in_features]``; ``given`` at most one selection ``[1, k]`` or None."""
         selection = self.selection_for(input, given)
         return ops.linear(input, self.weight, self.bias, selection=selection)
@@ -162,6 +162,7 @@ class SampledLinear(SampledLayer, nn.Linear):
 class _SampledConv(SampledLayer):
     groups: int
     bias: Tensor | None
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor, *given: Selection | None) -> Tensor:
         """``input`` is ``[N, C, ...]``; ``given`` at most one selection ``[groups, k]`` or None."""
@@ -170,8 +171,7 @@ class _SampledConv(SampledLayer):
         if selection is not None:
             input, weight = ops.select_channels(input, weight, self.groups, selection)
         # The layer's own call, since it knows its padding mode.
-        result: Tensor = self._conv_forward(input, weight, self.bias)
-        return result
+        return self._conv_forward(input, weight, self.bias)
 
 
 class SampledConv1d(_SampledConv, nn.Conv1d):

@@ -285,8 +285,8 @@ def _row(candidate: Candidate, plan: Plan, selectors: Mapping[str, Selector] | N
     facts, pairs = candidate.facts, candidate.pairs
     k = None if spec is None or pairs is None else spec.count(pairs)
     if spec is not None and k is not None and k == pairs:
-        spec, reason = None, f"ratio {spec.ratio:g} keeps all {pairs} pairs"
-        k = None
+        reason = f"ratio {spec.ratio:g} keeps all {pairs} pairs"
+        spec, k = None, None
     random_count = spec is not None and not get_sampler(spec.name).fixed_size
     return Row(
         name=candidate.name,

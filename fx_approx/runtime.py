@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fx_approx.candidate import Candidate
-from fx_approx.batchnorm import warn_if_stale
+from fx_approx.batchnorm import note_fresh, warn_if_stale
 from fx_approx.capture import Capture, described
 from fx_approx.errors import CaptureWarning, RecomputationError
 from fx_approx.modules import Selector
@@ -59,8 +59,8 @@ class Runtime(nn.Module):
         self.counts: list[int] = []
         self.called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.warned: set[str] = set()
+        self.stale_from = 0
         self.exact_since: int | None = None
-        self.calibrated_at: int | None = None
 
     def add(self, name: str, selector: Selector) -> str:
         """Registers the selector of candidate ``name``; returns its target in the graph."""
@@ -166,16 +166,15 @@ class Runtime(nn.Module):
             result = exact(root, *args, **kwargs)
         finally:
             self.inside = False
-        if not torch.compiler.is_compiling():
-            if not expected and "form" not in self.warned and any([s.active for s in self.selectors.values()]):
-                self.warned.add("form")
-                warnings.warn(
-                    f"{type(root).__name__} was called in another way than it was captured "
-                    f"({', '.join(self.capture.form.dynamic)}): module swap serves this call. Pass example_inputs that "
-                    "look like your calls.",
-                    CaptureWarning,
-                    stacklevel=6,
-                )
+        if not expected and not torch.compiler.is_compiling() and "form" not in self.warned and self.samples:
+            self.warned.add("form")
+            warnings.warn(
+                f"{type(root).__name__} was called in another way than it was captured "
+                f"({', '.join(self.capture.form.dynamic)}): module swap serves this call. Pass example_inputs that "
+                "look like your calls.",
+                CaptureWarning,
+                stacklevel=6,
+            )
         self._mark(result)
         return result
 
@@ -221,7 +220,7 @@ class Runtime(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """A copy with its own random state; plan, candidates and graphs are shared, since nothing changes them."""
-        new = cast(Runtime, type(self).__new__(type(self)))
+        new = type(self).__new__(type(self))
         memo[id(self)] = new
         shared = {"capture", "candidates", "plan", "graph", "function"}
         for name, value in vars(self).items():
@@ -244,7 +243,7 @@ def _detached(value: Any) -> list[Tensor]:
 
 
 class ApproxModule(nn.Module):
-    """Base of a transformed model, in front of the user's own class, so that ``isinstance`` and methods keep working."""
+    """Base of a transformed model, in front of the user's own class: ``isinstance`` and methods keep working."""
 
     _fx_approx: Runtime
     exact_class: type[nn.Module]
@@ -257,13 +256,13 @@ class ApproxModule(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ApproxModule:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if "_fx_approx" in vars(self):
             self._fx_approx._apply(fn)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ApproxModule:
-        new = cast(ApproxModule, type(self).__new__(type(self)))
+        new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(vars(self), memo))
         return new
@@ -300,6 +299,7 @@ def adopt(
     }
     root.__class__ = type(f"Approx{cls.__name__}", (ApproxModule, cls), namespace)
     root.__dict__["_fx_approx"] = runtime
+    note_fresh(root, runtime)
     return cast(ApproxModule, root)
 
 

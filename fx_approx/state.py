@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_approx.errors import RecomputationError
 from fx_approx.sampling import derive_key, site_uniforms
@@ -47,7 +48,13 @@ class _Call:
 
     key: Tensor
     first: Tensor
+    storages: tuple[StorageWeakRef, ...]
     waiting: bool = True
+
+    @property
+    def alive(self) -> bool:
+        """Whether its inputs still exist; if not, another tensor has got their address."""
+        return not any([storage.expired() for storage in self.storages])
 
 
 Fingerprint = tuple[object, ...]
@@ -82,7 +89,7 @@ def recall(call: Fingerprint) -> Tensor | None:
         RecomputationError: Two forwards took the same input with different samples.
     """
     found = _calls.get(call)
-    if found is None:
+    if found is None or not found.alive:
         return None
     if not torch.equal(found.key, found.first):
         raise RecomputationError(
@@ -93,10 +100,12 @@ def recall(call: Fingerprint) -> Tensor | None:
     return found.key.clone()
 
 
-def _remember(call: Fingerprint, key: Tensor) -> None:
+def _remember(call: Fingerprint, key: Tensor, inputs: list[Tensor]) -> None:
     before = _calls.pop(call, None)
     own = key.clone()
-    _calls[call] = _Call(own, before.first if before is not None and before.waiting else own)
+    ambiguous = before is not None and before.waiting and before.alive
+    storages = tuple([StorageWeakRef(tensor.untyped_storage()) for tensor in inputs])
+    _calls[call] = _Call(own, before.first if before is not None and ambiguous else own, storages)
     while len(_calls) > _REMEMBERED:
         _calls.popitem(last=False)
 
@@ -125,7 +134,7 @@ def next_key(state: Tensor, inputs: list[Tensor], owner: int) -> Tensor:
         return key
     key = torch.stack((state[SEED], state[STEP] // state[EVERY]))
     state[STEP] += state[INCREMENT]
-    _remember(call, key)
+    _remember(call, key, inputs)
     return key
 
 

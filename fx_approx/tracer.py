@@ -52,7 +52,7 @@ def _autocast_refused() -> Iterator[None]:
     def refuse(self: torch.autocast) -> None:
         raise _DroppedError("torch.autocast")
 
-    torch.autocast.__enter__ = refuse  # type: ignore[method-assign,assignment]
+    torch.autocast.__enter__ = refuse  # type: ignore[method-assign]
     try:
         yield
     finally:

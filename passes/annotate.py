@@ -141,7 +141,8 @@ def _layer(path: str, module: nn.Module, names: dict[str, int], node: str = "") 
         return None
     kind = SAMPLED[base][0]
     static = static_of(module, kind)
-    pairs, groups = module.weight.shape[1], static.get("groups", 1)
+    weight: Any = module.weight
+    pairs, groups = weight.shape[1], static.get("groups", 1)
     blocked = _why_not(module, path) or _too_few(pairs, groups)
     candidate = Candidate(_unique(path, names), path, kind, frontend, node, pairs, groups, blocked=blocked)
     return Found(candidate, OPS[kind], path, path, static)

@@ -9,7 +9,6 @@ from torch import fx, nn
 from fx_approx.capture import Capture
 from fx_approx.modules import Selector, swap
 from fx_approx.passes.annotate import Found, attribute
-from fx_approx.plan import Plan
 from fx_approx.runtime import Runtime
 from fx_approx.sampling import SamplerSpec
 

@@ -151,7 +151,7 @@ class _Recorder:
     def layer(self, one: Found, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Records a layer that is called with ``args``."""
         if one.op is None:
-            weights = [p for p in module.parameters() if p.requires_grad]
+            weights: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
             self._measure(one, module.forward, args, kwargs, weights)
         else:
             lhs = args[0] if args else next(iter(kwargs.values()))

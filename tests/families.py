@@ -1,347 +1,54 @@
 """The one table of samplers x ops x dtypes that every contract test walks.
 
-A row of ``OP_CASES`` is one use of an op: small operands, its plain arguments, and its column-row pairs one by one,
-written from the formula. A new op or sampler is one row here; ``test_table.py`` fails until it has one. Nothing in
-this file calls the code under test, save to look up a registered function.
+A new op or sampler is one row here; ``tests/ops/test_table.py`` fails until it has one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from fx_approx.ops import OPS, ProductOp
-from fx_approx.sampling import SAMPLERS, SamplerSpec, Selection
+from fx_approx.sampling import SAMPLERS, SamplerSpec
+from tests.op_case import (
+    LAYOUTS,
+    OpCase,
+    Operands,
+    added_case,
+    conv_case,
+    einsum_case,
+    gradients,
+    linear_case,
+    product_case,
+)
 
-Operands = dict[str, Tensor]
-Static = Mapping[str, Any]
-#: The pair ``(group, j)`` of a product, in the shape of its output.
-Term = Callable[[Operands, Static, int, int], Tensor]
-#: The output from the sum of the pairs: biases and the like.
-Finish = Callable[[Operands, Static, Tensor], Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class OpCase:
-    """One use of an op.
-
-    Attributes:
-        name: Name of the row.
-        kind: The op, a key of ``OPS``.
-        shapes: Shapes of the tensor arguments.
-        pairs: Column-row pairs of a group.
-        axes: The axis of the pairs in the left and in the right operand.
-        term: One pair of the product.
-        finish: What is added to, or multiplied with, the sum of the pairs.
-        static: The plain arguments that are not the default.
-        groups: Groups that choose their pairs apart from each other.
-        batch: The axis of each argument that a batch of size 0 makes empty; {} where there is none.
-        proxy: The online scores are not the norms of the terms but the products of the norms of their factors.
-        vector: The left operand has no rows, so the selector leaves the product exact.
-    """
-
-    name: str
-    kind: str
-    shapes: Mapping[str, tuple[int, ...]]
-    pairs: int
-    axes: tuple[int, int]
-    term: Term
-    finish: Finish
-    static: Static = dataclasses.field(default_factory=dict)
-    groups: int = 1
-    batch: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    proxy: bool = False
-    vector: bool = False
-
-    @property
-    def op(self) -> ProductOp:
-        return OPS[self.kind]
-
-    @property
-    def plain(self) -> dict[str, Any]:
-        """All plain arguments that the op names, defaults included."""
-        parameters = self.op.signature.parameters
-        return {name: self.static.get(name, parameters[name].default) for name in self.op.static}
-
-    def with_pairs(self, pairs: int) -> OpCase:
-        """The same row with another number of pairs."""
-        shapes = {name: list(shape) for name, shape in self.shapes.items()}
-        shapes[self.op.lhs][self.axes[0]] = self.groups * pairs
-        shapes[self.op.rhs][self.axes[1]] = pairs
-        return dataclasses.replace(
-            self, pairs=pairs, shapes={name: tuple(shape) for name, shape in shapes.items()}
-        )
-
-    def operands(
-        self, seed: int = 0, dtype: torch.dtype = torch.float64, layout: str = "plain", grad: bool = False
-    ) -> Operands:
-        """Seeded normal operands by argument name, drawn in float64 whatever the dtype."""
-        generator = torch.Generator().manual_seed(seed)
-        made = {}
-        for name, shape in self.shapes.items():
-            values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-            made[name] = LAYOUTS[layout](values).requires_grad_(grad)
-        return made
-
-    def empty(self) -> Operands:
-        """Operands of a batch of size 0."""
-        made = self.operands()
-        for name, axis in self.batch.items():
-            made[name] = made[name].narrow(axis, 0, 0)
-        return {name: value.clone().requires_grad_() for name, value in made.items()}
-
-    def selection(self, scaled: bool, k: int | None = None, seed: int = 0) -> Selection:
-        """A seeded selection of ``k`` pairs (default: about half), another in every group.
-
-        The scales lie in [1/2, 5/2), and one entry is padding of scale 0.
-        """
-        k = k or (self.pairs + 1) // 2
-        generator = torch.Generator().manual_seed(seed)
-        rows = [torch.randperm(self.pairs, generator=generator)[:k].sort().values for _ in range(self.groups)]
-        if not scaled:
-            return Selection(torch.stack(rows), None)
-        scale = torch.rand(self.groups, k, generator=generator, dtype=torch.float64) * 2 + 0.5
-        if k > 1:
-            scale[0, -1] = 0.0
-        return Selection(torch.stack(rows), scale)
-
-    def call(self, function: Callable[..., Tensor], operands: Operands, **extra: Any) -> Tensor:
-        """``function`` with the arguments in the order of the op's signature."""
-        args, kwargs = [], {}
-        given = {**self.static, **operands}
-        for parameter in self.op.signature.parameters.values():
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                if parameter.name in given:
-                    kwargs[parameter.name] = given[parameter.name]
-            else:
-                args.append(given.get(parameter.name, parameter.default))
-        return function(*args, **kwargs, **extra)
-
-    def sampled(self, operands: Operands, selection: Selection | None) -> Tensor:
-        return self.call(self.op.function, operands, selection=selection)
-
-    def exact(self, operands: Operands) -> Tensor:
-        return self.call(self.op.targets[0], operands)
-
-    def pairs_of(self, operands: Operands) -> Tensor:
-        """All pairs: ``[groups, pairs, *output]``."""
-        every = [
-            [self.term(operands, self.static, g, j) for j in range(self.pairs)] for g in range(self.groups)
-        ]
-        return torch.stack([torch.stack(row) for row in every])
-
-    def factors(self, operands: Operands, group: int, j: int) -> tuple[Tensor, Tensor]:
-        """What of the left and of the right operand the pair ``(group, j)`` reads."""
-        rhs = operands[self.op.rhs].chunk(self.groups, 0)[group]
-        return operands[self.op.lhs].select(self.axes[0], group * self.pairs + j), rhs.select(self.axes[1], j)
-
-    def scores(self, operands: Operands, kind: str) -> Tensor:
-        """The scores ``[groups, pairs]`` as a double loop: norms of terms or of factors, or ones."""
-        result = torch.ones(self.groups, self.pairs, dtype=torch.float64)
-        for g, j in itertools.product(range(self.groups), range(self.pairs)):
-            lhs, rhs = (factor.detach().double() for factor in self.factors(operands, g, j))
-            if kind == "weight":
-                result[g, j] = rhs.square().sum().sqrt()
-            elif kind == "online" and self.proxy:
-                result[g, j] = (lhs.square().sum() * rhs.square().sum()).sqrt()
-            elif kind == "online":
-                wide = {name: value.detach().double() for name, value in operands.items()}
-                result[g, j] = self.term(wide, self.static, g, j).square().sum().sqrt()
-        return result
-
-    def oracle(self, operands: Operands, selection: Selection) -> Tensor:
-        """The sampled product as an explicit sum over the chosen pairs."""
-        indices, scale = selection
-        total: Any = 0
-        for g, i in itertools.product(range(self.groups), range(indices.shape[1])):
-            term = self.term(operands, self.static, g, int(indices[g, i]))
-            total = total + (term if scale is None else term * scale[g, i])
-        return self.finish(operands, self.static, total)
-
-
-def _plus_bias(operands: Operands, static: Static, total: Tensor) -> Tensor:
-    return total + operands["bias"] if "bias" in operands else total
-
-
-def _linear_term(operands: Operands, static: Static, group: int, j: int) -> Tensor:
-    return operands["input"][..., j, None] * operands["weight"][:, j]
-
-
-def _matmul_term(lhs: str, rhs: str) -> Term:
-    def term(operands: Operands, static: Static, group: int, j: int) -> Tensor:
-        return operands[lhs][..., :, j, None] * operands[rhs][..., j, None, :]
-
-    return term
-
-
-def _as_is(operands: Operands, static: Static, total: Tensor) -> Tensor:
-    return total
-
-
-def _beta_alpha(operands: Operands, static: Static, total: Tensor) -> Tensor:
-    return static.get("beta", 1) * operands["input"] + static.get("alpha", 1) * total
-
-
-def _conv_term(operands: Operands, static: Static, group: int, j: int) -> Tensor:
-    """One input channel convolved alone; zero in the output channels of the other groups."""
-    input, weight = operands["input"], operands["weight"]
-    convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()]
-    outputs, axis = weight.shape[0] // static.get("groups", 1), input.dim() - weight.dim() + 1
-    channel = input.narrow(axis, group * weight.shape[1] + j, 1)
-    kernel = weight[group * outputs : (group + 1) * outputs, j : j + 1]
-    plain = {name: value for name, value in static.items() if name != "groups"}
-    part = convolve(channel, kernel, **plain)
-    shape = list(part.shape)
-    shape[axis] = weight.shape[0]
-    before = part.new_zeros([*shape[:axis], group * outputs, *shape[axis + 1 :]])
-    after = part.new_zeros([*shape[:axis], weight.shape[0] - (group + 1) * outputs, *shape[axis + 1 :]])
-    return torch.cat([before, part, after], axis)
-
-
-def _conv_bias(operands: Operands, static: Static, total: Tensor) -> Tensor:
-    if "bias" not in operands:
-        return total
-    return total + operands["bias"].view(-1, *[1] * (operands["weight"].dim() - 2))
-
-
-def _einsum_term(labels: str, pair: str) -> Term:
-    """Entry ``j`` of label ``pair``: all labels broadcast against each other, then the others are summed.
-
-    Args:
-        labels: Labels of the left operand, the right operand and the output, such as ``"ik kj ij"``.
-        pair: The label that is sampled.
-    """
-    lhs, rhs, output = labels.split()
-    letters = sorted((set(lhs) | set(rhs)) - {pair})
-
-    def spread(operand: Tensor, names: str, j: int) -> Tensor:
-        chosen = operand.select(names.index(pair), j)
-        left = names.replace(pair, "")
-        ordered = chosen.permute([left.index(c) for c in letters if c in left])
-        return ordered[tuple(slice(None) if c in left else None for c in letters)]
-
-    def term(operands: Operands, static: Static, group: int, j: int) -> Tensor:
-        product = spread(operands["lhs"], lhs, j) * spread(operands["rhs"], rhs, j)
-        for axis in reversed(range(len(letters))):
-            if letters[axis] not in output:
-                product = product.sum(axis)
-        kept = [c for c in letters if c in output]
-        return product.permute([kept.index(c) for c in output])
-
-    return term
-
-
-def _linear(name: str, input: tuple[int, ...], weight: tuple[int, int], bias: bool, **more: Any) -> OpCase:
-    shapes = {"input": input, "weight": weight} | ({"bias": weight[:1]} if bias else {})
-    batch = {"input": 0} if len(input) > 1 else {}
-    return OpCase(name, "linear", shapes, weight[1], (-1, -1), _linear_term, _plus_bias, batch=batch, **more)
-
-
-def _conv(
-    name: str, input: tuple[int, ...], weight: tuple[int, ...], bias: bool = True, **static: Any
-) -> OpCase:
-    shapes = {"input": input, "weight": weight} | ({"bias": weight[:1]} if bias else {})
-    return OpCase(
-        name,
-        f"conv{len(weight) - 2}d",
-        shapes,
-        weight[1],
-        (1 - len(weight), 1),
-        _conv_term,
-        _conv_bias,
-        static,
-        groups=static.get("groups", 1),
-        batch={"input": 0} if len(input) == len(weight) else {},
-        proxy=True,
-    )
-
-
-def _product(kind: str, lhs: tuple[int, ...], rhs: tuple[int, ...], name: str = "", **batch: int) -> OpCase:
-    names = {"matmul": ("input", "other")}.get(kind, ("input", "mat2"))
-    shapes = dict(zip(names, (lhs, rhs), strict=True))
-    return OpCase(
-        name or kind,
-        kind,
-        shapes,
-        lhs[-1],
-        (-1, -2),
-        _matmul_term(*names),
-        _as_is,
-        batch=batch or {"input": 0},
-    )
-
-
-def _added(
-    kind: str,
-    input: tuple[int, ...],
-    lhs: tuple[int, ...],
-    rhs: tuple[int, ...],
-    name: str,
-    batch: dict[str, int],
-    **static: float,
-) -> OpCase:
-    names = {"addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2")}[kind]
-    shapes = {"input": input, names[0]: lhs, names[1]: rhs}
-    return OpCase(
-        name, kind, shapes, lhs[-1], (-1, -2), _matmul_term(*names), _beta_alpha, static, batch=batch
-    )
-
-
-def _einsum(
-    name: str,
-    equation: str,
-    labels: str,
-    pair: str,
-    sizes: Mapping[str, int],
-    batch: str,
-    proxy: bool = False,
-) -> OpCase:
-    lhs, rhs, _ = labels.split()
-    shapes = {side: tuple(sizes[c] for c in names) for side, names in (("lhs", lhs), ("rhs", rhs))}
-    return OpCase(
-        name,
-        "einsum",
-        shapes,
-        sizes[pair],
-        (lhs.index(pair), rhs.index(pair)),
-        _einsum_term(labels, pair),
-        _as_is,
-        {"equation": equation},
-        batch={side: names.index(batch) for side, names in (("lhs", lhs), ("rhs", rhs)) if batch in names},
-        proxy=proxy,
-    )
-
+__all__ = ["DTYPES", "LAYOUTS", "OP_CASES", "SAMPLER_CASES", "OpCase", "Operands", "SamplerCase", "gradients"]
 
 OP_CASES: dict[str, OpCase] = {
     case.name: case
     for case in (
-        _linear("linear", (3, 6), (4, 6), bias=True),
-        _linear("linear-no-bias-4d", (2, 1, 3, 5), (4, 5), bias=False),
-        _linear("linear-1d", (6,), (4, 6), bias=True, vector=True),
-        _conv("conv1d", (2, 5, 7), (4, 5, 3), stride=2, padding=1),
-        _conv("conv1d-unbatched-grouped", (6, 8), (4, 3, 3), groups=2, dilation=2),
-        _conv("conv2d", (2, 5, 5, 4), (3, 5, 3, 2)),
-        _conv("conv2d-1x1", (2, 6, 3, 3), (4, 6, 1, 1), bias=False),
-        _conv("conv2d-same", (2, 4, 5, 4), (3, 4, 3, 3), padding="same", dilation=(1, 2)),
-        _conv("conv2d-grouped", (2, 8, 5, 5), (4, 4, 3, 3), groups=2, stride=(2, 1), padding=(1, 0)),
-        _conv("conv2d-unbatched", (4, 5, 4), (3, 4, 2, 3), stride=2, padding=1, dilation=(2, 1)),
-        _conv("conv3d", (1, 4, 4, 3, 4), (2, 4, 2, 3, 1), padding="valid", stride=(1, 1, 2)),
-        _conv("conv3d-grouped", (2, 6, 3, 3, 3), (4, 3, 2, 2, 2), bias=False, groups=2, padding=1, stride=2),
-        _product("matmul", (3, 6), (6, 2)),
-        _product("matmul", (2, 3, 5), (5, 4), "matmul-folded"),
-        _product("matmul", (2, 1, 3, 5), (4, 5, 2), "matmul-broadcast"),
-        _product("mm", (3, 6), (6, 2)),
-        _product("bmm", (3, 2, 5), (3, 5, 4), input=0, mat2=0),
-        _added("addmm", (3, 2), (3, 5), (5, 2), "addmm", {"input": 0, "mat1": 0}, beta=0.5, alpha=-1.5),
-        _added("addmm", (2,), (3, 5), (5, 2), "addmm-bias", {"mat1": 0}),
-        _added(
+        linear_case("linear", (3, 6), (4, 6), bias=True),
+        linear_case("linear-no-bias-4d", (2, 1, 3, 5), (4, 5), bias=False),
+        linear_case("linear-1d", (6,), (4, 6), bias=True, vector=True),
+        conv_case("conv1d", (2, 5, 7), (4, 5, 3), stride=2, padding=1),
+        conv_case("conv1d-unbatched-grouped", (6, 8), (4, 3, 3), groups=2, dilation=2),
+        conv_case("conv2d", (2, 5, 5, 4), (3, 5, 3, 2)),
+        conv_case("conv2d-1x1", (2, 6, 3, 3), (4, 6, 1, 1), bias=False),
+        conv_case("conv2d-same", (2, 4, 5, 4), (3, 4, 3, 3), padding="same", dilation=(1, 2)),
+        conv_case("conv2d-grouped", (2, 8, 5, 5), (4, 4, 3, 3), groups=2, stride=(2, 1), padding=(1, 0)),
+        conv_case("conv2d-unbatched", (4, 5, 4), (3, 4, 2, 3), stride=2, padding=1, dilation=(2, 1)),
+        conv_case("conv3d", (1, 4, 4, 3, 4), (2, 4, 2, 3, 1), padding="valid", stride=(1, 1, 2)),
+        conv_case("conv3d-grouped", (2, 6, 3, 3, 3), (4, 3, 2, 2, 2), bias=False, groups=2, padding=1, stride=2),
+        product_case("matmul", (3, 6), (6, 2)),
+        product_case("matmul", (2, 3, 5), (5, 4), "matmul-folded"),
+        product_case("matmul", (2, 1, 3, 5), (4, 5, 2), "matmul-broadcast"),
+        product_case("mm", (3, 6), (6, 2)),
+        product_case("bmm", (3, 2, 5), (3, 5, 4), input=0, mat2=0),
+        added_case("addmm", (3, 2), (3, 5), (5, 2), "addmm", {"input": 0, "mat1": 0}, beta=0.5, alpha=-1.5),
+        added_case("addmm", (2,), (3, 5), (5, 2), "addmm-bias", {"mat1": 0}),
+        added_case(
             "baddbmm",
             (2, 3, 2),
             (2, 3, 5),
@@ -351,8 +58,8 @@ OP_CASES: dict[str, OpCase] = {
             beta=-0.5,
             alpha=2.0,
         ),
-        _einsum("einsum-linear", "bti,oi->bto", "bti oi bto", "i", {"b": 2, "t": 3, "i": 5, "o": 4}, "b"),
-        _einsum(
+        einsum_case("einsum-linear", "bti,oi->bto", "bti oi bto", "i", {"b": 2, "t": 3, "i": 5, "o": 4}, "b"),
+        einsum_case(
             "einsum-batch",
             "bhqd,bhkd->bhqk",
             "bhqd bhkd bhqk",
@@ -360,7 +67,7 @@ OP_CASES: dict[str, OpCase] = {
             {"b": 2, "h": 2, "q": 3, "k": 2, "d": 5},
             "b",
         ),
-        _einsum(
+        einsum_case(
             "einsum-two-contracted",
             "bhd,hdo->bo",
             "bhd hdo bo",
@@ -369,8 +76,8 @@ OP_CASES: dict[str, OpCase] = {
             "b",
             proxy=True,
         ),
-        _einsum("einsum-implicit-turned", "ki, jk", "ki jk ij", "k", {"k": 6, "i": 3, "j": 2}, "i"),
-        _einsum(
+        einsum_case("einsum-implicit-turned", "ki, jk", "ki jk ij", "k", {"k": 6, "i": 3, "j": 2}, "i"),
+        einsum_case(
             "einsum-row-summed",
             "bik,kj->jb",
             "bik kj jb",
@@ -419,37 +126,3 @@ DTYPES: dict[torch.dtype, float] = {
     torch.float16: 6e-3,
     torch.bfloat16: 5e-2,
 }
-
-
-def _turned(values: Tensor) -> Tensor:
-    """The same values with the first and last axis swapped in memory."""
-    return values.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def _spaced(values: Tensor) -> Tensor:
-    """The same values with gaps in memory."""
-    return torch.stack([values, values + 1], -1)[..., 0]
-
-
-def _channels_last(values: Tensor) -> Tensor:
-    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(
-        values.dim(), torch.preserve_format
-    )
-    return values.clone(memory_format=memory_format)
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "plain": lambda values: values,
-    "turned": _turned,
-    "spaced": _spaced,
-    "channels_last": _channels_last,
-}
-
-
-def gradients(output: Tensor, operands: Operands, seed: int = 99) -> Operands:
-    """The gradients of the operands that need one, for a seeded gradient of the output."""
-    generator = torch.Generator().manual_seed(seed)
-    towards = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
-    wanted = {name: value for name, value in operands.items() if value.requires_grad}
-    found = torch.autograd.grad(output, list(wanted.values()), towards)
-    return dict(zip(wanted, found, strict=True))

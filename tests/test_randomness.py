@@ -337,3 +337,17 @@ def test_models_in_threads_keep_their_own_samples() -> None:
     for thread in threads:
         thread.join()
     assert same([found[0], found[1]], expected)
+
+
+@reentrant
+def test_a_freed_input_whose_address_is_used_again_is_not_mistaken(reentrant: bool) -> None:
+    """A forward without checkpoint is never recomputed; a later batch at its address is another one."""
+    approx = fx_approx.transform(mlp(), RANDOM)
+    addresses = []
+    for step in range(20):
+        x = torch.randn(6, 12, requires_grad=True)
+        addresses.append(x.data_ptr())
+        output = approx(x) if step % 2 else checkpoint(approx, x, use_reentrant=reentrant)
+        output.sum().backward()
+        del x, output
+    assert len(set(addresses)) < len(addresses), "no address was used again: the test shows nothing"

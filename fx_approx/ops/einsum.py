@@ -103,7 +103,9 @@ def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, static: Mapping[st
     shared = "".join(c for c in parsed.lhs if c in parsed.rhs and c in parsed.output)
     kept = shared + parsed.pair
     wide = torch.float64 if rhs.dtype == torch.float64 else torch.float32
-    sides = [(parsed.lhs, lhs)] * kind.reads_lhs + [(parsed.rhs, rhs)] * kind.reads_rhs
+    sides = [(parsed.rhs, rhs)] * kind.reads_rhs
+    if kind.reads_lhs and lhs is not None:
+        sides.append((parsed.lhs, lhs))
     squares = [torch.einsum(f"{labels}->{kept}", side.to(wide).square()) for labels, side in sides]
     product = math.prod(squares[1:], start=squares[0])
     return product.reshape(-1, product.shape[-1]).sum(0, keepdim=True).sqrt()

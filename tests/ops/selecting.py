@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fx_approx.modules import Selector
 from fx_approx.sampling import Selection
+from fx_approx.state import Draw, draw
 from tests.families import OpCase, Operands, SamplerCase
 
 
@@ -14,10 +15,20 @@ def selector_of(case: OpCase, sampler: SamplerCase, ratio: float = 0.5, site: in
     return Selector(case.kind, case.plain, sampler.spec(ratio), site, case.pairs, nn.Identity(), case.groups)
 
 
-def select(selector: Selector, case: OpCase, operands: Operands, step: int = 0) -> Selection | None:
-    """The selection of one step, with the left operand withheld where it may not be read."""
+def randomness(selector: Selector, step: int) -> Draw:
+    """What a forward of that step draws for the selector beforehand; the seed is 7."""
+    key = torch.tensor([7, step])
+    return Draw(key, draw(key, [selector.site], [selector.count]))
+
+
+def select(
+    selector: Selector, case: OpCase, operands: Operands, step: int = 0, numbers: Tensor | None = None
+) -> Selection | None:
+    """The selection of one step, or of given uniforms; the left operand is withheld where it may not be read."""
     lhs = None if selector.score.ahead else operands[case.op.lhs]
-    result: Selection | None = selector(lhs, operands[case.op.rhs], torch.tensor([7, step]))
+    given = randomness(selector, step)
+    given = given if numbers is None else given._replace(numbers=numbers)
+    result: Selection | None = selector(lhs, operands[case.op.rhs], given)
     return result
 
 

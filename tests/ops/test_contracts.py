@@ -15,9 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fx_approx import modules
 from tests.families import OP_CASES, SAMPLER_CASES, OpCase, SamplerCase, gradients
-from tests.ops.selecting import dense, select, selector_of
+from tests.ops.selecting import dense, randomness, select, selector_of
 from tests.sampling import oracles
 
 ROWS = {name: case for name, case in OP_CASES.items() if not case.vector}
@@ -70,9 +69,7 @@ def test_the_mean_of_many_steps_is_the_exact_product(case: OpCase, sampler: Samp
         (drawn, torch.ones(case.groups, case.pairs, dtype=torch.float64)),
     ]
     if sampler.sampler != "crs":  # which draws k pairs, but some of them more than once
-        checks.append(
-            (torch.stack(counts), torch.full((case.groups,), float(selector.k), dtype=torch.float64))
-        )
+        checks.append((torch.stack(counts), torch.full((case.groups,), float(selector.k), dtype=torch.float64)))
     for values, expected in checks:
         z, limit = worst_z(values, expected)
         assert z <= limit
@@ -95,9 +92,7 @@ def outcomes(sampler: SamplerCase, scores: Tensor, k: int) -> Iterator[tuple[Ten
 
 @unbiased
 @cases
-def test_the_mean_of_all_outcomes_is_the_exact_product(
-    case: OpCase, sampler: SamplerCase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_mean_of_all_outcomes_is_the_exact_product(case: OpCase, sampler: SamplerCase) -> None:
     """Three pairs, two of them drawn, all outcomes with their probabilities; group by group."""
     case = case.with_pairs(3)
     operands, selector = case.operands(), selector_of(case, sampler)
@@ -109,8 +104,7 @@ def test_the_mean_of_all_outcomes_is_the_exact_product(
         mean, scale = torch.zeros_like(exact), torch.zeros(case.pairs, dtype=torch.float64)
         for numbers, probability in rows:
             given = torch.stack([numbers if g == group else every[g][0][0] for g in range(case.groups)])
-            monkeypatch.setattr(modules, "uniforms", lambda *_, given=given: given)
-            selection = select(selector, case, operands)
+            selection = select(selector, case, operands, numbers=given.flatten())
             assert selection is not None
             mean += probability * case.sampled(operands, selection)
             scale += probability * dense(case, selection)[group]
@@ -121,9 +115,7 @@ def test_the_mean_of_all_outcomes_is_the_exact_product(
 
 @samplers
 @kinds
-def test_one_step_draws_the_same_again_and_another_site_draws_apart(
-    case: OpCase, sampler: SamplerCase
-) -> None:
+def test_one_step_draws_the_same_again_and_another_site_draws_apart(case: OpCase, sampler: SamplerCase) -> None:
     operands = case.operands()
     here, there = selector_of(case, sampler), selector_of(case, sampler, site=2)
     draws = []
@@ -168,7 +160,7 @@ def test_ratio_one_is_bitwise_exact(case: OpCase, sampler: SamplerCase) -> None:
 def test_a_product_with_a_vector_stays_exact(sampler: SamplerCase) -> None:
     case = OP_CASES["linear-1d"]
     operands, selector = case.operands(), selector_of(case, sampler)
-    assert selector(operands["input"], operands["weight"], torch.tensor([7, 0])) is None
+    assert selector(operands["input"], operands["weight"], randomness(selector, 0)) is None
     # Scores that do not read the input cannot see its shape; the product takes the selection all the same.
     if selector.score.ahead:
         selection = select(selector, case, operands)

@@ -22,14 +22,11 @@ UNGROUPED = {name: case for name, case in ROWS.items() if case.groups == 1}
 # Row -> bytes that torch really keeps, exact, float32, no parameters: here it keeps other tensors than the operands.
 REARRANGED = {
     "matmul-broadcast": 4 * 8 * (3 * 5 + 5 * 2),  # eight products are written out
-    "einsum-two-contracted": 4
-    * (3 * 5 * 2 + 5 * 2 * 4),  # the parameter is copied, its contracted labels joined
-    "einsum-row-summed": 4 * (2 * 5),  # summed over a label of its own first; the parameter is not copied
+    "einsum-two-contracted": 4 * (3 * 5 * 2 + 5 * 2 * 4),  # the parameter is copied, its contracted labels joined
+    "einsum-row-summed": 4 * (3 * 5),  # summed over a label of its own first
 }
 
-needs = pytest.mark.parametrize(
-    "grads", [(True, True), (True, False), (False, True)], ids=["both", "lhs", "rhs"]
-)
+needs = pytest.mark.parametrize("grads", [(True, True), (True, False), (False, True)], ids=["both", "lhs", "rhs"])
 
 
 def operands_of(case: OpCase, grads: tuple[bool, bool], dtype: torch.dtype = torch.float32) -> Operands:
@@ -48,9 +45,7 @@ def selection_of(case: OpCase, scaled: bool, dtype: torch.dtype = torch.float32)
 
 
 def shape_of(case: OpCase) -> GemmShape:
-    return case.op.geometry(
-        torch.Size(case.shapes[case.op.lhs]), torch.Size(case.shapes[case.op.rhs]), case.plain
-    )
+    return case.op.geometry(torch.Size(case.shapes[case.op.lhs]), torch.Size(case.shapes[case.op.rhs]), case.plain)
 
 
 def facts_of(case: OpCase, operands: Operands, parameter: bool = True) -> ProductFacts:
@@ -160,12 +155,8 @@ def kept(case: OpCase, operands: Operands, selection: Selection | None, paramete
 
 @needs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "case", [c for n, c in ROWS.items() if n not in REARRANGED], ids=lambda case: case.name
-)
-def test_kept_bytes_are_those_autograd_keeps(
-    case: OpCase, dtype: torch.dtype, grads: tuple[bool, bool]
-) -> None:
+@pytest.mark.parametrize("case", [c for n, c in ROWS.items() if n not in REARRANGED], ids=lambda case: case.name)
+def test_kept_bytes_are_those_autograd_keeps(case: OpCase, dtype: torch.dtype, grads: tuple[bool, bool]) -> None:
     """Indices and scale included: 8 bytes an entry, and 4 (8 in float64)."""
     operands = operands_of(case, grads, dtype)
     facts = facts_of(case, operands)

@@ -34,9 +34,7 @@ def rounded(selection: Selection, dtype: torch.dtype) -> Selection:
 
 
 def wide(operands: Operands) -> Operands:
-    return {
-        name: value.detach().double().requires_grad_(value.requires_grad) for name, value in operands.items()
-    }
+    return {name: value.detach().double().requires_grad_(value.requires_grad) for name, value in operands.items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -103,9 +101,7 @@ def test_an_expanded_operand(case: OpCase, expanded: str) -> None:
     operands, selection = case.operands(), case.selection(True)
     name = case.op.lhs if expanded == "lhs" else case.op.rhs
     operands[name] = operands[name].narrow(0, 0, 1).expand_as(operands[name])
-    torch.testing.assert_close(
-        case.sampled(operands, selection), case.oracle(operands, selection), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(case.sampled(operands, selection), case.oracle(operands, selection), rtol=0, atol=1e-12)
 
 
 def formats(value: Tensor) -> tuple[bool, bool]:

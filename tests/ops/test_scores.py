@@ -11,9 +11,7 @@ from fx_approx.sampling import SCORES, get_score
 from tests.families import LAYOUTS, OP_CASES, OpCase, Operands
 
 # The selector asks for no online scores of a product with a vector: it stays exact.
-cases = pytest.mark.parametrize(
-    "case", [c for c in OP_CASES.values() if not c.vector], ids=lambda case: case.name
-)
+cases = pytest.mark.parametrize("case", [c for c in OP_CASES.values() if not c.vector], ids=lambda case: case.name)
 kinds = pytest.mark.parametrize("kind", SCORES)
 
 

@@ -32,10 +32,10 @@ def reference_conv2d(input: Tensor, weight: Tensor, bias: Tensor, k: int, **stat
     return F.conv2d(input[:, best], weight[:, best], bias, **static)
 
 
-class NoKeys:
+class NoDraws:
     """TopK needs no randomness."""
 
-    def key_for(self, selector: Selector, inputs: list[Tensor]) -> None:
+    def draw_for(self, selector: Selector, inputs: list[Tensor]) -> None:
         return None
 
 
@@ -60,7 +60,7 @@ def test_topk_linear_equals_the_papers_reference(ratio: float, shape: tuple[int,
     expected = reference_linear(input, layer.weight, layer.bias, selector.k)
     selection = selector(input, layer.weight, None)
     compare(ops.linear(input, layer.weight, layer.bias, selection=selection), expected, leaves)
-    swap(layer, (selector, NoKeys()))
+    swap(layer, (selector, NoDraws()))
     assert isinstance(layer, SampledLinear)
     expected = reference_linear(input, layer.weight, layer.bias, selector.k)
     compare(layer(input), expected, leaves)
@@ -76,7 +76,7 @@ def test_topk_conv2d_equals_the_papers_reference(ratio: float, static: dict[str,
     expected = reference_conv2d(input, layer.weight, layer.bias, selector.k, **static)
     selection = selector(input, layer.weight, None)
     compare(ops.conv2d(input, layer.weight, layer.bias, **static, selection=selection), expected, leaves)
-    swap(layer, (selector, NoKeys()))
+    swap(layer, (selector, NoDraws()))
     assert isinstance(layer, SampledConv2d)
     expected = reference_conv2d(input, layer.weight, layer.bias, selector.k, **static)
     compare(layer(input), expected, leaves)
@@ -89,7 +89,7 @@ def test_a_convolution_keeps_its_padding_mode(mode: str) -> None:
         torch.randn(2, 6, 5, 5, requires_grad=True),
     )
     plain = {"stride": 1, "padding": 1, "dilation": 1, "groups": 1}
-    swap(layer, (Selector("conv2d", plain, SamplerSpec("topk", 0.5), 0, 6, layer), NoKeys()))
+    swap(layer, (Selector("conv2d", plain, SamplerSpec("topk", 0.5), 0, 6, layer), NoDraws()))
     padded = F.pad(input, (1, 1, 1, 1), mode=mode)
     # The scores are those of the input as it comes in, before it is padded.
     norms = [(input[:, j].norm() * layer.weight[:, j].norm()).item() for j in range(6)]

@@ -1,0 +1,60 @@
+"""What every benchmark says first, and how it stores its numbers."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fx_approx
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions and date, as plain values."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fx_approx": fx_approx.__version__,
+    }
+
+
+def header(title: str) -> str:
+    """``title`` and the environment as lines of text."""
+    lines = [title, "=" * len(title)]
+    lines += [f"{name:12} {value}" for name, value in environment().items() if value is not None]
+    return "\n".join(lines)
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """The option ``--json FILE`` that all benchmarks have."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers and the environment there, too")
+
+
+def store(path: Path | None, results: Any) -> None:
+    """Writes ``results`` with the environment to ``path``; does nothing without one."""
+    if path is not None:
+        content = {"environment": environment(), "results": results}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
