@@ -99,13 +99,9 @@ def read_idx(path: Path) -> Tensor:
     if len(content) < start:
         raise ValueError(f"{path} is cut short: it ends inside its header")
     shape = struct.unpack(f">{content[3]}I", content[4:start])
-    elements = (
-        torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8) if content[start:] else torch.empty(0)
-    )
+    elements = torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8) if content[start:] else torch.empty(0)
     if elements.numel() != torch.Size(shape).numel():
-        raise ValueError(
-            f"{path} is cut short or too long: {shape} needs other than {elements.numel()} bytes"
-        )
+        raise ValueError(f"{path} is cut short or too long: {shape} needs other than {elements.numel()} bytes")
     return elements.to(torch.uint8).reshape(shape)
 
 
@@ -116,8 +112,6 @@ def _find(folder: Path, name: str) -> Path:
     raise FileNotFoundError(f"{folder} has neither {name} nor {name}.gz")
 
 
-def _standardised(
-    name: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor
-) -> Images:
+def _standardised(name: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> Images:
     std, mean = torch.std_mean(train)
     return Images(name, (train - mean) / std, train_labels, (test - mean) / std, test_labels)

@@ -174,9 +174,7 @@ def compare(name: str, images: Images, options: argparse.Namespace) -> Result:
             losses = {id(each): each.step(x, y) for each in order}
             bar.update()
             if step % 10 == 0:
-                bar.set_postfix_str(
-                    "loss exact {:.3f}, approximate {:.3f}".format(*(losses[id(e)] for e in pair))
-                )
+                bar.set_postfix_str("loss exact {:.3f}, approximate {:.3f}".format(*(losses[id(e)] for e in pair)))
     if tail < steps:
         fx_approx.set_enabled(approx, True)  # the report is of the sampled steps
     return _result(approx, pair, images, slice(WARM_UP, tail))
@@ -218,13 +216,9 @@ def describe(name: str, result: Result, options: argparse.Namespace) -> str:
         lines.append(f"  approximate training            {result.as_trained:5.1f} %")
     else:
         lines.append(f"  approximate, recalibrated       {result.recalibrated:5.1f} %")
-        lines.append(
-            f"  approximate, not recalibrated   {result.as_trained:5.1f} %   (statistics of sampled steps)"
-        )
+        lines.append(f"  approximate, not recalibrated   {result.as_trained:5.1f} %   (statistics of sampled steps)")
     if options.exact_tail:
-        lines.append(
-            f"  The last {100 * options.exact_tail:g} % of the approximate model's steps were exact."
-        )
+        lines.append(f"  The last {100 * options.exact_tail:g} % of the approximate model's steps were exact.")
     how = "compiled" if options.compile else "eager"
     where = f"{how}, {torch.get_num_threads()} threads"
     lines += [
@@ -238,24 +232,20 @@ def describe(name: str, result: Result, options: argparse.Namespace) -> str:
     low, middle, high = result.ratio
     verdict = f"{100 * abs(1 - middle):.0f} % {'faster' if middle < 1 else 'slower'}"
     lines.append(f"  approx / exact  {middle:7.2f}     [{low:.2f}, {high:.2f}]   {verdict}")
+    if high > 2 * low:
+        lines.append("  The quartiles lie far apart: other work disturbs these times. OMP_NUM_THREADS=1 may help.")
     note = (
         f"FLOPs are not time: {100 * result.report.totals.saved:.0f} % of the products' FLOPs were left out, "
         "but scores, gathers and the layers between cost what they cost"
         f"{'' if options.compile else ', and eager calls have their overhead'}."
     )
-    return "\n".join(
-        [*lines, *textwrap.wrap(note, max(40, width), initial_indent="  ", subsequent_indent="  ")]
-    )
+    return "\n".join([*lines, *textwrap.wrap(note, max(40, width), initial_indent="  ", subsequent_indent="  ")])
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked."""
-    parser = argparse.ArgumentParser(
-        description="Train exact and approximate models side by side and compare them."
-    )
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="a folder with MNIST or Fashion-MNIST as IDX files"
-    )
+    parser = argparse.ArgumentParser(description="Train exact and approximate models side by side and compare them.")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="a folder with MNIST or Fashion-MNIST as IDX files")
     parser.add_argument(
         "--limit",
         type=_whole(BATCH),
@@ -263,19 +253,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="training images at most; test images too (2000)",
     )
-    parser.add_argument(
-        "--ratio", type=_share, default=0.5, help="share of the column-row pairs to keep (0.5)"
-    )
-    parser.add_argument(
-        "--sampler", choices=sorted(SAMPLERS), default="topk", help="topk is the paper's (topk)"
-    )
+    parser.add_argument("--ratio", type=_share, default=0.5, help="share of the column-row pairs to keep (0.5)")
+    parser.add_argument("--sampler", choices=sorted(SAMPLERS), default="topk", help="topk is the paper's (topk)")
     parser.add_argument("--epochs", type=_whole(1), default=8, metavar="N", help="passes over the images (8)")
-    parser.add_argument(
-        "--seed", type=_whole(0), default=0, metavar="N", help="of weights, batches and samples (0)"
-    )
-    parser.add_argument(
-        "--width", type=_whole(1), default=32, metavar="N", help="channels of the first block (32)"
-    )
+    parser.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of weights, batches and samples (0)")
+    parser.add_argument("--width", type=_whole(1), default=32, metavar="N", help="channels of the first block (32)")
     parser.add_argument("--compile", action="store_true", help="torch.compile both models")
     parser.add_argument(
         "--exact-tail",

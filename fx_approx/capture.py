@@ -11,7 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-import random
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from fx_approx.errors import CaptureError
-from fx_approx.tracer import HOOKS, LeafTracer, Opaque, describe
+from fx_approx.tracer import HOOKS, LeafTracer, Opaque, describe, random_state, set_random_state
 
 _ENTRY = "_fx_approx_entry"
 
@@ -116,14 +115,13 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def kept_random_state() -> Iterator[None]:
-    """Restores the random states of torch (all devices) and Python."""
-    python, cpu = random.getstate(), torch.random.get_rng_state()
+    """Restores the random states of torch (all devices), Python and numpy."""
+    state = random_state()
     gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:
-        random.setstate(python)
-        torch.random.set_rng_state(cpu)
+        set_random_state(state)
         if gpu:
             torch.cuda.set_rng_state_all(gpu)
 
@@ -283,7 +281,8 @@ def _merge(graph: fx.Graph, evaluation: fx.Graph) -> set[str]:
     Nodes are matched by owner, target and occurrence, so that an extra node in one graph does not shift the others.
     """
     twins = _matched(graph, evaluation)
-    branching = {owner(node) for node in evaluation.nodes if node not in set(twins.values())}
+    paired = set(twins.values())
+    branching = {owner(node) for node in evaluation.nodes if node not in paired}
     flags: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
         twin = twins.get(node)

@@ -34,7 +34,7 @@ def check_model(model: Any) -> None:
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise CaptureError(f"model: {name}{where} is scripted; transform the Python module")
-        if isinstance(module, torch._dynamo.OptimizedModule):
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
             raise CaptureError(f"model: {name}{where} is compiled; transform first, then torch.compile")
         if type(module).__name__ in _WRAPPERS:
             raise CaptureError(f"model: {name}{where} is wrapped for parallel training; transform first, then wrap")
@@ -81,9 +81,9 @@ def check_inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...]
     return args, kwargs
 
 
-def check_seed(seed: Any, every: Any) -> None:
-    """Refuses a seed or period that is no integer in range."""
-    for name, value, least in (("seed", seed, -(2**63)), ("every", every, 1)):
+def check_seed(seed: Any, every: Any, step: Any = 0) -> None:
+    """Refuses a seed, period or step that is no integer in range."""
+    for name, value, least in (("seed", seed, -(2**63)), ("every", every, 1), ("step", step, 0)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an integer, got {value!r}")
         if not least <= value < 2**63:

@@ -187,14 +187,14 @@ def _explain(options: argparse.Namespace) -> tuple[SavingsReport, list[str]]:
     """The report, and what there is to warn of."""
     if options.columns and options.format not in _TABLES:
         raise _WrongArgument(f"argument --columns: only for --format {', '.join(_TABLES)}, got {options.format}")
-    name = ":".join(options.model)
+    module, path = options.model
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the report alone
         if options.setup is not None:
             _run_setup(options.setup)
-        model = _build(*options.model, dict(options.kwarg))
+        model = _build(module, path, dict(options.kwarg))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            report = _report(name, model, options.policy, _example(model, options.input or []))
+            report = _report(f"{module}:{path}", model, options.policy, _example(model, options.input or []))
     return report, [str(warning.message) for warning in said]
 
 

@@ -104,13 +104,14 @@ def load_sampler_state(model: nn.Module, values: Mapping[str, int]) -> None:
     """Takes over the random state that :func:`sampler_state` gave.
 
     Raises:
-        ValueError: Other keys than ``step``, ``every`` and ``seed``.
+        ValueError: Other keys than ``step``, ``every`` and ``seed``, or a value out of range.
+        TypeError: A value that is no integer.
     """
     state = find(model)._fx_approx.state
     places = {"step": STEP, "every": EVERY, "seed": SEED}
     if set(values) != set(places):
         raise ValueError(f"values: expected the keys {sorted(places)}, got {sorted(values)}")
-    check_seed(values["seed"], values["every"])
+    check_seed(values["seed"], values["every"], values["step"])
     for name, place in places.items():
         state[place] = values[name]
 

@@ -92,7 +92,9 @@ class Selector(nn.Module):
             given: The randomness of this forward; None if no sampler of the model is random.
         """
         op = OPS[self.kind]
-        if not self.active or not rhs.is_floating_point():
+        if not self.active or not rhs.is_floating_point() or rhs.layout is not torch.strided:
+            return None
+        if lhs is not None and lhs.layout is not torch.strided:
             return None
         pairs = op.pairs(lhs, rhs, self.static)
         k = self.k if self.k and pairs == self.pairs else self._count(pairs)

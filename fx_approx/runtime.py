@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fx_approx.candidate import Candidate
 from fx_approx.batchnorm import note_fresh, warn_if_stale
+from fx_approx.candidate import Candidate
 from fx_approx.capture import Capture, described
 from fx_approx.errors import CaptureWarning, RecomputationError
 from fx_approx.modules import Selector
@@ -311,6 +311,6 @@ def find(model: nn.Module) -> ApproxModule:
     """
     found = [module for module in model.modules() if isinstance(module, ApproxModule) and "_fx_approx" in vars(module)]
     if len(found) != 1:
-        what = "not a transformed model" if not found else f"holds {len(found)} transformed models"
-        raise ValueError(f"model: {type(model).__name__} is {what}; expected what fx_approx.transform returned")
+        what = "is not a transformed model" if not found else f"holds {len(found)} transformed models"
+        raise ValueError(f"model: {type(model).__name__} {what}; expected what fx_approx.transform returned")
     return found[0]

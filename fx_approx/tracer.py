@@ -59,15 +59,38 @@ def _autocast_refused() -> Iterator[None]:
         torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
+def random_state() -> tuple[Any, torch.Tensor, Any]:
+    """The states of the generators of Python, of torch on the CPU, and of numpy if it is loaded."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), torch.random.get_rng_state(), None if numpy is None else numpy.random.get_state()
+
+
+def set_random_state(state: tuple[Any, torch.Tensor, Any]) -> None:
+    """Makes the generators continue from ``state``."""
+    python, cpu, of_numpy = state
+    random.setstate(python)
+    torch.random.set_rng_state(cpu)
+    if of_numpy is not None:
+        sys.modules["numpy"].random.set_state(of_numpy)
+
+
+def _has_drawn(before: tuple[Any, torch.Tensor, Any]) -> bool:
+    python, cpu, of_numpy = random_state()
+    if python != before[0] or not torch.equal(cpu, before[1]):
+        return True
+    if before[2] is None:
+        return False
+    return bool(of_numpy[2:] != before[2][2:] or (of_numpy[1] != before[2][1]).any())
+
+
 @contextlib.contextmanager
 def _no_side_effects(module: nn.Module) -> Iterator[None]:
     """Stops when tracing the forward of ``module`` did what the graph would do never, or always alike."""
-    python, cpu = random.getstate(), torch.random.get_rng_state()
+    state = random_state()
     before = dict(vars(module))
     yield
-    if random.getstate() != python or not torch.equal(torch.random.get_rng_state(), cpu):
-        random.setstate(python)
-        torch.random.set_rng_state(cpu)
+    if _has_drawn(state):
+        set_random_state(state)
         raise _DroppedError("random numbers that do not depend on an input", _place(module))
     changed = [
         name

@@ -160,6 +160,8 @@ def _why_not(module: nn.Module, path: str) -> str | None:
     """Why a linear or convolution layer must stay exact, or None."""
     if parametrize.is_parametrized(module):
         return "parametrised: its weight is computed at every access"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
     if is_hooked(module):
         return "has hooks, which would see other arguments"
     if type(module) not in SAMPLED:

@@ -16,7 +16,7 @@ def decide(candidates: Sequence[Candidate], policy: Policy) -> Plan:
         TypeError: ``policy`` is none.
         ShapesNeededError: The policy reads shapes, and some are not known.
     """
-    if not isinstance(policy, Policy):
+    if isinstance(policy, type) or not isinstance(policy, Policy):
         raise TypeError(
             f"policy: expected a policy such as fx_approx.policies.Paper(0.5), or a Plan, got {policy!r}"
         )

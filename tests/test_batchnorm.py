@@ -21,7 +21,12 @@ HALF = Uniform("topk", 0.5)
 class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.fc1, self.bn, self.drop, self.fc2 = nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 4)
+        self.fc1, self.bn, self.drop, self.fc2 = (
+            nn.Linear(12, 16),
+            nn.BatchNorm1d(16),
+            nn.Dropout(0.5),
+            nn.Linear(16, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.drop(self.bn(self.fc1(x))))

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,11 @@ def transformed(model: nn.Module, policy: Any = HALF, example: Any = None, **opt
 
 def photograph(model: nn.Module) -> dict[str, Any]:
     """Everything a user can see of a model, by value and by identity."""
-    seen: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    seen: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": str(numpy.random.get_state()),
+        "torch": torch.get_rng_state(),
+    }
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             contents = copy.copy(value) if isinstance(value, (dict, list)) else value
@@ -260,6 +265,8 @@ class Effect(nn.Module):
             x = self.a(x + torch.randn(12))
         elif self.effect == "python_random":
             x = self.a(x) if random.random() < 0.5 else x
+        elif self.effect == "numpy_random":
+            x = self.a(x) * float(numpy.random.rand())
         elif self.effect == "assignment":
             x = self.a(x)
             self.norm = x.norm()
@@ -267,7 +274,9 @@ class Effect(nn.Module):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("effect", ["no_grad", "autocast", "autocast_off", "noise", "python_random", "assignment"])
+@pytest.mark.parametrize(
+    "effect", ["no_grad", "autocast", "autocast_off", "noise", "python_random", "numpy_random", "assignment"]
+)
 def test_what_a_graph_cannot_hold_is_not_dropped(effect: str, nested: bool) -> None:
     inner = Effect(effect)
     model = nn.Sequential(inner) if nested else inner
@@ -278,7 +287,7 @@ def test_what_a_graph_cannot_hold_is_not_dropped(effect: str, nested: bool) -> N
     for seed in range(4):
         results = []
         for one in (model, approx):
-            random.seed(seed)
+            random.seed(seed), numpy.random.seed(seed)
             results.append(train_step(one, torch.ones(6, 12), seed))
         assert same(results[0], results[1])
     assert torch.equal(own.norm, inner.norm)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fx_approx
 from fx_approx.policies import Uniform
 
-from .models import Attention, Checkpointed, Cnn, WithDataDependent, loss_of, mlp, same, train_step
+from .models import Attention, Checkpointed, Cnn, WithDataDependent, loss_of, mlp, same
 
 RANDOM = Uniform("systematic", 0.5)
 random_samplers = pytest.mark.parametrize("sampler", ["systematic", "bernoulli", "crs"])
@@ -271,7 +271,7 @@ def test_an_input_changed_in_place_before_backward_is_an_error() -> None:
     approx, x = fx_approx.transform(mlp(), RANDOM), torch.randn(6, 12)
     loss = loss_of(checkpoint(approx, x, use_reentrant=False))
     x.mul_(1)  # the same values, but torch could not know either
-    with pytest.raises(RuntimeError, match="changed in place|modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace operation"):
         loss.backward()
 
 

@@ -87,9 +87,7 @@ def test_model(name: str) -> None:
     exact_outputs, exact = step(model, x)
     outputs, sampled = step(approx, x)
     assert not all_equal(outputs, exact_outputs), "nothing was sampled"
-    assert {n for n, grad in sampled.items() if grad is None} == {
-        n for n, grad in exact.items() if grad is None
-    }
+    assert {n for n, grad in sampled.items() if grad is None} == {n for n, grad in exact.items() if grad is None}
     not_finite = [n for n, grad in sampled.items() if grad is not None and not bool(grad.isfinite().all())]
     assert not not_finite
 

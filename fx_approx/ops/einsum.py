@@ -106,9 +106,10 @@ def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, static: Mapping[st
     sides = [(parsed.rhs, rhs)] * kind.reads_rhs
     if kind.reads_lhs and lhs is not None:
         sides.append((parsed.lhs, lhs))
-    squares = [torch.einsum(f"{labels}->{kept}", side.to(wide).square()) for labels, side in sides]
+    # In float64: squares, and products of squares, leave the range of float32 long before the operands do.
+    squares = [torch.einsum(f"{labels}->{kept}", side.double().square()) for labels, side in sides]
     product = math.prod(squares[1:], start=squares[0])
-    return product.reshape(-1, product.shape[-1]).sum(0, keepdim=True).sqrt()
+    return product.reshape(-1, product.shape[-1]).sum(0, keepdim=True).sqrt().to(wide)
 
 
 EINSUM = register_op(

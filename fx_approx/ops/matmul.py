@@ -20,7 +20,9 @@ from fx_approx.sampling import ScoreKind, Selection
 
 
 def _select_pairs(lhs: Tensor, rhs: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-    """The chosen columns of ``lhs`` and rows of ``rhs``, the rows scaled."""
+    """The chosen columns of ``lhs`` and rows of ``rhs``, the rows scaled; all of them if one is sparse."""
+    if lhs.layout is not torch.strided or rhs.layout is not torch.strided:
+        return lhs, rhs
     index, scale = single(selection)
     rows = gather(rhs, -2, index)
     if scale is not None:
@@ -99,7 +101,10 @@ def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, static: Mapping[st
     factors = [norm(lhs, (-2,))] if kind.reads_lhs and lhs is not None else []
     factors += [norm(rhs, (-1,))] if kind.reads_rhs else []
     products = math.prod(factors[1:], start=factors[0])
-    return norm(products, tuple(range(products.dim() - 1))).unsqueeze(0) if products.dim() > 1 else products[None]
+    if products.dim() == 1:
+        return products.unsqueeze(0)
+    # In float64: the squares of products of norms leave the range of float32 long before the norms do.
+    return norm(products.double(), tuple(range(products.dim() - 1))).unsqueeze(0).to(products.dtype)
 
 
 def _register(kind: str, function: Any, lhs: str, rhs: str, targets: tuple[Any, ...], methods: tuple[str, ...]) -> None:

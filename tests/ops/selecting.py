@@ -12,7 +12,9 @@ from tests.families import OpCase, Operands, SamplerCase
 
 
 def selector_of(case: OpCase, sampler: SamplerCase, ratio: float = 0.5, site: int = 1) -> Selector:
-    return Selector(case.kind, case.plain, sampler.spec(ratio), site, case.pairs, nn.Identity(), case.groups)
+    """A row with 0 pairs stands for pairs that are not known before the call."""
+    pairs = case.pairs or None
+    return Selector(case.kind, case.plain, sampler.spec(ratio), site, pairs, nn.Identity(), case.groups)
 
 
 def randomness(selector: Selector, step: int) -> Draw:

@@ -6,6 +6,7 @@ chosen, that a correct library fails.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -124,6 +125,20 @@ def test_one_step_draws_the_same_again_and_another_site_draws_apart(case: OpCase
         draws.append(torch.stack([dense(case, s) for s in selections if s is not None]))
     assert torch.equal(draws[0], draws[1])
     assert torch.equal(draws[0], draws[2]) == (sampler.sampler == "topk")
+
+
+@samplers
+@kinds
+def test_pairs_that_are_not_known_beforehand_make_the_same_selection(case: OpCase, sampler: SamplerCase) -> None:
+    """The uniforms are then drawn at the call: the same ones, of the same site."""
+    operands, known = case.operands(), selector_of(case, sampler, site=3)
+    late = selector_of(dataclasses.replace(case, pairs=0), sampler, site=3)
+    assert (late.k, late.count) == (0, 0)
+    for step in range(3):
+        expected, actual = select(known, case, operands, step), select(late, case, operands, step)
+        assert expected is not None
+        assert actual is not None
+        assert torch.equal(dense(case, actual), dense(case, expected))
 
 
 @samplers

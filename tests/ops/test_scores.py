@@ -107,3 +107,14 @@ def test_an_empty_batch_has_scores_of_zero(name: str) -> None:
     actual = scores(case, case.empty(), "online")
     assert actual.shape == (case.groups, case.pairs)
     assert not actual.any()
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e15])
+def test_batched_scores_keep_the_range_of_float32(size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lhs = torch.randn(3, 4, 6, generator=generator) * size
+    rhs = torch.randn(3, 6, 5, generator=generator) * size
+    squares = lhs.double().square().sum(1) * rhs.double().square().sum(2)
+    expected = squares.sum(0).sqrt().float().unsqueeze(0)
+    for kind, plain in (("bmm", {}), ("einsum", {"equation": "bik,bkj->bij"})):
+        torch.testing.assert_close(OPS[kind].scores(lhs, rhs, get_score("online"), plain), expected)

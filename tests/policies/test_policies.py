@@ -106,7 +106,7 @@ def test_a_glob_without_match_lists_the_names() -> None:
 
 @pytest.mark.parametrize("rules, base", [({1: Exact()}, HALF), ({"a": 0.5}, HALF), ({"a": Exact()}, None)])
 def test_override_checks_its_types(rules: Any, base: Any) -> None:
-    with pytest.raises(TypeError, match="rules|base"):
+    with pytest.raises(TypeError, match=r"rules|base"):
         Override(rules, base)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fx_approx
 from fx_approx.policies import Exact, Override, Uniform
 
-from .models import (
+from ..models import (
     ZOO,
     AuxiliaryHead,
     CalledTwice,
