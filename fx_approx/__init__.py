@@ -1,8 +1,8 @@
 """fx_approx: train with fewer operations, by sampled matrix products and convolutions, as a pass over torch.fx.
 
-    approx = fx_approx.transform(model, policy)   # same parameters, same state_dict, exact in eval()
-    approx = torch.compile(approx)
-    print(fx_approx.report(approx))               # what each layer saves, and why the others were left exact
+approx = fx_approx.transform(model, policy)   # same parameters, same state_dict, exact in eval()
+approx = torch.compile(approx)
+print(fx_approx.report(approx))               # what each layer saves, and why the others were left exact
 """
 
 from fx_approx.api import explain, report, restore, transform

@@ -66,9 +66,7 @@ def transform(
         warnings.warn(f"not traced, served by module swap: {part}", CaptureWarning, stacklevel=2)
     if not plan.sampled:
         what = "it has no matrix product or convolution" if not prepared.found else "every layer stays exact"
-        warnings.warn(
-            f"transform changed nothing in {type(model).__name__}: {what}", NoEffectWarning, stacklevel=2
-        )
+        warnings.warn(f"transform changed nothing in {type(model).__name__}: {what}", NoEffectWarning, stacklevel=2)
     return cast(M, adopt(root, runtime, _reduce))
 
 
@@ -117,16 +115,12 @@ def _prepare(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, _Prepare
 def _with_shapes(root: nn.Module, captured: Capture, found: list[Found], called: tuple[Any, Any]) -> list[Found]:
     shapes = propagate(root, captured, found, *called)
     if shapes.stopped:
-        warnings.warn(
-            f"shapes are known only in part: {shapes.stopped}", CaptureWarning, stacklevel=4
-        )
+        warnings.warn(f"shapes are known only in part: {shapes.stopped}", CaptureWarning, stacklevel=4)
     candidates = with_facts(tuple(one.candidate for one in found), shapes.facts)
     return [
         dataclasses.replace(
             one,
-            candidate=dataclasses.replace(
-                candidate, blocked=candidate.blocked or shapes.blocked.get(candidate.name)
-            ),
+            candidate=dataclasses.replace(candidate, blocked=candidate.blocked or shapes.blocked.get(candidate.name)),
         )
         for one, candidate in zip(found, candidates, strict=True)
     ]
@@ -208,4 +202,3 @@ def _rebuild(
         runtime.selectors[name].enabled = enabled
     runtime.lay_out()
     return approx
-

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-class Role(str, enum.Enum):
+class Role(enum.StrEnum):
     """One of the three products of a candidate in a training step."""
 
     OUTPUT = "output"
@@ -16,7 +16,7 @@ class Role(str, enum.Enum):
     GRAD_WEIGHT = "grad_weight"
 
 
-class Frontend(str, enum.Enum):
+class Frontend(enum.StrEnum):
     """How a candidate is reached: as a node of the traced graph, or as a module swapped in place."""
 
     GRAPH = "graph"
@@ -143,9 +143,7 @@ class Candidate:
         return {"kind": self.kind, "pairs": self.pairs, "groups": self.groups}
 
 
-def with_facts(
-    candidates: tuple[Candidate, ...], facts: Mapping[str, ProductFacts]
-) -> tuple[Candidate, ...]:
+def with_facts(candidates: tuple[Candidate, ...], facts: Mapping[str, ProductFacts]) -> tuple[Candidate, ...]:
     """The same candidates with ``facts`` (by candidate name) filled in, and ``pairs`` where it was unknown."""
     filled = []
     for candidate in candidates:

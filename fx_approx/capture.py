@@ -2,7 +2,8 @@
 
 Tracing works on a copy of the module structure that shares the parameters and buffers (:func:`skeleton`). It is done
 twice, in training and in evaluation, and the two graphs are compared: constants that differ become reads of the owning
-module's ``training`` flag; where the structure differs, the owners are ``branching`` and the graph serves training only.
+module's ``training`` flag; where the structure differs, the owners are ``branching`` and the graph serves
+training only.
 """
 
 from __future__ import annotations
@@ -200,9 +201,7 @@ def capture(root: nn.Module, form: CallForm) -> Capture:
 @contextlib.contextmanager
 def _kept_attributes(root: nn.Module) -> Iterator[None]:
     """Restores every module's attributes: a forward may store a Proxy in one, and fx adds constants."""
-    before = [
-        (module, dict(vars(module)), dict(module._buffers), dict(module._modules)) for module in root.modules()
-    ]
+    before = [(module, dict(vars(module)), dict(module._buffers), dict(module._modules)) for module in root.modules()]
     filled = [
         (value, copy.copy(value))
         for _, attributes, _, _ in before

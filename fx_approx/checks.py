@@ -38,18 +38,18 @@ def check_model(model: Any) -> None:
             raise CaptureError(f"model: {name}{where} is compiled; transform first, then torch.compile")
         if type(module).__name__ in _WRAPPERS:
             raise CaptureError(f"model: {name}{where} is wrapped for parallel training; transform first, then wrap")
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and _uninitialised(module):
+        if _uninitialised(module):
             raise CaptureError(f"model: {name}{where} is a lazy module not yet materialised; run it once first")
     if "forward" in vars(model):
         raise CaptureError(f"model: the forward of this {name} instance was replaced; transform before replacing it")
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
-            raise CaptureError(f"model: {path} is on the meta device; materialise the model first (to_empty, then init)")
+            raise CaptureError(f"model: {path} is on the meta device; materialise the model first")
 
 
 def _uninitialised(module: nn.Module) -> bool:
-    own = (*module._parameters.values(), *module._buffers.values())
-    return any(isinstance(tensor, nn.parameter.UninitializedTensorMixin) for tensor in own)
+    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    return any(nn.parameter.is_lazy(tensor) for tensor in own)
 
 
 def check_inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...] | None, Mapping[str, Any]]:

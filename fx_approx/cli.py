@@ -7,7 +7,6 @@ import ast
 import contextlib
 import difflib
 import importlib
-import logging
 import os
 import re
 import runpy
@@ -209,10 +208,6 @@ def _example(model: nn.Module, inputs: Sequence[_Input]) -> tuple[torch.Tensor, 
 
 
 def _report(name: str, model: nn.Module, policy: Policy, example: tuple[torch.Tensor, ...] | None) -> SavingsReport:
-    # torch logs every failure on fake tensors with a traceback; the message is raised as well.
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
     try:
         return fx_approx.explain(model, policy, example).report
     except fx_approx.ShapesNeededError as error:
@@ -223,8 +218,6 @@ def _report(name: str, model: nn.Module, policy: Policy, example: tuple[torch.Te
         raise _WrongArgument(f"argument --input: {_without_name(error)}") from None
     except fx_approx.CaptureError as error:
         raise _WrongArgument(f"{_MODEL}: {name}: {_without_name(error)}") from None
-    finally:
-        logger.setLevel(level)
 
 
 def _run_setup(path: Path) -> None:

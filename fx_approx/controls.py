@@ -17,17 +17,16 @@ from fx_approx.state import EVERY, INCREMENT, SEED, STEP
 
 
 def _selected(runtime: Runtime, patterns: Iterable[str]) -> dict[str, list[Selector]]:
-    """The selectors that each glob matches; ValueError for a glob that matches none."""
+    """The selectors of each glob, the first that matches; ValueError for a glob that matches none."""
     fqn = {candidate.name: candidate.fqn for candidate in runtime.candidates}
-    found = {
-        pattern: [
-            selector
-            for name, selector in runtime.selectors.items()
-            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(fqn[name], pattern)
-        ]
-        for pattern in patterns
-    }
-    unused = [pattern for pattern, selectors in found.items() if not selectors]
+    found: dict[str, list[Selector]] = {pattern: [] for pattern in patterns}
+    used = set()
+    for name, selector in runtime.selectors.items():
+        matching = [p for p in found if fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(fqn[name], p)]
+        used.update(matching)
+        if matching:
+            found[matching[0]].append(selector)
+    unused = [pattern for pattern in found if pattern not in used]
     if unused:
         raise ValueError(
             f"no sampled layer matches {', '.join(map(repr, unused))}; there are: {', '.join(runtime.selectors)}"
@@ -38,6 +37,7 @@ def _selected(runtime: Runtime, patterns: Iterable[str]) -> dict[str, list[Selec
 def set_ratio(model: nn.Module, ratio: float | Mapping[str, float]) -> None:
     """Changes the sample ratio of all sampled layers, or by glob on their names, from the next forward on.
 
+    Where several globs match a layer, the first decides, as in :class:`fx_approx.policies.Override`.
     Each new number of pairs is one more compilation of a compiled model.
 
     Raises:

@@ -131,8 +131,8 @@ class DrawSource(Protocol):
 class SampledLayer(nn.Module):
     """What all sampled layers share: called with a selection by the graph, or making their own elsewhere.
 
-    ``site`` is the selector and source of randomness for calls without a selection: in a part of the model that could not be
-    traced, or when the layer is called directly.
+    ``site`` is the selector and source of randomness for calls without a selection: in a part of the model that could
+    not be traced, or when the layer is called directly.
     """
 
     site: tuple[Selector, DrawSource] | None = None

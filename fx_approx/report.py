@@ -186,8 +186,7 @@ class SavingsReport:
             f"{_human(totals.executed.total)} executed ({100 * totals.saved:.1f} % fewer), "
             f"{_human(totals.selection)} for the selections ({100 * totals.saved_net:.1f} % fewer in all). "
             "FLOPs are not time: see benchmarks/.",
-            f"Bytes that the products keep for backward: {_human(totals.kept_exact)} exact, "
-            f"{_human(totals.kept)} now.",
+            f"Bytes that the products keep for backward: {_human(totals.kept_exact)} exact, {_human(totals.kept)} now.",
         ]
         return "\n".join([*lines, *self.notes])
 
@@ -266,9 +265,7 @@ def build_report(
     )
     notes = [f"Not traced, served by module swap: {part}." for part in opaque]
     if len(known) < len(rows):
-        notes.append(
-            f"{len(rows) - len(known)} rows without shapes: give example_inputs, or run one eager forward."
-        )
+        notes.append(f"{len(rows) - len(known)} rows without shapes: give example_inputs, or run one eager forward.")
     return SavingsReport(model, rows, totals, tuple(notes))
 
 

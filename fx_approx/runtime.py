@@ -18,7 +18,7 @@ from fx_approx.batchnorm import note_fresh, warn_if_stale
 from fx_approx.candidate import Candidate
 from fx_approx.capture import Capture, described
 from fx_approx.errors import CaptureWarning, RecomputationError
-from fx_approx.modules import Selector
+from fx_approx.modules import SampledLayer, Selector
 from fx_approx.plan import Plan
 from fx_approx.state import SEED, Draw, draw, fingerprint, in_backward, new_state, next_key, recall
 
@@ -36,6 +36,7 @@ class Runtime(nn.Module):
         number: Unique in the process; tells forwards of different models apart.
         capture: The captured graph before the rewrite.
         graph: The rewritten graph.
+        layers: Paths of the sampled layers.
         candidates: All candidates.
         plan: What was decided.
         sampling_swapped: Some layer in an untraced part is sampled.
@@ -52,6 +53,7 @@ class Runtime(nn.Module):
         self.function: Callable[..., Any] | None = None
         self.selectors: dict[str, Selector] = {}
         self.branching: tuple[nn.Module, ...] = ()
+        self.layers: tuple[str, ...] = ()
         self.sampling_swapped = False
         self.inside = False
         self.drawn: Draw | None = None
@@ -141,16 +143,31 @@ class Runtime(nn.Module):
         training = all([module.training for module in self.branching])
         if values is None or not training:
             return self._run_python(root, exact, args, kwargs, expected=self.function is None or not training)
-        assert self.function is not None
         if not self.sampling_swapped:
-            return self.function(root, *values)
+            return self._run_graph(root, values)
         self.inside = True
         try:
-            result = self.function(root, *values)
+            result = self._run_graph(root, values)
         finally:
             self.inside = False
         self._mark(result)
         return result
+
+    def _run_graph(self, root: nn.Module, values: list[Any]) -> Any:
+        assert self.function is not None
+        if torch.compiler.is_compiling():
+            return self.function(root, *values)
+        try:
+            return self.function(root, *values)
+        except (TypeError, AttributeError) as error:
+            replaced = [path for path in self.layers if not isinstance(_at(root, path), SampledLayer)]
+            if not replaced:
+                raise
+            raise RuntimeError(
+                f"the structure of {type(root).__name__} was changed after the transform: {', '.join(replaced)} is not "
+                "the layer that was transformed. Undo the transform with fx_approx.restore(model), change the "
+                "structure, and transform again."
+            ) from error
 
     def _run_python(
         self,
@@ -238,6 +255,14 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
+def _at(root: nn.Module, path: str) -> Any:
+    """The module at ``path``, or None."""
+    found: Any = root
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
 def _detached(value: Any) -> list[Tensor]:
     return [tensor.detach() for tensor in _tensors(value)]
 
@@ -268,9 +293,7 @@ class ApproxModule(nn.Module):
         return new
 
 
-def adopt(
-    root: nn.Module, runtime: Runtime, reduce: Callable[[ApproxModule], tuple[Any, ...]]
-) -> ApproxModule:
+def adopt(root: nn.Module, runtime: Runtime, reduce: Callable[[ApproxModule], tuple[Any, ...]]) -> ApproxModule:
     """Makes ``root`` a transformed model: an instance of a subclass of its own class that carries ``runtime``.
 
     ``reduce`` pickles it: the class exists in this process only.

@@ -172,8 +172,8 @@ class LeafTracer(fx.Tracer):
             self.scope = scope
             self.module_stack.clear()
             self.module_stack.update(stack)
-            for inner in set(self.opaque) - known:
-                del self.opaque[inner]
+            for nested in set(self.opaque) - known:
+                del self.opaque[nested]
             reason = describe(error)
         result = self._leaf(m, path, args, kwargs)
         self.opaque[path] = Opaque(path, reason)
@@ -196,8 +196,8 @@ class LeafTracer(fx.Tracer):
         for node in gone:
             self.graph.erase_node(node)
         erased = set(gone)
-        for name in [name for name, proxy in self._cache.items() if proxy.node in erased]:
-            del self._cache[name]
+        for stale in [name for name, proxy in self._cache.items() if proxy.node in erased]:
+            del self._cache[stale]
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Parameters and buffers become nodes, so that nothing is frozen at its value of today.

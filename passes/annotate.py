@@ -79,12 +79,12 @@ def annotate(root: nn.Module, captured: Capture) -> list[Found]:
     modules = dict(root.named_modules())
     taken: set[str] = set()
     if captured.graph is None:
-        found += list(_inside("", modules, taken, names))
-        return _ends(found)
+        whole = _layer("", root, names)
+        return _ends([whole] if whole is not None else list(_inside("", modules, taken, names)))
     for node in captured.graph.nodes:
         here = list(_at(node, modules, taken, names))
-        for one in here:
-            node.meta.setdefault(META_KEY, []).append(one.candidate.name)
+        if here:
+            node.meta[META_KEY] = [one.candidate.name for one in here]
         found += here
     return _positions(captured.graph, found)
 
@@ -94,9 +94,7 @@ def _unique(fqn: str, names: dict[str, int]) -> str:
     return fqn if names[fqn] == 1 else f"{fqn}#{names[fqn]}"
 
 
-def _at(
-    node: fx.Node, modules: dict[str, nn.Module], taken: set[str], names: dict[str, int]
-) -> Iterator[Found]:
+def _at(node: fx.Node, modules: dict[str, nn.Module], taken: set[str], names: dict[str, int]) -> Iterator[Found]:
     if node.op == "call_module":
         path = str(node.target)
         one = _layer(path, modules[path], names, node.name)
@@ -114,9 +112,7 @@ def _at(
     elif _hashable(node.target) and node.target in BLOCKED_CALLS:
         kind = node.target if isinstance(node.target, str) else node.target.__name__
         fqn = f"{place}.{kind}" if place else kind
-        candidate = Candidate(
-            _unique(fqn, names), fqn, kind, node=node.name, blocked=BLOCKED_CALLS[node.target]
-        )
+        candidate = Candidate(_unique(fqn, names), fqn, kind, node=node.name, blocked=BLOCKED_CALLS[node.target])
         yield Found(candidate, None, None, place, {})
 
 
@@ -136,7 +132,8 @@ def _layer(path: str, module: nn.Module, names: dict[str, int], node: str = "") 
         for cls, reason in BLOCKED_MODULES:
             if isinstance(module, cls):
                 kind = type(module).__name__.lower()
-                candidate = Candidate(_unique(path, names), path, kind, frontend, node, blocked=reason)
+                fqn = path or kind
+                candidate = Candidate(_unique(fqn, names), fqn, kind, frontend, node, blocked=reason)
                 return Found(candidate, None, path, path, {})
         return None
     kind = SAMPLED[base][0]
@@ -181,9 +178,7 @@ def _weight_problem(weight: Any) -> str | None:
     return None
 
 
-def _call(
-    node: fx.Node, op: ProductOp, place: str, modules: dict[str, nn.Module], names: dict[str, int]
-) -> Found:
+def _call(node: fx.Node, op: ProductOp, place: str, modules: dict[str, nn.Module], names: dict[str, int]) -> Found:
     """The candidate of a functional call."""
     fqn = f"{place}.{op.kind}" if place else op.kind
     pairs, groups, static, blocked = None, 1, {}, None
@@ -220,9 +215,7 @@ def attribute(root: nn.Module, node: fx.Node) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _inside(
-    path: str, modules: dict[str, nn.Module], taken: set[str], names: dict[str, int]
-) -> Iterator[Found]:
+def _inside(path: str, modules: dict[str, nn.Module], taken: set[str], names: dict[str, int]) -> Iterator[Found]:
     """The layers inside a part that is not traced; each once, however often it is called."""
     skipped: tuple[str, ...] = ()
     for inner, module in modules[path].named_modules(prefix=path):

@@ -17,9 +17,7 @@ def decide(candidates: Sequence[Candidate], policy: Policy) -> Plan:
         ShapesNeededError: The policy reads shapes, and some are not known.
     """
     if isinstance(policy, type) or not isinstance(policy, Policy):
-        raise TypeError(
-            f"policy: expected a policy such as fx_approx.policies.Paper(0.5), or a Plan, got {policy!r}"
-        )
+        raise TypeError(f"policy: expected a policy such as fx_approx.policies.Paper(0.5), or a Plan, got {policy!r}")
     if policy.needs_shapes:
         unknown = [c.name for c in candidates if c.facts is None and not c.blocked]
         if unknown:

@@ -29,6 +29,7 @@ def rewrite(root: nn.Module, runtime: Runtime, found: list[Found]) -> None:
         assert spec is not None
         _prepare(root, runtime, one, spec, sites[name])
     runtime.lay_out()
+    runtime.layers = tuple(one.module for one in chosen.values() if one.module is not None)
     for path, value in runtime.capture.constants.items():
         runtime.register_buffer(f"c{path}", value, persistent=False)
     runtime.branching = tuple(_branching(root, runtime.capture))
@@ -82,9 +83,7 @@ def _keep_exact(chosen: Mapping[str, Found], by_name: Mapping[str, fx.Node]) -> 
             node.args, node.kwargs = (node.args[0] if node.args else next(iter(node.kwargs.values())), None), {}
 
 
-def _sample(
-    root: nn.Module, graph: fx.Graph, selector: Selector, one: Found, node: fx.Node, key: fx.Node
-) -> None:
+def _sample(root: nn.Module, graph: fx.Graph, selector: Selector, one: Found, node: fx.Node, key: fx.Node) -> None:
     """Makes ``node`` a sampled product of the selection that a new selector node hands it."""
     assert one.op is not None
     target = f"{PROLOGUE}.s{selector.site}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from fx_approx.capture import Capture, TensorSpec, kept_random_state
 from fx_approx.flops import measured_flops, role_flops
 from fx_approx.ops import Unsupported
 from fx_approx.passes.annotate import META_KEY, Found
+from fx_approx.tracer import HOOKS
 
 _UNKNOWABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
@@ -59,15 +62,51 @@ def propagate(
             fake = copy.deepcopy(root)
         for module in fake.modules():
             module.training = True
+        silenced = _without_user_hooks(fake)
         recorder.watch(fake)
-        with mode:
+        with mode, _quiet():
             fake_args, fake_kwargs = _fake(mode, args), _fake(mode, dict(kwargs))
             try:
                 _run(fake, captured, recorder, fake_args, fake_kwargs)
             except _UNKNOWABLE as error:
                 message = str(error).strip().split("\n")[0]
                 return Shapes(recorder.facts, recorder.blocked, f"{type(error).__name__}: {message}")
+            except ValueError as error:
+                if not silenced:
+                    raise
+                stopped = f"without the hooks of {', '.join(silenced)} it does not run: {error}"
+                return Shapes(recorder.facts, recorder.blocked, stopped)
     return Shapes(recorder.facts, recorder.blocked)
+
+
+def _without_user_hooks(fake: nn.Module) -> list[str]:
+    """Removes hooks that are not torch's own (weight_norm's and alike are): they may keep what they are shown.
+
+    Returns:
+        Paths of the modules that lost a hook.
+    """
+    changed = []
+    for path, module in fake.named_modules():
+        for name in HOOKS:
+            hooks = getattr(module, name)
+            users = [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.")]
+            for key in users:
+                del hooks[key]
+            if users:
+                changed.append(path or "the model")
+    return changed
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch logs each failure on fake tensors with a traceback; the message is raised as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _run(
@@ -76,7 +115,7 @@ def _run(
     values = captured.form.bind(args, kwargs)
     try:
         if captured.graph is None or values is None:
-            type(fake).forward(fake, *args, **kwargs)
+            fake(*args, **kwargs)
         else:
             _Interpreter(fake, captured.graph, recorder).run(*values)
     except _UNKNOWABLE:
@@ -152,7 +191,7 @@ class _Recorder:
         """Records a layer that is called with ``args``."""
         if one.op is None:
             weights: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
-            self._measure(one, module.forward, args, kwargs, weights)
+            self._measure(one, module.forward, args, kwargs, weights, module)
         else:
             lhs = args[0] if args else next(iter(kwargs.values()))
             weight = module.weight
@@ -201,16 +240,32 @@ class _Recorder:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         weights: list[Tensor],
+        module: nn.Module | None = None,
     ) -> None:
         inputs = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         # On copies, so that the graph behind the inputs is not walked.
         copies = {id(t): t.detach().requires_grad_(t.requires_grad) for t in inputs}
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: copies[id(t)], (args, kwargs))
         flops = measured_flops(lambda: function(*args, **kwargs), list(copies.values()), weights)
+        if flops.total == 0 and isinstance(module, nn.RNNBase):
+            flops = _recurrent(module, inputs[0])
         reference = inputs[0] if inputs else torch.empty(0)
         facts = ProductFacts(None, flops, str(reference.dtype), str(reference.device))
         before = self.facts.get(one.candidate.name)
         self.facts[one.candidate.name] = facts if before is None else _summed(before, facts)
+
+
+def _recurrent(module: nn.RNNBase, input: Tensor) -> RoleFlops:
+    """Every weight matrix of a recurrent layer multiplies once per time step and example, in each role.
+
+    The counter does not see torch's fused float32 LSTM on CPUs, so it cannot be measured there.
+    """
+    steps = input.numel() // module.input_size
+    weights = {name: p for name, p in module.named_parameters() if p.dim() > 1}
+    total = 2 * steps * sum(p.numel() for p in weights.values())
+    unneeded = [] if input.requires_grad else [p for name, p in weights.items() if name.startswith("weight_ih_l0")]
+    trained = sum(p.numel() for p in weights.values() if p.requires_grad)
+    return RoleFlops(total, total - 2 * steps * sum(p.numel() for p in unneeded), 2 * steps * trained)
 
 
 def _summed(one: ProductFacts, other: ProductFacts) -> ProductFacts:

@@ -55,9 +55,7 @@ class Uniform:
     @property
     def spec(self) -> SamplerSpec:
         """The sampler specification of every decision."""
-        return SamplerSpec(
-            self.sampler, self.ratio, self.minimal_k, self.scores, self.granularity, self.epsilon
-        )
+        return SamplerSpec(self.sampler, self.ratio, self.minimal_k, self.scores, self.granularity, self.epsilon)
 
     def decide(self, candidates: Sequence[Candidate]) -> list[Decision]:
         """All sampled alike."""

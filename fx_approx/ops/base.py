@@ -44,7 +44,8 @@ class ProductOp:
         methods: The tensor methods that a graph may call.
         static: Names of arguments that are plain values and that ``geometry`` and ``scores`` read.
         geometry: ``(lhs_shape, rhs_shape, static) -> GemmShape``; raises :class:`Unsupported`.
-        pairs: Pairs per group of two operands (the left one may be None), 0 if they cannot be sampled; plain integers, so that it traces.
+        pairs: Pairs per group of two operands (the left one may be None), 0 if they cannot be sampled; plain integers,
+            so that it traces.
         scores: Scores of the pairs.
         keeps_both: Whether autograd keeps both operands whichever of them needs a gradient (one backward function makes
             both gradients), instead of each for the gradient of the other.

@@ -102,8 +102,7 @@ def output_positions(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]
         return tuple(lhs[-spatial:])
     pads = (0,) * spatial if padding == "valid" else _tuple(padding, spatial)
     return tuple(
-        (lhs[i - spatial] + 2 * pads[i] - dilation[i] * (rhs[2 + i] - 1) - 1) // stride[i] + 1
-        for i in range(spatial)
+        (lhs[i - spatial] + 2 * pads[i] - dilation[i] * (rhs[2 + i] - 1) - 1) // stride[i] + 1 for i in range(spatial)
     )
 
 

@@ -117,9 +117,7 @@ def crs_outcomes(p: Tensor, k: int) -> Outcomes:
         places = [0.001 if (i + sum(sequence)) % 2 else 0.999 for i in range(k)]
         uniforms.append([float(starts[j] + x * p[j]) for j, x in zip(sequence, places, strict=True)])
         probability.append(math.prod(float(p[j]) for j in sequence))
-    return Outcomes(
-        torch.tensor(uniforms, dtype=torch.float64), torch.tensor(probability, dtype=torch.float64)
-    )
+    return Outcomes(torch.tensor(uniforms, dtype=torch.float64), torch.tensor(probability, dtype=torch.float64))
 
 
 def systematic_outcomes(p: Tensor) -> Outcomes:
@@ -138,9 +136,7 @@ def systematic_outcomes(p: Tensor) -> Outcomes:
             if high - low > 1e-13:
                 uniforms.append([*keys, (low + high) / 2])
                 probability.append((high - low) / len(orders))
-    return Outcomes(
-        torch.tensor(uniforms, dtype=torch.float64), torch.tensor(probability, dtype=torch.float64)
-    )
+    return Outcomes(torch.tensor(uniforms, dtype=torch.float64), torch.tensor(probability, dtype=torch.float64))
 
 
 def _arcs(start: float, length: float) -> list[tuple[float, float]]:

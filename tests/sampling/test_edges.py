@@ -24,9 +24,7 @@ from tests.sampling.oracles import magnitudes
 
 NAN, INF = float("nan"), float("inf")
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=list(SAMPLERS))
-random_samplers = pytest.mark.parametrize(
-    "sampler", [s for s in SAMPLERS.values() if s.random], ids=lambda s: s.name
-)
+random_samplers = pytest.mark.parametrize("sampler", [s for s in SAMPLERS.values() if s.random], ids=lambda s: s.name)
 both_forms = pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
 
 
@@ -130,9 +128,7 @@ def test_one_pair(sampler: Sampler) -> None:
 @both_forms
 @pytest.mark.parametrize("bad", [(0,), (7,), (2, 3), (0, 4, 7)])
 @pytest.mark.parametrize("k", [3, 5])
-def test_non_finite_pairs_are_always_selected(
-    sampler: Sampler, static: bool, bad: tuple[int, ...], k: int
-) -> None:
+def test_non_finite_pairs_are_always_selected(sampler: Sampler, static: bool, bad: tuple[int, ...], k: int) -> None:
     for step in range(40):
         scores = torch.full((1, 8), 1e30)
         for i, j in enumerate(bad):

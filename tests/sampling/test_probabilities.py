@@ -81,9 +81,7 @@ def test_inclusion_probabilities_by_hand() -> None:
 
 def test_draw_probabilities_by_hand() -> None:
     scores = torch.tensor([[3.0, 1.0, 0.0, 0.0], [0.0] * 4, [INF, 1.0, NAN, 5.0], [1e-38, 3e-38, 0.0, 0.0]])
-    wanted = torch.tensor(
-        [[0.75, 0.25, 0, 0], [0.25] * 4, [0.5, 0, 0.5, 0], [0.25, 0.75, 0, 0]], dtype=torch.float64
-    )
+    wanted = torch.tensor([[0.75, 0.25, 0, 0], [0.25] * 4, [0.5, 0, 0.5, 0], [0.25, 0.75, 0, 0]], dtype=torch.float64)
     close = {"rtol": 1e-6, "atol": 0.0}
     torch.testing.assert_close(draw_probabilities(scores, 0.0), wanted, **close)
     mixed = 0.6 * wanted + 0.1

@@ -1,0 +1,75 @@
+"""Changes after the transform, fused roots, user hooks and overlapping globs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fx_approx
+from fx_approx.policies import Uniform
+
+HALF = Uniform("topk", 0.5)
+
+
+def chain() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8))
+
+
+def test_a_layer_replaced_after_the_transform_is_a_clear_error() -> None:
+    approx = fx_approx.transform(chain(), HALF)
+    approx[1][0] = nn.Linear(8, 8)
+    with pytest.raises(RuntimeError, match=r"1\.0 is not the layer that was transformed.*restore"):
+        approx(torch.randn(2, 8))
+
+
+def test_a_layer_replaced_after_restore_and_transformed_again_is_sampled() -> None:
+    model = fx_approx.restore(fx_approx.transform(chain(), HALF))
+    model[1][0] = nn.Linear(8, 8)
+    again = fx_approx.transform(model, HALF)
+    again(torch.randn(2, 8)).sum().backward()
+    assert (model[1][0].weight.grad.abs().sum(0) == 0).sum() == 4
+
+
+def test_a_type_error_of_the_users_own_is_not_hidden() -> None:
+    approx = fx_approx.transform(chain(), HALF)
+    with pytest.raises(TypeError, match="linear"):
+        approx.eval()("no tensor")
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM(16, 32), nn.LSTM(16, 32, 2, bidirectional=True), nn.GRU(16, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_recurrent_layer_alone_is_reported_with_its_operations(layer: nn.RNNBase, dtype: torch.dtype) -> None:
+    report = fx_approx.explain(layer.to(dtype), HALF, torch.randn(5, 3, 16, dtype=dtype)).report
+    (row,) = report.rows
+    weights = sum(p.numel() for p in layer.parameters() if p.dim() > 1)
+    assert "recurrent" in row.reason
+    assert row.exact is not None and row.exact.output == 2 * 5 * 3 * weights
+
+
+def test_shape_propagation_runs_no_hook_of_the_user() -> None:
+    seen: list[torch.Tensor] = []
+    model = chain()
+    model[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    with pytest.warns(fx_approx.CaptureWarning, match="has hooks"):
+        approx = fx_approx.transform(model, HALF, torch.randn(2, 8))
+    assert seen == []
+    assert fx_approx.report(approx)["1.0"].exact is not None
+    approx(torch.randn(2, 8))
+    assert len(seen) == 1
+
+
+def test_a_model_that_needs_its_hooks_to_run_has_unknown_shapes() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(16, 4))
+    model[1].register_forward_pre_hook(lambda module, args: (torch.cat((args[0], args[0]), -1),))
+    with pytest.warns(fx_approx.CaptureWarning, match="without the hooks of 1"):
+        approx = fx_approx.transform(model, HALF, torch.randn(2, 8))
+    assert approx(torch.randn(2, 8)).shape == (2, 4)
+
+
+def test_the_first_matching_glob_decides_the_ratio() -> None:
+    approx = fx_approx.transform(chain(), HALF, torch.randn(2, 8))
+    fx_approx.set_ratio(approx, {"0": 0.25, "*": 0.75})
+    assert [row.k for row in fx_approx.report(approx).rows] == [2, 6, 6]
+    fx_approx.set_ratio(approx, {"*": 0.75, "0": 0.25})
+    assert [row.k for row in fx_approx.report(approx).rows] == [6, 6, 6]
