@@ -258,14 +258,25 @@ class _Recorder:
 def _recurrent(module: nn.RNNBase, input: Tensor) -> RoleFlops:
     """Every weight matrix of a recurrent layer multiplies once per time step and example, in each role.
 
-    The counter does not see torch's fused float32 LSTM on CPUs, so it cannot be measured there.
+    No gradient goes to the state before the first step, and to the input of the first layer only if it needs one. As
+    in measured counts, the way back through time belongs to the weights where the input needs no gradient. The counter
+    does not see torch's fused float32 LSTM on CPUs, so it cannot be measured there.
+
+    Args:
+        module: The layer.
+        input: ``[T, B, size]``, ``[B, T, size]`` if batch_first, ``[T, size]``, or the rows of a packed sequence, which
+            count as one example.
     """
-    steps = input.numel() // module.input_size
-    weights = {name: p for name, p in module.named_parameters() if p.dim() > 1}
-    total = 2 * steps * sum(p.numel() for p in weights.values())
-    unneeded = [] if input.requires_grad else [p for name, p in weights.items() if name.startswith("weight_ih_l0")]
-    trained = sum(p.numel() for p in weights.values() if p.requires_grad)
-    return RoleFlops(total, total - 2 * steps * sum(p.numel() for p in unneeded), 2 * steps * trained)
+    rows = input.numel() // module.input_size
+    examples = 1 if input.dim() == 2 else input.shape[0 if module.batch_first else 1]
+    sizes = {name: p.numel() for name, p in module.named_parameters() if p.dim() > 1}
+    recurrent = sum(size for name, size in sizes.items() if "_hh_" in name)
+    first = sum(size for name, size in sizes.items() if name.startswith("weight_ih_l0"))
+    total = 2 * rows * sum(sizes.values())
+    back = total - 2 * examples * recurrent - (0 if input.requires_grad else 2 * rows * first)
+    if input.requires_grad:
+        return RoleFlops(total, back, total)
+    return RoleFlops(total, 0, total + back)
 
 
 def _summed(one: ProductFacts, other: ProductFacts) -> ProductFacts:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fx_approx
+from fx_approx import state
 from fx_approx.policies import Uniform
 
 from .models import Attention, Checkpointed, Cnn, WithDataDependent, loss_of, mlp, same
@@ -340,14 +341,14 @@ def test_models_in_threads_keep_their_own_samples() -> None:
 
 
 @reentrant
-def test_a_freed_input_whose_address_is_used_again_is_not_mistaken(reentrant: bool) -> None:
+def test_a_freed_input_whose_address_is_used_again_is_not_mistaken(
+    reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A forward without checkpoint is never recomputed; a later batch at its address is another one."""
+    monkeypatch.setattr(state, "fingerprint", lambda owner, inputs: (owner, "one address for all"))
     approx = fx_approx.transform(mlp(), RANDOM)
-    addresses = []
-    for step in range(20):
+    for step in range(4):
         x = torch.randn(6, 12, requires_grad=True)
-        addresses.append(x.data_ptr())
         output = approx(x) if step % 2 else checkpoint(approx, x, use_reentrant=reentrant)
         output.sum().backward()
         del x, output
-    assert len(set(addresses)) < len(addresses), "no address was used again: the test shows nothing"

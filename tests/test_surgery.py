@@ -37,14 +37,22 @@ def test_a_type_error_of_the_users_own_is_not_hidden() -> None:
         approx.eval()("no tensor")
 
 
-@pytest.mark.parametrize("layer", [nn.LSTM(16, 32), nn.LSTM(16, 32, 2, bidirectional=True), nn.GRU(16, 32)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_recurrent_layer_alone_is_reported_with_its_operations(layer: nn.RNNBase, dtype: torch.dtype) -> None:
-    report = fx_approx.explain(layer.to(dtype), HALF, torch.randn(5, 3, 16, dtype=dtype)).report
-    (row,) = report.rows
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize(
+    "layer",
+    [nn.LSTM(16, 32), nn.LSTM(16, 32, 2, bidirectional=True), nn.LSTM(16, 32, 2, batch_first=True), nn.GRU(16, 32)],
+    ids=["lstm", "stacked", "batch_first", "gru"],
+)
+def test_a_recurrent_layer_alone_is_reported_with_its_operations(layer: nn.RNNBase, needs_grad: bool) -> None:
+    """Torch's counter sees them all in float64, but not the LSTM in float32."""
+    counts = []
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(5, 3, 16, dtype=dtype, requires_grad=needs_grad)
+        (row,) = fx_approx.explain(layer.to(dtype), HALF, x).report.rows
+        assert "recurrent" in row.reason
+        counts.append(row.exact)
     weights = sum(p.numel() for p in layer.parameters() if p.dim() > 1)
-    assert "recurrent" in row.reason
-    assert row.exact is not None and row.exact.output == 2 * 5 * 3 * weights
+    assert counts[0] == counts[1] and counts[0].output == 2 * 5 * 3 * weights
 
 
 def test_shape_propagation_runs_no_hook_of_the_user() -> None:
