@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 
 from fx_approx.candidate import Candidate, with_facts
-from fx_approx.capture import Capture, call_form, capture, described, skeleton
+from fx_approx.capture import CallForm, Capture, call_form, capture, described, skeleton
 from fx_approx.checks import check_inputs, check_model, check_seed
 from fx_approx.controls import load_sampler_state, sampler_state
 from fx_approx.errors import CaptureWarning, NoEffectWarning
@@ -24,6 +25,7 @@ from fx_approx.runtime import ApproxModule, Runtime, adopt, find
 M = TypeVar("M", bound=nn.Module)
 
 
+@torch.inference_mode(False)
 def transform(
     model: M, policy: Policy | None = None, example_inputs: Any = None, *, seed: int = 0, every: int = 1
 ) -> M:
@@ -56,17 +58,22 @@ def transform(
     """
     check_model(model)
     check_seed(seed, every)
-    root, prepared = _prepare(model, example_inputs)
+    return _transform(model, policy, example_inputs, None, seed, every)
+
+
+def _transform(model: M, policy: Policy | None, example_inputs: Any, form: CallForm | None, seed: int, every: int) -> M:
+    """:func:`transform` of a checked model; ``form`` says how it is called where there are no example inputs."""
+    root, prepared = _prepare(model, example_inputs, form)
     plan = decide(prepared.candidates, Paper() if policy is None else policy)
     runtime = Runtime(prepared.captured, prepared.candidates, plan, seed, every)
     runtime.called = prepared.called
     _place(runtime, model)
     rewrite(root, runtime, prepared.found)
     for part in prepared.captured.opaque:
-        warnings.warn(f"not traced, served by module swap: {part}", CaptureWarning, stacklevel=2)
+        warnings.warn(f"not traced, served by module swap: {part}", CaptureWarning, stacklevel=4)
     if not plan.sampled:
         what = "it has no matrix product or convolution" if not prepared.found else "every layer stays exact"
-        warnings.warn(f"transform changed nothing in {type(model).__name__}: {what}", NoEffectWarning, stacklevel=2)
+        warnings.warn(f"transform changed nothing in {type(model).__name__}: {what}", NoEffectWarning, stacklevel=4)
     return cast(M, adopt(root, runtime, _reduce))
 
 
@@ -99,11 +106,11 @@ class _Prepared:
         return tuple(one.candidate for one in self.found)
 
 
-def _prepare(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, _Prepared]:
+def _prepare(model: nn.Module, example_inputs: Any, form: CallForm | None = None) -> tuple[nn.Module, _Prepared]:
     """Capture and annotate: everything before a decision."""
     args, kwargs = check_inputs(model, example_inputs)
     root = skeleton(model)
-    captured = capture(root, call_form(root, args, kwargs))
+    captured = capture(root, call_form(root, args, kwargs) if form is None else form)
     found = annotate(root, captured)
     called = None
     if args is not None:
@@ -146,7 +153,12 @@ def report(model: nn.Module) -> SavingsReport:
     if runtime.called is not None and any(c.facts is None for c in runtime.candidates):
         _learn(approx, runtime)
     return build_report(
-        approx.exact_class.__name__, runtime.candidates, runtime.plan, runtime.capture.opaque, runtime.selectors
+        approx.exact_class.__name__,
+        runtime.candidates,
+        runtime.plan,
+        runtime.capture.opaque,
+        runtime.selectors,
+        approx.training,
     )
 
 
@@ -179,13 +191,14 @@ def restore(model: nn.Module) -> nn.Module:
 def _reduce(approx: ApproxModule) -> tuple[Any, ...]:
     runtime = approx._fx_approx
     switches = {name: (s.spec, s.enabled) for name, s in runtime.selectors.items()}
-    inputs = runtime.called
-    return _rebuild, (_plain(approx), runtime.plan.to_dict(), sampler_state(approx), switches, inputs)
+    parts = _plain(approx), runtime.plan.to_dict(), runtime.capture.form, sampler_state(approx), switches
+    return _rebuild, (*parts, runtime.called)
 
 
 def _rebuild(
     model: nn.Module,
     plan: Mapping[str, Any],
+    form: CallForm,
     state: Mapping[str, int],
     switches: Mapping[str, tuple[Any, bool]],
     called: tuple[Any, Any] | None,
@@ -193,7 +206,7 @@ def _rebuild(
     """Unpickles: transforms the exact model again by the same plan."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        approx = transform(model, Plan.from_dict(plan))
+        approx = _transform(model, Plan.from_dict(plan), None, form, 0, 1)
     runtime = find(approx)._fx_approx
     load_sampler_state(approx, state)
     runtime.called = called

@@ -20,7 +20,8 @@ import torch
 from torch import fx, nn
 
 from fx_approx.errors import CaptureError
-from fx_approx.tracer import HOOKS, LeafTracer, Opaque, describe, random_state, set_random_state
+from fx_approx.tracer import HOOKS, LeafTracer, Opaque, describe
+from fx_approx.watch import Reads, random_state, set_random_state
 
 _ENTRY = "_fx_approx_entry"
 
@@ -77,9 +78,10 @@ class Capture:
         graph: The traced graph, whose targets are paths in the skeleton; None if the forward itself cannot be traced.
         form: How it is called.
         opaque: Parts kept as Python, with the reason.
-        branching: Paths of modules whose Python branches on ``training``: the graph serves calls in which all of them
-            are in training mode.
+        branching: Paths of modules whose Python branches on ``training``: the graph serves training only.
         constants: Tensors made while tracing, by target name.
+        readers: Paths of modules whose ``training`` flag the forward reads: the graph serves calls in which they agree.
+        frozen: Path, name and value of module attributes that are in the graph as they were.
     """
 
     graph: fx.Graph | None
@@ -87,6 +89,8 @@ class Capture:
     opaque: tuple[Opaque, ...]
     branching: tuple[str, ...]
     constants: dict[str, torch.Tensor]
+    readers: tuple[str, ...] = ()
+    frozen: tuple[tuple[str, str, Any], ...] = ()
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -184,18 +188,28 @@ def _has_tensor(value: Any) -> bool:
 
 def capture(root: nn.Module, form: CallForm) -> Capture:
     """Traces ``root`` (a :func:`skeleton`; its attributes and training flags are as before afterwards)."""
+    reads = Reads()
     with kept_random_state(), _kept_attributes(root), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the model says of Proxies is of no use to anyone
         try:
-            graph, opaque, constants = _trace(root, form, training=True)
+            graph, opaque, constants = _trace(root, form, reads, training=True)
         except Exception as error:  # whatever a user's forward does with a Proxy
             return Capture(None, form, (Opaque("", describe(error)),), (), {})
+        paths = {id(module): path for path, module in root.named_modules()}
         try:
-            evaluation, _, _ = _trace(root, form, training=False)
-            branching = _merge(graph, evaluation)
+            evaluation, _, others = _trace(root, form, reads, training=False)
+            readers = [paths[key] for key in reads.training if key in paths]
+            branching = _merge(graph, evaluation, readers[0] if readers else None)
+            if not _alike(constants, others):
+                branching.add("")
         except Exception:  # the evaluation path alone cannot be traced: the model's own forward runs it
-            branching = {""}
-    return Capture(graph, form, opaque, tuple(sorted(branching)), constants)
+            readers, branching = [paths[key] for key in reads.training if key in paths], {""}
+    frozen = tuple((paths[key], name, value) for (key, name), (_, _, value) in reads.plain.items() if key in paths)
+    return Capture(graph, form, opaque, tuple(sorted(branching)), constants, tuple(readers), frozen)
+
+
+def _alike(constants: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> bool:
+    return constants.keys() == others.keys() and all(torch.equal(t, others[name]) for name, t in constants.items())
 
 
 @contextlib.contextmanager
@@ -224,19 +238,38 @@ def _kept_attributes(root: nn.Module) -> Iterator[None]:
 
 
 def _trace(
-    root: nn.Module, form: CallForm, training: bool
+    root: nn.Module, form: CallForm, reads: Reads, training: bool
 ) -> tuple[fx.Graph, tuple[Opaque, ...], dict[str, torch.Tensor]]:
     for module in root.modules():
         module.training = training
     before = set(vars(root))
-    tracer = LeafTracer()
+    tracer = LeafTracer(reads)
     tracer.traced_func_name = _ENTRY
     with _entry(root, form):
         graph = tracer.trace(root)
     constants = {name: value for name, value in vars(root).items() if name not in before}
+    for name in constants:
+        delattr(root, name)  # the second trace is to use the same names
     used = {node.target for node in graph.nodes if node.op == "get_attr"}
     constants = {name: value for name, value in constants.items() if name in used}
+    _copy_constants(graph, constants)
     return graph, tuple(tracer.opaque.values()), constants
+
+
+def _copy_constants(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
+    """Gives every forward its own copy of a tensor that the model makes anew in each: it may be changed in place."""
+    copies: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or not isinstance(constants.get(str(node.target)), torch.Tensor):
+            continue
+        if node.target in copies:
+            node.replace_all_uses_with(copies[node.target])
+            graph.erase_node(node)
+            continue
+        with graph.inserting_after(node):
+            made = copies[node.target] = graph.call_function(torch.clone, (node,))
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
 
 
 @contextlib.contextmanager
@@ -274,21 +307,22 @@ def select_by_mode(training: bool, in_training: Any, in_evaluation: Any) -> Any:
     return in_training if training else in_evaluation
 
 
-def _merge(graph: fx.Graph, evaluation: fx.Graph) -> set[str]:
+def _merge(graph: fx.Graph, evaluation: fx.Graph, reader: str | None) -> set[str]:
     """Makes ``graph`` serve both modes where it can; returns the owners of what it cannot.
 
+    The flag that decides is that of ``reader``: the graph runs only where all whose flags are read agree.
     Nodes are matched by owner, target and occurrence, so that an extra node in one graph does not shift the others.
     """
     twins = _matched(graph, evaluation)
     paired = set(twins.values())
     branching = {owner(node) for node in evaluation.nodes if node not in paired}
-    flags: dict[str, fx.Node] = {}
+    flag = _Flag(graph, reader)
     for node in list(graph.nodes):
         twin = twins.get(node)
         if twin is None:
             branching.add(owner(node))
             continue
-        merge = _Merge(graph, node, twins, flags)
+        merge = _Merge(graph, node, twins, flag)
         arguments = merge.value(node.args, twin.args), merge.value(dict(node.kwargs), dict(twin.kwargs))
         if merge.differs:
             branching.add(owner(node))
@@ -314,10 +348,8 @@ def _matched(graph: fx.Graph, evaluation: fx.Graph) -> dict[fx.Node, fx.Node]:
 class _Merge:
     """One node's arguments in both modes, made one where only constants differ."""
 
-    def __init__(
-        self, graph: fx.Graph, node: fx.Node, twins: Mapping[fx.Node, fx.Node], flags: dict[str, fx.Node]
-    ) -> None:
-        self.graph, self.node, self.twins, self.flags = graph, node, twins, flags
+    def __init__(self, graph: fx.Graph, node: fx.Node, twins: Mapping[fx.Node, fx.Node], flag: _Flag) -> None:
+        self.graph, self.node, self.twins, self.flag = graph, node, twins, flag
         self.differs = False
 
     def value(self, ours: Any, theirs: Any) -> Any:
@@ -332,17 +364,26 @@ class _Merge:
             return slice(*(self.value(getattr(ours, f), getattr(theirs, f)) for f in ("start", "stop", "step")))
         if ours is theirs or (type(ours) is type(theirs) and ours == theirs):
             return ours
-        flag = self._flag()
+        flag = self.flag.node()
+        if flag is None:
+            self.differs = True
+            return ours
         if (ours, theirs) == (True, False):
             return flag
         with self.graph.inserting_before(self.node):
             return self.graph.call_function(select_by_mode, (flag, ours, theirs))
 
-    def _flag(self) -> fx.Node:
-        path = owner(self.node)
-        if path not in self.flags:
+
+class _Flag:
+    """The node that reads the ``training`` flag of the module at ``path``; None if no flag is read."""
+
+    def __init__(self, graph: fx.Graph, path: str | None) -> None:
+        self.graph, self.path = graph, path
+        self._node: fx.Node | None = None
+
+    def node(self) -> fx.Node | None:
+        if self._node is None and self.path is not None:
             first = next(node for node in self.graph.nodes if node.op != "placeholder")
             with self.graph.inserting_before(first):
-                target = f"{path}.training" if path else "training"
-                self.flags[path] = self.graph.create_node("get_attr", target)
-        return self.flags[path]
+                self._node = self.graph.create_node("get_attr", f"{self.path}.training" if self.path else "training")
+        return self._node

@@ -28,9 +28,8 @@ def _selected(runtime: Runtime, patterns: Iterable[str]) -> dict[str, list[Selec
             found[matching[0]].append(selector)
     unused = [pattern for pattern in found if pattern not in used]
     if unused:
-        raise ValueError(
-            f"no sampled layer matches {', '.join(map(repr, unused))}; there are: {', '.join(runtime.selectors)}"
-        )
+        there = ", ".join(runtime.selectors) or "none, nothing is sampled"
+        raise ValueError(f"no sampled layer matches {', '.join(map(repr, unused))}; there are: {there}")
     return found
 
 

@@ -252,9 +252,13 @@ def build_report(
     plan: Plan,
     opaque: tuple[Opaque, ...],
     selectors: Mapping[str, Selector] | None = None,
+    training: bool = False,
 ) -> SavingsReport:
-    """The report of a plan; with ``selectors``, of the ratios and switches as they are now."""
-    rows = tuple(_row(candidate, plan, selectors) for candidate in candidates)
+    """The report of a plan; with ``selectors``, of the ratios and switches as they are now.
+
+    With ``training``, of a model in training mode, whose layers in evaluation mode are exact.
+    """
+    rows = tuple(_row(candidate, plan, selectors, training) for candidate in candidates)
     known = [row for row in rows if row.exact is not None and row.executed is not None]
     totals = Totals(
         exact=sum((row.exact for row in known if row.exact), RoleFlops()),
@@ -269,7 +273,7 @@ def build_report(
     return SavingsReport(model, rows, totals, tuple(notes))
 
 
-def _row(candidate: Candidate, plan: Plan, selectors: Mapping[str, Selector] | None) -> Row:
+def _row(candidate: Candidate, plan: Plan, selectors: Mapping[str, Selector] | None, training: bool) -> Row:
     decision = plan[candidate.name]
     spec, reason, last = decision.spec, decision.reason, None
     if selectors is not None and candidate.name in selectors:
@@ -277,6 +281,8 @@ def _row(candidate: Candidate, plan: Plan, selectors: Mapping[str, Selector] | N
         spec, last = selector.spec, selector.last_count
         if not selector.enabled:
             spec, reason = None, "switched off"
+        elif not selector.owner[0].training and training:
+            spec, reason = None, "in eval()"
     if candidate.blocked:
         spec, reason = None, candidate.blocked
     facts, pairs = candidate.facts, candidate.pairs

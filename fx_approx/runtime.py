@@ -20,7 +20,19 @@ from fx_approx.capture import Capture, described
 from fx_approx.errors import CaptureWarning, RecomputationError
 from fx_approx.modules import SampledLayer, Selector
 from fx_approx.plan import Plan
-from fx_approx.state import SEED, Draw, draw, fingerprint, in_backward, new_state, next_key, recall
+from fx_approx.state import (
+    INCREMENT,
+    SEED,
+    Draw,
+    draw,
+    fingerprint,
+    forget_calls,
+    in_backward,
+    new_state,
+    next_key,
+    recall,
+)
+from fx_approx.tracer import is_hooked
 
 _numbers = itertools.count()
 
@@ -37,6 +49,9 @@ class Runtime(nn.Module):
         capture: The captured graph before the rewrite.
         graph: The rewritten graph.
         layers: Paths of the sampled layers.
+        readers: Modules whose ``training`` flags the graph depends on.
+        frozen: Module, name and value of the attributes that the graph holds.
+        structure: Modules that were traced through, and the names of their children.
         candidates: All candidates.
         plan: What was decided.
         sampling_swapped: Some layer in an untraced part is sampled.
@@ -48,11 +63,14 @@ class Runtime(nn.Module):
         super().__init__()
         self.register_buffer("state", new_state(seed, every), persistent=False)
         self.number = next(_numbers)
+        weakref.finalize(self, forget_calls, self.number)
         self.capture, self.candidates, self.plan = capture, candidates, plan
         self.graph: fx.Graph | None = None
         self.function: Callable[..., Any] | None = None
         self.selectors: dict[str, Selector] = {}
-        self.branching: tuple[nn.Module, ...] = ()
+        self.readers: tuple[nn.Module, ...] = ()
+        self.frozen: tuple[tuple[nn.Module, str, Any], ...] = ()
+        self.structure: tuple[tuple[nn.Module, tuple[str, ...]], ...] = ()
         self.layers: tuple[str, ...] = ()
         self.sampling_swapped = False
         self.inside = False
@@ -135,14 +153,21 @@ class Runtime(nn.Module):
             )
         return self.drawn
 
-    def run(self, root: nn.Module, exact: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run(
+        self, root: ApproxModule, exact: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         """One forward of ``root``: through the graph, or through its own Python ``exact`` with swapped layers."""
         if self.called is None and not torch.compiler.is_compiling():
             self.called = described(args), described(dict(kwargs))
         values = None if self.function is None else self.capture.form.bind(args, kwargs)
-        training = all([module.training for module in self.branching])
-        if values is None or not training:
-            return self._run_python(root, exact, args, kwargs, expected=self.function is None or not training)
+        if self.function is not None and not torch.compiler.is_compiling():
+            self._check_structure(root)
+        if values is None or not self._flags_fit():
+            reason = "" if self.function is None or values is not None else "arguments"
+            return self._run_python(root, exact, args, kwargs, reason)
+        for module, name, value in self.frozen:
+            if getattr(module, name, None) != value:
+                return self._run_python(root, exact, args, kwargs, f"attribute {name} of {type(module).__name__}")
         if not self.sampling_swapped:
             return self._run_graph(root, values)
         self.inside = True
@@ -152,6 +177,20 @@ class Runtime(nn.Module):
             self.inside = False
         self._mark(result)
         return result
+
+    def _flags_fit(self) -> bool:
+        """Whether the modules whose flags the forward reads agree, and the graph has what they ask for."""
+        flags = [module.training for module in self.readers]
+        return all(flags) or not (any(flags) or self.capture.branching)
+
+    def _check_structure(self, root: nn.Module) -> None:
+        """Raises if a container that was traced through has other children or hooks now."""
+        for module, names in self.structure:
+            if tuple(module._modules) != names or (is_hooked(module) and module is not root):
+                raise RuntimeError(
+                    f"a {type(module).__name__} of {type(root).__name__} got other children or hooks after the "
+                    "transform. Undo it with fx_approx.restore(model), change the model, and transform again."
+                )
 
     def _run_graph(self, root: nn.Module, values: list[Any]) -> Any:
         assert self.function is not None
@@ -171,11 +210,11 @@ class Runtime(nn.Module):
 
     def _run_python(
         self,
-        root: nn.Module,
+        root: ApproxModule,
         exact: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        expected: bool,
+        reason: str,
     ) -> Any:
         self.drawn = self._next(_detached((args, kwargs))) if self.draws else None
         self.inside = True
@@ -183,12 +222,16 @@ class Runtime(nn.Module):
             result = exact(root, *args, **kwargs)
         finally:
             self.inside = False
-        if not expected and not torch.compiler.is_compiling() and "form" not in self.warned and self.samples:
-            self.warned.add("form")
+        if reason and not torch.compiler.is_compiling() and reason not in self.warned and self.samples:
+            self.warned.add(reason)
+            how = (
+                f"was called in another way than it was captured ({', '.join(self.capture.form.dynamic)})"
+                if reason == "arguments"
+                else f"is not as it was captured: {reason} was changed"
+            )
             warnings.warn(
-                f"{type(root).__name__} was called in another way than it was captured "
-                f"({', '.join(self.capture.form.dynamic)}): module swap serves this call. Pass example_inputs that "
-                "look like your calls.",
+                f"{root.exact_class.__name__} {how}: module swap serves this call. Pass example_inputs that look like "
+                "your calls, and transform again after a change of the model.",
                 CaptureWarning,
                 stacklevel=6,
             )
@@ -222,6 +265,7 @@ class Runtime(nn.Module):
         """Makes ``graph`` the one that runs: Python code whose ``self`` is the model."""
         code = graph.python_code("self")
         name = f"<fx_approx {self.number}>"
+        weakref.finalize(self, linecache.cache.pop, name, None)
         linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
         namespace: dict[str, Any] = dict(code.globals)
         exec(compile(code.src, name, "exec"), namespace)
@@ -242,7 +286,9 @@ class Runtime(nn.Module):
         shared = {"capture", "candidates", "plan", "graph", "function"}
         for name, value in vars(self).items():
             new.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
-        new.number, new.drawn = next(_numbers), None
+        new.number, new.drawn, new.inside = next(_numbers), None, False
+        new.state[INCREMENT] = 1  # the copy is not held, even where the original is
+        weakref.finalize(new, forget_calls, new.number)
         return new
 
     @property

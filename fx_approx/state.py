@@ -100,6 +100,12 @@ def recall(call: Fingerprint) -> Tensor | None:
     return found.key.clone()
 
 
+def forget_calls(owner: int) -> None:
+    """Drops what is remembered of a model that is gone."""
+    for call in [call for call in _calls if call[0] == owner]:
+        _calls.pop(call, None)
+
+
 def _remember(call: Fingerprint, key: Tensor, inputs: list[Tensor]) -> None:
     before = _calls.pop(call, None)
     own = key.clone()
@@ -176,9 +182,10 @@ def _(key: Tensor, sites: list[int], counts: list[int]) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _positions(sites: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    places = [torch.full((count,), site, dtype=torch.int64) for site, count in zip(sites, counts, strict=True)]
-    elements = [torch.arange(count, dtype=torch.int64) for count in counts]
-    return torch.cat(places).to(device), torch.cat(elements).to(device)
+    with torch.inference_mode(False):  # they serve later calls too
+        places = [torch.full((count,), site, dtype=torch.int64) for site, count in zip(sites, counts, strict=True)]
+        elements = [torch.arange(count, dtype=torch.int64) for count in counts]
+        return torch.cat(places).to(device), torch.cat(elements).to(device)
 
 
 def _traced_in_checkpoint() -> bool:

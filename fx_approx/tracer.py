@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import random
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +14,8 @@ import torch.utils.checkpoint
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-_OWN_FILES = os.path.dirname(__file__) + os.sep
-_TORCH_FILES = os.path.dirname(torch.__file__) + os.sep
+from fx_approx.watch import OWN_FILES, TORCH_FILES, DroppedError, Reads, grad_mode, no_side_effects, recorded, refused
+
 _LAYER_FILES = os.path.dirname(nn.__file__) + os.sep
 _CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
@@ -30,80 +28,6 @@ HOOKS = (
 
 FUSED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 """Modules of torch that compute several products in one call."""
-
-
-class _DroppedError(Exception):
-    """The code is inside something that tracing would silently remove."""
-
-    def __init__(self, what: str, where: str = "") -> None:
-        super().__init__(f"{what}, which tracing would remove{where}")
-        self.placed = bool(where)
-
-
-def _grad_mode() -> tuple[bool, bool]:
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-
-
-@contextlib.contextmanager
-def _autocast_refused() -> Iterator[None]:
-    """Stops a forward that enters ``torch.autocast``, also with ``enabled=False``."""
-    enter = torch.autocast.__enter__
-
-    def refuse(self: torch.autocast) -> None:
-        raise _DroppedError("torch.autocast")
-
-    torch.autocast.__enter__ = refuse  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
-
-
-def random_state() -> tuple[Any, torch.Tensor, Any]:
-    """The states of the generators of Python, of torch on the CPU, and of numpy if it is loaded."""
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), torch.random.get_rng_state(), None if numpy is None else numpy.random.get_state()
-
-
-def set_random_state(state: tuple[Any, torch.Tensor, Any]) -> None:
-    """Makes the generators continue from ``state``."""
-    python, cpu, of_numpy = state
-    random.setstate(python)
-    torch.random.set_rng_state(cpu)
-    if of_numpy is not None:
-        sys.modules["numpy"].random.set_state(of_numpy)
-
-
-def _has_drawn(before: tuple[Any, torch.Tensor, Any]) -> bool:
-    python, cpu, of_numpy = random_state()
-    if python != before[0] or not torch.equal(cpu, before[1]):
-        return True
-    if before[2] is None:
-        return False
-    return bool(of_numpy[2:] != before[2][2:] or (of_numpy[1] != before[2][1]).any())
-
-
-@contextlib.contextmanager
-def _no_side_effects(module: nn.Module) -> Iterator[None]:
-    """Stops when tracing the forward of ``module`` did what the graph would do never, or always alike."""
-    state = random_state()
-    before = dict(vars(module))
-    yield
-    if _has_drawn(state):
-        set_random_state(state)
-        raise _DroppedError("random numbers that do not depend on an input", _place(module))
-    changed = [
-        name
-        for name, value in vars(module).items()
-        if not name.startswith("_tensor_constant") and (name not in before or before[name] is not value)
-    ]
-    if changed:
-        raise _DroppedError(f"an assignment to self.{changed[0]}", _place(module))
-
-
-def _place(module: nn.Module) -> str:
-    code = getattr(type(module).forward, "__code__", None)
-    return "" if code is None else f" at {code.co_filename}:{code.co_firstlineno} in forward"
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -128,20 +52,32 @@ class LeafTracer(fx.Tracer):
 
     Attributes:
         opaque: The submodules kept whole, by path.
+        reads: What the traced code has read of modules.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reads: Reads) -> None:
         super().__init__()
+        self.reads = reads
         self.opaque: dict[str, Opaque] = {}
         self._cache: dict[str, fx.Proxy] = {}
         self._names: dict[int, str] = {}
-        self._outside = _grad_mode()
+        self._versions: list[tuple[torch.Tensor, int]] = []
+        self._outside = grad_mode()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of ``root``; what tracing would silently remove from its own forward is an error."""
-        with torch.inference_mode(False), torch.enable_grad(), _autocast_refused(), _no_side_effects(root):
-            self._outside = _grad_mode()
-            return super().trace(root, concrete_args)
+        with torch.inference_mode(False), torch.enable_grad(), no_side_effects(root), recorded(self.reads), refused():
+            self._outside = grad_mode()
+            graph = super().trace(root, concrete_args)
+            if any(tensor._version != version for tensor, version in self._versions):
+                raise DroppedError("an in-place change of a tensor that does not depend on an input")
+            return graph
+
+    def create_arg(self, a: Any) -> Any:
+        """Remembers the state of a tensor that becomes a constant: it must not be changed behind the graph's back."""
+        if isinstance(a, torch.Tensor):
+            self._versions.append((a, a._version))
+        return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Layers of torch without children are leaves, and modules that hooks or parametrisations have changed."""
@@ -163,12 +99,13 @@ class LeafTracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         last = next(reversed(self.graph.nodes), None)
         stack, scope = dict(self.module_stack), self.scope
-        known = set(self.opaque)
+        known, mark = set(self.opaque), self.reads.mark()
         try:
-            with _no_side_effects(m):
+            with no_side_effects(m):
                 return super().call_module(m, forward, args, kwargs)
         except Exception as error:  # whatever a user's forward does with a Proxy
             self._take_back(last)
+            self.reads.back_to(mark)
             self.scope = scope
             self.module_stack.clear()
             self.module_stack.update(stack)
@@ -222,20 +159,20 @@ class LeafTracer(fx.Tracer):
         frame = sys._getframe(1)
         while frame is not None:
             if frame.f_code.co_filename == _CHECKPOINT_FILE:
-                raise _DroppedError("torch.utils.checkpoint")
+                raise DroppedError("torch.utils.checkpoint")
             frame = frame.f_back  # type: ignore[assignment]
-        if _grad_mode() != self._outside:
-            raise _DroppedError("torch.no_grad or alike")
+        if grad_mode() != self._outside:
+            raise DroppedError("torch.no_grad or alike")
         return super().create_node(*args, **kwargs)
 
 
 def describe(error: BaseException) -> str:
     """The error in one line, with the line of the user's code where it arose, or else of a layer of torch."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OWN_FILES)]
-    users = [f for f in frames if not f.filename.startswith(_TORCH_FILES)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(OWN_FILES)]
+    users = [f for f in frames if not f.filename.startswith(TORCH_FILES)]
     users = users or [f for f in frames if f.filename.startswith(_LAYER_FILES)]
     message = str(error).strip().split("\n")[0]
     where = f" at {users[-1].filename}:{users[-1].lineno} in {users[-1].name}" if users else ""
-    if isinstance(error, _DroppedError):
+    if isinstance(error, DroppedError):
         return message if error.placed else message + where
     return f"{type(error).__name__}: {message}{where}"

@@ -50,6 +50,10 @@ BLOCKED_CALLS: dict[Any, str] = {
     "mv": "a product with a vector: bound by memory, nothing to gain",
     "dot": "a product with a vector: bound by memory, nothing to gain",
     "addmv": "a product with a vector: bound by memory, nothing to gain",
+    "addmm_": "in place: no sampled form",
+    "addbmm_": "in place: no sampled form",
+    "baddbmm_": "in place: no sampled form",
+    "addmv_": "in place: no sampled form",
     "__rmatmul__": "a reflected matrix product: no sampled form",
 }
 
@@ -129,6 +133,10 @@ def _layer(path: str, module: nn.Module, names: dict[str, int], node: str = "") 
     frontend = Frontend.GRAPH if node else Frontend.SWAP
     base = next((cls for cls in SAMPLED if isinstance(module, cls)), None)
     if base is None:
+        if type(module).__module__.startswith("torch.ao.nn.") and hasattr(module, "weight"):
+            kind = type(module).__name__.lower()
+            candidate = Candidate(_unique(path, names), path, kind, frontend, node, blocked="quantised layer")
+            return Found(candidate, None, path, path, {})
         for cls, reason in BLOCKED_MODULES:
             if isinstance(module, cls):
                 kind = type(module).__name__.lower()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from fx_approx.candidate import Candidate
 from fx_approx.errors import ShapesNeededError
 from fx_approx.plan import Plan, Policy, make_plan
@@ -17,7 +19,11 @@ def decide(candidates: Sequence[Candidate], policy: Policy) -> Plan:
         ShapesNeededError: The policy reads shapes, and some are not known.
     """
     if isinstance(policy, type) or not isinstance(policy, Policy):
-        raise TypeError(f"policy: expected a policy such as fx_approx.policies.Paper(0.5), or a Plan, got {policy!r}")
+        got = type(policy).__name__ if isinstance(policy, torch.Tensor) else repr(policy)
+        hint = "; example inputs are the third argument" if isinstance(policy, (torch.Tensor, tuple)) else ""
+        raise TypeError(
+            f"policy: expected a policy such as fx_approx.policies.Paper(0.5), or a Plan, got {got[:200]}{hint}"
+        )
     if policy.needs_shapes:
         unknown = [c.name for c in candidates if c.facts is None and not c.blocked]
         if unknown:

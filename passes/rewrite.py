@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-from fx_approx.capture import Capture
+from fx_approx.capture import owner
 from fx_approx.modules import Selector, swap
 from fx_approx.passes.annotate import Found, attribute
 from fx_approx.runtime import Runtime
@@ -32,14 +32,25 @@ def rewrite(root: nn.Module, runtime: Runtime, found: list[Found]) -> None:
     runtime.layers = tuple(one.module for one in chosen.values() if one.module is not None)
     for path, value in runtime.capture.constants.items():
         runtime.register_buffer(f"c{path}", value, persistent=False)
-    runtime.branching = tuple(_branching(root, runtime.capture))
+    _watch(root, runtime)
     runtime.sampling_swapped = any(not one.candidate.node for one in chosen.values())
     if runtime.capture.graph is not None:
         runtime.compile_graph(_graph(root, runtime, runtime.capture.graph, chosen))
 
 
-def _branching(root: nn.Module, captured: Capture) -> list[nn.Module]:
-    return [root.get_submodule(path) for path in captured.branching]
+def _watch(root: nn.Module, runtime: Runtime) -> None:
+    """Tells the runtime what the graph depends on: flags, attributes, and the children of what was traced through."""
+    captured = runtime.capture
+    readers = captured.readers or (("",) if captured.branching else ())
+    runtime.readers = tuple(root.get_submodule(path) for path in readers)
+    runtime.frozen = tuple((root.get_submodule(path), name, value) for path, name, value in captured.frozen)
+    through = {""}
+    for node in captured.graph.nodes if captured.graph is not None else ():
+        path = owner(node)
+        while path and path not in through:
+            through.add(path)
+            path = path.rpartition(".")[0]
+    runtime.structure = tuple((module, tuple(module._modules)) for module in map(root.get_submodule, sorted(through)))
 
 
 def _prepare(root: nn.Module, runtime: Runtime, one: Found, spec: SamplerSpec, site: int) -> None:

@@ -62,6 +62,7 @@ def propagate(
             fake = copy.deepcopy(root)
         for module in fake.modules():
             module.training = True
+        vars(fake).update({name: mode.from_tensor(value) for name, value in captured.constants.items()})
         silenced = _without_user_hooks(fake)
         recorder.watch(fake)
         with mode, _quiet():

@@ -52,10 +52,13 @@ def chosen(model: nn.Module) -> dict[str, list[bool]]:
 def test_resnet18_is_one_graph_with_the_indices_of_the_eager_run(
     sampler: str, backend: str, torchvision: ModuleType
 ) -> None:
+    # Online scores follow the activations. Inductor fuses and so rounds otherwise, which in float32 flips a pair near
+    # a threshold now and then, and then all that follows; in float64 no rounding is large enough.
+    dtype = torch.float64 if backend == "inductor" else torch.float32
     torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=10)
+    model = torchvision.models.resnet18(num_classes=10).to(dtype)
     twin = copy.deepcopy(model)
-    x = torch.randn(2, 3, 32, 32)
+    x = torch.randn(2, 3, 32, 32, dtype=dtype)
     policy = Paper(0.5, sampler=sampler)
     eager, approx = (fx_approx.transform(m, policy, x, seed=3) for m in (twin, model))
     counter = CompileCounterWithBackend(backend)

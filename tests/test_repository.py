@@ -24,7 +24,7 @@ LAYERS: dict[str, tuple[int, set[str]]] = {
     "foundation": (0, {"errors", "sampling", "flops", "candidate", "plan"}),
     "ops": (1, {"ops"}),
     "modules": (2, {"state", "modules", "batchnorm"}),
-    "capture": (3, {"tracer", "capture"}),
+    "capture": (3, {"watch", "tracer", "capture"}),
     "runtime": (4, {"runtime"}),
     "passes": (5, {"passes"}),
     "policies": (5, {"policies"}),

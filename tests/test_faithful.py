@@ -1,0 +1,285 @@
+"""What a forward does beside its graph: nothing of it may be dropped, frozen or shared silently."""
+
+from __future__ import annotations
+
+import copy
+import linecache
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fx_approx
+from fx_approx.policies import Paper, Uniform
+
+ALL = Uniform("topk", 1.0)
+HALF = Uniform("systematic", 0.5)
+
+Forward = Callable[..., Any]
+
+
+class Child(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aux = x.mean()
+        return x
+
+
+class Model(nn.Module):
+    """Two layers and whatever a test wants between them."""
+
+    def __init__(self, body: Forward) -> None:
+        super().__init__()
+        self.l, self.q = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.drop, self.child = nn.Dropout(0.5), Child()
+        self.temp, self.use, self.aux, self.named = 1.0, True, [], {}
+        self.body = body
+        self.register_buffer("n", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+def filled(s: Model, x: Tensor) -> Tensor:
+    h = torch.zeros(8, 16)
+    h += s.l(x)
+    return s.q(h)
+
+
+def added_in_place(s: Model, x: Tensor) -> Tensor:
+    h = torch.zeros(8, 16)
+    h.add_(s.l(x))
+    return s.q(h) + torch.ones(16) + torch.tensor(0.5)
+
+
+def written(s: Model, x: Tensor) -> Tensor:
+    h = torch.zeros(8, 16)
+    h[:, 1:] = s.l(x)[:, 1:]
+    return s.q(h)
+
+
+def changed_before_use(s: Model, x: Tensor) -> Tensor:
+    h = torch.zeros(16)
+    y = s.l(x) + h
+    h.fill_(1.0)
+    return s.q(y)
+
+
+def scaled(s: Model, x: Tensor) -> Tensor:
+    return s.q(s.l(x) * s.temp)
+
+
+def branched(s: Model, x: Tensor) -> Tensor:
+    h = s.l(x)
+    return s.q(h) if s.use else h
+
+
+def flag_of_another(s: Model, x: Tensor) -> Tensor:
+    h = F.dropout(s.l(x), s.drop.p, s.drop.training)
+    return s.q(h.relu() if s.drop.training else h)
+
+
+def grad_mode(s: Model, x: Tensor) -> Tensor:
+    h = s.l(x)
+    return s.q(h.relu() if torch.is_grad_enabled() else h)
+
+
+def appended(s: Model, x: Tensor) -> Tensor:
+    h = s.l(x)
+    s.aux.clear()
+    s.aux.append(h.mean())
+    return s.q(h)
+
+
+def stored(s: Model, x: Tensor) -> Tensor:
+    h = s.l(x)
+    s.named["h"] = h
+    return s.q(h)
+
+
+def stored_in_a_layer(s: Model, x: Tensor) -> Tensor:
+    h = s.l(x)
+    s.l.last = h
+    return s.q(h)
+
+
+def buffer_data(s: Model, x: Tensor) -> Tensor:
+    s.n.data = s.n.data * 2
+    return s.q(s.l(x)) * s.n
+
+
+def aux_of_a_child(s: Model, x: Tensor) -> Any:
+    return s.q(s.child(s.l(x))), s.child.aux
+
+
+BODIES = [
+    filled, added_in_place, written, changed_before_use, scaled, branched, flag_of_another, grad_mode, appended, stored,
+    stored_in_a_layer, buffer_data, aux_of_a_child,
+]  # fmt: skip
+
+
+def made(body: Forward) -> Model:
+    torch.manual_seed(0)
+    return Model(body)
+
+
+def quietly(model: nn.Module, *args: Any, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
+        warnings.simplefilter("ignore", fx_approx.NoEffectWarning)
+        return fx_approx.transform(model, *args, **options)
+
+
+def assert_same(approx: Any, exact: Any, x: Tensor) -> None:
+    """Three calls each in training and evaluation, with and without gradients: equal outputs, states and gradients."""
+    for training in (True, False):
+        approx.train(training), exact.train(training)
+        for enabled in (True, False):
+            for _ in range(3):
+                with torch.set_grad_enabled(enabled):
+                    torch.manual_seed(1)
+                    ours = approx(x)
+                    torch.manual_seed(1)
+                    theirs = exact(x)
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+                if enabled:
+                    approx.zero_grad(), exact.zero_grad()
+                    torch.utils._pytree.tree_leaves(ours)[0].sum().backward()
+                    torch.utils._pytree.tree_leaves(theirs)[0].sum().backward()
+                    for p, q in zip(approx.parameters(), exact.parameters(), strict=True):
+                        assert (p.grad is None) == (q.grad is None) and (p.grad is None or torch.equal(p.grad, q.grad))
+    assert len(approx.aux) == len(exact.aux) and list(approx.named) == list(exact.named)
+    assert hasattr(approx.l, "last") == hasattr(exact.l, "last")
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("given", [False, True], ids=["no inputs", "inputs"])
+def test_at_ratio_one_it_is_the_model(body: Forward, given: bool) -> None:
+    x = torch.randn(8, 16)
+    approx = quietly(made(body), ALL, x if given else None)
+    assert_same(approx, made(body), x)
+    assert len(fx_approx.report(approx).rows) == 2
+
+
+@pytest.mark.parametrize("body", [filled, added_in_place, written, scaled, branched])
+def test_what_can_stay_in_the_graph_does(body: Forward) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        approx = fx_approx.transform(made(body), HALF, torch.randn(8, 16))
+    assert approx._fx_approx.graph is not None and approx._fx_approx.capture.branching == ()
+
+
+def test_a_returned_constant_is_not_shared_between_calls() -> None:
+    approx = fx_approx.transform(made(lambda s, x: (s.q(s.l(x)), torch.zeros(3) + 0)), HALF)
+    approx(torch.randn(8, 16))[1].add_(5)
+    assert approx(torch.randn(8, 16))[1].sum() == 0
+
+
+@pytest.mark.parametrize(("body", "name", "value"), [(scaled, "temp", 3.0), (branched, "use", False)])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_attribute_changed_later_counts(body: Forward, name: str, value: Any, training: bool) -> None:
+    approx, exact, x = quietly(made(body), ALL).train(training), made(body).train(training), torch.randn(8, 16)
+    setattr(approx, name, value), setattr(exact, name, value)
+    assert torch.equal(approx(x), exact(x))
+
+
+def test_an_attribute_changed_later_is_said_once_and_layers_stay_sampled() -> None:
+    approx, x = fx_approx.transform(made(scaled), HALF), torch.randn(8, 16)
+    approx.temp = 2.0
+    with pytest.warns(fx_approx.CaptureWarning, match="attribute temp of .* was changed"):
+        approx(x).sum().backward()
+    assert (approx.q.weight.grad.abs().sum(0) == 0).sum() == 8
+    approx(x)
+
+
+def test_an_attribute_changed_later_counts_when_compiled() -> None:
+    approx, exact, x = quietly(made(scaled), ALL), made(scaled), torch.randn(8, 16)
+    compiled = torch.compile(approx, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), exact(x))
+    approx.temp = exact.temp = 3.0
+    assert torch.equal(compiled(x), exact(x))
+
+
+@pytest.mark.parametrize("body", [flag_of_another])
+def test_a_flag_of_another_module_counts(body: Forward) -> None:
+    approx, exact, x = quietly(made(body), ALL), made(body), torch.randn(8, 16)
+    approx.drop.eval(), exact.drop.eval()
+    assert torch.equal(approx(x), exact(x))
+
+
+def test_children_and_hooks_added_later_are_errors() -> None:
+    x = torch.randn(4, 8)
+    approx = fx_approx.transform(nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8)), HALF)
+    handle = approx[0].register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(RuntimeError, match="other children or hooks after the transform"):
+        approx(x)
+    handle.remove()
+    approx(x)
+    approx.append(nn.Softmax(-1))
+    with pytest.raises(RuntimeError, match="other children or hooks after the transform"):
+        approx(x)
+
+
+def test_a_copy_made_while_held_is_not_held() -> None:
+    approx, x = fx_approx.transform(made(scaled), HALF), torch.randn(8, 16)
+    with fx_approx.hold(approx):
+        twin = copy.deepcopy(approx)
+    assert not torch.equal(twin(x), twin(x))
+
+
+def test_a_model_transformed_in_inference_mode_trains() -> None:
+    x = torch.randn(8, 16)
+    for policy in (HALF, Paper(0.5)):
+        model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+        with torch.inference_mode():
+            approx = fx_approx.transform(model, policy)
+            approx(x)
+        approx(x).sum().backward()
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, deep: bool = False) -> Tensor:
+        y = self.l(x)
+        if mask is not None:
+            y = y @ mask
+        return self.l(y) if deep else y
+
+
+@pytest.mark.parametrize("inputs", [{"mask": True}, {"deep": True}, {}], ids=str)
+def test_pickling_keeps_the_form_of_the_call(inputs: dict[str, bool]) -> None:
+    x = torch.randn(4, 16)
+    call = {"x": x, **{name: torch.eye(16) if name == "mask" else True for name in inputs}}
+    approx = fx_approx.transform(Masked(), HALF, call, seed=5)
+    twin = pickle.loads(pickle.dumps(approx))
+    assert torch.equal(approx(**call), twin(**call))
+    assert fx_approx.report(twin).to_dict() == fx_approx.report(approx).to_dict()
+
+
+def test_nothing_is_left_of_a_model_that_is_gone() -> None:
+    import gc
+
+    from fx_approx import state
+
+    x = torch.randn(8, 16)
+    gc.collect()
+    lines = len(linecache.cache)
+    approx = fx_approx.transform(made(scaled), HALF)
+    approx(x)
+    number = approx._fx_approx.number
+    assert any(call[0] == number for call in state._calls)
+    del approx
+    gc.collect()
+    assert len(linecache.cache) <= lines
+    assert not any(call[0] == number for call in state._calls)
