@@ -67,6 +67,7 @@ def _transform(model: M, policy: Policy | None, example_inputs: Any, form: CallF
     plan = decide(prepared.candidates, Paper() if policy is None else policy)
     runtime = Runtime(prepared.captured, prepared.candidates, plan, seed, every)
     runtime.called = prepared.called
+    runtime.learnt = prepared.called is not None
     _place(runtime, model)
     rewrite(root, runtime, prepared.found)
     for part in prepared.captured.opaque:
@@ -91,7 +92,9 @@ def explain(model: nn.Module, policy: Policy | None = None, example_inputs: Any 
     check_model(model)
     _, prepared = _prepare(model, example_inputs)
     plan = decide(prepared.candidates, Paper() if policy is None else policy)
-    report = build_report(type(model).__name__, prepared.candidates, plan, prepared.captured.opaque)
+    report = build_report(
+        type(model).__name__, prepared.candidates, plan, prepared.captured.opaque, tried=prepared.called is not None
+    )
     return Explanation(plan, report)
 
 
@@ -150,7 +153,7 @@ def report(model: nn.Module) -> SavingsReport:
     """
     approx = find(model)
     runtime = approx._fx_approx
-    if runtime.called is not None and any(c.facts is None for c in runtime.candidates):
+    if runtime.called is not None and not runtime.learnt:
         _learn(approx, runtime)
     return build_report(
         approx.exact_class.__name__,
@@ -159,6 +162,7 @@ def report(model: nn.Module) -> SavingsReport:
         runtime.capture.opaque,
         runtime.selectors,
         approx.training,
+        runtime.called is not None,
     )
 
 
@@ -167,6 +171,7 @@ def _learn(approx: ApproxModule, runtime: Runtime) -> None:
     found = annotate(_plain(approx), runtime.capture)
     learnt = _with_shapes(_plain(approx), runtime.capture, found, runtime.called)
     runtime.candidates = tuple(one.candidate for one in learnt)
+    runtime.learnt = True
 
 
 def _plain(approx: ApproxModule) -> nn.Module:

@@ -253,10 +253,12 @@ def build_report(
     opaque: tuple[Opaque, ...],
     selectors: Mapping[str, Selector] | None = None,
     training: bool = False,
+    tried: bool = False,
 ) -> SavingsReport:
     """The report of a plan; with ``selectors``, of the ratios and switches as they are now.
 
-    With ``training``, of a model in training mode, whose layers in evaluation mode are exact.
+    With ``training``, of a model in training mode, whose layers in evaluation mode are exact. ``tried`` says that
+    shapes were propagated, as far as that goes.
     """
     rows = tuple(_row(candidate, plan, selectors, training) for candidate in candidates)
     known = [row for row in rows if row.exact is not None and row.executed is not None]
@@ -269,7 +271,8 @@ def build_report(
     )
     notes = [f"Not traced, served by module swap: {part}." for part in opaque]
     if len(known) < len(rows):
-        notes.append(f"{len(rows) - len(known)} rows without shapes: give example_inputs, or run one eager forward.")
+        why = "fake tensors do not get there" if tried else "give example_inputs, or run one eager forward"
+        notes.append(f"{len(rows) - len(known)} of {len(rows)} rows without shapes, not in the totals: {why}.")
     return SavingsReport(model, rows, totals, tuple(notes))
 
 

@@ -18,7 +18,7 @@ from fx_approx.batchnorm import note_fresh, warn_if_stale
 from fx_approx.candidate import Candidate
 from fx_approx.capture import Capture, described
 from fx_approx.errors import CaptureWarning, RecomputationError
-from fx_approx.modules import SampledLayer, Selector
+from fx_approx.modules import Selector
 from fx_approx.plan import Plan
 from fx_approx.state import (
     INCREMENT,
@@ -48,10 +48,11 @@ class Runtime(nn.Module):
         number: Unique in the process; tells forwards of different models apart.
         capture: The captured graph before the rewrite.
         graph: The rewritten graph.
-        layers: Paths of the sampled layers.
+        called: What a forward was called with, as described by :func:`fx_approx.capture.described`.
+        learnt: The candidates' shapes were propagated from that.
         readers: Modules whose ``training`` flags the graph depends on.
         frozen: Module, name and value of the attributes that the graph holds.
-        structure: Modules that were traced through, and the names of their children.
+        structure: Modules that were traced through, and what their children must be.
         candidates: All candidates.
         plan: What was decided.
         sampling_swapped: Some layer in an untraced part is sampled.
@@ -70,14 +71,14 @@ class Runtime(nn.Module):
         self.selectors: dict[str, Selector] = {}
         self.readers: tuple[nn.Module, ...] = ()
         self.frozen: tuple[tuple[nn.Module, str, Any], ...] = ()
-        self.structure: tuple[tuple[nn.Module, tuple[str, ...]], ...] = ()
-        self.layers: tuple[str, ...] = ()
+        self.structure: tuple[tuple[nn.Module, tuple[tuple[str, nn.Module | None], ...]], ...] = ()
         self.sampling_swapped = False
         self.inside = False
         self.drawn: Draw | None = None
         self.sites: list[int] = []
         self.counts: list[int] = []
         self.called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.learnt = False
         self.warned: set[str] = set()
         self.stale_from = 0
         self.exact_since: int | None = None
@@ -160,53 +161,41 @@ class Runtime(nn.Module):
         if self.called is None and not torch.compiler.is_compiling():
             self.called = described(args), described(dict(kwargs))
         values = None if self.function is None else self.capture.form.bind(args, kwargs)
-        if self.function is not None and not torch.compiler.is_compiling():
-            self._check_structure(root)
-        if values is None or not self._flags_fit():
-            reason = "" if self.function is None or values is not None else "arguments"
-            return self._run_python(root, exact, args, kwargs, reason)
-        for module, name, value in self.frozen:
-            if getattr(module, name, None) != value:
-                return self._run_python(root, exact, args, kwargs, f"attribute {name} of {type(module).__name__}")
+        unfit = self._unfit(root, values)
+        if unfit is not None or values is None or self.function is None:
+            return self._run_python(root, exact, args, kwargs, unfit)
         if not self.sampling_swapped:
-            return self._run_graph(root, values)
+            return self.function(root, *values)
         self.inside = True
         try:
-            result = self._run_graph(root, values)
+            result = self.function(root, *values)
         finally:
             self.inside = False
         self._mark(result)
         return result
 
-    def _flags_fit(self) -> bool:
-        """Whether the modules whose flags the forward reads agree, and the graph has what they ask for."""
+    def _unfit(self, root: nn.Module, values: list[Any] | None) -> str | None:
+        """Why the graph cannot serve a call: None if it can, "" if that is nothing to warn of."""
+        if self.function is None:
+            return ""
+        if values is None:
+            return f"it is called in another way than it was captured ({', '.join(self.capture.form.dynamic)})"
         flags = [module.training for module in self.readers]
-        return all(flags) or not (any(flags) or self.capture.branching)
-
-    def _check_structure(self, root: nn.Module) -> None:
-        """Raises if a container that was traced through has other children or hooks now."""
-        for module, names in self.structure:
-            if tuple(module._modules) != names or (is_hooked(module) and module is not root):
-                raise RuntimeError(
-                    f"a {type(module).__name__} of {type(root).__name__} got other children or hooks after the "
-                    "transform. Undo it with fx_approx.restore(model), change the model, and transform again."
-                )
-
-    def _run_graph(self, root: nn.Module, values: list[Any]) -> Any:
-        assert self.function is not None
-        if torch.compiler.is_compiling():
-            return self.function(root, *values)
-        try:
-            return self.function(root, *values)
-        except (TypeError, AttributeError) as error:
-            replaced = [path for path in self.layers if not isinstance(_at(root, path), SampledLayer)]
-            if not replaced:
-                raise
-            raise RuntimeError(
-                f"the structure of {type(root).__name__} was changed after the transform: {', '.join(replaced)} is not "
-                "the layer that was transformed. Undo the transform with fx_approx.restore(model), change the "
-                "structure, and transform again."
-            ) from error
+        if not all(flags) and (any(flags) or self.capture.branching):
+            return ""
+        for module, name, value in self.frozen:
+            if getattr(module, name, None) != value:
+                return f"attribute {name} of a {type(module).__name__} was changed"
+        if not torch.compiler.is_compiling():
+            for module, children in self.structure:
+                now = module._modules
+                if len(now) != len(children) or any(
+                    [name not in now or (child is not None and now[name] is not child) for name, child in children]
+                ):
+                    return f"a child of a {type(module).__name__} was changed"
+                if is_hooked(module) and module is not root:
+                    return f"a {type(module).__name__} got hooks"
+        return None
 
     def _run_python(
         self,
@@ -214,7 +203,7 @@ class Runtime(nn.Module):
         exact: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        reason: str,
+        reason: str | None,
     ) -> Any:
         self.drawn = self._next(_detached((args, kwargs))) if self.draws else None
         self.inside = True
@@ -224,14 +213,9 @@ class Runtime(nn.Module):
             self.inside = False
         if reason and not torch.compiler.is_compiling() and reason not in self.warned and self.samples:
             self.warned.add(reason)
-            how = (
-                f"was called in another way than it was captured ({', '.join(self.capture.form.dynamic)})"
-                if reason == "arguments"
-                else f"is not as it was captured: {reason} was changed"
-            )
             warnings.warn(
-                f"{root.exact_class.__name__} {how}: module swap serves this call. Pass example_inputs that look like "
-                "your calls, and transform again after a change of the model.",
+                f"the graph of {root.exact_class.__name__} cannot serve this call: {reason}. Module swap serves it. "
+                "Pass example_inputs that look like your calls, and transform again after a change of the model.",
                 CaptureWarning,
                 stacklevel=6,
             )
@@ -299,14 +283,6 @@ class Runtime(nn.Module):
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _at(root: nn.Module, path: str) -> Any:
-    """The module at ``path``, or None."""
-    found: Any = root
-    for part in path.split("."):
-        found = getattr(found, part, None)
-    return found
 
 
 def _detached(value: Any) -> list[Tensor]:

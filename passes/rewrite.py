@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from fx_approx.capture import owner
-from fx_approx.modules import Selector, swap
+from fx_approx.modules import SampledLayer, Selector, swap
 from fx_approx.passes.annotate import Found, attribute
 from fx_approx.runtime import Runtime
 from fx_approx.sampling import SamplerSpec
@@ -29,7 +29,6 @@ def rewrite(root: nn.Module, runtime: Runtime, found: list[Found]) -> None:
         assert spec is not None
         _prepare(root, runtime, one, spec, sites[name])
     runtime.lay_out()
-    runtime.layers = tuple(one.module for one in chosen.values() if one.module is not None)
     for path, value in runtime.capture.constants.items():
         runtime.register_buffer(f"c{path}", value, persistent=False)
     _watch(root, runtime)
@@ -50,7 +49,20 @@ def _watch(root: nn.Module, runtime: Runtime) -> None:
         while path and path not in through:
             through.add(path)
             path = path.rpartition(".")[0]
-    runtime.structure = tuple((module, tuple(module._modules)) for module in map(root.get_submodule, sorted(through)))
+    traced = [root.get_submodule(path) for path in sorted(through)]
+    inside = {id(module) for module in traced}
+    runtime.structure = tuple((module, _children(module, inside)) for module in traced)
+
+
+def _children(module: nn.Module, inside: set[int]) -> tuple[tuple[str, nn.Module | None], ...]:
+    """Names of the children, with those that the graph cannot do without: sampled, or traced through themselves.
+
+    Any other layer may be replaced, such as a classifier that stays exact.
+    """
+    return tuple(
+        (name, child if isinstance(child, SampledLayer) or id(child) in inside else None)
+        for name, child in module._modules.items()
+    )
 
 
 def _prepare(root: nn.Module, runtime: Runtime, one: Found, spec: SamplerSpec, site: int) -> None:

@@ -21,7 +21,8 @@ class Override:
 
     Raises:
         TypeError: At construction, a rule or the base is no policy.
-        ValueError: When deciding, a glob matches no candidate; the message lists names.
+        ValueError: When deciding, a glob matches no candidate (the message lists names), or none that an earlier rule
+            does not match.
     """
 
     rules: Mapping[str, Policy]
@@ -49,6 +50,9 @@ class Override:
         if unused:
             names = ", ".join(candidate.name for candidate in candidates)
             raise ValueError(f"rules: no candidate matches {', '.join(map(repr, unused))}; there are: {names}")
+        shadowed = [pattern for pattern in self.rules if pattern not in owners]
+        if shadowed:
+            raise ValueError(f"rules: {', '.join(map(repr, shadowed))} decides nothing: rules before it match first")
         decided: dict[str, Decision] = {}
         for pattern in (*self.rules, None):
             own = [candidate for candidate, owner in zip(candidates, owners, strict=True) if owner == pattern]

@@ -289,3 +289,14 @@ def test_unknown_rows_are_a_clear_error() -> None:
 def test_a_model_that_was_not_transformed_is_a_clear_error() -> None:
     with pytest.raises(ValueError, match="model: Sequential is not a transformed model"):
         fx_approx.report(mlp())
+
+
+def test_a_report_that_stays_incomplete_says_why_and_warns_once() -> None:
+    x = torch.randn(6, 12)
+    with pytest.warns(fx_approx.CaptureWarning, match="not traced"):
+        approx = fx_approx.transform(WithDataDependent(), HALF)
+    approx(x)
+    with pytest.warns(fx_approx.CaptureWarning, match="shapes are known only in part"):
+        first = fx_approx.report(approx)
+    assert "fake tensors do not get there" in first.notes[-1]
+    assert fx_approx.report(approx).to_dict() == first.to_dict()

@@ -16,11 +16,14 @@ def chain() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8))
 
 
-def test_a_layer_replaced_after_the_transform_is_a_clear_error() -> None:
-    approx = fx_approx.transform(chain(), HALF)
-    approx[1][0] = nn.Linear(8, 8)
-    with pytest.raises(RuntimeError, match=r"1\.0 is not the layer that was transformed.*restore"):
-        approx(torch.randn(2, 8))
+def test_a_layer_replaced_after_the_transform_is_used_and_the_others_stay_sampled() -> None:
+    approx, x = fx_approx.transform(chain(), HALF), torch.randn(2, 8)
+    approx[1][0] = new = nn.Linear(8, 8)
+    with pytest.warns(fx_approx.CaptureWarning, match="a child of a Sequential was changed"):
+        approx(x).sum().backward()
+    assert (new.weight.grad.abs().sum(0) > 0).all()
+    assert (approx[2].weight.grad.abs().sum(0) == 0).sum() == 4
+    approx(x)
 
 
 def test_a_layer_replaced_after_restore_and_transformed_again_is_sampled() -> None:

@@ -83,8 +83,8 @@ def test_override_by_glob() -> None:
 def test_the_first_rule_that_matches_decides() -> None:
     rules = {"conv1": Uniform("topk", 0.25), "conv*": Exact()}
     assert sampled(plan_of(PlainCnn(), Override(rules, HALF))) == ["conv1", "fc"]
-    rules = dict(reversed(rules.items()))
-    assert sampled(plan_of(PlainCnn(), Override(rules, HALF))) == ["fc"]
+    with pytest.raises(ValueError, match="'conv1' decides nothing: rules before it match first"):
+        plan_of(PlainCnn(), Override(dict(reversed(rules.items())), HALF))
 
 
 def test_override_of_one_call_of_a_layer() -> None:
@@ -94,7 +94,6 @@ def test_override_of_one_call_of_a_layer() -> None:
 
 
 def test_override_by_the_name_of_a_functional_call() -> None:
-    assert sampled(plan_of(Attention(), Override({"*": Exact(), "matmul*": HALF}, HALF))) == []
     plan = plan_of(Attention(), Override({"matmul*": HALF, "*": Exact()}, HALF))
     assert sampled(plan) == ["matmul", "matmul#2"]
 
