@@ -184,7 +184,8 @@ class Runtime(nn.Module):
         if not all(flags) and (any(flags) or self.capture.branching):
             return ""
         for module, name, value in self.frozen:
-            if getattr(module, name, None) != value:
+            now = getattr(module, name, None)
+            if now is not value and now != value:  # NaN is not equal to itself
                 return f"attribute {name} of a {type(module).__name__} was changed"
         if not torch.compiler.is_compiling():
             for module, children in self.structure:

@@ -200,6 +200,16 @@ def test_an_attribute_changed_later_is_said_once_and_layers_stay_sampled() -> No
     approx(x)
 
 
+def test_an_attribute_that_is_not_a_number_is_not_a_change() -> None:
+    model = made(branched)
+    model.use = float("nan")
+    approx = fx_approx.transform(model, HALF)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        approx(torch.randn(8, 16))
+        copy.deepcopy(approx)(torch.randn(8, 16))
+
+
 def test_an_attribute_changed_later_counts_when_compiled() -> None:
     approx, exact, x = quietly(made(scaled), ALL), made(scaled), torch.randn(8, 16)
     compiled = torch.compile(approx, backend="eager", fullgraph=True)
