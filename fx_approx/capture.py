@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,9 +22,12 @@ from torch import fx, nn
 
 from fx_approx.errors import CaptureError
 from fx_approx.tracer import HOOKS, LeafTracer, Opaque, describe
-from fx_approx.watch import Reads, random_state, set_random_state
+from fx_approx.watch import Reads, containers, random_state, set_random_state
 
 _ENTRY = "_fx_approx_entry"
+
+# Tracing patches torch while it runs.
+_one_at_a_time = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +105,13 @@ def skeleton(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     inside = {id(module) for module in model.modules()}
+    seen: set[int] = set()
     for module in model.modules():
+        # Results of a forward that a list or dict keeps: only leaf tensors can be copied.
+        for value in vars(module).values():
+            for container in containers(value, seen):
+                elements = container.values() if isinstance(container, dict) else container
+                memo.update((id(t), t) for t in elements if isinstance(t, torch.Tensor))
         for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
             if isinstance(value, torch.Tensor):
                 memo[id(value)] = value
@@ -189,7 +199,7 @@ def _has_tensor(value: Any) -> bool:
 def capture(root: nn.Module, form: CallForm) -> Capture:
     """Traces ``root`` (a :func:`skeleton`; its attributes and training flags are as before afterwards)."""
     reads = Reads()
-    with kept_random_state(), _kept_attributes(root), warnings.catch_warnings():
+    with _one_at_a_time, kept_random_state(), _kept_attributes(root), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the model says of Proxies is of no use to anyone
         try:
             graph, opaque, constants = _trace(root, form, reads, training=True)
@@ -216,18 +226,19 @@ def _alike(constants: Mapping[str, torch.Tensor], others: Mapping[str, torch.Ten
 def _kept_attributes(root: nn.Module) -> Iterator[None]:
     """Restores every module's attributes: a forward may store a Proxy in one, and fx adds constants."""
     before = [(module, dict(vars(module)), dict(module._buffers), dict(module._modules)) for module in root.modules()]
+    seen: set[int] = set()
     filled = [
-        (value, copy.copy(value))
+        (container, copy.copy(container))
         for _, attributes, _, _ in before
         for value in attributes.values()
-        if type(value) in (list, dict, set)
+        for container in containers(value, seen)
     ]
     try:
         yield
     finally:
         for container, contents in filled:
             container.clear()
-            container.extend(contents) if isinstance(container, list) else container.update(contents)
+            container.update(contents) if isinstance(container, (dict, set)) else container.extend(contents)
         for module, attributes, buffers, modules in before:
             vars(module).clear()
             vars(module).update(attributes)

@@ -185,7 +185,8 @@ class Runtime(nn.Module):
             return ""
         for module, name, value in self.frozen:
             now = getattr(module, name, None)
-            if now is not value and now != value:  # NaN is not equal to itself
+            # Identity first: NaN is not equal to itself. The type next: a tensor is not to be compared.
+            if now is not value and (type(now) is not type(value) or now != value):
                 return f"attribute {name} of a {type(module).__name__} was changed"
         if not torch.compiler.is_compiling():
             for module, children in self.structure:

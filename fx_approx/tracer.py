@@ -75,6 +75,10 @@ class LeafTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Remembers the state of a tensor that becomes a constant: it must not be changed behind the graph's back."""
+        if isinstance(a, fx.Proxy) and a.tracer is not self:
+            raise DroppedError("a value that was stored while another graph was traced")
+        if isinstance(a, dict) and type(a) is not dict and not type(a).__module__.startswith("torch.fx"):
+            raise DroppedError(f"the type of a {type(a).__name__}")
         if isinstance(a, torch.Tensor):
             self._versions.append((a, a._version))
         return super().create_arg(a)

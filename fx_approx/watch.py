@@ -5,9 +5,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import enum
 import os
 import random
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +20,10 @@ OWN_FILES = os.path.dirname(__file__) + os.sep
 TORCH_FILES = os.path.dirname(torch.__file__) + os.sep
 
 _PLAIN = (bool, int, float, str, type(None))
-_CONTAINERS = (list, dict, set, collections.deque, collections.OrderedDict)
+_NAMED = (enum.Enum, torch.dtype, torch.device, types.FunctionType, types.BuiltinFunctionType)
+_CONTAINERS = (list, dict, set, collections.deque)
+_LAYER_FILES = os.path.join(os.path.dirname(nn.__file__), "modules") + os.sep
+_MODULE_FILE = nn.modules.module.__file__
 _GLOBAL_MODES = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_autocast_dtype")
 
 
@@ -63,21 +68,25 @@ def recorded(reads: Reads) -> Iterator[None]:
 
     def read(self: nn.Module, name: str) -> Any:
         value = object.__getattribute__(self, name)
-        if type(value) in _PLAIN and not name.startswith("__"):
+        if _is_constant(value) and not name.startswith("__"):
             file = sys._getframe(1).f_code.co_filename
             if file.startswith(OWN_FILES):
                 return value
             if name == "training":
                 reads.training.setdefault(id(self), self)
-            elif not file.startswith(TORCH_FILES):
+            elif not file.startswith(TORCH_FILES) or (file.startswith(_LAYER_FILES) and file != _MODULE_FILE):
                 reads.plain.setdefault((id(self), name), (self, name, value))
         return value
 
-    nn.Module.__getattribute__ = read  # type: ignore[method-assign,assignment]
-    try:
+    with _patched(nn.Module, "__getattribute__", read):
         yield
-    finally:
-        del nn.Module.__getattribute__
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a graph would hold ``value`` itself, and it can be compared later."""
+    if type(value) is tuple:
+        return all(type(element) in _PLAIN for element in value)
+    return type(value) in _PLAIN or isinstance(value, _NAMED)
 
 
 @contextlib.contextmanager
@@ -159,11 +168,14 @@ def no_side_effects(module: nn.Module) -> Iterator[None]:
     """
     state = random_state()
     before = [(inner, dict(vars(inner)), _contents(inner)) for inner in module.modules()]
+    tensors = [kept for inner in module.modules() for kept in _plain_tensors(inner)]
     try:
         yield
         if _has_drawn(state):
             set_random_state(state)
             raise DroppedError("random numbers that do not depend on an input", _place(module))
+        if any(_is_changed(*kept) for kept in tensors):
+            raise DroppedError("an in-place change of a tensor or array of self", _place(module))
         for inner, attributes, contents in before:
             changed = _changed(inner, attributes, contents)
             if changed:
@@ -172,31 +184,82 @@ def no_side_effects(module: nn.Module) -> Iterator[None]:
         for inner, attributes, contents in before:
             for name in _changed(inner, attributes, contents):
                 vars(inner)[name] = _Poison()
+        for value, copy in tensors:
+            if _is_changed(value, copy):
+                _restore(value, copy)
         raise
 
 
-def _contents(module: nn.Module) -> dict[str, list[Any]]:
-    return {name: _elements(value) for name, value in vars(module).items() if type(value) in _CONTAINERS}
+def _plain_tensors(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Tensors and arrays that are neither parameters nor buffers, which the copy shares with the user's model."""
+    numpy = sys.modules.get("numpy")
+    found: list[tuple[Any, Any]] = []
+    for value in vars(module).values():
+        if isinstance(value, torch.Tensor):
+            found.append((value, value.detach().clone()))
+        elif numpy is not None and isinstance(value, numpy.ndarray):
+            found.append((value, value.copy()))
+    return found
+
+
+def _is_changed(value: Any, copy: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return not torch.equal(torch.nan_to_num(value.detach()), torch.nan_to_num(copy))
+    return bool((value != copy).any() and not ((value != value) & (copy != copy)).any())
+
+
+@torch.no_grad()
+def _restore(value: Any, copy: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        value.copy_(copy)
+    else:
+        value[...] = copy
+
+
+Contents = list[tuple[Any, list[Any]]]
+
+
+def containers(value: Any, seen: set[int]) -> Iterator[Any]:
+    """``value`` and what it holds, as far as that are lists, dicts, sets and deques."""
+    if not isinstance(value, _CONTAINERS) or id(value) in seen:
+        return
+    seen.add(id(value))
+    yield value
+    for element in list(value.values() if isinstance(value, dict) else value):
+        yield from containers(element, seen)
+
+
+def _contents(module: nn.Module) -> dict[str, Contents]:
+    seen: set[int] = set()
+    return {
+        name: [(container, _elements(container)) for container in containers(value, seen)]
+        for name, value in vars(module).items()
+        if isinstance(value, _CONTAINERS)
+    }
 
 
 def _elements(container: Any) -> list[Any]:
     return [*container, *container.values()] if isinstance(container, dict) else list(container)
 
 
-def _changed(module: nn.Module, attributes: dict[str, Any], contents: dict[str, list[Any]]) -> list[str]:
-    """Names of the attributes that are new, other, or containers with other elements."""
+def _changed(module: nn.Module, attributes: dict[str, Any], contents: dict[str, Contents]) -> list[str]:
+    """Names of the attributes that are new, other, or hold containers with other elements."""
     names = []
     for name, value in vars(module).items():
         if name.startswith("_tensor_constant") or type(value) is _Poison:
             continue
-        elements = contents.get(name)
-        if name not in attributes or attributes[name] is not value:
+        if (
+            name not in attributes
+            or attributes[name] is not value
+            or any(_is_refilled(container, elements) for container, elements in contents.get(name, ()))
+        ):
             names.append(name)
-        elif elements is not None:
-            now = _elements(value)
-            if len(now) != len(elements) or any(a is not b for a, b in zip(now, elements, strict=True)):
-                names.append(name)
     return names
+
+
+def _is_refilled(container: Any, elements: list[Any]) -> bool:
+    now = _elements(container)
+    return len(now) != len(elements) or any(a is not b for a, b in zip(now, elements, strict=True))
 
 
 def _named(module: nn.Module, inner: nn.Module, name: str) -> str:

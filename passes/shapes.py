@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -58,7 +59,9 @@ def propagate(
     recorder = _Recorder({one.candidate.name: one for one in found})
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with kept_random_state(), torch.enable_grad():
-        with FakeCopyMode(mode):
+        with FakeCopyMode(mode), warnings.catch_warnings():
+            # The copy looks at the gradient of results that a module keeps, too.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
             fake = copy.deepcopy(root)
         for module in fake.modules():
             module.training = True

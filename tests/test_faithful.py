@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import linecache
 import pickle
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,6 +44,10 @@ class Model(nn.Module):
         self.l, self.q = nn.Linear(16, 16), nn.Linear(16, 16)
         self.drop, self.child = nn.Dropout(0.5), Child()
         self.temp, self.use, self.aux, self.named = 1.0, True, [], {}
+        self.queue: collections.deque[Any] = collections.deque(maxlen=2)
+        self.nested: Any = collections.defaultdict(list)
+        self.count, self.array = torch.zeros(()), numpy.zeros(1)
+        self.act, self.pair = F.relu, (1.0, 2.0)
         self.body = body
         self.register_buffer("n", torch.ones(1))
 
@@ -120,7 +127,36 @@ def aux_of_a_child(s: Model, x: Tensor) -> Any:
     return s.q(s.child(s.l(x))), s.child.aux
 
 
+def queued(s: Model, x: Tensor) -> Tensor:
+    s.queue.append(s.l(x))
+    return s.q(s.queue[-1])
+
+
+def nested(s: Model, x: Tensor) -> Tensor:
+    s.nested["a"].append(s.l(x))
+    return s.q(s.nested["a"][-1])
+
+
+def counted(s: Model, x: Tensor) -> Tensor:
+    s.count += 1
+    return s.q(s.l(x)) * s.count
+
+
+def counted_in_numpy(s: Model, x: Tensor) -> Tensor:
+    s.array[0] += 1
+    return s.q(s.l(x)) * float(s.array[0])
+
+
+def by_function(s: Model, x: Tensor) -> Tensor:
+    return s.q(s.act(s.l(x)) * s.pair[0])
+
+
+def ordered(s: Model, x: Tensor) -> Any:
+    return collections.OrderedDict(y=s.q(s.l(x)))
+
+
 BODIES = [
+    queued, nested, counted, counted_in_numpy, by_function, ordered,
     filled, added_in_place, written, changed_before_use, scaled, branched, flag_of_another, grad_mode, appended, stored,
     stored_in_a_layer, buffer_data, aux_of_a_child,
 ]  # fmt: skip
@@ -183,7 +219,16 @@ def test_a_returned_constant_is_not_shared_between_calls() -> None:
     assert approx(torch.randn(8, 16))[1].sum() == 0
 
 
-@pytest.mark.parametrize(("body", "name", "value"), [(scaled, "temp", 3.0), (branched, "use", False)])
+@pytest.mark.parametrize(
+    ("body", "name", "value"),
+    [
+        (scaled, "temp", 3.0),
+        (scaled, "temp", torch.full((16,), 2.0)),
+        (branched, "use", False),
+        (by_function, "act", F.gelu),
+        (by_function, "pair", (3.0, 1.0)),
+    ],
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_an_attribute_changed_later_counts(body: Forward, name: str, value: Any, training: bool) -> None:
     approx, exact, x = quietly(made(body), ALL).train(training), made(body).train(training), torch.randn(8, 16)
@@ -299,3 +344,34 @@ def test_nothing_is_left_of_a_model_that_is_gone() -> None:
     gc.collect()
     assert len(linecache.cache) <= lines
     assert not any(call[0] == number for call in state._calls)
+
+
+@pytest.mark.parametrize("body", [counted, counted_in_numpy, nested, queued])
+def test_capture_leaves_the_values_of_the_users_model(body: Forward) -> None:
+    model = made(body)
+    quietly(model, HALF, torch.randn(8, 16))
+    assert model.count == 0 and model.array[0] == 0 and not model.nested and not model.queue
+
+
+class Quarter(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_an_attribute_read_by_a_layer_of_torch_counts() -> None:
+    approx = quietly(nn.Sequential(nn.Linear(16, 16), Quarter(0.25)), ALL)
+    approx[1].p = 1.0
+    assert not approx(torch.randn(4, 16)).any()
+
+
+def test_concurrent_transforms_leave_torch_as_it_was() -> None:
+    models = [made(scaled) for _ in range(6)]
+    threads = [threading.Thread(target=quietly, args=(model, HALF)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert "__getattribute__" not in vars(nn.Module)
+    assert torch.is_grad_enabled() and torch.is_grad_enabled.__module__ != "fx_approx.watch"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(torch.ones(1, 2), torch.ones(2, 2)).dtype == torch.bfloat16
