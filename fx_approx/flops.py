@@ -6,7 +6,6 @@ GRAD_WEIGHT; a role that autograd does not run (the first layer's GRAD_INPUT, a 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -98,11 +97,6 @@ def measured_flops(function: Callable[..., Any], inputs: list[torch.Tensor], wei
 
         to_inputs, total = backward(inputs), backward(inputs + weights)
     return RoleFlops(forward, to_inputs, total - to_inputs)
-
-
-def replace_flops(facts: ProductFacts, flops: RoleFlops) -> ProductFacts:
-    """The same facts with other exact counts."""
-    return dataclasses.replace(facts, flops=flops)
 
 
 def _itemsize(dtype: str) -> int:
