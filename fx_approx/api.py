@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from fx_approx.candidate import Candidate, with_facts
+from fx_approx.candidate import Candidate, Role, with_facts
 from fx_approx.capture import CallForm, Capture, call_form, capture, described, skeleton
 from fx_approx.checks import check_inputs, check_model, check_seed
 from fx_approx.controls import load_sampler_state, sampler_state
@@ -195,7 +195,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 def _reduce(approx: ApproxModule) -> tuple[Any, ...]:
     runtime = approx._fx_approx
-    switches = {name: (s.spec, s.enabled) for name, s in runtime.selectors.items()}
+    switches = {key: (s.spec, s.enabled) for key, s in runtime.selectors.items()}
     parts = _plain(approx), runtime.plan.to_dict(), runtime.capture.form, sampler_state(approx), switches
     return _rebuild, (*parts, runtime.called)
 
@@ -204,8 +204,8 @@ def _rebuild(
     model: nn.Module,
     plan: Mapping[str, Any],
     form: CallForm,
-    state: Mapping[str, int],
-    switches: Mapping[str, tuple[Any, bool]],
+    state: Mapping[str, Any],
+    switches: Mapping[tuple[str, Role], tuple[Any, bool]],
     called: tuple[Any, Any] | None,
 ) -> nn.Module:
     """Unpickles: transforms the exact model again by the same plan."""
@@ -215,8 +215,8 @@ def _rebuild(
     runtime = find(approx)._fx_approx
     load_sampler_state(approx, state)
     runtime.called = called
-    for name, (spec, enabled) in switches.items():
-        runtime.selectors[name].set_spec(spec)
-        runtime.selectors[name].enabled = enabled
+    for key, (spec, enabled) in switches.items():
+        runtime.selectors[key].set_spec(spec)
+        runtime.selectors[key].enabled = enabled
     runtime.lay_out()
     return approx

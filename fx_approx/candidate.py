@@ -37,6 +37,8 @@ class GemmShape:
         groups: Groups of a convolution, else 1.
         batch: Independent products of a batched product, else 1.
         block: Contraction entries of one pair.
+        row_block: Consecutive rows that a sample of the weight gradient takes together: output positions of one example
+            of a convolution, else 1.
     """
 
     m: int
@@ -45,19 +47,26 @@ class GemmShape:
     groups: int = 1
     batch: int = 1
     block: int = 1
+    row_block: int = 1
 
     @property
     def pairs(self) -> int:
-        """Column-row pairs of one group: what a sampler chooses from."""
+        """Column-row pairs of one group: what a sampler of the output chooses from."""
         return self.k // self.block
 
-    def flops(self, pairs: int | None = None) -> int:
-        """Floating-point operations of one role when ``pairs`` of the pairs are computed (default: all).
+    def role_pairs(self, role: Role, positions: bool = False) -> int:
+        """What a sampler of ``role`` chooses from: pairs, columns, or rows (single ones if ``positions``)."""
+        rows = self.m if positions else self.m // self.row_block
+        return {Role.OUTPUT: self.pairs, Role.GRAD_INPUT: self.n, Role.GRAD_WEIGHT: rows}[role]
+
+    def flops(self, pairs: int | None = None, *, m: int | None = None, n: int | None = None) -> int:
+        """Floating-point operations of one role with ``pairs`` pairs, ``m`` rows, ``n`` columns (default: all).
 
         A multiply-add is two operations, as torch's ``FlopCounterMode`` counts.
         """
         kept = self.pairs if pairs is None else pairs
-        return 2 * self.batch * self.groups * self.m * self.n * kept * self.block
+        rows, columns = self.m if m is None else m, self.n if n is None else n
+        return 2 * self.batch * self.groups * rows * columns * kept * self.block
 
 
 @dataclasses.dataclass(frozen=True)

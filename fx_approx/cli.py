@@ -24,7 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fx_approx
 from fx_approx.plan import Policy
 from fx_approx.policies import parse_policy
-from fx_approx.report import COLUMNS, SavingsReport
+from fx_approx.report import SavingsReport
+from fx_approx.tables import COLUMNS
 
 _DESCRIPTION = """\
 What fx_approx.transform would sample in a model, layer by layer, without doing it.

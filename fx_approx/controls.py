@@ -7,37 +7,44 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from fx_approx.batchnorm import note_fresh, note_switch, reestimate
+from fx_approx.candidate import Role
 from fx_approx.checks import check_seed
 from fx_approx.modules import Selector
 from fx_approx.runtime import ApproxModule, Runtime, find
 from fx_approx.state import EVERY, INCREMENT, SEED, STEP
 
 
-def _selected(runtime: Runtime, patterns: Iterable[str]) -> dict[str, list[Selector]]:
-    """The selectors of each glob, the first that matches; ValueError for a glob that matches none."""
+def _selected(runtime: Runtime, patterns: Iterable[str], role: Role | str | None) -> dict[str, list[Selector]]:
+    """The selectors (of one role) of each glob, the first that matches; ValueError for a glob that matches none."""
+    only = None if role is None else Role(role)
     fqn = {candidate.name: candidate.fqn for candidate in runtime.candidates}
     found: dict[str, list[Selector]] = {pattern: [] for pattern in patterns}
     used = set()
-    for name, selector in runtime.selectors.items():
+    for (name, _), selector in runtime.selectors.items():
+        if only is not None and selector.role is not only:
+            continue
         matching = [p for p in found if fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(fqn[name], p)]
         used.update(matching)
         if matching:
             found[matching[0]].append(selector)
     unused = [pattern for pattern in found if pattern not in used]
     if unused:
-        there = ", ".join(runtime.selectors) or "none, nothing is sampled"
+        names = dict.fromkeys(name for name, own in runtime.selectors if only is None or own is only)
+        there = ", ".join(names) or "none, nothing is sampled"
         raise ValueError(f"no sampled layer matches {', '.join(map(repr, unused))}; there are: {there}")
     return found
 
 
-def set_ratio(model: nn.Module, ratio: float | Mapping[str, float]) -> None:
+def set_ratio(model: nn.Module, ratio: float | Mapping[str, float], *, role: Role | str | None = None) -> None:
     """Changes the sample ratio of all sampled layers, or by glob on their names, from the next forward on.
 
     Where several globs match a layer, the first decides, as in :class:`fx_approx.policies.Override`.
-    Each new number of pairs is one more compilation of a compiled model.
+    Each new number of pairs is one more compilation of a compiled model. ``role`` (``"output"``, ``"grad_input"``,
+    ``"grad_weight"``) limits it to that product; by default all sampled products of a layer change.
 
     Raises:
         ValueError: A ratio outside (0, 1] or a glob that matches no sampled layer; nothing is changed then.
@@ -48,7 +55,7 @@ def set_ratio(model: nn.Module, ratio: float | Mapping[str, float]) -> None:
     rules = dict(ratio) if isinstance(ratio, Mapping) else {"*": ratio}
     specs = [
         (selector, selector.spec.replace(ratio=rules[pattern]))
-        for pattern, selectors in _selected(runtime, rules).items()
+        for pattern, selectors in _selected(runtime, rules, role).items()
         for selector in selectors
     ]
     for selector, spec in specs:
@@ -57,8 +64,10 @@ def set_ratio(model: nn.Module, ratio: float | Mapping[str, float]) -> None:
     note_switch(approx, runtime)
 
 
-def set_enabled(model: nn.Module, enabled: bool | Mapping[str, bool]) -> None:
+def set_enabled(model: nn.Module, enabled: bool | Mapping[str, bool], *, role: Role | str | None = None) -> None:
     """Switches sampling on or off, for all sampled layers or by glob on their names, from the next forward on.
+
+    ``role`` limits it to one product, as in :func:`set_ratio`.
 
     Raises:
         TypeError: A value that is no bool.
@@ -70,7 +79,7 @@ def set_enabled(model: nn.Module, enabled: bool | Mapping[str, bool]) -> None:
     for pattern, value in rules.items():
         if not isinstance(value, bool):
             raise TypeError(f"enabled[{pattern!r}]: expected True or False, got {value!r}")
-    for pattern, selectors in _selected(runtime, rules).items():
+    for pattern, selectors in _selected(runtime, rules, role).items():
         for selector in selectors:
             selector.enabled = rules[pattern]
     note_switch(approx, runtime)
@@ -93,26 +102,50 @@ def hold(model: nn.Module) -> Iterator[None]:
         state[STEP] += before * state[EVERY]
 
 
-def sampler_state(model: nn.Module) -> dict[str, int]:
-    """The random state of a transformed model, for exact resume: plain integers, to store beside the state_dict."""
-    state = find(model)._fx_approx.state
-    return {"step": int(state[STEP]), "every": int(state[EVERY]), "seed": int(state[SEED])}
+def sampler_state(model: nn.Module) -> dict[str, Any]:
+    """The sampling state of a transformed model, for exact resume, to store beside the state_dict.
+
+    Returns:
+        ``step``, ``every`` and ``seed``, integers; where scores keep running norms, also ``running``, lists of numbers
+        by the candidate's name and the role, such as ``"fc1/grad_weight"``.
+    """
+    runtime = find(model)._fx_approx
+    state = runtime.state
+    running = {
+        f"{name}/{role.value}": selector.running.tolist()
+        for (name, role), selector in runtime.selectors.items()
+        if selector.running is not None
+    }
+    numbers = {"step": int(state[STEP]), "every": int(state[EVERY]), "seed": int(state[SEED])}
+    return {**numbers, "running": running} if running else numbers
 
 
-def load_sampler_state(model: nn.Module, values: Mapping[str, int]) -> None:
-    """Takes over the random state that :func:`sampler_state` gave.
+def load_sampler_state(model: nn.Module, values: Mapping[str, Any]) -> None:
+    """Takes over the sampling state that :func:`sampler_state` gave.
 
     Raises:
-        ValueError: Other keys than ``step``, ``every`` and ``seed``, or a value out of range.
-        TypeError: A value that is no integer.
+        ValueError: Other keys than ``step``, ``every``, ``seed`` and ``running`` (which may be left out), a value out
+            of range, or running norms of a site that is not there; nothing is changed then.
+        TypeError: A value of the wrong type.
     """
-    state = find(model)._fx_approx.state
+    runtime = find(model)._fx_approx
     places = {"step": STEP, "every": EVERY, "seed": SEED}
-    if set(values) != set(places):
-        raise ValueError(f"values: expected the keys {sorted(places)}, got {sorted(values)}")
+    if set(values) - {"running"} != set(places):
+        raise ValueError(f"values: expected the keys {sorted(places)} and running, got {sorted(values)}")
     check_seed(values["seed"], values["every"], values["step"])
+    sites = {f"{name}/{role.value}": selector for (name, role), selector in runtime.selectors.items()}
+    running = values.get("running", {})
+    learning = [site for site, selector in sites.items() if selector.score.learns]
+    unknown = sorted(set(running) - set(learning))
+    if unknown:
+        there = ", ".join(learning) or "none"
+        raise ValueError(f"running: no running norms are kept at {', '.join(unknown)}; there are: {there}")
+    norms = {site: torch.tensor(numbers, dtype=torch.float32) for site, numbers in running.items()}
     for name, place in places.items():
-        state[place] = values[name]
+        runtime.state[place] = values[name]
+    for site in learning:
+        found = norms.get(site)
+        sites[site].running = None if found is None else found.to(runtime.state.device)
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:

@@ -6,68 +6,175 @@ GRAD_WEIGHT; a role that autograd does not run (the first layer's GRAD_INPUT, a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fx_approx.candidate import Candidate, GemmShape, ProductFacts, RoleFlops
-from fx_approx.sampling import get_score
+from fx_approx.candidate import Candidate, GemmShape, ProductFacts, Role, RoleFlops
+from fx_approx.sampling import SamplerSpec, get_sampler, get_score
 
 _INDEX_BYTES = 8
 _SCALE_BYTES = 4
+_UNIFORM_BYTES = 4
 
 
-def role_flops(shape: GemmShape, grad_input: bool, grad_weight: bool, pairs: int | None = None) -> RoleFlops:
-    """Operations of the three roles in forward mode, with ``pairs`` pairs per group computed (default: all).
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """How many pairs of each of a candidate's products are computed; None where the product is exact.
 
-    In forward mode gradients flow through the sampled entries only, so all three roles shrink alike.
+    Attributes:
+        output: Of the output's pairs, per group.
+        grad_input: Of the output features or channels, per group.
+        grad_weight: Of the rows or examples (single positions of a convolution, if ``positions``).
+        straight_through: The gradients are not those of the sampled output.
+        positions: See ``grad_weight``.
     """
-    flops = shape.flops(pairs)
-    return RoleFlops(flops, flops if grad_input else 0, flops if grad_weight else 0)
+
+    output: int | None = None
+    grad_input: int | None = None
+    grad_weight: int | None = None
+    straight_through: bool = False
+    positions: bool = False
+
+    def of(self, role: Role) -> int | None:
+        """Of the product ``role``."""
+        return {Role.OUTPUT: self.output, Role.GRAD_INPUT: self.grad_input, Role.GRAD_WEIGHT: self.grad_weight}[role]
 
 
-def executed_flops(facts: ProductFacts, pairs: int | None) -> RoleFlops:
-    """Operations of ``facts`` when ``pairs`` pairs per group are sampled (None: exact)."""
-    if pairs is None or facts.shape is None:
+def role_flops(shape: GemmShape, grad_input: bool, grad_weight: bool, kept: Kept | None = None) -> RoleFlops:
+    """Operations of the three roles, those of a role that autograd does not run 0.
+
+    In forward mode gradients flow through the sampled entries only, so all three roles shrink alike; a gradient that is
+    sampled itself shrinks once more.
+    """
+    kept = Kept() if kept is None else kept
+    pairs = None if kept.straight_through else kept.output
+    rows = kept.grad_weight
+    if rows is not None and not kept.positions:
+        rows *= shape.row_block
+    return RoleFlops(
+        shape.flops(kept.output),
+        shape.flops(pairs, n=kept.grad_input) if grad_input else 0,
+        shape.flops(pairs, m=rows) if grad_weight else 0,
+    )
+
+
+def executed_flops(facts: ProductFacts, kept: Kept) -> RoleFlops:
+    """Operations of ``facts`` with so many pairs computed."""
+    if kept == Kept() or facts.shape is None:
         return facts.flops
-    return role_flops(facts.shape, facts.flops.grad_input > 0, facts.flops.grad_weight > 0, pairs)
+    return role_flops(facts.shape, facts.flops.grad_input > 0, facts.flops.grad_weight > 0, kept)
 
 
-def selection_flops(candidate: Candidate, scores: str) -> int:
+def role_pairs(candidate: Candidate, role: Role, spec: SamplerSpec) -> int | None:
+    """What a sampler of ``role`` chooses from, per group; None where shapes are not known."""
+    shape = candidate.facts.shape if candidate.facts is not None else None
+    if shape is None:
+        return candidate.pairs if role is Role.OUTPUT else None
+    return shape.role_pairs(role, spec.positions)
+
+
+def kept_pairs(candidate: Candidate, roles: Mapping[Role, SamplerSpec], straight_through: bool = False) -> Kept:
+    """How many pairs samplers of ``roles`` keep; None for those that keep all, and where shapes are not known."""
+    counts: dict[Role, int | None] = {}
+    for role, spec in roles.items():
+        pairs = role_pairs(candidate, role, spec)
+        k = None if pairs is None else spec.count(pairs)
+        counts[role] = None if k == pairs else k
+    rows = roles.get(Role.GRAD_WEIGHT)
+    positions = rows is not None and rows.positions
+    return Kept(
+        counts.get(Role.OUTPUT),
+        counts.get(Role.GRAD_INPUT),
+        counts.get(Role.GRAD_WEIGHT),
+        straight_through and counts.get(Role.OUTPUT) is not None,
+        positions,
+    )
+
+
+def selection_flops(candidate: Candidate, role: Role, spec: SamplerSpec) -> int:
     """Operations spent on the scores: one multiply-add per entry of each operand whose norms are read.
 
     The sampler itself (a sort and a cumulative sum over the pairs) is not counted: it multiplies nothing.
     """
     facts = candidate.facts
-    if facts is None or facts.shape is None:
+    if facts is None or facts.shape is None or not _runs(facts, role):
         return 0
-    shape, kind = facts.shape, get_score(scores)
+    shape, reads = facts.shape, get_score(spec.scores).reads
     itemsize = _itemsize(facts.dtype)
-    lhs, rhs = facts.lhs_bytes // itemsize, facts.rhs_bytes // itemsize
-    products = shape.pairs * shape.groups * shape.batch if kind.reads_lhs and kind.reads_rhs else 0
-    return 2 * (lhs * kind.reads_lhs + rhs * kind.reads_rhs) + products
+    entries = {
+        "input": facts.lhs_bytes // itemsize,
+        "weight": facts.rhs_bytes // itemsize,
+        "gradient": shape.batch * shape.groups * shape.m * shape.n,
+    }
+    operands = {Role.OUTPUT: ("input", "weight"), Role.GRAD_INPUT: ("gradient", "weight")}
+    read = [name for name in operands.get(role, ("gradient", "input")) if name in reads]
+    if spec.positions and "input" in read:
+        entries["input"] += shape.m * shape.block  # the squares of a patch are added up
+    groups = 1 if role is Role.GRAD_WEIGHT else shape.groups
+    products = shape.role_pairs(role, spec.positions) * groups * shape.batch if len(read) == 2 else 0
+    return 2 * sum(entries[name] for name in read) + products
 
 
-def kept_bytes(facts: ProductFacts, pairs: int | None, scaled: bool) -> int:
+def _runs(facts: ProductFacts, role: Role) -> bool:
+    flops = facts.flops
+    return role is Role.OUTPUT or (flops.grad_input if role is Role.GRAD_INPUT else flops.grad_weight) > 0
+
+
+def kept_bytes(facts: ProductFacts, kept: Kept, roles: Mapping[Role, SamplerSpec]) -> int:
     """Bytes this product alone keeps for backward, parameters not counted.
 
     Exact, it keeps its left operand where the right one needs a gradient, and its right operand where the left one
-    does. Sampled, it keeps the chosen part of both: the slice of a weight is new memory, unlike the weight. The
-    producer of the left operand may keep the whole of it for itself; that is not this product's. Operands
+    does. With a sampled output it keeps the chosen part of both: the slice of a weight is new memory, unlike the
+    weight. Where the rows for the weight gradient are chosen in the forward pass, it keeps only those of the left
+    operand. The producer of the left operand may keep the whole of it for itself; that is not this product's. Operands
     count as they are, though torch writes out a broadcast batch, and ``einsum`` may copy an operand or sum it up first.
+
+    Args:
+        facts: Of the candidate.
+        kept: How many pairs are computed.
+        roles: The samplers.
     """
-    if facts.shape is None:
+    shape = facts.shape
+    if shape is None:
         return 0
-    if pairs is None:
-        return facts.lhs_kept * facts.lhs_bytes + (facts.rhs_kept and not facts.rhs_is_parameter) * facts.rhs_bytes
-    total = facts.shape.pairs
-    kept = facts.lhs_kept * facts.lhs_bytes * pairs // total + facts.rhs_kept * facts.rhs_bytes * pairs // total
-    # Indices lead the gradients back to their places; the scale, in float32 or float64, multiplies that of the weight.
-    index = _INDEX_BYTES * (facts.lhs_kept or facts.rhs_kept)
-    scale = max(_SCALE_BYTES, _itemsize(facts.dtype)) * (scaled and facts.flops.grad_weight > 0)
-    return kept + facts.shape.groups * pairs * (index + scale)
+    backward = {
+        role: spec
+        for role, spec in roles.items()
+        if role is not Role.OUTPUT and kept.of(role) is not None and _runs(facts, role)
+    }
+    apart = bool(backward) or kept.straight_through
+    lhs, rhs = facts.lhs_kept * facts.lhs_bytes, facts.rhs_kept * facts.rhs_bytes
+    new_rhs = not facts.rhs_is_parameter
+    if apart:
+        lhs *= facts.flops.grad_weight > 0
+    total, scale = 0, max(_SCALE_BYTES, _itemsize(facts.dtype))
+    if kept.output is not None and not kept.straight_through:
+        lhs, rhs = lhs * kept.output // shape.pairs, rhs * kept.output // shape.pairs
+        new_rhs = True
+        # Indices lead the gradients back to their places; the scale multiplies that of the weight.
+        index = _INDEX_BYTES * (facts.lhs_kept or facts.rhs_kept)
+        scaled = get_sampler(roles[Role.OUTPUT].name).unbiased and facts.flops.grad_weight > 0
+        total += _groups(shape, Role.OUTPUT, roles[Role.OUTPUT]) * kept.output * (index + scale * scaled)
+    for role, spec in backward.items():
+        k, pairs = kept.of(role) or 0, shape.role_pairs(role, spec.positions)
+        sampler, groups = get_sampler(spec.name), _groups(shape, role, spec)
+        if not get_score(spec.scores).early:
+            total += groups * sampler.uniforms(pairs, k) * _UNIFORM_BYTES * sampler.random
+            continue
+        total += groups * k * (_INDEX_BYTES + scale * sampler.unbiased)
+        if role is Role.GRAD_WEIGHT:
+            entries = k * shape.block * shape.row_block if spec.positions else k
+            lhs = min(lhs, lhs * entries // pairs)
+    return total + lhs + rhs * new_rhs
+
+
+def _groups(shape: GemmShape, role: Role, spec: SamplerSpec) -> int:
+    """Selections of one product: one for each group of a convolution, or for each product of a batch if asked."""
+    return (1 if role is Role.GRAD_WEIGHT else shape.groups) * (shape.batch if spec.per_batch else 1)
 
 
 def measured_flops(function: Callable[..., Any], inputs: list[torch.Tensor], weights: list[torch.Tensor]) -> RoleFlops:

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fx_approx import ops
-from fx_approx.ops import OPS
-from fx_approx.sampling import SamplerSpec, Selection, get_sampler, get_score
+from fx_approx.candidate import Role
+from fx_approx.ops import OPS, Choice, Early, How, Late, ProductOp, Rule, new_running
+from fx_approx.sampling import SamplerSpec, get_sampler, get_score
 from fx_approx.state import Draw, draw
 
 
 class Selector(nn.Module):
-    """Makes the :class:`Selection` of one site, or None where the product is to be exact.
+    """Makes the selection of one product of one site, or None where that product is to be exact.
 
     A selector has no parameters and is no submodule of the model. It is a module because integers of modules are
     compile-time constants: ``k`` is baked into the compiled graph, and one more value is one more compilation.
 
     Attributes:
         spec: Sampler and ratio.
-        site: Number of the site; sites draw independently.
+        role: Which of the three products.
+        site: Number of the selector; all draw independently.
         count: Uniforms that a forward draws for it beforehand, at ``offset`` of ``Draw.numbers``.
         k: Pairs to keep per group; 0 where the number of pairs is not known before the call.
         pairs: Column-row pairs per group, where known.
         enabled: False makes the site exact.
-        last_count: Pairs drawn by the last eager call.
+        last_count: Pairs drawn by the last eager call; None if they are drawn in the backward pass.
+        running: Running norms of the gradient, for scores that learn them; filled by backward passes.
     """
+
+    running: Tensor | None
 
     def __init__(
         self,
@@ -39,15 +45,17 @@ class Selector(nn.Module):
         pairs: int | None,
         owner: nn.Module,
         groups: int = 1,
+        role: Role = Role.OUTPUT,
     ) -> None:
         super().__init__()
-        self.kind, self.static, self.site = kind, dict(static), site
+        self.kind, self.static, self.site, self.role = kind, dict(static), site, role
         self.pairs, self.groups = pairs, groups
         self.enabled = True
         self.last_count: int | None = None
         self.version = 0
         self.offset = 0
         self.owner = (owner,)  # in a tuple: not a submodule
+        self.register_buffer("running", None, persistent=False)
         self.set_spec(spec)
 
     def set_spec(self, spec: SamplerSpec) -> None:
@@ -55,8 +63,9 @@ class Selector(nn.Module):
         self.spec = spec
         self.sampler, self.score = get_sampler(spec.name), get_score(spec.scores)
         self.epsilon = spec.effective_epsilon
+        self.keeps_all = spec.ratio == 1  # the ratio itself would be a guard of compiled code
         self.k = spec.count(self.pairs) if self.pairs else 0
-        self.count = self._uniforms(self.pairs, self.k) if self.k and self.pairs else 0
+        self.count = self._uniforms(self.pairs, self.k, self.groups) if self.k and self.pairs else 0
         # Where k is not known beforehand it is computed from the ratio, a float, which guards may reuse stale
         # (pytorch#194976); the integer makes them see the change.
         self.version += 1
@@ -69,55 +78,103 @@ class Selector(nn.Module):
     @property
     def exact(self) -> bool:
         """Whether the ratio keeps all pairs."""
-        return self.pairs is not None and self.k >= self.pairs
+        return self.keeps_all or (self.pairs is not None and self.k >= self.pairs)
 
-    def _uniforms(self, pairs: int, k: int) -> int:
-        return self.groups * self.sampler.uniforms(pairs, k) if self.sampler.random and k < pairs else 0
+    @property
+    def ahead(self) -> bool:
+        """Whether the selection can be made before the input exists."""
+        return self.role is Role.OUTPUT and self.score.ahead and not self.spec.per_batch
 
-    def _numbers(self, pairs: int, k: int, given: Draw) -> Tensor:
+    def _uniforms(self, pairs: int, k: int, groups: int) -> int:
+        return groups * self.sampler.uniforms(pairs, k) if self.sampler.random and k < pairs else 0
+
+    def _numbers(self, pairs: int, k: int, groups: int, given: Draw | None) -> Tensor | None:
         """``[groups, n]`` uniforms, a slice of the forward's own where those were drawn for this count."""
-        count = self._uniforms(pairs, k)
+        if not self.sampler.random:
+            return None
+        assert given is not None
+        count = self._uniforms(pairs, k, groups)
         if count == self.count and k == self.k:
             numbers = given.numbers[self.offset : self.offset + count]
         else:
             numbers = draw(given.key, [self.site], [count])
-        return numbers.view(self.groups, -1)
+        return numbers.view(groups, -1)
 
-    def forward(self, lhs: Tensor | None, rhs: Tensor, given: Draw | None) -> Selection | None:
-        """The selection for operands ``lhs`` (None for scores that do not read it) and ``rhs``.
+    def forward(self, lhs: Tensor | None, rhs: Tensor, given: Draw | None) -> Choice:
+        """The selection for operands ``lhs`` and ``rhs``.
 
         Args:
-            lhs: Left operand.
+            lhs: Left operand (None for scores that do not read it, if ``ahead``).
             rhs: Right operand.
             given: The randomness of this forward; None if no sampler of the model is random.
+
+        Returns:
+            A :class:`Selection` for the output; for a gradient what the backward pass makes one of, if its scores read
+            the gradient. None if the product is exact, or autograd will not run it.
         """
         op = OPS[self.kind]
         if not self.active or not rhs.is_floating_point() or rhs.layout is not torch.strided:
             return None
         if lhs is not None and lhs.layout is not torch.strided:
             return None
-        pairs = op.pairs(lhs, rhs, self.static)
+        apart = self.role is not Role.OUTPUT or self.spec.per_batch
+        if lhs is None or not apart:
+            groups, pairs = self.groups, op.pairs(lhs, rhs, self.static)
+        elif op.pairs(lhs, rhs, self.static) == 0 or not self._runs(lhs, rhs):
+            return None
+        else:
+            groups, pairs = op.roles.count(self.role, lhs, rhs, self.static, self.spec)
         k = self.k if self.k and pairs == self.pairs else self._count(pairs)
         if k >= pairs:
             return None
         with torch.no_grad(), torch.autocast(rhs.device.type, enabled=False):
-            scores = op.scores(lhs, rhs, self.score, self.static)
-            numbers = None
-            if self.sampler.random:
-                assert given is not None
-                numbers = self._numbers(pairs, k, given)
+            numbers = self._numbers(pairs, k, groups, given)
+            if self.role is not Role.OUTPUT and not self.score.early:
+                return Late(self._rule(k), numbers)
+            if lhs is None or not apart:
+                scores = op.scores(lhs, rhs, self.score, self.static)
+            else:
+                self._learn(op, lhs, rhs)
+                scores = op.roles.scores(self.role, lhs, rhs, self.static, self.spec, self.running)
             static = torch.compiler.is_compiling()
             selection = self.sampler.draw(scores, k, numbers, epsilon=self.epsilon, static=static)
         if not static:
             self.last_count = selection.indices.shape[1]
-        return selection
+        return selection if self.role is Role.OUTPUT else Early(selection, self.spec.positions, self.running)
+
+    def _runs(self, lhs: Tensor, rhs: Tensor) -> bool:
+        """Whether autograd will run this product."""
+        if self.role is Role.OUTPUT:
+            return True
+        return torch.is_grad_enabled() and (rhs if self.role is Role.GRAD_WEIGHT else lhs).requires_grad
+
+    def _rule(self, k: int) -> Rule:
+        reads = self.score.reads
+        other = "weight" if self.role is Role.GRAD_INPUT else "input"
+        spec = self.spec
+        return Rule(spec.name, k, self.epsilon, True, other in reads, spec.positions, spec.per_batch)
+
+    def _learn(self, op: ProductOp, lhs: Tensor, rhs: Tensor) -> None:
+        """Makes room for the running norms, anew where the number of positions has changed."""
+        if not self.score.learns:
+            return
+        positions = op.roles.positions(lhs, rhs, self.static, self.spec)
+        if self.running is not None and self.running.shape[0] == positions:
+            return
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"scores={self.spec.scores!r} keep running norms for {positions} positions, which are not there yet: "
+                "run one eager training step on inputs of this size before torch.compile"
+            )
+        self.running = new_running(positions, rhs.device)
 
     def _count(self, pairs: int) -> int:
         return self.spec.count(pairs) if self.version else 0
 
     def extra_repr(self) -> str:
-        """Kind, sampler and count."""
-        return f"{self.kind}, {self.spec.name}:{self.spec.ratio:g}, scores={self.spec.scores}, k={self.k or '?'}"
+        """Kind, role, sampler and count."""
+        spec = self.spec
+        return f"{self.kind} {self.role.value}, {spec.name}:{spec.ratio:g}, scores={spec.scores}, k={self.k or '?'}"
 
 
 class DrawSource(Protocol):
@@ -128,64 +185,96 @@ class DrawSource(Protocol):
         ...
 
 
-class SampledLayer(nn.Module):
-    """What all sampled layers share: called with a selection by the graph, or making their own elsewhere.
+class Site(NamedTuple):
+    """How one layer is sampled: a selector for each of its products, None for an exact one."""
 
-    ``site`` is the selector and source of randomness for calls without a selection: in a part of the model that could
-    not be traced, or when the layer is called directly.
+    selectors: Mapping[Role, Selector]
+    straight_through: bool
+    source: DrawSource
+
+
+class SampledLayer(nn.Module):
+    """What all sampled layers share: called with selections by the graph, or making their own elsewhere.
+
+    ``site`` is for calls without selections: in a part of the model that could not be traced, or when the layer is
+    called directly.
     """
 
-    site: tuple[Selector, DrawSource] | None = None
+    site: Site | None = None
     weight: Tensor
 
-    def selection_for(self, input: Tensor, given: tuple[Selection | None, ...]) -> Selection | None:
-        """The selection given by the graph, or the layer's own."""
+    def how(self, input: Tensor, given: tuple[Any, ...]) -> How:
+        """What the graph says (the fields of :class:`How` in order, the last may be left out), or the layer's own."""
         if given:
-            return given[0]
+            return How(*given) if len(given) == len(How._fields) else How(given[0], None, None, False)
         if self.site is None:
-            return None
-        selector, source = self.site
-        if not selector.active or selector.exact:
-            return None
-        lhs = None if selector.score.ahead else input
-        result: Selection | None = selector(lhs, self.weight, source.draw_for(selector, [input]))
-        return result
+            return How(None, None, None, False)
+        chosen: dict[Role, Any] = {}
+        for role, selector in self.site.selectors.items():
+            if selector.active and not selector.exact:
+                lhs = None if selector.ahead else input
+                chosen[role] = selector(lhs, self.weight, self.site.source.draw_for(selector, [input]))
+        roles = chosen.get(Role.OUTPUT), chosen.get(Role.GRAD_INPUT), chosen.get(Role.GRAD_WEIGHT)
+        return How(*roles, self.site.straight_through)
 
 
 class SampledLinear(SampledLayer, nn.Linear):
-    """``nn.Linear`` over sampled in-features; the same parameters, exact without a selection."""
+    """``nn.Linear`` with sampled products; the same parameters, exact without a selection."""
 
-    def forward(self, input: Tensor, *given: Selection | None) -> Tensor:
-        """``input`` is ``[..., in_features]``; ``given`` at most one selection ``[1, k]`` or None."""
-        selection = self.selection_for(input, given)
-        return ops.linear(input, self.weight, self.bias, selection=selection)
+    def forward(self, input: Tensor, *given: Any) -> Tensor:
+        """``input`` is ``[..., in_features]``; ``given`` as :meth:`SampledLayer.how` takes it."""
+        selection, grad_input, grad_weight, straight_through = self.how(input, given)
+        return ops.linear(
+            input,
+            self.weight,
+            self.bias,
+            selection=selection,
+            grad_input=grad_input,
+            grad_weight=grad_weight,
+            straight_through=straight_through,
+        )
 
 
 class _SampledConv(SampledLayer):
+    kind: str
     groups: int
     bias: Tensor | None
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
+    _reversed_padding_repeated_twice: list[int]
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-    def forward(self, input: Tensor, *given: Selection | None) -> Tensor:
-        """``input`` is ``[N, C, ...]``; ``given`` at most one selection ``[groups, k]`` or None."""
-        selection = self.selection_for(input, given)
+    def forward(self, input: Tensor, *given: Any) -> Tensor:
+        """``input`` is ``[N, C, ...]``; ``given`` as :meth:`SampledLayer.how` takes it."""
+        how = self.how(input, given)
         weight = self.weight
-        if selection is not None:
-            input, weight = ops.select_channels(input, weight, self.groups, selection)
+        if how.gradients_apart:
+            static = static_of(self, self.kind)
+            if self.padding_mode != "zeros":
+                input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+                static["padding"] = 0
+            return ops.convolve(input, weight, self.bias, static, how)
+        if how.selection is not None:
+            input, weight = ops.select_channels(input, weight, self.groups, how.selection)
         # The layer's own call, since it knows its padding mode.
         return self._conv_forward(input, weight, self.bias)
 
 
 class SampledConv1d(_SampledConv, nn.Conv1d):
-    """``nn.Conv1d`` over sampled input channels; the same parameters, exact without a selection."""
+    """``nn.Conv1d`` with sampled products; the same parameters, exact without a selection."""
+
+    kind = "conv1d"
 
 
 class SampledConv2d(_SampledConv, nn.Conv2d):
-    """``nn.Conv2d`` over sampled input channels; the same parameters, exact without a selection."""
+    """``nn.Conv2d`` with sampled products; the same parameters, exact without a selection."""
+
+    kind = "conv2d"
 
 
 class SampledConv3d(_SampledConv, nn.Conv3d):
-    """``nn.Conv3d`` over sampled input channels; the same parameters, exact without a selection."""
+    """``nn.Conv3d`` with sampled products; the same parameters, exact without a selection."""
+
+    kind = "conv3d"
 
 
 SAMPLED: dict[type[nn.Module], tuple[str, type[nn.Module]]] = {
@@ -203,7 +292,7 @@ def static_of(module: nn.Module, kind: str) -> dict[str, Any]:
     return {name: getattr(module, name) for name in OPS[kind].static}
 
 
-def swap(module: nn.Module, site: tuple[Selector, DrawSource]) -> None:
+def swap(module: nn.Module, site: Site) -> None:
     """Makes an exact layer its sampled subclass in place: same object, parameters, hooks and path."""
     if not isinstance(module, SampledLayer):
         module.__dict__["_fx_approx_exact_class"] = type(module)

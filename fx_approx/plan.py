@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from fx_approx.candidate import Candidate, Role
 from fx_approx.errors import PlanMismatchError
-from fx_approx.sampling import SamplerSpec
+from fx_approx.sampling import SCORES, SamplerSpec, get_score
 
 _FORMAT = "fx_approx.plan/1"
 
@@ -48,7 +48,9 @@ class CostEstimate:
 class CostModel(Protocol):
     """Estimates what sampling a candidate would cost and save."""
 
-    def estimate(self, candidate: Candidate, roles: Mapping[Role, SamplerSpec]) -> CostEstimate | None:
+    def estimate(
+        self, candidate: Candidate, roles: Mapping[Role, SamplerSpec], straight_through: bool = False
+    ) -> CostEstimate | None:
         """The estimate, or None where the candidate's shapes are not known."""
         ...
 
@@ -63,6 +65,11 @@ class Decision:
         reason: Why, in words.
         source: Which policy said so.
         cost: Estimated cost, where known.
+        straight_through: OUTPUT is sampled, but gradients are those of the exact product.
+
+    Raises:
+        TypeError: A role's value is no SamplerSpec.
+        ValueError: An unknown role, scores that a role does not have, or ``straight_through`` without OUTPUT.
     """
 
     name: str
@@ -70,14 +77,11 @@ class Decision:
     reason: str = ""
     source: str = ""
     cost: CostEstimate | None = None
+    straight_through: bool = False
 
     def __post_init__(self) -> None:
         """Checks the roles."""
-        for role, spec in self.roles.items():
-            if role is not Role.OUTPUT:
-                raise ValueError(f"roles: only {Role.OUTPUT.value!r} (forward mode) can be sampled, got {role!r}")
-            if not isinstance(spec, SamplerSpec):
-                raise TypeError(f"roles[{role.value!r}]: expected a SamplerSpec, got {spec!r}")
+        check_roles(self.roles, self.straight_through)
 
     @property
     def spec(self) -> SamplerSpec | None:
@@ -88,10 +92,11 @@ class Decision:
         """Plain values for JSON."""
         return {
             "name": self.name,
-            "roles": {role.value: spec.to_dict() for role, spec in self.roles.items()},
+            "roles": {Role(role).value: spec.to_dict() for role, spec in self.roles.items()},
             "reason": self.reason,
             "source": self.source,
             "cost": None if self.cost is None else dataclasses.asdict(self.cost),
+            "straight_through": self.straight_through,
         }
 
     @classmethod
@@ -101,7 +106,28 @@ class Decision:
         if cost is not None:
             cost = CostEstimate(Cost(**cost["exact"]), Cost(**cost["sampled"]), cost["omits"])
         roles = {Role(role): SamplerSpec.from_dict(spec) for role, spec in data["roles"].items()}
-        return cls(data["name"], roles, data.get("reason", ""), data.get("source", ""), cost)
+        straight_through = data.get("straight_through", False)
+        return cls(data["name"], roles, data.get("reason", ""), data.get("source", ""), cost, straight_through)
+
+
+def check_roles(roles: Mapping[Role, SamplerSpec], straight_through: bool) -> None:
+    """Raises the errors of :class:`Decision` for what it cannot hold."""
+    known = [role.value for role in Role]
+    for name, spec in roles.items():
+        if name not in known:
+            raise ValueError(f"roles: expected names from {', '.join(known)}, got {name!r}")
+        role = Role(name).value
+        if not isinstance(spec, SamplerSpec):
+            raise TypeError(f"{role}: expected a SamplerSpec, got {spec!r}")
+        if role not in get_score(spec.scores).products:
+            fit = ", ".join(kind.name for kind in SCORES.values() if role in kind.products)
+            raise ValueError(f"{role}: scores {spec.scores!r} say nothing of it; expected one of {fit}")
+        if spec.positions and role != Role.GRAD_WEIGHT:
+            raise ValueError(f"{role}: positions=True is for {Role.GRAD_WEIGHT.value} only")
+    if not isinstance(straight_through, bool):
+        raise TypeError(f"straight_through: expected True or False, got {straight_through!r}")
+    if straight_through and Role.OUTPUT not in roles:
+        raise ValueError("straight_through: says how gradients pass a sampled output; expected a sampler for output")
 
 
 @runtime_checkable
@@ -163,17 +189,30 @@ class Plan:
         """The decisions that sample something."""
         return tuple(decision for decision in self.decisions if decision.roles)
 
-    def edit(self, name: str, spec: SamplerSpec | None, reason: str = "edited by hand") -> Plan:
-        """A copy in which candidate ``name`` is sampled by ``spec``, or exact if None."""
+    def edit(
+        self,
+        name: str,
+        spec: SamplerSpec | Mapping[Role, SamplerSpec] | None,
+        reason: str = "edited by hand",
+        *,
+        straight_through: bool = False,
+    ) -> Plan:
+        """A copy in which candidate ``name`` is sampled otherwise.
+
+        Args:
+            name: The candidate.
+            spec: The sampler of its output, or one for each role (``{"grad_weight": ...}``), or None for exact.
+            reason: What the report shows.
+            straight_through: Gradients do not follow the sampled output.
+
+        Raises:
+            KeyError, TypeError, ValueError: As :class:`Decision` and ``plan[name]``.
+        """
         self[name]
-        roles = {} if spec is None else {Role.OUTPUT: spec}
-        return dataclasses.replace(
-            self,
-            decisions=tuple(
-                Decision(name, roles, reason, "edit") if decision.name == name else decision
-                for decision in self.decisions
-            ),
-        )
+        roles = {} if spec is None else {Role.OUTPUT: spec} if isinstance(spec, SamplerSpec) else dict(spec)
+        edited = Decision(name, roles, reason, "edit", straight_through=straight_through)
+        decisions = tuple(edited if decision.name == name else decision for decision in self.decisions)
+        return dataclasses.replace(self, decisions=decisions)
 
     def decide(self, candidates: Sequence[Candidate]) -> Sequence[Decision]:
         """The plan's own decisions, if it was made for a model with these candidates.

@@ -7,17 +7,39 @@ import dataclasses
 import io
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tabulate import tabulate
-
-from fx_approx.candidate import Candidate, RoleFlops
-from fx_approx.flops import executed_flops, kept_bytes, selection_flops
+from fx_approx.candidate import Candidate, Role, RoleFlops
+from fx_approx.flops import Kept, executed_flops, kept_bytes, kept_pairs, role_pairs, selection_flops
 from fx_approx.modules import Selector
 from fx_approx.plan import Plan
 from fx_approx.sampling import get_sampler
+from fx_approx.tables import COLUMNS, NARROWER, change, checked, human, table
 from fx_approx.tracer import Opaque
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """How one product of a candidate is sampled.
+
+    Attributes:
+        role: Which of the three.
+        sampler: Name of the sampler.
+        scores: What it draws from.
+        ratio: Sample ratio asked for.
+        k: Pairs kept per group (for a random count: expected); None where shapes are not known.
+        pairs: Pairs per group: in-features, out-features or rows; for a convolution channels or examples.
+        last_k: Pairs drawn by the last eager forward, for a random count; None if they are drawn in the backward pass.
+    """
+
+    role: Role
+    sampler: str
+    scores: str
+    ratio: float
+    k: int | None
+    pairs: int | None
+    last_k: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +50,9 @@ class Row:
         name: Unique name of the candidate.
         op: Its kind.
         shape: ``batch x groups x (m, n, k)`` as text.
-        sampler: Name of the sampler, "" when exact.
-        scores: What the sampler draws from.
-        ratio: Sample ratio asked for.
-        k: Pairs kept per group (for a random count: expected).
-        last_k: Pairs drawn by the last eager forward, for a random count.
-        pairs: Column-row pairs per group.
+        samples: How its products are sampled; empty when all are exact.
+        straight_through: The gradients do not follow the sampled output.
+        pairs: Column-row pairs per group of the output.
         exact: Operations of the exact layer, by role: the dense equivalent.
         executed: Operations that are computed, by role.
         selection: Operations spent on the scores.
@@ -45,11 +64,8 @@ class Row:
     name: str
     op: str
     shape: str
-    sampler: str
-    scores: str
-    ratio: float | None
-    k: int | None
-    last_k: int | None
+    samples: tuple[Sample, ...]
+    straight_through: bool
     pairs: int | None
     exact: RoleFlops | None
     executed: RoleFlops | None
@@ -57,6 +73,11 @@ class Row:
     kept_exact: int | None
     kept: int | None
     reason: str
+
+    def sample(self, role: Role | str = Role.OUTPUT) -> Sample | None:
+        """How the product ``role`` is sampled, None when it is exact; ValueError for another name."""
+        role = Role(role)
+        return next((sample for sample in self.samples if sample.role is role), None)
 
     @property
     def saved(self) -> float | None:
@@ -129,29 +150,34 @@ class SavingsReport:
         Raises:
             ValueError: An unknown column; the message lists the known ones.
         """
-        shown = _checked(columns)
-        table, summary = self._table(shown, "simple"), self._summary()
-        for instead in _NARROWER if width is not None else ():
-            if width is None or max(map(len, table.splitlines())) <= width:
+        shown = checked(columns)
+        text, summary = self._table(shown, "simple"), self._summary()
+        for instead in NARROWER if width is not None else ():
+            if width is None or max(map(len, text.splitlines())) <= width:
                 break
             shown = [new for name in shown for new in instead.get(name, (name,))]
-            table = self._table(shown, "simple")
+            text = self._table(shown, "simple")
         if width is not None:
             summary = "\n".join(textwrap.fill(line, max(width, 40)) for line in summary.splitlines())
-        return f"{table}\n\n{summary}"
+        return f"{text}\n\n{summary}"
 
     def to_markdown(self, columns: Sequence[str] | None = None) -> str:
         """The same as a Markdown table; ``columns`` as in :meth:`to_text`."""
-        table = self._table(_checked(columns), "github")
-        return table + "\n\n" + "\n".join(f"- {line}" for line in self._summary().splitlines())
+        return (
+            self._table(checked(columns), "github")
+            + "\n\n"
+            + "\n".join(f"- {line}" for line in self._summary().splitlines())
+        )
 
     def to_html(self, columns: Sequence[str] | None = None) -> str:
         """The same as an HTML table; ``columns`` as in :meth:`to_text`."""
-        return self._table(_checked(columns), "html")
+        return self._table(checked(columns), "html")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; operations and bytes as exact integers."""
         rows = [{**dataclasses.asdict(row), "saved": row.saved} for row in self.rows]
+        for row in rows:
+            row["samples"] = list(row["samples"])
         totals = {
             **dataclasses.asdict(self.totals),
             "saved": self.totals.saved,
@@ -173,60 +199,19 @@ class SavingsReport:
         return out.getvalue()
 
     def _table(self, columns: Sequence[str], form: str) -> str:
-        rows = [*map(_row_cells, self.rows), _total_cells(self.totals)]
-        cells = [[cell for name in columns for cell in row[name]] for row in rows]
-        headers = [header for name in columns for header in COLUMNS[name]]
-        return tabulate(cells, headers=headers, tablefmt=form, disable_numparse=True)
+        return table([*map(_row_cells, self.rows), _total_cells(self.totals)], columns, form)
 
     def _summary(self) -> str:
-        totals, sampled = self.totals, sum(1 for row in self.rows if row.sampler)
+        totals, sampled = self.totals, sum(1 for row in self.rows if row.samples)
         lines = [
             f"{self.model}: {sampled} of {len(self.rows)} multiplies sampled.",
-            f"FLOPs of a training step: {_human(totals.exact.total)} dense-equivalent, "
-            f"{_human(totals.executed.total)} executed ({100 * totals.saved:.1f} % fewer), "
-            f"{_human(totals.selection)} for the selections ({100 * totals.saved_net:.1f} % fewer in all). "
+            f"FLOPs of a training step: {human(totals.exact.total)} dense-equivalent, "
+            f"{human(totals.executed.total)} executed ({100 * totals.saved:.1f} % fewer), "
+            f"{human(totals.selection)} for the selections ({100 * totals.saved_net:.1f} % fewer in all). "
             "FLOPs are not time: see benchmarks/.",
-            f"Bytes that the products keep for backward: {_human(totals.kept_exact)} exact, {_human(totals.kept)} now.",
+            f"Bytes that the products keep for backward: {human(totals.kept_exact)} exact, {human(totals.kept)} now.",
         ]
         return "\n".join([*lines, *self.notes])
-
-
-COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "layer": ("layer",),
-    "op": ("op",),
-    "shape": ("batch x groups x (m, n, k)",),
-    "sampler": ("sampler",),
-    "ratio": ("ratio",),
-    "k": ("k of K",),
-    "flops": ("FLOPs",),
-    "exact": ("out", "dX", "dW"),
-    "executed": ("→ out", "dX", "dW"),
-    "saved": ("saved %",),
-    "selection": ("select",),
-    "kept": ("bytes kept",),
-    "reason": ("reason",),
-}
-"""Columns of the table by name, with their headers."""
-
-_NARROWER: tuple[Mapping[str, tuple[str, ...]], ...] = (
-    {"exact": ("flops",), "executed": ()},
-    {"ratio": ()},
-    {"selection": ()},
-    {"op": ()},
-    {"kept": ()},
-    {"shape": ()},
-    {"reason": ()},
-)
-"""What stands for which column in a narrower table, step by step."""
-
-
-def _checked(columns: Sequence[str] | None) -> list[str]:
-    if columns is None:
-        return [name for name in COLUMNS if name != "flops"]
-    unknown = [name for name in columns if name not in COLUMNS]
-    if unknown or not columns or isinstance(columns, str):
-        raise ValueError(f"columns: expected a list of names from {', '.join(COLUMNS)}, got {columns!r}")
-    return list(columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +236,7 @@ def build_report(
     candidates: tuple[Candidate, ...],
     plan: Plan,
     opaque: tuple[Opaque, ...],
-    selectors: Mapping[str, Selector] | None = None,
+    selectors: Mapping[tuple[str, Role], Selector] | None = None,
     training: bool = False,
     tried: bool = False,
 ) -> SavingsReport:
@@ -276,58 +261,74 @@ def build_report(
     return SavingsReport(model, rows, totals, tuple(notes))
 
 
-def _row(candidate: Candidate, plan: Plan, selectors: Mapping[str, Selector] | None, training: bool) -> Row:
+def _row(
+    candidate: Candidate, plan: Plan, selectors: Mapping[tuple[str, Role], Selector] | None, training: bool
+) -> Row:
     decision = plan[candidate.name]
-    spec, reason, last = decision.spec, decision.reason, None
-    if selectors is not None and candidate.name in selectors:
-        selector = selectors[candidate.name]
-        spec, last = selector.spec, selector.last_count
+    specs, reason = dict(decision.roles), decision.reason
+    last: dict[Role, int | None] = {}
+    for role in list(specs) if selectors is not None else ():
+        selector = selectors.get((candidate.name, role)) if selectors is not None else None
+        if selector is None:
+            continue
+        specs[role], last[role] = selector.spec, selector.last_count
         if not selector.enabled:
-            spec, reason = None, "switched off"
+            del specs[role]
+            reason = "switched off" if not specs else reason
         elif not selector.owner[0].training and training:
-            spec, reason = None, "in eval()"
+            specs, reason = {}, "in eval()"
+            break
     if candidate.blocked:
-        spec, reason = None, candidate.blocked
-    facts, pairs = candidate.facts, candidate.pairs
-    k = None if spec is None or pairs is None else spec.count(pairs)
-    if spec is not None and k is not None and k == pairs:
-        reason = f"ratio {spec.ratio:g} keeps all {pairs} pairs"
-        spec, k = None, None
-    random_count = spec is not None and not get_sampler(spec.name).fixed_size
+        specs, reason = {}, candidate.blocked
+    samples = []
+    for role in Role:
+        spec = specs.get(role)
+        if spec is None:
+            continue
+        pairs = role_pairs(candidate, role, spec)
+        k = None if pairs is None else spec.count(pairs)
+        if k is not None and k == pairs:
+            del specs[role]
+            reason = reason if specs else f"ratio {spec.ratio:g} keeps all {pairs} pairs"
+            continue
+        drawn = None if get_sampler(spec.name).fixed_size else last.get(role)
+        samples.append(Sample(role, spec.name, spec.scores, spec.ratio, k, pairs, drawn))
+    facts = candidate.facts
+    kept = kept_pairs(candidate, specs, decision.straight_through)
     return Row(
         name=candidate.name,
         op=candidate.kind,
         shape=_shape(candidate),
-        sampler="" if spec is None else spec.name,
-        scores="" if spec is None else spec.scores,
-        ratio=None if spec is None else spec.ratio,
-        k=k,
-        last_k=last if random_count else None,
-        pairs=pairs,
+        samples=tuple(samples),
+        straight_through=decision.straight_through and Role.OUTPUT in specs,
+        pairs=candidate.pairs,
         exact=None if facts is None else facts.flops,
-        executed=None if facts is None else executed_flops(facts, k),
-        selection=0 if spec is None else selection_flops(candidate, spec.scores),
-        kept_exact=None if facts is None else kept_bytes(facts, None, False),
-        kept=None if facts is None else kept_bytes(facts, k, spec is not None and spec.name != "topk"),
+        executed=None if facts is None else executed_flops(facts, kept),
+        selection=sum(selection_flops(candidate, role, spec) for role, spec in specs.items()),
+        kept_exact=None if facts is None else kept_bytes(facts, Kept(), {}),
+        kept=None if facts is None else kept_bytes(facts, kept, specs),
         reason=reason,
     )
 
 
 def _row_cells(row: Row) -> dict[str, list[str]]:
+    through = " straight-through" if row.straight_through else ""
     exact, executed = (None if flops is None else flops.total for flops in (row.exact, row.executed))
     return {
         "layer": [row.name],
         "op": [row.op],
         "shape": [row.shape],
-        "sampler": [f"{row.sampler}/{row.scores}" if row.sampler else "exact"],
-        "ratio": ["" if row.ratio is None else f"{row.ratio:g}"],
-        "k": [_count(row)],
-        "flops": [_change(exact, executed)],
+        "sampler": [
+            _each(row, lambda sample: f"{sample.sampler}/{sample.scores}") + through if row.samples else "exact"
+        ],
+        "ratio": [_each(row, lambda sample: f"{sample.ratio:g}")],
+        "k": [_each(row, _count) if row.samples else "" if row.pairs is None else f"{row.pairs}"],
+        "flops": [change(exact, executed)],
         "exact": _roles(row.exact),
         "executed": _roles(row.executed),
         "saved": ["?" if row.saved is None else f"{100 * row.saved:.1f}"],
-        "selection": [_human(row.selection) if row.sampler else ""],
-        "kept": [_change(row.kept_exact, row.kept)],
+        "selection": [human(row.selection) if row.samples else ""],
+        "kept": [change(row.kept_exact, row.kept)],
         "reason": [row.reason],
     }
 
@@ -336,17 +337,13 @@ def _total_cells(totals: Totals) -> dict[str, list[str]]:
     return {
         **{name: [""] for name in COLUMNS},
         "layer": ["total"],
-        "flops": [_change(totals.exact.total, totals.executed.total)],
+        "flops": [change(totals.exact.total, totals.executed.total)],
         "exact": _roles(totals.exact),
         "executed": _roles(totals.executed),
         "saved": [f"{100 * totals.saved:.1f}"],
-        "selection": [_human(totals.selection)],
-        "kept": [_change(totals.kept_exact, totals.kept)],
+        "selection": [human(totals.selection)],
+        "kept": [change(totals.kept_exact, totals.kept)],
     }
-
-
-def _change(before: int | None, now: int | None) -> str:
-    return "?" if now is None else f"{_human(before)} → {_human(now)}"
 
 
 def _shape(candidate: Candidate) -> str:
@@ -357,29 +354,28 @@ def _shape(candidate: Candidate) -> str:
     return f"{times}({shape.m}, {shape.n}, {shape.k})"
 
 
-def _count(row: Row) -> str:
-    if row.k is None:
-        return "" if row.pairs is None else f"{row.pairs}"
-    expected = f"~{row.k}" if row.last_k is not None else f"{row.k}"
-    last = "" if row.last_k is None else f" (last {row.last_k})"
-    return f"{expected} of {row.pairs}{last}"
+_SHORT = {Role.OUTPUT: "out", Role.GRAD_INPUT: "dX", Role.GRAD_WEIGHT: "dW"}
+
+
+def _each(row: Row, text: Callable[[Sample], str]) -> str:
+    """``text`` of each sample; said of which, unless it is of the output alone."""
+    if [sample.role for sample in row.samples] == [Role.OUTPUT]:
+        return text(row.samples[0])
+    return ", ".join(f"{_SHORT[sample.role]} {text(sample)}" for sample in row.samples)
+
+
+def _count(sample: Sample) -> str:
+    if sample.k is None:
+        return "?"
+    expected = f"~{sample.k}" if sample.last_k is not None else f"{sample.k}"
+    last = "" if sample.last_k is None else f" (last {sample.last_k})"
+    return f"{expected} of {sample.pairs}{last}"
 
 
 def _roles(flops: RoleFlops | None) -> list[str]:
     if flops is None:
         return ["?"] * 3
-    return [_human(value) for value in (flops.output, flops.grad_input, flops.grad_weight)]
-
-
-def _human(value: int | None) -> str:
-    if value is None:
-        return "?"
-    number = float(value)
-    for unit in ("", "k", "M", "G", "T"):
-        if abs(number) < 1000 or unit == "T":
-            break
-        number /= 1000
-    return f"{number:.3g}{unit}" if unit else f"{int(number)}"
+    return [human(value) for value in (flops.output, flops.grad_input, flops.grad_weight)]
 
 
 def _flat(row: Row) -> dict[str, Any]:
@@ -387,8 +383,13 @@ def _flat(row: Row) -> dict[str, Any]:
     for field in dataclasses.fields(row):
         value = getattr(row, field.name)
         if field.name in ("exact", "executed"):
-            for role in dataclasses.fields(RoleFlops):
-                flat[f"{field.name}_{role.name}"] = None if value is None else getattr(value, role.name)
+            for part in dataclasses.fields(RoleFlops):
+                flat[f"{field.name}_{part.name}"] = None if value is None else getattr(value, part.name)
+        elif field.name == "samples":
+            for role in Role:
+                sample = row.sample(role)
+                for name in ("sampler", "scores", "ratio", "k", "pairs", "last_k"):
+                    flat[f"{role.value}_{name}"] = None if sample is None else getattr(sample, name)
         else:
             flat[field.name] = value
     flat["saved"] = row.saved

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fx_approx.batchnorm import note_fresh, warn_if_stale
-from fx_approx.candidate import Candidate
+from fx_approx.candidate import Candidate, Role
 from fx_approx.capture import Capture, described
 from fx_approx.errors import CaptureWarning, RecomputationError
 from fx_approx.modules import Selector
@@ -34,7 +34,19 @@ from fx_approx.state import (
 )
 from fx_approx.tracer import is_hooked
 
+PROLOGUE = "_fx_approx"
+"""Where the runtime hangs in a model, and so its name in graphs."""
+
 _numbers = itertools.count()
+
+
+def selector_target(selector: Selector) -> str:
+    """The target of a selector's node in the graph."""
+    return f"{PROLOGUE}.{_attribute(selector)}"
+
+
+def _attribute(selector: Selector) -> str:
+    return f"s{selector.site}_{selector.role.value}"
 
 
 class Runtime(nn.Module):
@@ -68,7 +80,7 @@ class Runtime(nn.Module):
         self.capture, self.candidates, self.plan = capture, candidates, plan
         self.graph: fx.Graph | None = None
         self.function: Callable[..., Any] | None = None
-        self.selectors: dict[str, Selector] = {}
+        self.selectors: dict[tuple[str, Role], Selector] = {}
         self.readers: tuple[nn.Module, ...] = ()
         self.frozen: tuple[tuple[nn.Module, str, Any], ...] = ()
         self.structure: tuple[tuple[nn.Module, tuple[tuple[str, nn.Module | None], ...]], ...] = ()
@@ -83,12 +95,10 @@ class Runtime(nn.Module):
         self.stale_from = 0
         self.exact_since: int | None = None
 
-    def add(self, name: str, selector: Selector) -> str:
-        """Registers the selector of candidate ``name``; returns its target in the graph."""
-        attribute = f"s{selector.site}"
-        self.add_module(attribute, selector)
-        self.selectors[name] = selector
-        return f"_fx_approx.{attribute}"
+    def add(self, name: str, selector: Selector) -> None:
+        """Registers a selector of candidate ``name``."""
+        self.add_module(_attribute(selector), selector)
+        self.selectors[name, selector.role] = selector
 
     def lay_out(self) -> None:
         """Gives each site its place among the uniforms that a forward draws; to be called when counts have changed."""
@@ -259,9 +269,10 @@ class Runtime(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Runtime:
         """Follows the model to its device; keeps dtypes and values."""
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                self._buffers[name] = buffer.to(fn(torch.empty(0, device=buffer.device)).device)
+        for module in self.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(fn(torch.empty(0, device=buffer.device)).device)
         self.drawn = None
         return self
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from fx_approx.candidate import Role
 from fx_approx.capture import owner
-from fx_approx.modules import SampledLayer, Selector, swap
+from fx_approx.modules import SampledLayer, Selector, Site, swap
+from fx_approx.ops import SAMPLING_ARGUMENTS
 from fx_approx.passes.annotate import Found, attribute
-from fx_approx.runtime import Runtime
-from fx_approx.sampling import SamplerSpec
-
-PROLOGUE = "_fx_approx"
+from fx_approx.runtime import PROLOGUE, Runtime, selector_target
 
 
 def rewrite(root: nn.Module, runtime: Runtime, found: list[Found]) -> None:
@@ -23,11 +22,9 @@ def rewrite(root: nn.Module, runtime: Runtime, found: list[Found]) -> None:
     not read the activation stand at the beginning, behind the prologue that hands out the step.
     """
     chosen = {one.candidate.name: one for one in found if runtime.plan[one.candidate.name].roles}
-    sites = {one.candidate.name: site for site, one in enumerate(found)}
+    places = {one.candidate.name: place for place, one in enumerate(found)}
     for name, one in chosen.items():
-        spec = runtime.plan[name].spec
-        assert spec is not None
-        _prepare(root, runtime, one, spec, sites[name])
+        _prepare(root, runtime, one, places[name], len(found))
     runtime.lay_out()
     for path, value in runtime.capture.constants.items():
         runtime.register_buffer(f"c{path}", value, persistent=False)
@@ -65,14 +62,27 @@ def _children(module: nn.Module, inside: set[int]) -> tuple[tuple[str, nn.Module
     )
 
 
-def _prepare(root: nn.Module, runtime: Runtime, one: Found, spec: SamplerSpec, site: int) -> None:
+def _prepare(root: nn.Module, runtime: Runtime, one: Found, place: int, places: int) -> None:
+    """Makes the selectors of a candidate, one for each role; all of a model have numbers of their own."""
     assert one.op is not None
     owner = root.get_submodule(one.owner)
     candidate = one.candidate
-    selector = Selector(one.op.kind, one.static, spec, site, candidate.pairs, owner, candidate.groups)
-    runtime.add(candidate.name, selector)
+    decision = runtime.plan[candidate.name]
+    selectors = {}
+    for number, role in enumerate(Role):
+        spec = decision.roles.get(role)
+        if spec is None:
+            continue
+        pairs, groups = candidate.pairs, candidate.groups
+        if role is not Role.OUTPUT:
+            weight = owner.weight if one.module is not None else None
+            known = role is Role.GRAD_INPUT and isinstance(weight, Tensor)
+            pairs = weight.shape[0] // groups if known and isinstance(weight, Tensor) else None
+        site = place + number * places
+        selectors[role] = Selector(one.op.kind, one.static, spec, site, pairs, owner, groups, role)
+        runtime.add(candidate.name, selectors[role])
     if one.module is not None:
-        swap(owner, (selector, runtime))
+        swap(owner, Site(selectors, decision.straight_through, runtime))
 
 
 def _graph(root: nn.Module, runtime: Runtime, captured: fx.Graph, chosen: Mapping[str, Found]) -> fx.Graph:
@@ -90,9 +100,9 @@ def _graph(root: nn.Module, runtime: Runtime, captured: fx.Graph, chosen: Mappin
     with graph.inserting_before(first):
         key = graph.call_module(PROLOGUE, inputs)
     by_name = {node.name: copies[node] for node in captured.nodes if node in copies}
-    for name, one in chosen.items():
+    for one in chosen.values():
         if one.candidate.node:
-            _sample(root, graph, runtime.selectors[name], one, by_name[one.candidate.node], key)
+            _sample(root, graph, runtime, one, by_name[one.candidate.node], key)
     _keep_exact(chosen, by_name)
     return graph
 
@@ -106,29 +116,31 @@ def _keep_exact(chosen: Mapping[str, Found], by_name: Mapping[str, fx.Node]) -> 
             node.args, node.kwargs = (node.args[0] if node.args else next(iter(node.kwargs.values())), None), {}
 
 
-def _sample(root: nn.Module, graph: fx.Graph, selector: Selector, one: Found, node: fx.Node, key: fx.Node) -> None:
-    """Makes ``node`` a sampled product of the selection that a new selector node hands it."""
+def _sample(root: nn.Module, graph: fx.Graph, runtime: Runtime, one: Found, node: fx.Node, key: fx.Node) -> None:
+    """Makes ``node`` a product of the selections that new selector nodes hand it."""
     assert one.op is not None
-    target = f"{PROLOGUE}.s{selector.site}"
-    ahead = selector.score.ahead
+    bound = one.op.bind(node.args, dict(node.kwargs)) if one.module is None else {}
+    lhs = bound[one.op.lhs] if bound else node.args[0] if node.args else next(iter(node.kwargs.values()))
+    rhs = bound.get(one.op.rhs)
+    choices: dict[Role, fx.Node | None] = dict.fromkeys(Role)
+    for role in Role:
+        selector = runtime.selectors.get((one.candidate.name, role))
+        if selector is None:
+            continue
+        early = selector.ahead and (rhs is None or attribute(root, rhs) is not None)
+        weight = rhs
+        if rhs is None or early:
+            with graph.inserting_after(key) if early else graph.inserting_before(node):
+                weight = graph.create_node("get_attr", f"{one.module}.weight" if rhs is None else rhs.target)
+        with graph.inserting_after(weight) if early else graph.inserting_before(node):
+            choices[role] = graph.call_module(selector_target(selector), (None if selector.ahead else lhs, weight, key))
+    straight_through = runtime.plan[one.candidate.name].straight_through
     if one.module is not None:
-        lhs = node.args[0] if node.args else next(iter(node.kwargs.values()))
-        with graph.inserting_after(key) if ahead else graph.inserting_before(node):
-            weight = graph.create_node("get_attr", f"{one.module}.weight")
-        with graph.inserting_after(weight):
-            selection = graph.call_module(target, (None if ahead else lhs, weight, key))
-        node.args, node.kwargs = (lhs, selection), {}
+        node.args, node.kwargs = (lhs, *choices.values(), straight_through), {}
         return
-    bound = one.op.bind(node.args, dict(node.kwargs))
-    lhs, rhs = bound[one.op.lhs], bound[one.op.rhs]
-    early = ahead and attribute(root, rhs) is not None
-    if early:
-        with graph.inserting_after(key):
-            rhs = graph.create_node("get_attr", rhs.target)
-    with graph.inserting_after(rhs) if early else graph.inserting_before(node):
-        selection = graph.call_module(target, (None if ahead else lhs, rhs, key))
+    how = dict(zip(SAMPLING_ARGUMENTS, (*choices.values(), straight_through), strict=True))
     with graph.inserting_before(node):
-        sampled = graph.call_function(one.op.function, node.args, {**node.kwargs, "selection": selection})
+        sampled = graph.call_function(one.op.function, node.args, {**node.kwargs, **how})
     sampled.meta = dict(node.meta)
     node.replace_all_uses_with(sampled)
     graph.erase_node(node)

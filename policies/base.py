@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fx_approx.candidate import Candidate, Role
+from fx_approx.flops import role_pairs
 from fx_approx.plan import CostModel, Decision, Policy
 from fx_approx.policies.cost_model import FlopModel
 from fx_approx.sampling import SamplerSpec
 
-__all__ = ["CostModel", "Policy", "decision", "exact", "sampled"]
+__all__ = ["CostModel", "Policy", "decision", "exact", "sampled", "sampled_roles"]
 
 
 def decision(
-    candidate: Candidate, roles: Mapping[Role, SamplerSpec], reason: str, source: str, model: CostModel | None = None
+    candidate: Candidate,
+    roles: Mapping[Role, SamplerSpec],
+    reason: str,
+    source: str,
+    model: CostModel | None = None,
+    straight_through: bool = False,
 ) -> Decision:
     """A decision with its cost, by :class:`FlopModel` unless another model is given."""
-    estimate = (FlopModel() if model is None else model).estimate(candidate, roles)
-    return Decision(candidate.name, roles, reason, source, estimate)
+    estimate = (FlopModel() if model is None else model).estimate(candidate, roles, straight_through)
+    return Decision(candidate.name, roles, reason, source, estimate, straight_through)
 
 
 def exact(candidate: Candidate, reason: str, source: str) -> Decision:
@@ -27,6 +33,26 @@ def exact(candidate: Candidate, reason: str, source: str) -> Decision:
 
 def sampled(candidate: Candidate, spec: SamplerSpec, reason: str, source: str) -> Decision:
     """Sample ``candidate`` in forward mode; exact, with that reason, if ``spec`` would keep every pair."""
-    if candidate.pairs is not None and spec.count(candidate.pairs) >= candidate.pairs and spec.ratio < 1:
-        return exact(candidate, f"minimal_k={spec.minimal_k} keeps all {candidate.pairs} pairs", source)
-    return decision(candidate, {Role.OUTPUT: spec}, reason, source)
+    return sampled_roles(candidate, {Role.OUTPUT: spec}, reason, source)
+
+
+def sampled_roles(
+    candidate: Candidate,
+    roles: Mapping[Role, SamplerSpec],
+    reason: str,
+    source: str,
+    straight_through: bool = False,
+) -> Decision:
+    """Sample those products of ``candidate`` of which ``minimal_k`` does not keep every pair."""
+    kept: dict[Role, SamplerSpec] = {}
+    all_kept = []
+    for role, spec in roles.items():
+        pairs = role_pairs(candidate, role, spec)
+        if pairs is not None and spec.count(pairs) >= pairs and spec.ratio < 1:
+            all_kept.append(f"minimal_k={spec.minimal_k} keeps all {pairs} pairs")
+        else:
+            kept[role] = spec
+    if not kept and all_kept:
+        return exact(candidate, all_kept[0], source)
+    through = straight_through and Role.OUTPUT in kept
+    return decision(candidate, kept, reason, source, straight_through=through)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from fx_approx.candidate import Candidate, Role
-from fx_approx.flops import executed_flops, selection_flops
+from fx_approx.flops import executed_flops, kept_pairs, selection_flops
 from fx_approx.plan import Cost, CostEstimate
 from fx_approx.sampling import SamplerSpec
 
@@ -18,18 +18,19 @@ class FlopModel:
     It promises nothing about time: a gather, a sort and a kernel launch cost no operation and yet take time.
     """
 
-    def estimate(self, candidate: Candidate, roles: Mapping[Role, SamplerSpec]) -> CostEstimate | None:
+    def estimate(
+        self, candidate: Candidate, roles: Mapping[Role, SamplerSpec], straight_through: bool = False
+    ) -> CostEstimate | None:
         """Exact and sampled operations of a training step, or None where the candidate's shapes are not known."""
         facts = candidate.facts
         if facts is None:
             return None
         exact = facts.flops.total
-        sampled = exact
-        spec = roles.get(Role.OUTPUT)
-        if spec is not None and facts.shape is not None:
-            kept = spec.count(facts.shape.pairs)
-            if kept < facts.shape.pairs:
-                sampled = executed_flops(facts, kept).total + selection_flops(candidate, spec.scores)
+        kept = kept_pairs(candidate, roles, straight_through)
+        sampled = executed_flops(facts, kept).total
+        sampled += sum(
+            selection_flops(candidate, role, spec) for role, spec in roles.items() if kept.of(role) is not None
+        )
         return CostEstimate(
             Cost(flops=exact), Cost(flops=sampled), omits="time: memory traffic, gathers, sorting, kernel launches"
         )

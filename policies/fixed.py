@@ -27,7 +27,7 @@ class Uniform:
     """The same sampler, ratio and scores for every candidate that can be sampled.
 
     Attributes:
-        sampler: Name of the sampler: ``topk``, ``systematic``, ``bernoulli``, ``crs``.
+        sampler: Name of the sampler: ``topk``, ``systematic``, ``bernoulli``, ``crs``, ``wta``, ``wta_unique``.
         ratio: Share of the column-row pairs to keep, in (0, 1].
         minimal_k: Keep at least so many pairs.
         scores: ``online``, ``weight`` or ``uniform``.

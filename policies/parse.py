@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from fx_approx.plan import Policy
 from fx_approx.policies.fixed import Exact, Uniform
 from fx_approx.policies.paper import Paper
+from fx_approx.policies.roles import Roles
 from fx_approx.sampling import SAMPLERS
+
+_WITH_RATIO: Mapping[str, Callable[..., Policy]] = {
+    "paper": Paper,
+    "backward": Roles.backward,
+    "weight-gradient": Roles.weight_gradient,
+    "straight-through": Roles.straight,
+}
 
 
 def parse_policy(text: str) -> Policy:
     """``exact``, ``paper[:ratio]``, or ``<sampler>[:ratio[:scores]]`` for the same on every layer.
 
-    Examples: ``topk:0.5``, ``systematic:0.25:weight``, ``paper:0.3``.
+    ``backward[:ratio]``, ``weight-gradient[:ratio]`` and ``straight-through[:ratio]`` are the modes of
+    :class:`fx_approx.policies.Roles` with their default samplers.
+
+    Examples: ``topk:0.5``, ``systematic:0.25:weight``, ``paper:0.3``, ``backward:0.5``.
 
     Raises:
         ValueError: Names the text and what would be right.
     """
     name, *rest = text.split(":")
-    known = f"exact, paper[:ratio], or one of {', '.join(sorted(SAMPLERS))} with [:ratio[:scores]]"
-    if name not in ("exact", "paper", *SAMPLERS) or len(rest) > {"exact": 0, "paper": 1}.get(name, 2):
+    known = (
+        f"exact, {', '.join(_WITH_RATIO)} with [:ratio], or one of {', '.join(sorted(SAMPLERS))} with [:ratio[:scores]]"
+    )
+    most = 0 if name == "exact" else 1 if name in _WITH_RATIO else 2
+    if name not in ("exact", *_WITH_RATIO, *SAMPLERS) or len(rest) > most:
         raise ValueError(f"policy: expected {known}, got {text!r}")
     try:
-        ratio = float(rest[0]) if rest else 0.5
+        ratio = float(rest[0]) if rest else None
     except ValueError:
         raise ValueError(f"policy: expected a number for the ratio in {text!r}, got {rest[0]!r}") from None
     if name == "exact":
         return Exact()
-    if name == "paper":
-        return Paper(ratio)
-    return Uniform(name, ratio, scores=rest[1] if len(rest) > 1 else "online")
+    if name in _WITH_RATIO:
+        return _WITH_RATIO[name]() if ratio is None else _WITH_RATIO[name](ratio)
+    return Uniform(name, 0.5 if ratio is None else ratio, scores=rest[1] if len(rest) > 1 else "online")

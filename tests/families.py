@@ -115,6 +115,8 @@ SAMPLER_CASES: dict[str, SamplerCase] = {
         SamplerCase("bernoulli", "bernoulli"),
         SamplerCase("systematic", "systematic"),
         SamplerCase("systematic-weight", "systematic", scores="weight"),
+        SamplerCase("wta", "wta"),
+        SamplerCase("wta-unique", "wta_unique"),
         SamplerCase("topk", "topk"),
     )
 }

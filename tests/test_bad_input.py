@@ -52,7 +52,7 @@ def test_set_ratio_checks_before_it_changes_anything(ratio: Any) -> None:
     for given in (ratio, {"0": 0.25, "2": ratio}):
         with pytest.raises((TypeError, ValueError), match="ratio: expected"):
             fx_approx.set_ratio(approx, given)
-    assert {row.ratio for row in fx_approx.report(approx).rows} == {0.5}
+    assert {row.sample().ratio for row in fx_approx.report(approx).rows} == {0.5}
 
 
 @pytest.mark.parametrize("minimal_k", [0, -1, 1.5, "2", None, True])
@@ -64,7 +64,8 @@ def test_minimal_k(make: Any, minimal_k: Any) -> None:
 
 @pytest.mark.parametrize("make", [lambda n: Uniform(n), lambda n: Paper(sampler=n), lambda n: SamplerSpec(n)])
 def test_an_unknown_sampler_lists_the_known_ones(make: Any) -> None:
-    with pytest.raises(ValueError, match="unknown sampler 'top-k'; known: bernoulli, crs, systematic, topk"):
+    known = "bernoulli, crs, systematic, topk, wta, wta_unique"
+    with pytest.raises(ValueError, match=f"unknown sampler 'top-k'; known: {known}"):
         make("top-k")
     with pytest.raises((TypeError, ValueError), match=r"name|sampler"):
         make(3)
@@ -72,7 +73,7 @@ def test_an_unknown_sampler_lists_the_known_ones(make: Any) -> None:
 
 @pytest.mark.parametrize("make", [Uniform, Paper, SamplerSpec])
 def test_unknown_scores_list_the_known_ones(make: Any) -> None:
-    with pytest.raises(ValueError, match="unknown scores 'norm'; known: online, uniform, weight"):
+    with pytest.raises(ValueError, match="unknown scores 'norm'; known: gradient, input, online, stale, "):
         make(scores="norm")
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import fx_approx
 from fx_approx.cli import main
-from fx_approx.report import COLUMNS
+from fx_approx.tables import COLUMNS
 
 COMPAT = Path(__file__).with_name("torchvision_compat.py")
 MODELS = """
@@ -98,7 +98,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_csv(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "climodels:ready", "--input", "4x8", "--policy", "topk", "--format", "csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert [row["k"] for row in rows] == ["4", "2"]
+    assert [row["output_k"] for row in rows] == ["4", "2"]
 
 
 @pytest.mark.parametrize(("form", "begin"), [("md", "| layer"), ("html", "<table>")])
@@ -153,7 +153,7 @@ def test_what_is_not_traced_is_a_warning_or_a_note(capsys: pytest.CaptureFixture
         (["explain", "climodels:ready", "--input", "9999999999x9999999999x8"], "argument --input: "),
         (["explain", "climodels:ready", "--input", "4x9"], "argument --input: the model does not run on them: at 0"),
         (["explain", "climodels:ready", "--input", "4x8", "--input", "4"], "argument --input: "),
-        (["explain", "climodels:ready", "--policy", "best:0.5"], "argument --policy: expected exact, paper[:ratio]"),
+        (["explain", "climodels:ready", "--policy", "best:0.5"], "argument --policy: expected exact, paper, backward,"),
         (["explain", "climodels:ready", "--policy", "topk:2"], "argument --policy: ratio: expected a number in (0, 1]"),
         (["explain", "climodels:ready", "--policy", "topk:0.5:best"], "argument --policy: "),
         (["explain", "climodels:ready", "--format", "yaml"], "argument --format: invalid choice: 'yaml'"),

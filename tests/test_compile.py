@@ -87,7 +87,7 @@ def test_resnet18_is_one_graph_with_the_indices_of_the_eager_run(
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("sampler", ["crs", "bernoulli", "systematic", "topk"])
+@pytest.mark.parametrize("sampler", ["crs", "bernoulli", "systematic", "topk", "wta", "wta_unique"])
 @pytest.mark.parametrize("scores", ["online", "weight", "uniform"])
 def test_every_sampler_compiles_without_graph_breaks(sampler: str, scores: str) -> None:
     policy = Uniform(sampler, 0.5, scores=scores)

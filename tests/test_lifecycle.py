@@ -97,7 +97,7 @@ def test_pickling_keeps_ratios_switches_and_flags() -> None:
     twin = pickle.loads(pickle.dumps(approx))
     x = torch.randn(6, 12)
     assert same(train_step(twin, x), train_step(approx, x))
-    assert fx_approx.report(twin)["0"].ratio == 0.25
+    assert fx_approx.report(twin)["0"].sample().ratio == 0.25
     assert fx_approx.report(twin)["2"].reason == "switched off"
 
 

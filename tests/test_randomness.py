@@ -20,7 +20,7 @@ from fx_approx.policies import Uniform
 from .models import Attention, Checkpointed, Cnn, WithDataDependent, loss_of, mlp, same
 
 RANDOM = Uniform("systematic", 0.5)
-random_samplers = pytest.mark.parametrize("sampler", ["systematic", "bernoulli", "crs"])
+random_samplers = pytest.mark.parametrize("sampler", ["systematic", "bernoulli", "crs", "wta", "wta_unique"])
 reentrant = pytest.mark.parametrize("reentrant", [False, True])
 
 

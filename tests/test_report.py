@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fx_approx
-from fx_approx.candidate import RoleFlops
+from fx_approx.candidate import Role, RoleFlops
 from fx_approx.policies import Exact, Override, Paper, Uniform
+from fx_approx.report import Sample
 
 from .models import (
     Attention,
@@ -105,7 +106,7 @@ def test_grouped_convolutions_against_integers_by_hand() -> None:
     one = 2 * positions * 8 * (8 // 2) * 9
     assert grouped.exact == RoleFlops(one, one, one)
     assert grouped.executed == RoleFlops(one // 2, one // 2, one // 2)
-    assert (grouped.k, grouped.pairs) == (2, 4)
+    assert (grouped.sample().k, grouped.pairs) == (2, 4)
     one = 2 * positions * 8 * 1 * 9
     assert depthwise.exact == depthwise.executed == RoleFlops(one, one, one)
     conv1 = report["conv1"]
@@ -116,7 +117,7 @@ def test_grouped_convolutions_against_integers_by_hand() -> None:
 def test_a_row_says_everything_of_its_layer() -> None:
     row = fx_approx.report(fx_approx.transform(mlp(), Uniform("crs", 0.25, scores="weight"), torch.randn(6, 12)))["2"]
     assert (row.name, row.op, row.shape) == ("2", "linear", "(6, 16, 16)")
-    assert (row.sampler, row.scores, row.ratio, row.k, row.pairs) == ("crs", "weight", 0.25, 4, 16)
+    assert row.samples == (Sample(Role.OUTPUT, "crs", "weight", 0.25, 4, 16),) and row.pairs == 16
     assert row.saved == 0.75
     assert row.selection == 2 * 16 * 16, "the squared norm of every weight row"
     assert row.kept_exact == 6 * 16 * 4
@@ -131,7 +132,7 @@ def test_rows_are_in_the_order_in_which_the_model_runs() -> None:
 
 def test_blocked_rows_say_why_and_are_counted() -> None:
     report = fx_approx.report(fx_approx.transform(Recurrent(), HALF, torch.randn(3, 5, 8)))
-    assert "recurrent" in report["lstm"].reason and report["lstm"].sampler == ""
+    assert "recurrent" in report["lstm"].reason and report["lstm"].samples == ()
     assert report["lstm"].exact == report["lstm"].executed
     report = fx_approx.report(fx_approx.transform(FusedAttention(), HALF, torch.randn(3, 5, 8)))
     assert "multi-head" in report["attention"].reason
@@ -189,12 +190,12 @@ def test_ratios_and_switches_are_those_of_now() -> None:
     approx = fx_approx.transform(mlp(), HALF, x)
     fx_approx.set_ratio(approx, {"2": 0.25})
     report = fx_approx.report(approx)
-    assert (report["2"].ratio, report["2"].k, report["2"].saved) == (0.25, 4, 0.75)
-    assert report["0"].ratio == 0.5
+    assert (report["2"].sample().ratio, report["2"].sample().k, report["2"].saved) == (0.25, 4, 0.75)
+    assert report["0"].sample().ratio == 0.5
     assert report.totals.executed.total == counted(approx, x)
     fx_approx.set_enabled(approx, {"0": False})
     report = fx_approx.report(approx)
-    assert (report["0"].sampler, report["0"].saved, report["0"].reason) == ("", 0.0, "switched off")
+    assert (report["0"].samples, report["0"].saved, report["0"].reason) == ((), 0.0, "switched off")
     assert report.totals.executed.total == counted(approx, x)
     fx_approx.set_ratio(approx, 1.0)
     report = fx_approx.report(approx)
@@ -206,11 +207,11 @@ def test_ratios_and_switches_are_those_of_now() -> None:
 
 def test_a_random_count_is_reported_as_expected_and_last() -> None:
     approx = fx_approx.transform(mlp(), Uniform("bernoulli", 0.5), torch.randn(6, 12))
-    assert fx_approx.report(approx)["2"].last_k is None
+    assert fx_approx.report(approx)["2"].sample().last_k is None
     seen = set()
     for _ in range(10):
         approx(torch.randn(6, 12))
-        row = fx_approx.report(approx)["2"]
+        row = fx_approx.report(approx)["2"].sample()
         assert row.k == 8 and row.last_k is not None
         seen.add(row.last_k)
         assert f"~8 of 16 (last {row.last_k})" in str(fx_approx.report(approx))
@@ -264,7 +265,8 @@ def test_csv() -> None:
         assert row.exact is not None and row.executed is not None
         assert int(parsed["exact_output"]) == row.exact.output
         assert int(parsed["executed_grad_weight"]) == row.executed.grad_weight
-        assert parsed["k"] == ("" if row.k is None else str(row.k))
+        sample = row.sample()
+        assert parsed["output_k"] == ("" if sample is None else str(sample.k)) and parsed["grad_weight_k"] == ""
         assert float(parsed["saved"]) == row.saved and parsed["reason"] == row.reason
 
 

@@ -81,6 +81,6 @@ def test_a_model_that_needs_its_hooks_to_run_has_unknown_shapes() -> None:
 def test_the_first_matching_glob_decides_the_ratio() -> None:
     approx = fx_approx.transform(chain(), HALF, torch.randn(2, 8))
     fx_approx.set_ratio(approx, {"0": 0.25, "*": 0.75})
-    assert [row.k for row in fx_approx.report(approx).rows] == [2, 6, 6]
+    assert [row.sample().k for row in fx_approx.report(approx).rows] == [2, 6, 6]
     fx_approx.set_ratio(approx, {"*": 0.75, "0": 0.25})
-    assert [row.k for row in fx_approx.report(approx).rows] == [6, 6, 6]
+    assert [row.sample().k for row in fx_approx.report(approx).rows] == [6, 6, 6]

@@ -1,15 +1,24 @@
 """Sampled products: one file per family, each with what the passes need to know of it."""
 
-from fx_approx.ops.base import OPS, ProductOp, Unsupported, find_op, register_op
-from fx_approx.ops.conv import conv1d, conv2d, conv3d, select_channels
+from fx_approx.ops.backward import Choice, Early, How, Late, Rule
+from fx_approx.ops.base import OPS, SAMPLING_ARGUMENTS, ProductOp, Unsupported, find_op, register_op
+from fx_approx.ops.conv import conv1d, conv2d, conv3d
+from fx_approx.ops.conv_backward import convolve
 from fx_approx.ops.einsum import einsum
-from fx_approx.ops.gather import gather
+from fx_approx.ops.gather import gather, select_channels
 from fx_approx.ops.linear import linear
 from fx_approx.ops.matmul import addmm, baddbmm, bmm, matmul, mm
+from fx_approx.ops.running import new_running
 
 __all__ = [
     "OPS",
+    "SAMPLING_ARGUMENTS",
+    "Choice",
+    "Early",
+    "How",
+    "Late",
     "ProductOp",
+    "Rule",
     "Unsupported",
     "addmm",
     "baddbmm",
@@ -17,12 +26,14 @@ __all__ = [
     "conv1d",
     "conv2d",
     "conv3d",
+    "convolve",
     "einsum",
     "find_op",
     "gather",
     "linear",
     "matmul",
     "mm",
+    "new_running",
     "register_op",
     "select_channels",
 ]

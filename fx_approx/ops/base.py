@@ -14,8 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fx_approx.candidate import GemmShape
-from fx_approx.sampling import ScoreKind, Selection
+from fx_approx.candidate import GemmShape, Role
+from fx_approx.sampling import SamplerSpec, ScoreKind, Selection
+
+SAMPLING_ARGUMENTS = ("selection", "grad_input", "grad_weight", "straight_through")
+"""What the functions of ops take beyond the exact call's arguments, by keyword."""
 
 
 class Unsupported(ValueError):
@@ -30,14 +33,46 @@ class ScoreFunction(Protocol):
         ...
 
 
+class RolePairs(Protocol):
+    """The column-row pairs of the products that contract over something else than the op's own pairs.
+
+    Those are the two gradients, and the output of a batched product whose members choose each for itself.
+    """
+
+    def count(
+        self, role: Role, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerSpec
+    ) -> tuple[int, int]:
+        """Groups that choose apart from each other, and pairs of each; (1, 0) if they cannot be sampled."""
+        ...
+
+    def scores(
+        self,
+        role: Role,
+        lhs: Tensor,
+        rhs: Tensor,
+        static: Mapping[str, Any],
+        spec: SamplerSpec,
+        running: Tensor | None,
+    ) -> Tensor:
+        """Scores ``[groups, pairs]`` that do not read the gradient, see :class:`fx_approx.sampling.ScoreKind`.
+
+        ``running`` are the norms of the gradient at each position, for scores that learn them.
+        """
+        ...
+
+    def positions(self, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerSpec) -> int:
+        """How many consecutive rows of the weight gradient's contraction have a running norm of their own."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class ProductOp:
     """One sampled product.
 
     Attributes:
         kind: Its name in candidates, such as ``"conv2d"``.
-        function: ``function(*args, selection=...)`` with the signature of the exact call plus ``selection``; with None
-            it is the exact call.
+        function: ``function(*args, selection=..., grad_input=..., grad_weight=..., straight_through=...)``, the exact
+            call's signature plus how each of the three products is sampled; without those it is the exact call.
         lhs: Argument name of the left operand (the activation).
         rhs: Argument name of the right operand (the weight).
         targets: The exact functions that a graph may call.
@@ -47,6 +82,7 @@ class ProductOp:
         pairs: Pairs per group of two operands (the left one may be None), 0 if they cannot be sampled; plain integers,
             so that it traces.
         scores: Scores of the pairs.
+        roles: The same for the gradients.
         keeps_both: Whether autograd keeps both operands whichever of them needs a gradient (one backward function makes
             both gradients), instead of each for the gradient of the other.
         check: Raises :class:`Unsupported` for plain arguments that cannot be sampled whatever the shapes.
@@ -60,6 +96,7 @@ class ProductOp:
     geometry: Callable[[torch.Size, torch.Size, Mapping[str, Any]], GemmShape]
     pairs: Callable[[Tensor | None, Tensor, Mapping[str, Any]], int]
     scores: ScoreFunction
+    roles: RolePairs
     check: Callable[[Mapping[str, Any]], None] = lambda static: None
     methods: tuple[str, ...] = ()
     static: tuple[str, ...] = ()
@@ -69,7 +106,7 @@ class ProductOp:
     def signature(self) -> inspect.Signature:
         """The signature of the exact call."""
         full = inspect.signature(self.function)
-        return full.replace(parameters=[p for p in full.parameters.values() if p.name != "selection"])
+        return full.replace(parameters=[p for p in full.parameters.values() if p.name not in SAMPLING_ARGUMENTS])
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name, defaults filled in; :class:`Unsupported` if they do not fit."""

@@ -10,20 +10,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_approx.candidate import GemmShape
-from fx_approx.ops.base import ProductOp, Unsupported, ones_like_scores, register_op, single
+from fx_approx.candidate import GemmShape, Role
+from fx_approx.ops.backward import Choice, How
+from fx_approx.ops.base import ProductOp, Unsupported, norm, ones_like_scores, register_op, single
 from fx_approx.ops.gather import gather, scaled
-from fx_approx.sampling import ScoreKind, Selection
+from fx_approx.ops.product import MatrixPairs, product
+from fx_approx.sampling import SamplerSpec, ScoreKind, Selection
 
 
 @dataclasses.dataclass(frozen=True)
 class _Equation:
-    """A parsed equation; ``pair`` is the label that is sampled, the contracted label that comes first on the left."""
+    """A parsed equation."""
 
     lhs: str
     rhs: str
     output: str
-    pair: str
+
+    @property
+    def contracted(self) -> str:
+        """Labels of both operands that the output lacks."""
+        return "".join(c for c in self.lhs if c in self.rhs and c not in self.output)
+
+    @property
+    def pair(self) -> str:
+        """The label that is sampled: the contracted one that comes first on the left."""
+        return self.contracted[0]
+
+    @property
+    def batch(self) -> str:
+        """Labels of both operands and the output."""
+        return "".join(c for c in self.output if c in self.lhs and c in self.rhs)
+
+    @property
+    def rows(self) -> str:
+        """Labels of the left operand and the output only."""
+        return "".join(c for c in self.lhs if c in self.output and c not in self.rhs)
+
+    @property
+    def columns(self) -> str:
+        """Labels of the right operand and the output only."""
+        return "".join(c for c in self.rhs if c in self.output and c not in self.lhs)
 
 
 def _parse(equation: Any) -> _Equation:
@@ -40,21 +66,45 @@ def _parse(equation: Any) -> _Equation:
         output = "".join(sorted(c for c in set(lhs + rhs) if (lhs + rhs).count(c) == 1))
     if any(len(set(operand)) < len(operand) for operand in operands):
         raise Unsupported(f"einsum {equation!r} takes a diagonal")
-    contracted = [c for c in lhs if c in rhs and c not in output]
-    if not contracted:
+    parsed = _Equation(lhs, rhs, output)
+    if not parsed.contracted:
         raise Unsupported(f"einsum {equation!r} contracts nothing")
-    return _Equation(lhs, rhs, output, contracted[0])
+    return parsed
 
 
-def einsum(equation: str, lhs: Tensor, rhs: Tensor, *, selection: Selection | None = None) -> Tensor:
-    """``torch.einsum(equation, lhs, rhs)`` from the pairs of ``selection`` only; with None the exact product.
+def einsum(
+    equation: str,
+    lhs: Tensor,
+    rhs: Tensor,
+    *,
+    selection: Selection | None = None,
+    grad_input: Choice = None,
+    grad_weight: Choice = None,
+    straight_through: bool = False,
+) -> Tensor:
+    """``torch.einsum(equation, lhs, rhs)``, each of its three products from its own selection; None is exact.
 
     Args:
         equation: Two operands, no diagonal. With several contracted labels the first of the left operand is sampled.
         lhs: Left operand.
         rhs: Right operand.
-        selection: Indices and scale ``[1, k]`` along the sampled label, shared over all other labels.
+        selection: Indices and scale along the sampled label: ``[1, k]``, shared over all other labels, or ``[b, k]``, one
+            for each value of the labels that both operands and the output share.
+        grad_input: For the gradient of ``lhs``, likewise of the labels that only ``rhs`` has, flattened.
+        grad_weight: For the gradient of ``rhs``, likewise of the labels that only ``lhs`` has, flattened.
+        straight_through: Gradients do not follow ``selection``, as if the product were exact.
     """
+    how = How(selection, grad_input, grad_weight, straight_through)
+    if how.gradients_apart or (selection is not None and selection.indices.shape[0] > 1):
+        parsed = _parse(equation)
+        x, w = _view(lhs, rhs, {"equation": equation})
+        if selection is not None:
+            block = x.shape[-1] // lhs.shape[parsed.lhs.index(parsed.pair)]
+            how = how._replace(selection=_blocks(selection, block))
+        sizes = _sizes(parsed, lhs.shape, rhs.shape)
+        labels = parsed.batch + parsed.rows + parsed.columns
+        result = product(x, w, None, how).reshape([sizes[label] for label in labels])
+        return result.permute([labels.index(label) for label in parsed.output])
     if selection is not None:
         parsed = _parse(equation)
         index, scale = single(selection)
@@ -66,23 +116,80 @@ def einsum(equation: str, lhs: Tensor, rhs: Tensor, *, selection: Selection | No
     return torch.einsum(equation, lhs, rhs)
 
 
+def _blocks(selection: Selection, block: int) -> Selection:
+    """A selection of blocks of ``block`` consecutive entries, as one of entries."""
+    if block == 1:
+        return selection
+    indices, scale = selection
+    entries = (indices.unsqueeze(-1) * block + torch.arange(block, device=indices.device)).flatten(-2)
+    return Selection(entries, None if scale is None else scale.repeat_interleave(block, -1))
+
+
+def _view(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """``x [m, K]`` and ``w [n, K]``, or ``[b, ...]`` if labels are shared; K has the sampled label first."""
+    parsed = _parse(static["equation"])
+
+    def matrix(operand: Tensor, labels: str, own: str) -> Tensor:
+        wanted = parsed.batch + own + parsed.contracted
+        alone = [axis for axis, label in enumerate(labels) if label not in wanted]
+        if alone:
+            operand = operand.sum(alone)
+            labels = "".join(label for label in labels if label in wanted)
+        ordered = operand.permute([labels.index(label) for label in wanted])
+        sizes = [
+            math.prod(ordered.shape[i] for i, label in enumerate(wanted) if label in part)
+            for part in (parsed.batch, own, parsed.contracted)
+        ]
+        return ordered.reshape(sizes if parsed.batch else sizes[1:])
+
+    return matrix(lhs, parsed.lhs, parsed.rows), matrix(rhs, parsed.rhs, parsed.columns)
+
+
+class _EinsumPairs(MatrixPairs):
+    """Entries of the sampled label are pairs of the output, the other contracted labels their block."""
+
+    def count(
+        self, role: Role, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerSpec
+    ) -> tuple[int, int]:
+        """As the protocol says."""
+        groups, pairs = super().count(role, lhs, rhs, static, spec)
+        return groups, _pairs(lhs, rhs, static) if role is Role.OUTPUT else pairs
+
+    def scores(
+        self,
+        role: Role,
+        lhs: Tensor,
+        rhs: Tensor,
+        static: Mapping[str, Any],
+        spec: SamplerSpec,
+        running: Tensor | None,
+    ) -> Tensor:
+        """As the protocol says; a block scores √Σ s² of its entries."""
+        scores = super().scores(role, lhs, rhs, static, spec, running)
+        if role is not Role.OUTPUT:
+            return scores
+        return norm(scores.unflatten(-1, (_pairs(lhs, rhs, static), -1)), (-1,))
+
+
+def _sizes(parsed: _Equation, lhs: torch.Size, rhs: torch.Size) -> dict[str, int]:
+    return dict(zip(parsed.lhs, lhs, strict=True)) | dict(zip(parsed.rhs, rhs, strict=True))
+
+
 def _geometry(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]) -> GemmShape:
     """Labels in both operands and the output are batch, in one operand only are rows or columns."""
     parsed = _parse(static["equation"])
-    sizes = dict(zip(parsed.lhs, lhs, strict=True)) | dict(zip(parsed.rhs, rhs, strict=True))
-    both = set(parsed.lhs) & set(parsed.rhs)
+    sizes = _sizes(parsed, lhs, rhs)
 
-    def size(labels: set[str]) -> int:
+    def size(labels: str) -> int:
         return math.prod(sizes[label] for label in labels)
 
-    summed = both - set(parsed.output)
-    block = size(summed - {parsed.pair})
+    contracted = size(parsed.contracted)
     return GemmShape(
-        m=size((set(parsed.lhs) - both) & set(parsed.output)),
-        n=size((set(parsed.rhs) - both) & set(parsed.output)),
-        k=sizes[parsed.pair] * block,
-        batch=size(both - summed),
-        block=block,
+        m=size(parsed.rows),
+        n=size(parsed.columns),
+        k=contracted,
+        batch=size(parsed.batch),
+        block=contracted // sizes[parsed.pair],
     )
 
 
@@ -98,13 +205,12 @@ def _check(static: Mapping[str, Any]) -> None:
 def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, static: Mapping[str, Any]) -> Tensor:
     """√(Σ_b ‖A_b,j‖²·‖B_b,j‖²) over the labels b that both operands share and the output keeps."""
     parsed = _parse(static["equation"])
-    if not (kind.reads_lhs or kind.reads_rhs):
+    if not ({"input", "weight"} & kind.reads):
         return ones_like_scores(rhs, 1, _pairs(lhs, rhs, static))
-    shared = "".join(c for c in parsed.lhs if c in parsed.rhs and c in parsed.output)
-    kept = shared + parsed.pair
+    kept = parsed.batch + parsed.pair
     wide = torch.float64 if rhs.dtype == torch.float64 else torch.float32
-    sides = [(parsed.rhs, rhs)] * kind.reads_rhs
-    if kind.reads_lhs and lhs is not None:
+    sides = [(parsed.rhs, rhs)] * ("weight" in kind.reads)
+    if "input" in kind.reads and lhs is not None:
         sides.append((parsed.lhs, lhs))
     # In float64: squares, and products of squares, leave the range of float32 long before the operands do.
     squares = [torch.einsum(f"{labels}->{kept}", side.double().square()) for labels, side in sides]
@@ -123,6 +229,7 @@ EINSUM = register_op(
         pairs=_pairs,
         check=_check,
         scores=_scores,
+        roles=_EinsumPairs(_view),
         static=("equation",),
     )
 )

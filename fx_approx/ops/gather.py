@@ -26,10 +26,13 @@ class _Gather(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, int, Tensor], output: Tensor) -> None:
         source, ctx.dim, index = inputs
         ctx.size = source.shape[ctx.dim]
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None
         (index,) = ctx.saved_tensors
         return _scatter(grad, ctx.dim, index, ctx.size), None, None
 
@@ -62,6 +65,35 @@ def flat_indices(selection: Selection, pairs: int) -> Tensor:
 def scaled(operand: Tensor, scale: Tensor) -> Tensor:
     """``operand * scale`` in the operand's dtype; the product itself is taken in the wider of the two."""
     return (operand * scale).to(operand.dtype)
+
+
+def select_channels(input: Tensor, weight: Tensor, groups: int, selection: Selection) -> tuple[Tensor, Tensor]:
+    """The chosen input channels of ``input`` and ``weight``, each group its own; the scale goes into the weight.
+
+    Args:
+        input: ``[N, C, ...]`` or ``[C, ...]``.
+        weight: ``[O, C / groups, ...]``.
+        groups: Groups of the convolution.
+        selection: ``[groups, k]`` positions within each group's ``C / groups`` channels.
+
+    Returns:
+        Input with ``groups * k`` channels and weight ``[O, k, ...]``, ready for the same convolution.
+    """
+    pairs = weight.shape[1]
+    index = flat_indices(selection, pairs)
+    channels = gather(input, 1 - weight.dim(), index)
+    if groups == 1:
+        rows = gather(weight, 1, index)
+        scale = None if selection.scale is None else selection.scale[0]
+        return channels, rows if scale is None else scaled(rows, scale.view(-1, *[1] * (weight.dim() - 2)))
+    # [G, O/G, C/G, S] -> [G * C/G, O/G, S], so that one index serves all groups, and back.
+    outputs, positions = weight.shape[0] // groups, weight.shape[2:]
+    flat = weight.reshape(groups, outputs, pairs, -1).transpose(1, 2).flatten(0, 1)
+    rows = gather(flat, 0, index)
+    if selection.scale is not None:
+        rows = scaled(rows, selection.scale.reshape(-1, 1, 1))
+    rows = rows.unflatten(0, (groups, -1)).transpose(1, 2)
+    return channels, rows.reshape(groups * outputs, selection.indices.shape[1], *positions)
 
 
 def _channels_last_order(source: Tensor) -> tuple[int, ...] | None:

@@ -11,23 +11,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fx_approx.candidate import GemmShape
+from fx_approx.ops.backward import Choice, How
 from fx_approx.ops.base import ProductOp, norm, ones_like_scores, register_op, single
 from fx_approx.ops.gather import gather, scaled
+from fx_approx.ops.product import MatrixPairs, product
 from fx_approx.sampling import ScoreKind, Selection
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, selection: Selection | None = None) -> Tensor:
-    """A linear layer computed from the in-features of ``selection`` only (paper, section 2).
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    selection: Selection | None = None,
+    grad_input: Choice = None,
+    grad_weight: Choice = None,
+    straight_through: bool = False,
+) -> Tensor:
+    """A linear layer, each of whose three products can be computed from a selection (paper, section 2).
 
     Args:
         input: ``[..., K]``.
         weight: ``[n, K]``.
-        bias: ``[n]`` or None; always added in full.
-        selection: Indices and scale ``[1, k]``, or None for the exact layer.
+        bias: ``[n]`` or None; always added in full, its gradient is always exact.
+        selection: Of the in-features, indices and scale ``[1, k]``, for the output; None for the exact one.
+        grad_input: Of the out-features, ``[1, k]``, for the gradient of ``input``.
+        grad_weight: Of the rows (all axes of ``input`` but the last, flattened), ``[1, k]``, for that of ``weight``.
+        straight_through: Gradients do not follow ``selection``, as if the output were exact.
 
     Returns:
-        ``[..., n]``. The gradients of ``input`` and ``weight`` are zero outside the selection.
+        ``[..., n]``. Unless ``straight_through``, both gradients are zero outside ``selection``.
     """
+    how = How(selection, grad_input, grad_weight, straight_through)
+    if how.gradients_apart:
+        rows = product(*_view(input, weight, {}), bias, how)
+        return rows.view(*input.shape[:-1], weight.shape[0])
     if selection is None:
         return F.linear(input, weight, bias)
     index, scale = single(selection)
@@ -35,6 +53,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, selecti
     if scale is not None:
         columns = scaled(columns, scale)
     return F.linear(gather(input, -1, index), columns, bias)
+
+
+def _view(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    return lhs.reshape(-1, lhs.shape[-1]), rhs
 
 
 def _geometry(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]) -> GemmShape:
@@ -48,9 +70,9 @@ def _pairs(lhs: Tensor | None, rhs: Tensor, static: Mapping[str, Any]) -> int:
 def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, static: Mapping[str, Any]) -> Tensor:
     """‖A[:,j]‖·‖B[j,:]‖ (paper, equation for the optimal sampling probabilities)."""
     scores = ones_like_scores(rhs, 1, rhs.shape[-1])
-    if kind.reads_lhs and lhs is not None:
+    if "input" in kind.reads and lhs is not None:
         scores = scores * norm(lhs, tuple(range(lhs.dim() - 1)))
-    if kind.reads_rhs:
+    if "weight" in kind.reads:
         scores = scores * norm(rhs, tuple(range(rhs.dim() - 1)))
     return scores
 
@@ -65,5 +87,6 @@ LINEAR = register_op(
         geometry=_geometry,
         pairs=_pairs,
         scores=_scores,
+        roles=MatrixPairs(_view),
     )
 )

@@ -1,72 +1,125 @@
 """Matrix products of two tensors (matmul, mm, bmm, addmm, baddbmm), sampled over the contracted axis.
 
-Batched products share one selection over the whole batch: the score of pair j is √(Σ_b ‖A_b,j‖²·‖B_b,j‖²).
+Batched products share one selection over the whole batch, where the score of pair j is √(Σ_b ‖A_b,j‖²·‖B_b,j‖²), or
+each chooses its own.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fx_approx.candidate import GemmShape
+from fx_approx.ops.backward import Choice, How
 from fx_approx.ops.base import ProductOp, Unsupported, norm, ones_like_scores, register_op, single
 from fx_approx.ops.gather import gather, scaled
+from fx_approx.ops.product import MatrixPairs, product
 from fx_approx.sampling import ScoreKind, Selection
 
 
-def _select_pairs(lhs: Tensor, rhs: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-    """The chosen columns of ``lhs`` and rows of ``rhs``, the rows scaled; all of them if one is sparse."""
+def _multiply(exact: Callable[[Tensor, Tensor], Tensor], lhs: Tensor, rhs: Tensor, how: How) -> Tensor:
+    """``exact(lhs, rhs)``, a product, each of its products from its own selection; exact if one operand is sparse."""
     if lhs.layout is not torch.strided or rhs.layout is not torch.strided:
-        return lhs, rhs
-    index, scale = single(selection)
-    rows = gather(rhs, -2, index)
-    if scale is not None:
-        rows = scaled(rows, scale.unsqueeze(-1))
-    return gather(lhs, -1, index), rows
+        return exact(lhs, rhs)
+    selection = how.selection
+    if how.gradients_apart or (selection is not None and selection.indices.shape[0] > 1):
+        result = product(*_view(lhs, rhs, {}), None, how)
+        lead = torch.broadcast_shapes(lhs.shape[:-2], rhs.shape[:-2])
+        return result.view(*lead, lhs.shape[-2], rhs.shape[-1])
+    if selection is not None:
+        index, scale = single(selection)
+        rhs = gather(rhs, -2, index)
+        if scale is not None:
+            rhs = scaled(rhs, scale.unsqueeze(-1))
+        lhs = gather(lhs, -1, index)
+    return exact(lhs, rhs)
 
 
-def matmul(input: Tensor, other: Tensor, *, selection: Selection | None = None) -> Tensor:
-    """``input @ other`` from the pairs of ``selection`` only; with None the exact product.
+def _view(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """``x [m, K]`` and ``w [n, K]`` if the right operand is one matrix, else batches of such."""
+    if rhs.dim() == 2:
+        return lhs.reshape(-1, lhs.shape[-1]), rhs.mT
+    lead = torch.broadcast_shapes(lhs.shape[:-2], rhs.shape[:-2])
+    x = lhs.expand(*lead, *lhs.shape[-2:]).reshape(-1, *lhs.shape[-2:])
+    w = rhs.mT.expand(*lead, rhs.shape[-1], rhs.shape[-2]).reshape(-1, rhs.shape[-1], rhs.shape[-2])
+    return x, w
+
+
+def matmul(
+    input: Tensor,
+    other: Tensor,
+    *,
+    selection: Selection | None = None,
+    grad_input: Choice = None,
+    grad_weight: Choice = None,
+    straight_through: bool = False,
+) -> Tensor:
+    """``input @ other``, each of its three products from its own selection; with None the exact product.
 
     Args:
         input: ``[..., m, K]``; leading dimensions broadcast.
-        other: ``[..., K, n]``.
-        selection: Indices and scale ``[1, k]``, shared over the batch.
+        other: ``[..., K, n]``. The gradient of this right operand is the product called GRAD_WEIGHT.
+        selection: Of the K pairs, indices and scale ``[1, k]``, shared over the batch, or ``[b, k]`` (b: all leading
+            dimensions, broadcast and flattened), each product of the batch its own.
+        grad_input: Of the n columns, likewise, for the gradient of ``input``.
+        grad_weight: Of the m rows, likewise, for the gradient of ``other``. If ``other`` is one matrix, the rows are
+            all axes of ``input`` but the last, flattened.
+        straight_through: Gradients do not follow ``selection``, as if the product were exact.
 
     Returns:
         ``[..., m, n]``.
     """
-    if selection is not None:
-        input, other = _select_pairs(input, other, selection)
-    return torch.matmul(input, other)
+    return _multiply(torch.matmul, input, other, How(selection, grad_input, grad_weight, straight_through))
 
 
-def mm(input: Tensor, mat2: Tensor, *, selection: Selection | None = None) -> Tensor:
+def mm(
+    input: Tensor,
+    mat2: Tensor,
+    *,
+    selection: Selection | None = None,
+    grad_input: Choice = None,
+    grad_weight: Choice = None,
+    straight_through: bool = False,
+) -> Tensor:
     """As :func:`matmul` for two matrices ``[m, K]`` and ``[K, n]``."""
-    if selection is not None:
-        input, mat2 = _select_pairs(input, mat2, selection)
-    return torch.mm(input, mat2)
+    return _multiply(torch.mm, input, mat2, How(selection, grad_input, grad_weight, straight_through))
 
 
-def bmm(input: Tensor, mat2: Tensor, *, selection: Selection | None = None) -> Tensor:
+def bmm(
+    input: Tensor,
+    mat2: Tensor,
+    *,
+    selection: Selection | None = None,
+    grad_input: Choice = None,
+    grad_weight: Choice = None,
+    straight_through: bool = False,
+) -> Tensor:
     """As :func:`matmul` for two batches ``[b, m, K]`` and ``[b, K, n]``."""
-    if selection is not None:
-        input, mat2 = _select_pairs(input, mat2, selection)
-    return torch.bmm(input, mat2)
+    return _multiply(torch.bmm, input, mat2, How(selection, grad_input, grad_weight, straight_through))
 
 
 def addmm(
-    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, selection: Selection | None = None
+    input: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    selection: Selection | None = None,
+    grad_input: Choice = None,
+    grad_weight: Choice = None,
+    straight_through: bool = False,
 ) -> Tensor:
-    """``beta * input + alpha * (mat1 @ mat2)``, the product from the pairs of ``selection`` only."""
-    if selection is not None:
-        mat1, mat2 = _select_pairs(mat1, mat2, selection)
-    return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
+    """``beta * input + alpha * (mat1 @ mat2)``, the product as :func:`mm`; the gradient of ``input`` is exact."""
+    how = How(selection, grad_input, grad_weight, straight_through)
+    if how.gradients_apart:
+        return _added(input, _multiply(torch.mm, mat1, mat2, how), beta, alpha)
+    return _multiply(lambda lhs, rhs: torch.addmm(input, lhs, rhs, beta=beta, alpha=alpha), mat1, mat2, how)
 
 
 def baddbmm(
@@ -77,16 +130,30 @@ def baddbmm(
     beta: float = 1,
     alpha: float = 1,
     selection: Selection | None = None,
+    grad_input: Choice = None,
+    grad_weight: Choice = None,
+    straight_through: bool = False,
 ) -> Tensor:
-    """``beta * input + alpha * (batch1 @ batch2)``, the product from the pairs of ``selection`` only."""
-    if selection is not None:
-        batch1, batch2 = _select_pairs(batch1, batch2, selection)
-    return torch.baddbmm(input, batch1, batch2, beta=beta, alpha=alpha)
+    """``beta * input + alpha * (batch1 @ batch2)``, the product as :func:`bmm`; the gradient of ``input`` is exact."""
+    how = How(selection, grad_input, grad_weight, straight_through)
+    if how.gradients_apart or (selection is not None and selection.indices.shape[0] > 1):
+        return _added(input, _multiply(torch.bmm, batch1, batch2, how), beta, alpha)
+    return _multiply(lambda lhs, rhs: torch.baddbmm(input, lhs, rhs, beta=beta, alpha=alpha), batch1, batch2, how)
+
+
+def _added(input: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
+    """``beta * input + alpha * product`` in the product's dtype; a ``beta`` of 0 ignores ``input``, NaN and all."""
+    total = product if alpha == 1 else alpha * product
+    if beta == 0:
+        return total
+    return total + (input if beta == 1 else beta * input).to(total.dtype)
 
 
 def _geometry(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]) -> GemmShape:
     if len(lhs) < 2 or len(rhs) < 2:
         raise Unsupported("a product with a vector: bound by memory, nothing to gain")
+    if len(rhs) == 2:
+        return GemmShape(m=math.prod(lhs[:-1]), n=rhs[-1], k=lhs[-1])
     batch = math.prod(torch.broadcast_shapes(lhs[:-2], rhs[:-2]))
     return GemmShape(m=lhs[-2], n=rhs[-1], k=lhs[-1], batch=batch)
 
@@ -96,10 +163,10 @@ def _pairs(lhs: Tensor | None, rhs: Tensor, static: Mapping[str, Any]) -> int:
 
 
 def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, static: Mapping[str, Any]) -> Tensor:
-    if not (kind.reads_lhs or kind.reads_rhs):
+    if not ({"input", "weight"} & kind.reads):
         return ones_like_scores(rhs, 1, rhs.shape[-2])
-    factors = [norm(lhs, (-2,))] if kind.reads_lhs and lhs is not None else []
-    factors += [norm(rhs, (-1,))] if kind.reads_rhs else []
+    factors = [norm(lhs, (-2,))] if "input" in kind.reads and lhs is not None else []
+    factors += [norm(rhs, (-1,))] if "weight" in kind.reads else []
     products = math.prod(factors[1:], start=factors[0])
     if products.dim() == 1:
         return products.unsqueeze(0)
@@ -119,6 +186,7 @@ def _register(kind: str, function: Any, lhs: str, rhs: str, targets: tuple[Any, 
             geometry=_geometry,
             pairs=_pairs,
             scores=_scores,
+            roles=MatrixPairs(_view),
         )
     )
 

@@ -9,6 +9,7 @@ from fx_approx.sampling.spec import SamplerSpec
 from fx_approx.sampling.systematic import Systematic
 from fx_approx.sampling.topk import TopK
 from fx_approx.sampling.uniforms import derive_key, mix, site_uniforms, uniforms
+from fx_approx.sampling.wta import Wta, WtaUnique
 
 __all__ = [
     "SAMPLERS",
@@ -21,6 +22,8 @@ __all__ = [
     "Selection",
     "Systematic",
     "TopK",
+    "Wta",
+    "WtaUnique",
     "capacity",
     "derive_key",
     "draw_probabilities",

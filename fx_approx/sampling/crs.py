@@ -10,7 +10,26 @@ from torch import Tensor
 from fx_approx.sampling.base import Sampler, Selection, register_sampler, select
 from fx_approx.sampling.probabilities import draw_probabilities, guard_nonfinite
 
-__all__ = ["Crs"]
+__all__ = ["Crs", "count_draws"]
+
+
+def count_draws(weights: Tensor, points: Tensor) -> Tensor:
+    """Count how often each pair is drawn, with replacement and with probabilities proportional to weights.
+
+    Args:
+        weights: float64 ``[G, K]``, non-negative. A row of zeros draws nothing.
+        points: float64 ``[G, n]``, one uniform in (0, 1) per draw; a point above 1 draws nothing.
+
+    Returns:
+        int64 ``[G, K]``.
+    """
+    cdf = weights.cumsum(-1)
+    # The last value becomes exactly 1, so that every uniform falls on some pair.
+    cdf = cdf / torch.where(cdf[:, -1:] > 0, cdf[:, -1:], 1.0)
+    # Draws that fall on pairs 0..j are the points below cdf_j: differences count each pair's draws,
+    # deterministically, where adding ones into a histogram would need atomics.
+    below = torch.searchsorted(points.sort(-1).values, cdf)
+    return below.diff(dim=-1, prepend=torch.zeros_like(below[:, :1]))
 
 
 @register_sampler
@@ -37,18 +56,11 @@ class Crs(Sampler):
 
     def _draw(self, scores: Tensor, k: int, uniforms: Tensor, epsilon: float, static: bool) -> Selection:
         p = draw_probabilities(scores, epsilon)
-        cdf = p.cumsum(-1)
-        # The last value becomes exactly 1, so that every uniform falls on some pair.
-        cdf = cdf / cdf[:, -1:]
         # k independent draws from the non-finite pairs could miss one of them; an even grid of k points
         # cannot, since each of at most k such pairs owns an interval of length >= 1 / k.
         grid = (torch.arange(k, device=scores.device, dtype=torch.float64) + 0.5) / k
         forced = guard_nonfinite(scores, epsilon).forced
-        points = torch.where(forced, grid, uniforms.double()).sort(-1).values
-        # Draws that fall on pairs 0..j are the points below cdf_j: differences count each pair's draws,
-        # deterministically, where adding ones into a histogram would need atomics.
-        below = torch.searchsorted(points, cdf)
-        counts = below.diff(dim=-1, prepend=torch.zeros_like(below[:, :1]))
+        points = torch.where(forced, grid, uniforms.double())
         # p = 0 cannot be drawn, save by a cumulative sum that rounds unevenly on a parallel device.
-        weights = torch.where(p > 0, counts / (k * p), 0.0)
+        weights = torch.where(p > 0, count_draws(p, points) / (k * p), 0.0)
         return select(weights, k, scores.dtype)

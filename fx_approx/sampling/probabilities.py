@@ -11,7 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Guarded", "draw_probabilities", "guard_nonfinite", "inclusion_probabilities"]
+__all__ = ["Guarded", "draw_probabilities", "guard_nonfinite", "inclusion_probabilities", "water_level"]
+
+# Relative distance within which two sums count as equal: above the rounding of a running float64 sum of a million
+# equal numbers, so that a tie is one on every device and in compiled runs, and far below what any error shows.
+_TIE = 1e-10
 
 
 class Guarded(NamedTuple):
@@ -67,12 +71,35 @@ def draw_probabilities(scores: Tensor, epsilon: float) -> Tensor:
     return (1.0 - safe.epsilon) * p + safe.epsilon * uniform
 
 
+def water_level(descending: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Count the largest scores that water-filling caps, and sum up the others.
+
+    With R_c the sum of all but the c largest scores, the next score reaches the cap if
+    (k - c) s_(c+1) >= R_c; the result is the first c for which it does not, or k - 1. As
+    R_(c+1) / (k - c - 1) <= R_c / (k - c) is the same condition, this c also minimises R_c / (k - c). Of several
+    such c, as with equal scores, it is the largest.
+
+    Args:
+        descending: float64 ``[G, K]``, non-negative, finite, each row sorted from the largest down.
+        k: expected sample size, 1 <= k <= K.
+
+    Returns:
+        c, int64 ``[G, 1]`` with 0 <= c < k, and R_c, float64 ``[G, 1]``.
+    """
+    head = torch.arange(k - 1, device=descending.device, dtype=descending.dtype)
+    # R_0 .. R_(k-1), added up from the smallest score so that a huge score cannot swallow the tail.
+    tails = descending.flip(-1).cumsum(-1).flip(-1)[:, :k]
+    reached = (k - head) * descending[:, : k - 1] >= (1.0 - _TIE) * tails[:, : k - 1]
+    # `reached` is true for a prefix, up to rounding; the product keeps that prefix only.
+    capped = reached.long().cumprod(-1).sum(-1, keepdim=True)
+    return capped, tails.gather(-1, capped)
+
+
 def inclusion_probabilities(scores: Tensor, k: int, epsilon: float) -> Tensor:
     """Inclusion probabilities (1 - epsilon) min(c s_j, 1) + epsilon k / K, with c such that they sum to k.
 
     Without mixing they minimise sum_j (1 - p_j) / p_j s_j**2 at expected size k. With t pairs capped at 1,
-    c = (k - t) / R_t where R_t is the sum of all but the t largest scores; the right t is the smallest
-    for which the next score stays within the cap, (k - t) s_(t+1) <= R_t ("water-filling" by one sort).
+    c = (k - t) / R_t where R_t is the sum of all but the t largest scores; ``water_level`` finds t by one sort.
     With fewer than k non-zero scores those get 1 and the others share what remains uniformly.
 
     Args:
@@ -87,14 +114,7 @@ def inclusion_probabilities(scores: Tensor, k: int, epsilon: float) -> Tensor:
     """
     safe = guard_nonfinite(scores, epsilon)
     s, pairs = safe.scores, scores.shape[-1]
-    head = torch.arange(k, device=s.device, dtype=s.dtype)
-    descending = s.sort(-1, descending=True).values
-    # R_0 .. R_(k-1), added up from the smallest score so that a huge score cannot swallow the tail.
-    tails = descending.flip(-1).cumsum(-1).flip(-1)[:, :k]
-    over = (k - head) * descending[:, :k] > tails
-    # `over` is true for a prefix, up to rounding; the product keeps that prefix only.
-    capped = over.long().cumprod(-1).sum(-1, keepdim=True)
-    tail = tails.gather(-1, capped.clamp(max=k - 1))
+    capped, tail = water_level(s.sort(-1, descending=True).values, k)
     # s / tail before the factor: 1 / tail alone may overflow, and then 0 * inf would be NaN.
     filled = ((k - capped) * (s / torch.where(tail > 0, tail, 1.0))).clamp(max=1.0)
     nonzero = (s > 0).sum(-1, keepdim=True)

@@ -1,6 +1,18 @@
-"""The kinds of scores a sampler can draw from: which operand's norms each one reads.
+"""The kinds of scores a sampler can draw from: which operands' norms each one reads.
 
 The norms themselves are computed where the operands are; this file only names the choices.
+
+A candidate has three operands, of which each of its three products in training reads two:
+
+=============  ===================  =======================
+product        operands             pairs
+=============  ===================  =======================
+OUTPUT         input, weight        in-features or channels
+GRAD_INPUT     gradient, weight     out-features or channels
+GRAD_WEIGHT    gradient, input      rows or examples
+=============  ===================  =======================
+
+``gradient`` is that of the output. It exists in the backward pass only, so a selection from it is made there.
 """
 
 from __future__ import annotations
@@ -14,33 +26,59 @@ __all__ = ["SCORES", "ScoreKind", "get_score"]
 
 @dataclass(frozen=True)
 class ScoreKind:
-    """One way to score the column-row pairs of a product A·B.
+    """One way to score the column-row pairs of a product.
 
     Attributes:
         name: what a ``SamplerSpec`` calls it.
-        reads_lhs: whether the scores depend on A, the activation.
-        reads_rhs: whether the scores depend on B, the weight.
+        reads: the operands whose norms it multiplies, of ``input``, ``weight``, ``gradient``; those that a product
+            does not have do not count.
         description: the formula, for reports.
+        products: the products (roles, by name) that can be scored so.
+        learns: whether it keeps running norms of the gradient from earlier steps.
     """
 
     name: str
-    reads_lhs: bool
-    reads_rhs: bool
+    reads: frozenset[str]
     description: str
+    products: frozenset[str]
+    learns: bool = False
 
     @property
     def ahead(self) -> bool:
-        """Whether the selection can be made before the activation exists."""
-        return not self.reads_lhs
+        """Whether a selection for OUTPUT can be made before the activation exists."""
+        return not {"input", "gradient"} & self.reads
 
+    @property
+    def early(self) -> bool:
+        """Whether a selection for a gradient can be made in the forward pass."""
+        return "gradient" not in self.reads
+
+
+_ALL = frozenset({"output", "grad_input", "grad_weight"})
 
 SCORES: Mapping[str, ScoreKind] = MappingProxyType(
     {
         kind.name: kind
         for kind in (
-            ScoreKind("online", True, True, "norm of column j of A times norm of row j of B"),
-            ScoreKind("weight", False, True, "norm of row j of B"),
-            ScoreKind("uniform", False, False, "one for every pair"),
+            ScoreKind(
+                "online",
+                frozenset({"input", "weight", "gradient"}),
+                "norm of column j of A times norm of row j of B",
+                _ALL,
+            ),
+            ScoreKind("weight", frozenset({"weight"}), "norm of row j of the weight", _ALL - {"grad_weight"}),
+            ScoreKind("input", frozenset({"input"}), "norm of column or row j of the input", _ALL - {"grad_input"}),
+            ScoreKind(
+                "gradient", frozenset({"gradient"}), "norm of column or row j of the gradient", _ALL - {"output"}
+            ),
+            ScoreKind(
+                "stale",
+                frozenset({"input"}),
+                "norm of row j of the input times the running norm of the gradient at its position",
+                frozenset({"grad_weight"}),
+                learns=True,
+            ),
+            ScoreKind("uniform", frozenset(), "one for every pair", _ALL),
         )
     }
 )

@@ -44,6 +44,10 @@ class SamplerSpec:
         scores: what the sampler draws from, a key of ``SCORES``.
         granularity: round the count to a multiple of this, for the device's matrix units.
         epsilon: share of uniform probability mixed in, in [0, 1); None means the sampler's own default.
+        positions: sample the weight gradient of a convolution over all output positions of all examples, one by
+            one, rather than over whole examples. Says nothing of other products.
+        per_batch: let each product of a batched one (bmm) choose its own pairs, rather than all the same. Says
+            nothing of products without a batch.
 
     Raises:
         TypeError, ValueError: naming the field, the value and what would be right.
@@ -55,6 +59,8 @@ class SamplerSpec:
     scores: str = "online"
     granularity: int = 1
     epsilon: float | None = None
+    positions: bool = False
+    per_batch: bool = False
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -67,6 +73,9 @@ class SamplerSpec:
             raise ValueError(f"ratio: expected a number in (0, 1], got {self.ratio!r}")
         _require_count("minimal_k", self.minimal_k)
         _require_count("granularity", self.granularity)
+        for field in ("positions", "per_batch"):
+            if not isinstance(getattr(self, field), bool):
+                raise TypeError(f"{field}: expected True or False, got {getattr(self, field)!r}")
         if self.epsilon is not None:
             if not 0 <= _require_real("epsilon", self.epsilon, "a number in [0, 1) or None") < 1:
                 raise ValueError(f"epsilon: expected a number in [0, 1) or None, got {self.epsilon!r}")

@@ -10,7 +10,29 @@ from torch import Tensor
 from fx_approx.sampling.base import Sampler, Selection, register_sampler, select
 from fx_approx.sampling.probabilities import inclusion_probabilities
 
-__all__ = ["Systematic"]
+__all__ = ["Systematic", "systematic_draw"]
+
+
+def systematic_draw(pi: Tensor, k: int, uniforms: Tensor, dtype: torch.dtype) -> Selection:
+    """Draw exactly ``k`` different pairs with inclusion probabilities ``pi``; the scale is 1 / π_j.
+
+    Args:
+        pi: float64 ``[G, K]`` in [0, 1], rows sum to ``k``.
+        k: pairs to draw.
+        uniforms: ``[G, K + 1]``: the first K put the pairs in order, the last is the offset.
+        dtype: dtype of the scale.
+    """
+    order = uniforms[:, :-1].argsort(dim=-1, stable=True)
+    offset = uniforms[:, -1:].double()
+    ends = pi.gather(-1, order).cumsum(-1)
+    # Integers up to each end, the same rounded numbers on both sides of every boundary: the
+    # differences telescope to k, so neither a gap nor an overlap can arise between neighbours.
+    passed = (ends - offset).ceil()
+    hit_in_order = passed.diff(dim=-1, prepend=torch.zeros_like(offset)) >= 1
+    hit = torch.zeros_like(hit_in_order).scatter(-1, order, hit_in_order)
+    # π = 0 cannot be hit, save by a cumulative sum that rounds unevenly on a parallel device.
+    weights = torch.where(hit & (pi > 0), 1.0 / pi, 0.0)
+    return select(weights, k, dtype)
 
 
 @register_sampler
@@ -37,15 +59,4 @@ class Systematic(Sampler):
         return pairs + 1
 
     def _draw(self, scores: Tensor, k: int, uniforms: Tensor, epsilon: float, static: bool) -> Selection:
-        pi = inclusion_probabilities(scores, k, epsilon)
-        order = uniforms[:, :-1].argsort(dim=-1, stable=True)
-        offset = uniforms[:, -1:].double()
-        ends = pi.gather(-1, order).cumsum(-1)
-        # Integers up to each end, the same rounded numbers on both sides of every boundary: the
-        # differences telescope to k, so neither a gap nor an overlap can arise between neighbours.
-        passed = (ends - offset).ceil()
-        hit_in_order = passed.diff(dim=-1, prepend=torch.zeros_like(offset)) >= 1
-        hit = torch.zeros_like(hit_in_order).scatter(-1, order, hit_in_order)
-        # π = 0 cannot be hit, save by a cumulative sum that rounds unevenly on a parallel device.
-        weights = torch.where(hit & (pi > 0), 1.0 / pi, 0.0)
-        return select(weights, k, scores.dtype)
+        return systematic_draw(inclusion_probabilities(scores, k, epsilon), k, uniforms, scores.dtype)

@@ -62,7 +62,7 @@ def test_eval_is_bitwise_exact(name: str) -> None:
 
 
 @every_model
-@pytest.mark.parametrize("sampler", ["topk", "systematic", "bernoulli", "crs"])
+@pytest.mark.parametrize("sampler", ["topk", "systematic", "bernoulli", "crs", "wta", "wta_unique"])
 def test_ratio_one_is_bitwise_exact(name: str, sampler: str) -> None:
     build, inputs = ZOO[name]
     model, x = build(), inputs()

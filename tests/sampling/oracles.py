@@ -162,6 +162,71 @@ def systematic_joint(p: Tensor) -> Tensor:
     return joint / len(orders)
 
 
+def wta_order(p: Tensor) -> list[int]:
+    return sorted(range(len(p)), key=lambda j: (-float(p[j]), j))
+
+
+def wta_kept(p: Tensor, k: int) -> list[int]:
+    """The pairs that are certain: every c is tried; of several with the least value, up to rounding, the largest."""
+    order = wta_order(p)
+    values = [sum(float(p[j]) for j in reversed(order[c:])) / (k - c) for c in range(k)]
+    return order[: max(c for c, value in enumerate(values) if value <= min(values) * (1 + 1e-10))]
+
+
+def _wta_tail(p: Tensor, kept: list[int]) -> list[int]:
+    return [j for j in range(len(p)) if j not in kept]
+
+
+def wta_weights(p: Tensor, k: int, numbers: list[float]) -> list[float]:
+    """The scale of every pair, 0 if it is not selected; one draw after the other."""
+    kept = wta_kept(p, k)
+    tail, draws = _wta_tail(p, kept), k - len(kept)
+    mass = sum(float(p[j]) for j in tail)
+    weights = [1.0 if j in kept and p[j] > 0 else 0.0 for j in range(len(p))]
+    for number in numbers[:draws] if mass > 0 else []:
+        place = 0.0
+        for j in tail:
+            place += float(p[j])
+            if number * mass < place:
+                weights[j] += mass / (draws * float(p[j]))
+                break
+    return weights
+
+
+def wta_unique_pi(p: Tensor, k: int) -> Tensor:
+    """Two steps: 1 for the kept pairs, then water-filling of the tail alone."""
+    kept = wta_kept(p, k)
+    tail, pi = _wta_tail(p, kept), torch.ones_like(p)
+    pi[tail] = inclusion_p(p[tail], k - len(kept), 0.0)
+    return pi
+
+
+def wta_unique_weights(p: Tensor, k: int, numbers: list[float]) -> list[float]:
+    """The scale of every pair, 0 if it is not selected; only the tail is laid end to end."""
+    kept, pi, place = wta_kept(p, k), wta_unique_pi(p, k).tolist(), 0.0
+    weights = [1.0 if j in kept else 0.0 for j in range(len(p))]
+    for j in sorted(_wta_tail(p, kept), key=lambda j: numbers[j]):
+        points = (numbers[-1] + i for i in range(k))
+        if any(place < point <= place + pi[j] for point in points):
+            weights[j] = 1 / pi[j]
+        place += pi[j]
+    return weights
+
+
+def wta_outcomes(p: Tensor, k: int) -> Outcomes:
+    """All sequences of draws from the tail; the uniforms that no draw needs lie low and high in turn."""
+    kept = wta_kept(p, k)
+    tail = p[_wta_tail(p, kept)]
+    drawn = crs_outcomes(tail / tail.sum(), k - len(kept))
+    spare = torch.tensor([0.001, 0.999], dtype=torch.float64).repeat(len(drawn.probability))
+    spare = spare[: len(drawn.probability), None].expand(-1, len(kept))
+    return drawn._replace(uniforms=torch.cat([drawn.uniforms, spare], 1))
+
+
+def wta_unique_outcomes(p: Tensor, k: int) -> Outcomes:
+    return systematic_outcomes(wta_unique_pi(p, k))
+
+
 def crs_error(product: Product, p: Tensor, k: int) -> float:
     """(sum s_j**2 / p_j - ||AB||**2) / k: both CRS rows of ESTIMATORS.md are special cases."""
     return float(((product.norms**2 / p).sum() - product.exact.square().sum()) / k)
@@ -174,3 +239,19 @@ def bernoulli_error(product: Product, p: Tensor) -> float:
 def systematic_error(product: Product, p: Tensor) -> float:
     flat = product.terms.flatten(1)
     return float(((systematic_joint(p) / (p[:, None] * p[None, :]) - 1) * (flat @ flat.T)).sum())
+
+
+def part(product: Product, pairs: list[int]) -> Product:
+    terms = product.terms[pairs]
+    return Product(product.lhs[:, pairs], product.rhs[pairs], terms.sum(0), terms, product.norms[pairs])
+
+
+def wta_error(product: Product, p: Tensor, k: int, c: int) -> float:
+    """The c most probable pairs are exact, and the others are a product of their own for CRS."""
+    tail = wta_order(p)[c:]
+    return crs_error(part(product, tail), p[tail] / p[tail].sum(), k - c)
+
+
+def wta_unique_error(product: Product, p: Tensor, k: int) -> float:
+    tail = _wta_tail(p, wta_kept(p, k))
+    return systematic_error(part(product, tail), wta_unique_pi(p, k)[tail])

@@ -19,9 +19,10 @@ def test_compiled_uniforms_equal_eager() -> None:
         assert torch.equal(compiled(*arguments), draw(*arguments))
 
 
-# Inductor spends half a minute on the C++ of a random sampler, so it gets one: the unbiased default.
+# Inductor spends half a minute on the C++ of a random sampler, so it gets two: the unbiased default, and the one in
+# which the number of draws differs by group.
 COMPILED = [
-    pytest.param("systematic", "inductor", marks=pytest.mark.slow),
+    *[pytest.param(name, "inductor", marks=pytest.mark.slow) for name in ("systematic", "wta")],
     *[(name, "aot_eager") for name in sorted(SAMPLERS)],
 ]
 

@@ -16,10 +16,13 @@ from fx_approx.sampling import (
     Selection,
     Systematic,
     TopK,
+    Wta,
+    WtaUnique,
     capacity,
     derive_key,
     uniforms,
 )
+from tests.sampling import oracles
 from tests.sampling.oracles import magnitudes
 
 NAN, INF = float("nan"), float("inf")
@@ -211,6 +214,74 @@ def test_systematic_keeps_certain_pairs() -> None:
         chosen = selection.indices[0].tolist()
         assert {1, 4} < set(chosen) and 0 not in chosen
         assert selection.scale[0, chosen.index(1)] == 1.0
+
+
+def test_wta_by_hand() -> None:
+    # p = (.1, .5, .2, .1, .1): keeping pair 1 gives .5 / 2, pair 2 as well .3 / 1; two draws from 0, 2, 3, 4.
+    scores = row(1.0, 5.0, 2.0, 1.0, 1.0)
+    selection = Wta().draw(scores, 3, row(0.1, 0.9, 0.5), epsilon=0.0)
+    assert selection.indices.tolist() == [[0, 1, 4]]
+    torch.testing.assert_close(selection.scale, row(2.5, 1.0, 2.5))
+    twice = Wta().draw(scores, 3, row(0.3, 0.5, 0.1), epsilon=0.0)
+    assert twice.indices.tolist() == [[0, 1, 2]]
+    torch.testing.assert_close(twice.scale, row(0.0, 1.0, 2.5))
+    # epsilon 0.8 leaves p = (.18, .26, .2, .18, .18): nothing is certain.
+    mixed = Wta().draw(scores, 3, row(0.1, 0.9, 0.5), epsilon=0.8)
+    assert mixed.indices.tolist() == [[0, 2, 4]]
+    torch.testing.assert_close(mixed.scale, row(1 / 0.54, 1 / 0.6, 1 / 0.54))
+
+
+@pytest.mark.parametrize("sampler", [Wta(), WtaUnique()], ids=lambda s: s.name)
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+def test_wta_against_one_draw_after_the_other(sampler: Sampler, epsilon: float) -> None:
+    weights = {"wta": oracles.wta_weights, "wta_unique": oracles.wta_unique_weights}[sampler.name]
+    generator, kept = torch.Generator().manual_seed(9), set()
+    for k in (1, 2, 7, 16):
+        # From level to steep: every group keeps another number of pairs, and some scores are equal.
+        scores = torch.rand(12, 17, generator=generator, dtype=torch.float64) ** torch.arange(0, 6, 0.5)[:, None]
+        scores[:, 1:4] = scores[:, :1]
+        u = numbers(sampler, scores, k, step=k)
+        selection = sampler.draw(scores, k, u, epsilon=epsilon)
+        dense = torch.zeros_like(scores).scatter(1, selection.indices, selection.scale)
+        p = torch.stack([oracles.draw_p(one, epsilon) for one in scores])
+        expected = [weights(p[g], k, u[g].tolist()) for g in range(12)]
+        torch.testing.assert_close(dense, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
+        kept |= {len(oracles.wta_kept(one, k)) for one in p}
+    assert len(kept) > 6
+
+
+def test_wta_reads_the_uniforms_of_its_draws_only() -> None:
+    scores, u = torch.tensor([[9.0, 6.0, 1.0, 1.0, 1.0], [1.0] * 5]), torch.tensor([[0.4, 0.2, 0.7]] * 2)
+    selection = Wta().draw(scores, 3, u, epsilon=0.0)
+    for column in range(3):
+        other = u.clone()
+        other[:, column] = 0.95
+        same = (Wta().draw(scores, 3, other, epsilon=0.0).indices == selection.indices).all(1)
+        assert same.tolist() == [column > 0, False]  # the first group keeps two pairs and draws once
+
+
+@pytest.mark.parametrize("sampler", [Wta(), WtaUnique()], ids=lambda s: s.name)
+@pytest.mark.parametrize("values", [(3.0, 1.0, 1.0), (0.3, 0.3, 0.3), (1e30, 1e-30, 7.0)])
+def test_no_more_non_zero_scores_than_k_are_kept_bitwise(sampler: Sampler, values: tuple[float, ...]) -> None:
+    """For k = 3 one pair is behind those that are certain, for the others nothing is."""
+    scores = row(values[0], 0.0, *values[1:], 0.0, 0.0, 0.0)
+    for k, step in [(k, step) for k in (3, 4, 5) for step in range(20)]:
+        indices, scale = sampler.draw(scores, k, numbers(sampler, scores, k, step), epsilon=0.0)
+        drawn = dict(zip(indices[0].tolist(), scale[0].tolist(), strict=True))
+        assert [drawn.pop(j) for j in (0, 2, 3)] == [1.0] * 3
+        # What is left over: padding, or, without replacement, k - 3 of four pairs that nothing is known about.
+        assert list(drawn.values()) == [0.0 if sampler.name == "wta" else 4.0 / max(k - 3, 1)] * (k - 3)
+
+
+@pytest.mark.parametrize("k", [1, 4, 9])
+def test_wta_unique_is_systematic_until_epsilon_is_mixed_in(k: int) -> None:
+    scores = torch.rand(6, 12, generator=torch.Generator().manual_seed(5)) ** 4
+    u = numbers(WtaUnique(), scores, k)
+    ours, theirs = (s.draw(scores, k, u, epsilon=0.0) for s in (WtaUnique(), Systematic()))
+    assert torch.equal(ours.indices, theirs.indices)
+    torch.testing.assert_close(ours.scale, theirs.scale)
+    mixed, other = (s.draw(scores, k, u, epsilon=0.1) for s in (WtaUnique(), Systematic()))
+    assert bool((mixed.scale == 1).any()) == (k > 1) and not bool((other.scale == 1).any())
 
 
 def test_topk_ties_go_to_the_lowest_index() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fx_approx.sampling import SAMPLERS, Bernoulli, Crs, Systematic, TopK
+from fx_approx.sampling import SAMPLERS, Bernoulli, Crs, Systematic, TopK, Wta, WtaUnique
+from fx_approx.sampling.probabilities import water_level
 from tests.sampling import oracles
 
 TOLERANCE = 1e-10
@@ -16,6 +17,8 @@ TOLERANCE = 1e-10
 # Kinds of scores and epsilon: the optimum, the optimum mixed with uniform, no information, a poor proxy.
 MIXES = [("norms", 0.0), ("norms", 0.1), ("norms", 0.6), ("uniform", 0.0), ("uniform", 0.3), ("proxy", 0.1)]
 mixes = pytest.mark.parametrize(("kind", "epsilon"), MIXES)
+# Steep scores, so that pairs are certain: of every number from 0 to k - 1 in the sizes below.
+steep_mixes = pytest.mark.parametrize(("kind", "epsilon"), [*MIXES, ("steep", 0.0), ("steep", 0.1)])
 
 
 def scores_of(kind: str, product: oracles.Product) -> Tensor:
@@ -23,6 +26,8 @@ def scores_of(kind: str, product: oracles.Product) -> Tensor:
         return product.norms
     if kind == "uniform":
         return torch.full_like(product.norms, 3.0)
+    if kind == "steep":
+        return 2.0 ** torch.arange(len(product.norms), dtype=torch.float64)
     return torch.arange(1, len(product.norms) + 1, dtype=torch.float64) ** 2
 
 
@@ -80,6 +85,73 @@ def test_systematic(kind: str, epsilon: float, pairs: int, k: int) -> None:
     torch.testing.assert_close(oracles.systematic_joint(p).sum(1), k * p, rtol=0, atol=1e-12)
 
 
+WTA_SIZES = [(2, 1), (3, 2), (5, 3), (6, 5), (8, 2), (8, 4)]
+
+
+def test_the_enumerations_keep_every_number_of_pairs() -> None:
+    kept = set()
+    for (pairs, k), (kind, epsilon) in itertools.product(WTA_SIZES, [*MIXES, ("steep", 0.0), ("steep", 0.1)]):
+        p = oracles.draw_p(scores_of(kind, oracles.make_product(pairs, seed=5 * pairs + k)), epsilon)
+        kept.add((k, len(oracles.wta_kept(p, k))))
+    assert kept >= {(k, c) for k in (1, 2, 3, 4) for c in range(k)}
+
+
+@steep_mixes
+@pytest.mark.parametrize(("pairs", "k"), WTA_SIZES)
+def test_wta(kind: str, epsilon: float, pairs: int, k: int) -> None:
+    product = oracles.make_product(pairs, seed=5 * pairs + k)
+    scores = scores_of(kind, product)
+    p = oracles.draw_p(scores, epsilon)
+    outcomes, c = oracles.wta_outcomes(p, k), len(oracles.wta_kept(p, k))
+    mean, error = oracles.moments(Wta(), product, scores, k, epsilon, outcomes, static=False)
+    check(mean, error, product, oracles.wta_error(product, p, k, c))
+    assert error <= oracles.crs_error(product, p, k) * (1 + 1e-12)
+
+
+@steep_mixes
+@pytest.mark.parametrize(("pairs", "k"), [(2, 1), (3, 2), (5, 2), (5, 4), (6, 3)])
+def test_wta_unique(kind: str, epsilon: float, pairs: int, k: int) -> None:
+    product = oracles.make_product(pairs, seed=5 * pairs + k)
+    scores = scores_of(kind, product)
+    p = oracles.draw_p(scores, epsilon)
+    outcomes = oracles.wta_unique_outcomes(p, k)
+    mean, error = oracles.moments(WtaUnique(), product, scores, k, epsilon, outcomes, static=False)
+    check(mean, error, product, oracles.wta_unique_error(product, p, k))
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+def test_keeping_pairs_up_to_the_criterion_never_raises_the_error(epsilon: float) -> None:
+    """Pair by pair, whatever the terms and however poor the scores; beyond the criterion it may do either."""
+    beyond = set()
+    generator = torch.Generator().manual_seed(8)
+    for seed in range(300):
+        pairs, k = 9, 2 + seed % 7
+        product = oracles.make_product(pairs, seed, rows=1 + seed % 2, columns=1)
+        scores = torch.rand(pairs, generator=generator, dtype=torch.float64) ** (1 + seed % 5)
+        p = oracles.draw_p(product.norms if seed % 3 == 0 else scores, epsilon)
+        errors = [oracles.wta_error(product, p, k, c) for c in range(k)]
+        kept = int(water_level(p[None].sort(descending=True).values, k)[0])
+        for c in range(kept):
+            assert errors[c + 1] <= errors[c] * (1 + 1e-9) + 1e-12
+        beyond.update((error > errors[0], error < min(errors[: kept + 1])) for error in errors[kept + 1 :])
+    assert {above for above, _ in beyond} == {below for _, below in beyond} == {True, False}
+
+
+def test_the_criterion_does_not_find_the_least_error() -> None:
+    """Three orthogonal terms of norm 1, two to draw: error 3 as the criterion says, 2 with one of them kept."""
+    unit = torch.eye(3, dtype=torch.float64)
+    product = oracles.Product(unit, unit, unit, torch.einsum("mk,kn->kmn", unit, unit), torch.ones(3).double())
+    p = oracles.draw_p(product.norms, 0.0)
+    assert oracles.wta_kept(p, 2) == []
+    mean, error = oracles.moments(Wta(), product, product.norms, 2, 0.0, oracles.wta_outcomes(p, 2), static=False)
+    check(mean, error, product, 3.0)
+    rest = oracles.part(product, [1, 2])
+    outcomes = oracles.crs_outcomes(oracles.draw_p(rest.norms, 0.0), 1)
+    mean, error = oracles.moments(Crs(), rest, rest.norms, 1, 0.0, outcomes, static=False)
+    check(mean, error, rest, 2.0)
+    assert oracles.wta_error(product, p, 2, 1) == pytest.approx(2.0)
+
+
 def test_water_filling_is_the_best_bernoulli() -> None:
     """No other inclusion probabilities with the same sum have a lower expected error (small grid)."""
     product = oracles.make_product(4, seed=7)
@@ -92,16 +164,19 @@ def test_water_filling_is_the_best_bernoulli() -> None:
             assert oracles.bernoulli_error(product, p) >= best - 1e-12
 
 
-@pytest.mark.parametrize("name", ["bernoulli", "crs", "systematic"])
+@pytest.mark.parametrize("name", ["bernoulli", "crs", "systematic", "wta", "wta_unique"])
 def test_without_the_scale_there_is_bias(name: str) -> None:
     """The mean test can fail: the same enumeration with the scale dropped misses by far."""
     product = oracles.make_product(5, seed=2)
     k = 2
-    p = oracles.draw_p(product.norms, 0.0) if name == "crs" else oracles.inclusion_p(product.norms, k, 0.0)
+    included = name in ("bernoulli", "systematic")
+    p = oracles.inclusion_p(product.norms, k, 0.0) if included else oracles.draw_p(product.norms, 0.0)
     outcomes = {
         "bernoulli": oracles.bernoulli_outcomes,
         "crs": lambda q: oracles.crs_outcomes(q, k),
         "systematic": oracles.systematic_outcomes,
+        "wta": lambda q: oracles.wta_outcomes(q, k),
+        "wta_unique": lambda q: oracles.wta_unique_outcomes(q, k),
     }[name](p)
     rows = product.norms.expand(len(outcomes.probability), -1)
     drawn = SAMPLERS[name].draw(rows, k, outcomes.uniforms, epsilon=0.0)

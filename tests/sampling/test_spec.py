@@ -99,6 +99,8 @@ def test_topk_takes_no_epsilon() -> None:
         ("crs", None, 0.1),
         ("bernoulli", None, 0.1),
         ("systematic", None, 0.1),
+        ("wta", None, 0.1),
+        ("wta_unique", None, 0.1),
         ("crs", 0.0, 0.0),
         ("systematic", 0.25, 0.25),
     ],
@@ -171,7 +173,7 @@ def test_replace_checks_again() -> None:
 
 
 def test_sampler_registry() -> None:
-    assert sorted(SAMPLERS) == ["bernoulli", "crs", "systematic", "topk"]
+    assert sorted(SAMPLERS) == ["bernoulli", "crs", "systematic", "topk", "wta", "wta_unique"]
     for name, sampler in SAMPLERS.items():
         assert get_sampler(name) is sampler and sampler.name == name
         assert sampler.random == (sampler.uniforms(9, 4) > 0)
@@ -182,6 +184,8 @@ def test_sampler_registry() -> None:
         "crs": 4,
         "systematic": 10,
         "topk": 0,
+        "wta": 4,
+        "wta_unique": 10,
     }
     with pytest.raises(TypeError):
         SAMPLERS["mine"] = TopK()  # type: ignore[index]

@@ -25,7 +25,7 @@ DRAWS, PAIRS, K = 20_000, 48, 12
 EPSILON = 0.1
 # Two-sided false alarm rate per statistic 5.7e-7; the largest test looks at 48 of them: 2.8e-5.
 Z = 5.0
-RANDOM = ["bernoulli", "crs", "systematic"]
+RANDOM = ["bernoulli", "crs", "systematic", "wta", "wta_unique"]
 
 
 def draw_many(name: str, scores: Tensor, step: int = 0) -> Selection:
@@ -75,14 +75,42 @@ def test_crs_draw_frequencies() -> None:
     assert ((counts.mean(0) - K * p) / (K * p * (1 - p) / DRAWS).sqrt()).abs().max() < Z
 
 
+def test_wta_draw_frequencies() -> None:
+    scores = oracles.make_product(PAIRS, seed=6).norms ** 3
+    p = oracles.draw_p(scores, EPSILON)
+    kept, scales = oracles.wta_kept(p, K), dense(draw_many("wta", scores))
+    assert 0 < len(kept) < K - 1
+    assert bool((scales[:, kept] == 1).all())
+    tail = [j for j in range(PAIRS) if j not in kept]
+    draws, q = K - len(kept), p[tail] / p[tail].sum()
+    counts = scales[:, tail] * draws * q
+    torch.testing.assert_close(counts, counts.round(), rtol=0, atol=1e-9)
+    assert bool((counts.sum(1).round() == draws).all())
+    assert counts.max() > 1, "repeats"
+    assert ((counts.mean(0) - draws * q) / (draws * q * (1 - q) / DRAWS).sqrt()).abs().max() < Z
+
+
+def test_wta_unique_inclusion_frequencies() -> None:
+    scores = oracles.make_product(PAIRS, seed=6).norms ** 3
+    p = oracles.draw_p(scores, EPSILON)
+    kept, pi, scales = oracles.wta_kept(p, K), oracles.wta_unique_pi(p, K), dense(draw_many("wta_unique", scores))
+    assert 0 < len(kept) < K - 1
+    assert bool((scales[:, kept] == 1).all())
+    tail = [j for j in range(PAIRS) if j not in kept]
+    deviation = ((scales > 0).double().mean(0) - pi) / (pi * (1 - pi) / DRAWS).sqrt()
+    assert deviation[tail].abs().max() < Z
+
+
 def test_expected_count() -> None:
-    """Bernoulli: k within 1 %, which is 8 standard deviations of the mean; the others: k each time."""
+    """Bernoulli: k within 1 %, which is 8 standard deviations of the mean; without replacement: k each time."""
     scores = oracles.make_product(PAIRS, seed=7).norms
     counts = (dense(draw_many("bernoulli", scores)) > 0).sum(1)
     assert counts.double().mean().item() == pytest.approx(K, rel=0.01)
     assert counts.min() < K < counts.max()
-    assert bool(((dense(draw_many("systematic", scores)) > 0).sum(1) == K).all())
-    assert draw_many("crs", scores).indices.shape == (DRAWS, K)
+    for name in ("systematic", "wta_unique"):
+        assert bool(((dense(draw_many(name, scores)) > 0).sum(1) == K).all())
+    for name in ("crs", "wta"):
+        assert draw_many(name, scores).indices.shape == (DRAWS, K)
 
 
 def test_steps_draw_independently() -> None:
