@@ -24,6 +24,7 @@ from fx_approx.errors import (
     RecomputationError,
     ShapesNeededError,
     StaleStatisticsWarning,
+    UnsupportedTransformError,
 )
 from fx_approx.plan import Decision, Plan
 from fx_approx.report import Explanation, SavingsReport
@@ -49,6 +50,7 @@ __all__ = [
     "Selection",
     "ShapesNeededError",
     "StaleStatisticsWarning",
+    "UnsupportedTransformError",
     "explain",
     "hold",
     "load_sampler_state",

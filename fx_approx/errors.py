@@ -26,6 +26,10 @@ class RecomputationError(RuntimeError):
     """
 
 
+class UnsupportedTransformError(RuntimeError):
+    """A function transform of torch.func that sampling does not support, such as vmap over a model in training."""
+
+
 class NoEffectWarning(UserWarning):
     """A call changed nothing, for example a transform that sampled no layer."""
 

@@ -13,11 +13,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
 from fx_approx.batchnorm import note_fresh, warn_if_stale
 from fx_approx.candidate import Candidate, Role
 from fx_approx.capture import Capture, described
-from fx_approx.errors import CaptureWarning, RecomputationError
+from fx_approx.errors import CaptureWarning, RecomputationError, UnsupportedTransformError
 from fx_approx.modules import Selector
 from fx_approx.plan import Plan
 from fx_approx.state import (
@@ -170,6 +171,8 @@ class Runtime(nn.Module):
         """One forward of ``root``: through the graph, or through its own Python ``exact`` with swapped layers."""
         if self.called is None and not torch.compiler.is_compiling():
             self.called = described(args), described(dict(kwargs))
+        if root.training and self.samples and not torch.compiler.is_compiling():
+            _refuse_transforms()
         values = None if self.function is None else self.capture.form.bind(args, kwargs)
         unfit = self._unfit(root, values)
         if unfit is not None or values is None or self.function is None:
@@ -292,6 +295,25 @@ class Runtime(nn.Module):
     def seed(self) -> int:
         """The seed that all samples depend on."""
         return int(self.state[SEED])
+
+
+def _refuse_transforms() -> None:
+    """Raises UnsupportedTransformError inside a vmap or a forward-mode derivative.
+
+    Under vmap the scores would have to be those of all examples together; the sampled products have no forward-mode
+    derivative.
+    """
+    kinds = [interpreter.key().name for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
+    if forward_ad._current_level >= 0:
+        kinds.append("Jvp")
+    unsupported = {"Vmap": "vmap", "Jvp": "forward-mode derivatives (jvp)"}
+    for kind in kinds:
+        if kind in unsupported:
+            raise UnsupportedTransformError(
+                f"{unsupported[kind]} of a model that samples is not supported. Call model.eval() or "
+                "fx_approx.set_enabled(model, False), then the model is exact and can be transformed; torch.func.grad and "
+                "functional_call work while sampling."
+            )
 
 
 def _tensors(value: Any) -> list[Tensor]:
