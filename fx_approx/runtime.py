@@ -311,8 +311,8 @@ def _refuse_transforms() -> None:
         if kind in unsupported:
             raise UnsupportedTransformError(
                 f"{unsupported[kind]} of a model that samples is not supported. Call model.eval() or "
-                "fx_approx.set_enabled(model, False), then the model is exact and can be transformed; torch.func.grad and "
-                "functional_call work while sampling."
+                "fx_approx.set_enabled(model, False), then the model is exact and can be transformed; torch.func.grad "
+                "and functional_call work while sampling."
             )
 
 

@@ -22,9 +22,21 @@ from tests.op_case import (
     gradients,
     linear_case,
     product_case,
+    upstream,
 )
 
-__all__ = ["DTYPES", "LAYOUTS", "OP_CASES", "SAMPLER_CASES", "OpCase", "Operands", "SamplerCase", "gradients"]
+__all__ = [
+    "DTYPES",
+    "GRADIENT_CASES",
+    "LAYOUTS",
+    "OP_CASES",
+    "SAMPLER_CASES",
+    "OpCase",
+    "Operands",
+    "SamplerCase",
+    "gradients",
+    "upstream",
+]
 
 OP_CASES: dict[str, OpCase] = {
     case.name: case
@@ -113,11 +125,21 @@ SAMPLER_CASES: dict[str, SamplerCase] = {
         SamplerCase("crs", "crs"),
         SamplerCase("crs-uniform", "crs", scores="uniform"),
         SamplerCase("bernoulli", "bernoulli"),
+        SamplerCase("bernoulli-input", "bernoulli", scores="input"),
         SamplerCase("systematic", "systematic"),
         SamplerCase("systematic-weight", "systematic", scores="weight"),
         SamplerCase("wta", "wta"),
         SamplerCase("wta-unique", "wta_unique"),
         SamplerCase("topk", "topk"),
+    )
+}
+
+#: Those that only gradients have; every row above whose scores a gradient has applies to it too.
+GRADIENT_CASES: dict[str, SamplerCase] = {
+    case.name: case
+    for case in (
+        SamplerCase("wta-gradient", "wta", scores="gradient"),
+        SamplerCase("systematic-stale", "systematic", scores="stale"),
     )
 }
 

@@ -67,6 +67,9 @@ class OpCase:
         batch: The axis of each argument that a batch of size 0 makes empty; {} where there is none.
         proxy: The online scores are not the norms of the terms but the products of the norms of their factors.
         vector: The left operand has no rows, so the selector leaves the product exact.
+        labels: Labels of the axes of the left operand, the right operand and the output, as einsum writes them. A batch
+            that is broadcast has the same label in both.
+        parts: Labels of the output that are the batch, the rows (of a convolution: examples) and the columns.
     """
 
     name: str
@@ -81,6 +84,8 @@ class OpCase:
     batch: Mapping[str, int] = dataclasses.field(default_factory=dict)
     proxy: bool = False
     vector: bool = False
+    labels: tuple[str, str, str] = ("", "", "")
+    parts: tuple[str, str, str] = ("", "", "")
 
     @property
     def op(self) -> ProductOp:
@@ -165,8 +170,8 @@ class OpCase:
         result = torch.ones(self.groups, self.pairs, dtype=torch.float64)
         for g, j in itertools.product(range(self.groups), range(self.pairs)):
             lhs, rhs = (factor.detach().double() for factor in self.factors(operands, g, j))
-            if kind == "weight":
-                result[g, j] = rhs.square().sum().sqrt()
+            if kind in ("input", "weight"):
+                result[g, j] = (lhs if kind == "input" else rhs).square().sum().sqrt()
             elif kind == "online" and self.proxy:
                 result[g, j] = (lhs.square().sum() * rhs.square().sum()).sqrt()
             elif kind == "online":
@@ -259,14 +264,28 @@ def _einsum_term(labels: str, pair: str) -> Term:
 def linear_case(name: str, input: tuple[int, ...], weight: tuple[int, int], bias: bool, **more: Any) -> OpCase:
     shapes = {"input": input, "weight": weight} | ({"bias": weight[:1]} if bias else {})
     batch = {"input": 0} if len(input) > 1 else {}
-    return OpCase(name, "linear", shapes, weight[1], (-1, -1), _linear_term, _plus_bias, batch=batch, **more)
+    rows = "abcd"[: len(input) - 1]
+    return OpCase(
+        name,
+        "linear",
+        shapes,
+        weight[1],
+        (-1, -1),
+        _linear_term,
+        _plus_bias,
+        batch=batch,
+        labels=(f"{rows}k", "nk", f"{rows}n"),
+        parts=("", rows, "n"),
+        **more,
+    )
 
 
 def conv_case(name: str, input: tuple[int, ...], weight: tuple[int, ...], bias: bool = True, **static: Any) -> OpCase:
     shapes = {"input": input, "weight": weight} | ({"bias": weight[:1]} if bias else {})
+    spatial, example = len(weight) - 2, "a" if len(input) == len(weight) else ""
     return OpCase(
         name,
-        f"conv{len(weight) - 2}d",
+        f"conv{spatial}d",
         shapes,
         weight[1],
         (1 - len(weight), 1),
@@ -274,9 +293,21 @@ def conv_case(name: str, input: tuple[int, ...], weight: tuple[int, ...], bias: 
         _conv_bias,
         static,
         groups=static.get("groups", 1),
-        batch={"input": 0} if len(input) == len(weight) else {},
+        batch={"input": 0} if example else {},
         proxy=True,
+        labels=(f"{example}i{'uvw'[:spatial]}", f"oj{'pqr'[:spatial]}", f"{example}o{'xyz'[:spatial]}"),
+        parts=("", example, "o"),
     )
+
+
+def _matrix_labels(lhs: int, rhs: int) -> dict[str, tuple[str, str, str]]:
+    """Labels and parts of ``[..., m, k] @ [..., k, n]``, from the numbers of axes."""
+    if rhs == 2:
+        rows = "abcd"[: lhs - 2] + "m"
+        return {"labels": (f"{rows}k", "kn", f"{rows}n"), "parts": ("", rows, "n")}
+    batch = "abcd"[: max(lhs, rhs) - 2]
+    left, right = batch[len(batch) + 2 - lhs :], batch[len(batch) + 2 - rhs :]
+    return {"labels": (f"{left}mk", f"{right}kn", f"{batch}mn"), "parts": (batch, "m", "n")}
 
 
 def product_case(kind: str, lhs: tuple[int, ...], rhs: tuple[int, ...], name: str = "", **batch: int) -> OpCase:
@@ -291,6 +322,7 @@ def product_case(kind: str, lhs: tuple[int, ...], rhs: tuple[int, ...], name: st
         _matmul_term(*names),
         _as_is,
         batch=batch or {"input": 0},
+        **_matrix_labels(len(lhs), len(rhs)),
     )
 
 
@@ -305,7 +337,18 @@ def added_case(
 ) -> OpCase:
     names = {"addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2")}[kind]
     shapes = {"input": input, names[0]: lhs, names[1]: rhs}
-    return OpCase(name, kind, shapes, lhs[-1], (-1, -2), _matmul_term(*names), _beta_alpha, static, batch=batch)
+    return OpCase(
+        name,
+        kind,
+        shapes,
+        lhs[-1],
+        (-1, -2),
+        _matmul_term(*names),
+        _beta_alpha,
+        static,
+        batch=batch,
+        **_matrix_labels(len(lhs), len(rhs)),
+    )
 
 
 def einsum_case(
@@ -317,8 +360,10 @@ def einsum_case(
     batch: str,
     proxy: bool = False,
 ) -> OpCase:
-    lhs, rhs, _ = labels.split()
+    lhs, rhs, output = labels.split()
     shapes = {side: tuple(sizes[c] for c in names) for side, names in (("lhs", lhs), ("rhs", rhs))}
+    shared = "".join(c for c in output if c in lhs and c in rhs)
+    rows, columns = ("".join(c for c in side if c in output and c not in shared) for side in (lhs, rhs))
     return OpCase(
         name,
         "einsum",
@@ -330,13 +375,20 @@ def einsum_case(
         {"equation": equation},
         batch={side: names.index(batch) for side, names in (("lhs", lhs), ("rhs", rhs)) if batch in names},
         proxy=proxy,
+        labels=(lhs, rhs, output),
+        parts=(shared, rows, columns),
     )
+
+
+def upstream(output: Tensor, seed: int = 99) -> Tensor:
+    """A seeded normal gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
 
 
 def gradients(output: Tensor, operands: Operands, seed: int = 99) -> Operands:
     """The gradients of the operands that need one, for a seeded gradient of the output."""
-    generator = torch.Generator().manual_seed(seed)
-    towards = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+    towards = upstream(output, seed)
     wanted = {name: value for name, value in operands.items() if value.requires_grad}
     found = torch.autograd.grad(output, list(wanted.values()), towards)
     return dict(zip(wanted, found, strict=True))

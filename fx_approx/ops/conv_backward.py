@@ -313,8 +313,8 @@ def convolve(x: Tensor, w: Tensor, bias: Tensor | None, static: Mapping[str, Any
         w: ``[O, C / groups, ...]``.
         bias: ``[O]`` or None; always added in full, its gradient is always exact.
         static: ``stride``, ``padding``, ``dilation`` and ``groups`` as in torch.
-        how: Selections: of the input channels ``[groups, k]``, of the output channels ``[groups, k]``, of the examples or
-            of the output positions ``[1, k]``.
+        how: Selections: of the input channels ``[groups, k]``, of the output channels ``[groups, k]``, of the examples
+            or of the output positions ``[1, k]``.
     """
     batched = x.dim() == w.dim()
     x, w, bias = amp(x, w, bias)

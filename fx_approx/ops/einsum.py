@@ -88,8 +88,8 @@ def einsum(
         equation: Two operands, no diagonal. With several contracted labels the first of the left operand is sampled.
         lhs: Left operand.
         rhs: Right operand.
-        selection: Indices and scale along the sampled label: ``[1, k]``, shared over all other labels, or ``[b, k]``, one
-            for each value of the labels that both operands and the output share.
+        selection: Indices and scale along the sampled label: ``[1, k]``, shared over all other labels, or ``[b, k]``,
+            one for each value of the labels that both operands and the output share.
         grad_input: For the gradient of ``lhs``, likewise of the labels that only ``rhs`` has, flattened.
         grad_weight: For the gradient of ``rhs``, likewise of the labels that only ``lhs`` has, flattened.
         straight_through: Gradients do not follow ``selection``, as if the product were exact.

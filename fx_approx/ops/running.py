@@ -33,7 +33,7 @@ def refresh(running: Tensor, norms: Tensor) -> None:
     Args:
         running: ``[positions]`` float32, changed in place.
         norms: ``[rows]`` norms of the rows of a gradient, of which row i stands at position i modulo ``positions``.
-            Each position gets the root of its mean square; norms that are not finite (an overflow under AMP) change nothing.
+            Each position gets the root of its mean square; norms that are not finite (an overflow) change nothing.
     """
     squares = norms.float().view(-1, running.shape[0]).square().mean(0).sqrt()
     moved = torch.where(running < 0, squares, _MOMENTUM * running + (1 - _MOMENTUM) * squares)

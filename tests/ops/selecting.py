@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from fx_approx.modules import Selector
 from fx_approx.sampling import Selection
 from fx_approx.state import Draw, draw
 from tests.families import OpCase, Operands, SamplerCase
+from tests.sampling import oracles
 
 
 def selector_of(case: OpCase, sampler: SamplerCase, ratio: float = 0.5, site: int = 1) -> Selector:
@@ -39,3 +42,19 @@ def dense(case: OpCase, selection: Selection) -> Tensor:
     scale = selection.scale
     values = torch.ones_like(selection.indices, dtype=torch.float64) if scale is None else scale.double()
     return torch.zeros(case.groups, case.pairs, dtype=torch.float64).scatter(1, selection.indices, values)
+
+
+def outcomes(sampler: SamplerCase, scores: Tensor, k: int) -> Iterator[tuple[Tensor, float]]:
+    """Every outcome of a draw from ``scores [pairs]``: uniforms and probability."""
+    epsilon = sampler.spec().effective_epsilon
+    if sampler.sampler == "crs":
+        every = oracles.crs_outcomes(oracles.draw_p(scores, epsilon), k)
+    elif sampler.sampler == "wta":
+        every = oracles.wta_outcomes(oracles.draw_p(scores, epsilon), k)
+    elif sampler.sampler == "wta_unique":
+        every = oracles.wta_unique_outcomes(oracles.draw_p(scores, epsilon), k)
+    elif sampler.sampler == "bernoulli":
+        every = oracles.bernoulli_outcomes(oracles.inclusion_p(scores, k, epsilon))
+    else:
+        every = oracles.systematic_outcomes(oracles.inclusion_p(scores, k, epsilon))
+    yield from zip(every.uniforms, every.probability.tolist(), strict=True)

@@ -10,15 +10,13 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.families import OP_CASES, SAMPLER_CASES, OpCase, SamplerCase, gradients
-from tests.ops.selecting import dense, randomness, select, selector_of
-from tests.sampling import oracles
+from tests.ops.selecting import dense, outcomes, randomness, select, selector_of
 
 ROWS = {name: case for name, case in OP_CASES.items() if not case.vector}
 FIRST = {case.kind: case for case in reversed(ROWS.values())}
@@ -69,7 +67,7 @@ def test_the_mean_of_many_steps_is_the_exact_product(case: OpCase, sampler: Samp
         (samples, case.exact(operands)),
         (drawn, torch.ones(case.groups, case.pairs, dtype=torch.float64)),
     ]
-    if sampler.sampler != "crs":  # which draws k pairs, but some of them more than once
+    if sampler.sampler not in ("crs", "wta"):  # which draw k pairs, but some of them more than once
         checks.append((torch.stack(counts), torch.full((case.groups,), float(selector.k), dtype=torch.float64)))
     for values, expected in checks:
         z, limit = worst_z(values, expected)
@@ -77,18 +75,6 @@ def test_the_mean_of_many_steps_is_the_exact_product(case: OpCase, sampler: Samp
     # The test can fail: it sees unscaled samples.
     z, limit = worst_z((drawn > 0).double(), checks[1][1])
     assert z > limit
-
-
-def outcomes(sampler: SamplerCase, scores: Tensor, k: int) -> Iterator[tuple[Tensor, float]]:
-    """Every outcome of a draw from ``scores [pairs]``: uniforms and probability."""
-    epsilon = sampler.spec().effective_epsilon
-    if sampler.sampler == "crs":
-        every = oracles.crs_outcomes(oracles.draw_p(scores, epsilon), k)
-    elif sampler.sampler == "bernoulli":
-        every = oracles.bernoulli_outcomes(oracles.inclusion_p(scores, k, epsilon))
-    else:
-        every = oracles.systematic_outcomes(oracles.inclusion_p(scores, k, epsilon))
-    yield from zip(every.uniforms, every.probability.tolist(), strict=True)
 
 
 @unbiased
@@ -196,7 +182,7 @@ def test_an_empty_batch(case: OpCase, sampler: SamplerCase) -> None:
 @cases
 def test_a_number_that_is_not_finite_is_never_hidden(case: OpCase, sampler: SamplerCase) -> None:
     """Where the exact product is not finite, the sampled one is not either, if the scores read the operand."""
-    read = {"online": (0, 1), "weight": (1,), "uniform": ()}[sampler.scores]
+    read = {"online": (0, 1), "weight": (1,), "input": (0,), "uniform": ()}[sampler.scores]
     selector = selector_of(case, sampler, ratio=0.2)
     for side, step in itertools.product(read, range(3)):
         operands, pair = case.operands(), (step % case.groups, (2 * step + 1) % case.pairs)
@@ -232,7 +218,7 @@ def test_pairs_of_score_zero_change_nothing(case: OpCase, sampler: SamplerCase) 
     selection = select(selector, case, operands)
     assert selection is not None
     equal(case.sampled(operands, selection), case.oracle(operands, selection))
-    if sampler.scores != "uniform":
+    if sampler.scores in ("online", "weight"):
         assert bool((selection.indices == 1).any(1).all())
         # Certain to be drawn, so not scaled.
         equal(dense(case, selection)[:, 1], torch.ones(case.groups, dtype=torch.float64))

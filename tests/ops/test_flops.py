@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from fx_approx.candidate import GemmShape, ProductFacts, RoleFlops
-from fx_approx.flops import executed_flops, kept_bytes, role_flops
-from fx_approx.sampling import Selection
-from tests.families import OP_CASES, OpCase, Operands, gradients
+from fx_approx.candidate import GemmShape, ProductFacts, Role, RoleFlops
+from fx_approx.flops import Kept, executed_flops, kept_bytes, role_flops
+from fx_approx.sampling import SamplerSpec, Selection
+from tests.families import OP_CASES, OpCase
+from tests.ops.counting import counted, facts_of, kept, operands_of, selection_of, shape_of
 
 ROWS = {name: case for name, case in OP_CASES.items() if not case.vector}
 UNGROUPED = {name: case for name, case in ROWS.items() if case.groups == 1}
@@ -29,47 +28,12 @@ REARRANGED = {
 needs = pytest.mark.parametrize("grads", [(True, True), (True, False), (False, True)], ids=["both", "lhs", "rhs"])
 
 
-def operands_of(case: OpCase, grads: tuple[bool, bool], dtype: torch.dtype = torch.float32) -> Operands:
-    """Operands, the right one a parameter; what is added to the product needs no gradient."""
-    operands = case.operands(dtype=dtype)
-    operands[case.op.lhs].requires_grad_(grads[0])
-    operands[case.op.rhs] = nn.Parameter(operands[case.op.rhs], requires_grad=grads[1])
-    return operands
+# A sampler with scales, and one without.
+OUTPUT = {scaled: {Role.OUTPUT: SamplerSpec("systematic" if scaled else "topk")} for scaled in (True, False)}
 
 
-def selection_of(case: OpCase, scaled: bool, dtype: torch.dtype = torch.float32) -> Selection:
-    """The scale in float32, or in float64 for float64 operands, as samplers give it."""
-    selection = case.selection(scaled)
-    wide = torch.promote_types(dtype, torch.float32)
-    return selection if selection.scale is None else selection._replace(scale=selection.scale.to(wide))
-
-
-def shape_of(case: OpCase) -> GemmShape:
-    return case.op.geometry(torch.Size(case.shapes[case.op.lhs]), torch.Size(case.shapes[case.op.rhs]), case.plain)
-
-
-def facts_of(case: OpCase, operands: Operands, parameter: bool = True) -> ProductFacts:
-    lhs, rhs = operands[case.op.lhs], operands[case.op.rhs]
-    return ProductFacts(
-        shape=shape_of(case),
-        flops=role_flops(shape_of(case), lhs.requires_grad, rhs.requires_grad),
-        dtype=str(lhs.dtype),
-        device="cpu",
-        lhs_bytes=lhs.numel() * lhs.itemsize,
-        rhs_bytes=rhs.numel() * rhs.itemsize,
-        lhs_kept=rhs.requires_grad or (case.op.keeps_both and lhs.requires_grad),
-        rhs_kept=lhs.requires_grad or (case.op.keeps_both and rhs.requires_grad),
-        rhs_is_parameter=parameter,
-    )
-
-
-def counted(case: OpCase, operands: Operands, selection: Selection | None) -> tuple[int, int]:
-    """Operations of forward and backward, as torch counts them."""
-    with FlopCounterMode(display=False) as forward:
-        output = case.sampled(operands, selection)
-    with FlopCounterMode(display=False) as backward:
-        gradients(output, operands)
-    return forward.get_total_flops(), backward.get_total_flops()
+def of_output(selection: Selection | None) -> Kept:
+    return Kept(output=None if selection is None else selection.indices.shape[1])
 
 
 @needs
@@ -79,9 +43,9 @@ def test_operations_are_those_torch_counts(case: OpCase, grads: tuple[bool, bool
     facts = facts_of(case, operands)
     # Two pairs at least: torch.einsum multiplies a single pair elementwise, which its counter does not count.
     for selection in (None, selection_of(case, True), case.selection(False, 2)):
-        flops = executed_flops(facts, None if selection is None else selection.indices.shape[1])
+        flops = executed_flops(facts, of_output(selection))
         assert (flops.grad_input > 0, flops.grad_weight > 0) == grads
-        assert counted(case, operands, selection) == (flops.output, flops.grad_input + flops.grad_weight)
+        assert counted(case, operands, selection=selection) == (flops.output, flops.grad_input + flops.grad_weight)
 
 
 def test_operations_of_a_linear_layer_by_hand() -> None:
@@ -89,8 +53,30 @@ def test_operations_of_a_linear_layer_by_hand() -> None:
     shape = shape_of(OP_CASES["linear"])
     assert shape == GemmShape(m=3, n=4, k=6)
     assert role_flops(shape, True, True) == RoleFlops(144, 144, 144)
-    assert role_flops(shape, False, True, pairs=3) == RoleFlops(72, 0, 72)
-    assert role_flops(shape, True, False, pairs=3).total == 144
+    assert role_flops(shape, False, True, Kept(output=3)) == RoleFlops(72, 0, 72)
+    assert role_flops(shape, True, False, Kept(output=3)).total == 144
+
+
+def test_shapes_by_hand() -> None:
+    """A right operand that is one matrix joins all rows; a batch of matrices is a batch; a convolution has examples."""
+    shapes = {
+        "linear-no-bias-4d": GemmShape(m=6, n=4, k=5),
+        "matmul-folded": GemmShape(m=6, n=4, k=5),
+        "matmul-broadcast": GemmShape(m=3, n=2, k=5, batch=8),
+        "bmm": GemmShape(m=2, n=4, k=5, batch=3),
+        "einsum-batch": GemmShape(m=3, n=2, k=5, batch=4),
+        "einsum-two-contracted": GemmShape(m=3, n=4, k=10, block=2),
+        # Positions: (5 - 3) + 1 = 3 by (4 - 2) + 1 = 3.
+        "conv2d": GemmShape(m=2 * 9, n=3, k=5 * 6, block=6, row_block=9),
+        "conv2d-grouped": GemmShape(m=2 * 9, n=2, k=4 * 9, groups=2, block=9, row_block=9),
+        "conv2d-same": GemmShape(m=2 * 20, n=3, k=4 * 9, block=9, row_block=20),
+        "conv1d-unbatched-grouped": GemmShape(m=4, n=2, k=3 * 3, groups=2, block=3, row_block=4),
+    }
+    for name, shape in shapes.items():
+        assert shape_of(OP_CASES[name]) == shape, name
+    grouped = shapes["conv2d-grouped"]
+    assert [grouped.role_pairs(role) for role in Role] == [4, 2, 2]
+    assert grouped.role_pairs(Role.GRAD_WEIGHT, positions=True) == 18
 
 
 # Row -> multiply-adds of one role with all pairs:
@@ -111,46 +97,13 @@ def test_operations_of_grouped_convolutions_by_hand(name: str, scaled: bool) -> 
     facts, k = facts_of(case, operands), selection.indices.shape[1]
     role = 2 * BY_HAND[name]
     assert case.exact(operands).numel() * case.pairs * shape_of(case).block == BY_HAND[name]
-    assert executed_flops(facts, None) == RoleFlops(role, role, role)
+    assert executed_flops(facts, Kept()) == RoleFlops(role, role, role)
     sampled = role * k // case.pairs
-    assert executed_flops(facts, k) == RoleFlops(sampled, sampled, sampled)
+    assert executed_flops(facts, Kept(output=k)) == RoleFlops(sampled, sampled, sampled)
     # torch counts the output and the gradient of the input rightly.
     operands[case.op.rhs].requires_grad_(False)
-    assert counted(case, operands, None) == (role, role)
-    assert counted(case, operands, selection) == (sampled, sampled)
-
-
-class Kept:
-    """The bytes that autograd keeps while it is open, each piece of memory once, parameters left out."""
-
-    def __init__(self, parameters: list[Tensor]) -> None:
-        self.pieces: dict[int, Tensor] = {}
-        self.ignored = {p.untyped_storage().data_ptr() for p in parameters}
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in self.ignored:
-            self.pieces[address] = tensor  # alive, so that its address is not used again
-        return tensor
-
-    def __enter__(self) -> Kept:
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.hooks.__exit__(*error)
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.pieces.values())
-
-
-def kept(case: OpCase, operands: Operands, selection: Selection | None, parameter: bool = True) -> int:
-    with Kept([operands[case.op.rhs]] if parameter else []) as measured:
-        output = case.sampled(operands, selection)
-    del output
-    return measured.bytes
+    assert counted(case, operands) == (role, role)
+    assert counted(case, operands, selection=selection) == (sampled, sampled)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -160,10 +113,10 @@ def test_kept_bytes_are_those_autograd_keeps(case: OpCase, dtype: torch.dtype) -
     for grads in ((True, True), (True, False), (False, True)):
         operands = operands_of(case, grads, dtype)
         facts = facts_of(case, operands)
-        assert kept(case, operands, None) == kept_bytes(facts, None, False)
+        assert kept(case, operands) == kept_bytes(facts, Kept(), {})
         for scaled in (True, False):
             selection = selection_of(case, scaled, dtype)
-            assert kept(case, operands, selection) == kept_bytes(facts, selection.indices.shape[1], scaled)
+            assert kept(case, operands, selection=selection) == kept_bytes(facts, of_output(selection), OUTPUT[scaled])
 
 
 @pytest.mark.parametrize("name", REARRANGED)
@@ -173,8 +126,8 @@ def test_kept_bytes_are_those_of_the_operands_where_torch_rearranges_them(name: 
     operands = operands_of(case, (True, True))
     parameter = case.kind == "einsum"
     facts = facts_of(case, operands, parameter)
-    assert kept_bytes(facts, None, False) == facts.lhs_bytes + (0 if parameter else facts.rhs_bytes)
-    assert kept(case, operands, None, parameter) == REARRANGED[name] != kept_bytes(facts, None, False)
+    assert kept_bytes(facts, Kept(), {}) == facts.lhs_bytes + (0 if parameter else facts.rhs_bytes)
+    assert kept(case, operands, parameter) == REARRANGED[name] != kept_bytes(facts, Kept(), {})
 
 
 @needs
@@ -184,29 +137,29 @@ def test_kept_bytes_of_two_activations(name: str, grads: tuple[bool, bool]) -> N
     case = ROWS[name]
     operands = operands_of(case, grads)
     facts = facts_of(case, operands, parameter=False)
-    assert kept(case, operands, None, parameter=False) == kept_bytes(facts, None, False)
+    assert kept(case, operands, parameter=False) == kept_bytes(facts, Kept(), {})
     selection = selection_of(case, True)
-    assert kept(case, operands, selection, False) == kept_bytes(facts, selection.indices.shape[1], True)
+    assert kept(case, operands, False, selection=selection) == kept_bytes(facts, of_output(selection), OUTPUT[True])
 
 
 def test_kept_bytes_by_hand() -> None:
     """[3, 6] and [4, 6] in float32, three pairs: 36 + 48 bytes, 24 of indices, 12 of scales."""
     case = OP_CASES["linear"]
     facts = facts_of(case, operands_of(case, (True, True)))
-    assert kept_bytes(facts, None, False) == 72
-    assert kept_bytes(facts, 3, False) == 36 + 48 + 24
-    assert kept_bytes(facts, 3, True) == 36 + 48 + 24 + 12
+    assert kept_bytes(facts, Kept(), {}) == 72
+    assert kept_bytes(facts, Kept(output=3), OUTPUT[False]) == 36 + 48 + 24
+    assert kept_bytes(facts, Kept(output=3), OUTPUT[True]) == 36 + 48 + 24 + 12
 
 
 def test_nothing_is_kept_where_nothing_needs_a_gradient() -> None:
     case = OP_CASES["linear"]
     operands = operands_of(case, (False, False))
-    assert kept(case, operands, selection_of(case, True)) == 0
-    assert kept_bytes(facts_of(case, operands), 3, True) == 0
+    assert kept(case, operands, selection=selection_of(case, True)) == 0
+    assert kept_bytes(facts_of(case, operands), Kept(output=3), OUTPUT[True]) == 0
 
 
 def test_a_product_without_a_shape_is_counted_as_measured() -> None:
     """An LSTM or attention: no single GEMM, never sampled."""
     facts = ProductFacts(None, RoleFlops(1, 2, 3), "torch.float32", "cpu")
-    assert executed_flops(facts, None) == executed_flops(facts, 5) == RoleFlops(1, 2, 3)
-    assert kept_bytes(facts, None, False) == 0
+    assert executed_flops(facts, Kept()) == executed_flops(facts, Kept(output=5)) == RoleFlops(1, 2, 3)
+    assert kept_bytes(facts, Kept(), {}) == 0

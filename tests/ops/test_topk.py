@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fx_approx import ops
-from fx_approx.modules import SampledConv2d, SampledLinear, Selector, swap
+from fx_approx.candidate import Role
+from fx_approx.modules import SampledConv2d, SampledLinear, Selector, Site, swap
 from fx_approx.sampling import SamplerSpec
 
 RATIOS = [0.1, 0.25, 0.5, 0.9]
@@ -60,7 +61,7 @@ def test_topk_linear_equals_the_papers_reference(ratio: float, shape: tuple[int,
     expected = reference_linear(input, layer.weight, layer.bias, selector.k)
     selection = selector(input, layer.weight, None)
     compare(ops.linear(input, layer.weight, layer.bias, selection=selection), expected, leaves)
-    swap(layer, (selector, NoDraws()))
+    swap(layer, Site({Role.OUTPUT: selector}, False, NoDraws()))
     assert isinstance(layer, SampledLinear)
     expected = reference_linear(input, layer.weight, layer.bias, selector.k)
     compare(layer(input), expected, leaves)
@@ -76,7 +77,7 @@ def test_topk_conv2d_equals_the_papers_reference(ratio: float, static: dict[str,
     expected = reference_conv2d(input, layer.weight, layer.bias, selector.k, **static)
     selection = selector(input, layer.weight, None)
     compare(ops.conv2d(input, layer.weight, layer.bias, **static, selection=selection), expected, leaves)
-    swap(layer, (selector, NoDraws()))
+    swap(layer, Site({Role.OUTPUT: selector}, False, NoDraws()))
     assert isinstance(layer, SampledConv2d)
     expected = reference_conv2d(input, layer.weight, layer.bias, selector.k, **static)
     compare(layer(input), expected, leaves)
@@ -89,7 +90,8 @@ def test_a_convolution_keeps_its_padding_mode(mode: str) -> None:
         torch.randn(2, 6, 5, 5, requires_grad=True),
     )
     plain = {"stride": 1, "padding": 1, "dilation": 1, "groups": 1}
-    swap(layer, (Selector("conv2d", plain, SamplerSpec("topk", 0.5), 0, 6, layer), NoDraws()))
+    selector = Selector("conv2d", plain, SamplerSpec("topk", 0.5), 0, 6, layer)
+    swap(layer, Site({Role.OUTPUT: selector}, False, NoDraws()))
     padded = F.pad(input, (1, 1, 1, 1), mode=mode)
     # The scores are those of the input as it comes in, before it is padded.
     norms = [(input[:, j].norm() * layer.weight[:, j].norm()).item() for j in range(6)]

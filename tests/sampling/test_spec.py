@@ -32,6 +32,8 @@ def test_defaults() -> None:
         "scores": "online",
         "granularity": 1,
         "epsilon": None,
+        "positions": False,
+        "per_batch": False,
     }
     with pytest.raises(dataclasses.FrozenInstanceError):
         spec.ratio = 0.1  # type: ignore[misc]
@@ -64,7 +66,7 @@ def test_defaults() -> None:
         ("epsilon", "0.1", TypeError),
         ("name", "top-k", ValueError),
         ("name", None, TypeError),
-        ("scores", "gradient", ValueError),
+        ("scores", "norms", ValueError),
         ("scores", 3, TypeError),
     ],
 )
@@ -82,7 +84,7 @@ def test_a_wrong_value_is_an_error_that_names_it(field: str, value: Any, error: 
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(ValueError, match="bernoulli, crs, systematic, topk"):
         SamplerSpec(name="magic")
-    with pytest.raises(ValueError, match="online, uniform, weight"):
+    with pytest.raises(ValueError, match="gradient, input, online, stale, uniform, weight"):
         SamplerSpec(scores="magic")
 
 
@@ -194,13 +196,19 @@ def test_sampler_registry() -> None:
 
 
 def test_score_kinds() -> None:
-    reads = {name: (kind.reads_lhs, kind.reads_rhs) for name, kind in SCORES.items()}
-    assert reads == {"online": (True, True), "weight": (False, True), "uniform": (False, False)}
-    assert {name: kind.ahead for name, kind in SCORES.items()} == {
-        "online": False,
-        "weight": True,
-        "uniform": True,
+    assert {name: set(kind.reads) for name, kind in SCORES.items()} == {
+        "online": {"input", "weight", "gradient"},
+        "weight": {"weight"},
+        "input": {"input"},
+        "gradient": {"gradient"},
+        "stale": {"input"},
+        "uniform": set(),
     }
+    assert {name for name, kind in SCORES.items() if kind.ahead} == {"weight", "uniform"}
+    assert {name for name, kind in SCORES.items() if kind.early} == {"weight", "input", "stale", "uniform"}
+    of_output = {name for name, kind in SCORES.items() if "output" in kind.products}
+    assert of_output == {"online", "weight", "input", "uniform"}
+    assert {name for name, kind in SCORES.items() if kind.learns} == {"stale"}
     assert get_score("weight") is SCORES["weight"]
-    with pytest.raises(ValueError, match="online, uniform, weight"):
+    with pytest.raises(ValueError, match="gradient, input, online, stale, uniform, weight"):
         get_score("stale?")

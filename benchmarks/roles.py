@@ -1,0 +1,137 @@
+"""Forward and backward of one layer with sampled gradients, against the exact layer.
+
+    python benchmarks/roles.py
+    python benchmarks/roles.py --ratio 0.25 --runs 40 --json roles.json
+
+A linear layer of 512 rows, 2048 to 2048 features, and a 3x3 convolution of 256 to 256 channels on 32 examples of
+16x16, as `transform` makes them. All variants take their steps in turn in one process. A ratio above 1 is faster than
+exact. With both gradients at ratio r the limit is 3 / (1 + 2 r).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from _header import add_json_option, header, store
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import fx_approx.runtime
+from fx_approx import SamplerSpec
+from fx_approx.plan import Policy
+from fx_approx.policies import Roles, Uniform
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Times of one variant in seconds, and exact / this by pairs of neighbouring steps, as quartiles."""
+
+    layer: str
+    variant: str
+    seconds: float
+    speedup: tuple[float, float, float]
+
+
+def variants(ratio: float) -> dict[str, Policy]:
+    """What is measured beside the exact layer."""
+    early_input = SamplerSpec("systematic", ratio, scores="weight")
+    early_weight = SamplerSpec("systematic", ratio, scores="input")
+    positions = SamplerSpec("systematic", ratio, scores="input", positions=True)
+    return {
+        "both gradients, online": Roles.backward(ratio),
+        "both gradients, early": Roles(grad_input=early_input, grad_weight=early_weight),
+        "input gradient, early": Roles(grad_input=early_input),
+        "weight gradient, early": Roles(grad_weight=early_weight),
+        "weight gradient, positions": Roles(grad_weight=positions),
+        "straight-through, topk": Roles.straight(ratio),
+        "forward mode, topk": Uniform("topk", ratio),
+    }
+
+
+def layers() -> dict[str, tuple[nn.Module, Tensor]]:
+    """Layer and input by name; the input needs a gradient."""
+    torch.manual_seed(0)
+    images = torch.randn(32, 256, 16, 16)
+    last = torch.channels_last
+    return {
+        "linear": (nn.Linear(2048, 2048), torch.randn(512, 2048)),
+        "conv": (nn.Conv2d(256, 256, 3, padding=1), images),
+        "conv, channels_last": (
+            nn.Conv2d(256, 256, 3, padding=1).to(memory_format=last),
+            images.contiguous(memory_format=last),
+        ),
+    }
+
+
+def step(layer: nn.Module, x: Tensor, towards: Tensor) -> list[Tensor]:
+    """Output's gradients with respect to the input and the parameters."""
+    return list(torch.autograd.grad(layer(x), [x, *layer.parameters()], towards))
+
+
+def check(layer: nn.Module, approx: nn.Module, x: Tensor, towards: Tensor) -> None:
+    """At ratio 1 the gradients are bitwise those of the exact layer."""
+    exact = step(layer, x, towards)
+    ratios = {key: selector.spec.ratio for key, selector in fx_approx.runtime.find(approx)._fx_approx.selectors.items()}
+    fx_approx.set_ratio(approx, 1.0)
+    if not all(torch.equal(one, two) for one, two in zip(step(approx, x, towards), exact, strict=True)):
+        raise AssertionError("at ratio 1 the gradients are not those of the exact layer")
+    fx_approx.set_ratio(approx, next(iter(ratios.values())))
+
+
+def measure(name: str, layer: nn.Module, x: Tensor, ratio: float, runs: int) -> list[Measured]:
+    """Times all variants of ``layer`` in turn."""
+    x.requires_grad_()
+    towards = torch.randn_like(layer(x))
+    models: dict[str, nn.Module] = {"exact": layer}
+    for variant, policy in variants(ratio).items():
+        models[variant] = fx_approx.transform(layer, policy, x)
+        check(layer, models[variant], x, towards)
+    times: dict[str, list[float]] = {variant: [] for variant in models}
+    for run in range(runs + 2):
+        for variant, model in models.items():
+            seconds = timed(lambda model=model: step(model, x, towards))
+            if run >= 2:
+                times[variant].append(seconds)
+    found = []
+    for variant, taken in times.items():
+        ratios = [one / other for one, other in zip(times["exact"], taken, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        found.append(Measured(name, variant, statistics.median(taken), (low, middle, high)))
+    return found
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures and prints a table."""
+    parser = argparse.ArgumentParser(description="Time of one layer with sampled gradients.")
+    parser.add_argument("--ratio", type=float, default=0.5, help="sample ratio (0.5)")
+    parser.add_argument("--runs", type=int, default=20, help="steps of each variant (20)")
+    add_json_option(parser)
+    options = parser.parse_args(arguments)
+    if options.runs < 2 or not 0 < options.ratio < 1:
+        parser.error("--runs: expected 2 or more; --ratio: expected a number in (0, 1)")
+    print(header(f"Forward and backward of one layer, ratio {options.ratio:g}"), flush=True)
+    found = [
+        one for name, (layer, x) in layers().items() for one in measure(name, layer, x, options.ratio, options.runs)
+    ]
+    rows = [
+        [one.layer, one.variant, f"{1000 * one.seconds:.1f}", "{1:.2f} [{0:.2f}, {2:.2f}]".format(*one.speedup)]
+        for one in found
+    ]
+    print(f"\n{tabulate(rows, ['layer', 'variant', 'median ms', 'exact / this'], disable_numparse=True)}")
+    store(options.json, [dataclasses.asdict(one) for one in found])
+
+
+if __name__ == "__main__":
+    main()
