@@ -328,6 +328,12 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 }
 
 
+# The smallest in CI, the others where time is no matter: some hundred steps each.
+networks = pytest.mark.parametrize(
+    "network", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cnn", "transformer"))]
+)
+
+
 def projections(network: str, policy: Policy, steps: int) -> Tensor:
     """z-values of the mean gradient against the exact one: along the exact gradient and 9 random directions."""
     torch.manual_seed(5)
@@ -341,14 +347,14 @@ def projections(network: str, policy: Policy, steps: int) -> Tensor:
     return errors.mean(0) / (errors.std(0) / steps**0.5).clamp(min=1e-300)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@networks
 @pytest.mark.parametrize("sampler", [name for name in sorted(SAMPLERS) if SAMPLERS[name].unbiased])
 def test_backward_mode_is_unbiased_through_a_network(network: str, sampler: str) -> None:
     """|z| < 5 in 10 directions: false alarms below 1e-5 for each case, if means of 200 steps are normal."""
     assert projections(network, Roles.backward(0.5, sampler), 200).abs().max() < 5
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@networks
 def test_the_test_of_unbiasedness_finds_a_bias(network: str) -> None:
     """TopK of the input gradients; unbiased products in forward mode, through a non-linearity."""
     spec = SamplerSpec("crs", 0.5)

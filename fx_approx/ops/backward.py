@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fx_approx.ops.gather import gather
+from fx_approx.ops.gather import flat_indices, gather
 from fx_approx.sampling import Selection, get_sampler
 
 
@@ -113,8 +113,11 @@ def pick(source: Tensor, dim: int, indices: Tensor) -> Tensor:
     if groups == 1:
         return gather(source, dim, indices[0])
     if dim == -1:
-        return source.gather(-1, indices.unsqueeze(1).expand(groups, source.shape[1], k))
-    return source.gather(1, indices.unsqueeze(-1).expand(groups, k, source.shape[2]))
+        return pick(source.mT, -2, indices).mT
+    flattened = source.reshape(-1, source.shape[2])
+    return gather(flattened, 0, flat_indices(Selection(indices, None), source.shape[1])).view(
+        groups, k, source.shape[2]
+    )
 
 
 def spread(scale: Tensor, dim: int) -> Tensor:
