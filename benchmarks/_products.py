@@ -1,0 +1,185 @@
+"""Matrix products to approximate: random ones of several kinds, and those of a training step of the demo's networks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BATCH = 64
+TRAINING_STEPS = 44
+"""Two epochs of the digits: the networks have learned something, and their gradients have not vanished."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+    """Two float32 matrices to multiply.
+
+    Attributes:
+        name: For tables and figures.
+        lhs: A ``[m, K]``; may be a view, as it is in training.
+        rhs: B ``[K, n]``; likewise.
+        captured: Whether it comes from a network in training.
+    """
+
+    name: str
+    lhs: Tensor
+    rhs: Tensor
+    captured: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the shapes."""
+        if self.lhs.dim() != 2 or self.rhs.dim() != 2 or self.lhs.shape[1] != self.rhs.shape[0]:
+            raise ValueError(f"{self.name}: shapes {tuple(self.lhs.shape)}, {tuple(self.rhs.shape)} do not multiply")
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """``m, K, n``."""
+        return self.lhs.shape[0], self.lhs.shape[1], self.rhs.shape[1]
+
+    @property
+    def flops(self) -> int:
+        """Of the exact product: a multiply-add is two."""
+        m, pairs, n = self.sizes
+        return 2 * m * pairs * n
+
+    @functools.cached_property
+    def exact(self) -> Tensor:
+        """A @ B, multiplied in float64."""
+        return (self.lhs.double() @ self.rhs.double()).float()
+
+    @functools.cached_property
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """Norms of the columns of A and of the rows of B: ``[K]`` each."""
+        return self.lhs.norm(dim=0), self.rhs.norm(dim=1)
+
+    def facts(self) -> dict[str, float]:
+        """What decides which method is good at it: flatness of the pairs' norms, cancellation, and rank."""
+        s = self.norms[0] * self.norms[1]
+        size = float(self.exact.norm())
+        singular = torch.linalg.svdvals(self.exact.double()).square()
+        return {
+            "effective_pairs": float(s.sum() ** 2 / s.square().sum() / len(s)),
+            "coherence": size / float(s.sum()),
+            "stable_rank": float(singular.sum() / singular[0]),
+        }
+
+
+def random_products(quick: bool = False, seed: int = 0) -> list[Product]:
+    """Random products: what favours one kind of method or another.
+
+    Gaussian (nothing to hold on to), column norms of a heavy tail (favours sampling by norms), singular values 1/i
+    (favours low rank), non-negative (terms add up, as behind a ReLU), entries of a heavy
+    tail (favours element-wise sampling), and a large one for the time.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    m, pairs, n = (64, 96, 64) if quick else (192, 512, 192)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def heavy(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        a, b = normal(rows, pairs), normal(pairs, columns)
+        return a * normal(pairs).exp(), b * normal(pairs, 1).exp()
+
+    def decaying(rows: int, columns: int) -> Tensor:
+        left, right = (torch.linalg.qr(normal(size, min(rows, columns))).Q for size in (rows, columns))
+        return left * torch.arange(1, left.shape[1] + 1) ** -1.0 @ right.T * rows
+
+    def student(rows: int, columns: int) -> Tensor:
+        chi = sum(normal(rows, columns).square() for _ in range(3))
+        assert isinstance(chi, Tensor)
+        return normal(rows, columns) / (chi / 3).sqrt()
+
+    found = [
+        Product("gaussian", normal(m, pairs), normal(pairs, n)),
+        Product("heavy-tailed columns", *heavy(m, n)),
+        Product("singular values 1/i", decaying(m, pairs), decaying(pairs, n)),
+        Product("non-negative", normal(m, pairs).relu(), normal(pairs, n).abs()),
+        Product("heavy-tailed entries", student(m, pairs), student(pairs, n)),
+    ]
+    if not quick:
+        pairs = 1024
+        found.append(Product("large, heavy-tailed", *heavy(2048, 1024)))
+    return found
+
+
+def captured_products(quick: bool = False, seed: int = 0) -> list[Product]:
+    """The three products of a layer of the demo's CNN and MLP, trained exactly on the digits, in the step after.
+
+    A convolution multiplies as im2col: OUTPUT is ``[positions, channels x taps] @ [.., out channels]``. GRAD_INPUT
+    contracts the out-channels or out-features, GRAD_WEIGHT the positions or examples.
+    """
+    demo, data = _examples()
+    images = data.digits(seed=seed)
+    width, steps = (8, 10) if quick else (32, TRAINING_STEPS)
+    found = []
+    for kind, layer in (("CNN", "block3.conv"), ("MLP", "fc2")):
+        torch.manual_seed(seed)
+        build, rate = demo.NETWORKS[kind]
+        model = build(images, width)
+        x, y = _train(demo, model, images, rate, steps, seed)
+        if quick:
+            x, y = x[: BATCH // 4], y[: BATCH // 4]
+        operand, weight, gradient = _capture(model, model.get_submodule(layer), x, y)
+        label = f"{kind.lower()} {layer.partition('.')[0]}"
+        for role, lhs, rhs in (
+            ("OUTPUT", operand, weight.T),
+            ("GRAD_INPUT", gradient, weight),
+            ("GRAD_WEIGHT", gradient.T, operand),
+        ):
+            found.append(Product(f"{label} {role}", lhs, rhs, captured=True))
+    return found
+
+
+def _train(
+    demo: ModuleType, model: nn.Module, images: Any, rate: float, steps: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Trains for ``steps`` and returns the batch that would come next."""
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
+    epochs = steps * BATCH // len(images.train) + 2
+    for step, (x, y) in enumerate(demo.batches(images, epochs, seed)):
+        if step == steps:
+            return x, y
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    raise AssertionError("too few batches")
+
+
+def _capture(model: nn.Module, layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Input ``[rows, K]`` (im2col), weight ``[n, K]`` and output gradient ``[rows, n]`` of ``layer`` in one step."""
+    seen: dict[str, Tensor] = {}
+
+    def remember(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen["input"] = args[0].detach()
+        output.register_hook(lambda gradient: seen.update(gradient=gradient.detach()))
+
+    handle = layer.register_forward_hook(remember)
+    F.cross_entropy(model(x), y).backward()
+    handle.remove()
+    operand, gradient = seen["input"], seen["gradient"]
+    weight = layer.get_parameter("weight").detach().flatten(1).clone()
+    if isinstance(layer, nn.Conv2d):
+        assert not isinstance(layer.padding, str)
+        columns = F.unfold(operand, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        operand, gradient = columns.mT.flatten(0, 1).contiguous(), gradient.flatten(2).mT.flatten(0, 1).contiguous()
+    return operand, weight, gradient
+
+
+def _examples() -> tuple[ModuleType, ModuleType]:
+    """The modules ``demo`` and ``data`` of the examples, which are scripts and in no package."""
+    folder = str(Path(__file__).resolve().parents[1] / "examples")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module("demo"), importlib.import_module("data")
+    finally:
+        sys.path.remove(folder)
