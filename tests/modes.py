@@ -1,0 +1,36 @@
+"""The modes in which a transformed model trains, as functions of the ratio: the table that tests of modes walk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fx_approx import SamplerSpec
+from fx_approx.policies import Roles
+
+Mode = Callable[[float], Roles]
+
+
+def _combined(ratio: float, straight_through: bool = False) -> Roles:
+    """Another sampler, ratio and score for each product."""
+    return Roles(
+        SamplerSpec("topk", ratio),
+        SamplerSpec("crs", ratio, scores="weight"),
+        SamplerSpec("bernoulli", min(1.0, 1.25 * ratio), scores="uniform"),
+        straight_through=straight_through,
+    )
+
+
+MODES: dict[str, Mode] = {
+    "forward": lambda ratio: Roles(output=SamplerSpec("systematic", ratio)),
+    "straight": lambda ratio: Roles.straight(ratio, "systematic"),
+    "backward": Roles.backward,
+    "per_batch": lambda ratio: Roles.backward(ratio, "wta_unique", per_batch=True),
+    "weight_gradient": Roles.weight_gradient,
+    "positions": lambda ratio: Roles.weight_gradient(ratio, "systematic", positions=True),
+    "stale": lambda ratio: Roles.weight_gradient(ratio, "systematic", "stale"),
+    "combined": _combined,
+    "combined_straight": lambda ratio: _combined(ratio, True),
+}
+
+#: Modes whose forward pass is the exact one.
+EXACT_FORWARD = ("backward", "per_batch", "weight_gradient", "positions", "stale")
