@@ -103,7 +103,7 @@ def selection_flops(candidate: Candidate, role: Role, spec: SamplerSpec) -> int:
     facts = candidate.facts
     if facts is None or facts.shape is None or not _runs(facts, role):
         return 0
-    shape, reads = facts.shape, get_score(spec.scores).reads
+    shape, kind = facts.shape, get_score(spec.scores)
     itemsize = _itemsize(facts.dtype)
     entries = {
         "input": facts.lhs_bytes // itemsize,
@@ -111,9 +111,11 @@ def selection_flops(candidate: Candidate, role: Role, spec: SamplerSpec) -> int:
         "gradient": shape.batch * shape.groups * shape.m * shape.n,
     }
     operands = {Role.OUTPUT: ("input", "weight"), Role.GRAD_INPUT: ("gradient", "weight")}
-    read = [name for name in operands.get(role, ("gradient", "input")) if name in reads]
+    read = [name for name in operands.get(role, ("gradient", "input")) if name in kind.reads]
     if spec.positions and "input" in read:
         entries["input"] += shape.m * shape.block  # the squares of a patch are added up
+    if kind.learns:
+        read.append("gradient")  # for the steps to come
     groups = 1 if role is Role.GRAD_WEIGHT else shape.groups
     products = shape.role_pairs(role, spec.positions) * groups * shape.batch if len(read) == 2 else 0
     return 2 * sum(entries[name] for name in read) + products
@@ -151,10 +153,11 @@ def kept_bytes(facts: ProductFacts, kept: Kept, roles: Mapping[Role, SamplerSpec
     new_rhs = not facts.rhs_is_parameter
     if apart:
         lhs *= facts.flops.grad_weight > 0
+    patch = shape.k * shape.groups * _itemsize(facts.dtype)  # what an output position of a convolution reads
     total, scale = 0, max(_SCALE_BYTES, _itemsize(facts.dtype))
     if kept.output is not None and not kept.straight_through:
         lhs, rhs = lhs * kept.output // shape.pairs, rhs * kept.output // shape.pairs
-        new_rhs = True
+        new_rhs, patch = True, patch * kept.output // shape.pairs
         # Indices lead the gradients back to their places; the scale multiplies that of the weight.
         index = _INDEX_BYTES * (facts.lhs_kept or facts.rhs_kept)
         scaled = get_sampler(roles[Role.OUTPUT].name).unbiased and facts.flops.grad_weight > 0
@@ -167,8 +170,7 @@ def kept_bytes(facts: ProductFacts, kept: Kept, roles: Mapping[Role, SamplerSpec
             continue
         total += groups * k * (_INDEX_BYTES + scale * sampler.unbiased)
         if role is Role.GRAD_WEIGHT:
-            entries = k * shape.block * shape.row_block if spec.positions else k
-            lhs = min(lhs, lhs * entries // pairs)
+            lhs = min(lhs, k * patch) if spec.positions else lhs * k // pairs
     return total + lhs + rhs * new_rhs
 
 

@@ -125,7 +125,7 @@ class Selector(nn.Module):
         else:
             groups, pairs = op.roles.count(self.role, lhs, rhs, self.static, self.spec)
         k = self.k if self.k and pairs == self.pairs else self._count(pairs)
-        if k >= pairs:
+        if k >= pairs or groups == 0:
             return None
         with torch.no_grad(), torch.autocast(rhs.device.type, enabled=False):
             numbers = self._numbers(pairs, k, groups, given)

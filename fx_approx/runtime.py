@@ -13,13 +13,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd import forward_ad
 
 from fx_approx.batchnorm import note_fresh, warn_if_stale
 from fx_approx.candidate import Candidate, Role
 from fx_approx.capture import Capture, described
-from fx_approx.errors import CaptureWarning, RecomputationError, UnsupportedTransformError
+from fx_approx.errors import CaptureWarning, RecomputationError
 from fx_approx.modules import Selector
+from fx_approx.ops import refuse_transforms
 from fx_approx.plan import Plan
 from fx_approx.state import (
     INCREMENT,
@@ -28,6 +28,7 @@ from fx_approx.state import (
     draw,
     fingerprint,
     forget_calls,
+    further,
     in_backward,
     new_state,
     next_key,
@@ -88,6 +89,7 @@ class Runtime(nn.Module):
         self.sampling_swapped = False
         self.inside = False
         self.drawn: Draw | None = None
+        self.calls: dict[int, int] = {}
         self.sites: list[int] = []
         self.counts: list[int] = []
         self.called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -137,14 +139,23 @@ class Runtime(nn.Module):
     def draw_for(self, selector: Selector, inputs: list[Tensor]) -> Draw | None:
         """The randomness for a layer that is called outside the graph; see :class:`fx_approx.modules.DrawSource`.
 
-        Inside a forward it is that forward's. In a recomputation, that of the forward that is recomputed. A direct
-        call of the layer takes one of its own.
+        Inside a forward it is that forward's, for each further call of the layer another. In a recomputation, that of
+        the forward that is recomputed. A direct call of the layer takes one of its own.
         """
         if not selector.sampler.random:
             return None
         if self.inside:
-            return self.drawn
+            if self.drawn is None or torch.compiler.is_compiling():  # a compiled checkpoint cannot count
+                return self.drawn
+            number = self.calls.get(selector.site, 0)
+            self.calls[selector.site] = number + 1
+            return self._draw(further(self.drawn.key, number)) if number else self.drawn
         if not torch.compiler.is_compiling() and in_backward():
+            if self.calls.get(selector.site, 0) > 1:
+                raise RecomputationError(
+                    f"a checkpoint recomputes a {selector.kind} layer that its forward called several times outside "
+                    "the graph, and nothing tells the calls apart: checkpoint the whole model, or leave the layer exact"
+                )
             return self._recalled(_detached(inputs))
         return self._next(_detached(inputs))
 
@@ -172,14 +183,14 @@ class Runtime(nn.Module):
         if self.called is None and not torch.compiler.is_compiling():
             self.called = described(args), described(dict(kwargs))
         if root.training and self.samples and not torch.compiler.is_compiling():
-            _refuse_transforms()
+            refuse_transforms()
         values = None if self.function is None else self.capture.form.bind(args, kwargs)
         unfit = self._unfit(root, values)
         if unfit is not None or values is None or self.function is None:
             return self._run_python(root, exact, args, kwargs, unfit)
         if not self.sampling_swapped:
             return self.function(root, *values)
-        self.inside = True
+        self.inside, self.calls = True, {}
         try:
             result = self.function(root, *values)
         finally:
@@ -221,7 +232,7 @@ class Runtime(nn.Module):
         reason: str | None,
     ) -> Any:
         self.drawn = self._next(_detached((args, kwargs))) if self.draws else None
-        self.inside = True
+        self.inside, self.calls = True, {}
         try:
             result = exact(root, *args, **kwargs)
         finally:
@@ -295,25 +306,6 @@ class Runtime(nn.Module):
     def seed(self) -> int:
         """The seed that all samples depend on."""
         return int(self.state[SEED])
-
-
-def _refuse_transforms() -> None:
-    """Raises UnsupportedTransformError inside a vmap or a forward-mode derivative.
-
-    Under vmap the scores would have to be those of all examples together; the sampled products have no forward-mode
-    derivative.
-    """
-    kinds = [interpreter.key().name for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
-    if forward_ad._current_level >= 0:
-        kinds.append("Jvp")
-    unsupported = {"Vmap": "vmap", "Jvp": "forward-mode derivatives (jvp)"}
-    for kind in kinds:
-        if kind in unsupported:
-            raise UnsupportedTransformError(
-                f"{unsupported[kind]} of a model that samples is not supported. Call model.eval() or "
-                "fx_approx.set_enabled(model, False), then the model is exact and can be transformed; torch.func.grad "
-                "and functional_call work while sampling."
-            )
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -23,6 +23,7 @@ from fx_approx.sampling import derive_key, site_uniforms
 
 STEP, INCREMENT, EVERY, SEED = range(4)
 
+_NEXT_SEED = 0x3C6EF372FE94F82B  # odd, so that seeds near each other stay apart
 _REMEMBERED = 4096
 
 
@@ -142,6 +143,11 @@ def next_key(state: Tensor, inputs: list[Tensor], owner: int) -> Tensor:
     state[STEP] += state[INCREMENT]
     _remember(call, key, inputs)
     return key
+
+
+def further(key: Tensor, number: int) -> Tensor:
+    """The key of the ``number``-th further call of a layer in one forward: that of another seed, ``key`` as for 0."""
+    return key + number * key.new_tensor((_NEXT_SEED, 0))
 
 
 @next_key.register_fake

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+import fx_approx
 from fx_approx import SamplerSpec
 from fx_approx.policies import Roles
+
+from .models import train_step
 
 Mode = Callable[[float], Roles]
 
@@ -34,3 +42,19 @@ MODES: dict[str, Mode] = {
 
 #: Modes whose forward pass is the exact one.
 EXACT_FORWARD = ("backward", "per_batch", "weight_gradient", "positions", "stale")
+
+
+def transformed(model: nn.Module, policy: Any, *args: Any, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
+        return fx_approx.transform(model, policy, *args, **options)
+
+
+def steps(model: nn.Module, count: int, x: Tensor, optimizer: Any = None) -> list[Any]:
+    """Outputs and gradients of some training steps on one batch; they depend on nothing but the model."""
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3) if optimizer is None else optimizer
+    found = []
+    for _ in range(count):
+        found.append(train_step(model, x))
+        optimizer.step()
+    return found

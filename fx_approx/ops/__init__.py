@@ -9,6 +9,7 @@ from fx_approx.ops.gather import gather, select_channels
 from fx_approx.ops.linear import linear
 from fx_approx.ops.matmul import addmm, baddbmm, bmm, matmul, mm
 from fx_approx.ops.running import new_running
+from fx_approx.ops.unsupported import refuse_transforms
 
 __all__ = [
     "OPS",
@@ -34,6 +35,7 @@ __all__ = [
     "matmul",
     "mm",
     "new_running",
+    "refuse_transforms",
     "register_op",
     "select_channels",
 ]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fx_approx.ops.gather import flat_indices, gather
+from fx_approx.ops.gather import gather
 from fx_approx.sampling import Selection, get_sampler
 
 
@@ -109,15 +109,11 @@ def pick(source: Tensor, dim: int, indices: Tensor) -> Tensor:
         dim: The axis, negative; -1 or -2 if there are several groups.
         indices: ``[groups, k]``, unique in each group.
     """
-    groups, k = indices.shape
-    if groups == 1:
+    if indices.shape[0] == 1:
         return gather(source, dim, indices[0])
     if dim == -1:
         return pick(source.mT, -2, indices).mT
-    flattened = source.reshape(-1, source.shape[2])
-    return gather(flattened, 0, flat_indices(Selection(indices, None), source.shape[1])).view(
-        groups, k, source.shape[2]
-    )
+    return gather(source, -2, indices)
 
 
 def spread(scale: Tensor, dim: int) -> Tensor:

@@ -20,6 +20,7 @@ from fx_approx.ops.backward import Early, How, Late, Rule, amp, draw_late, flat,
 from fx_approx.ops.base import norm, ones_like_scores
 from fx_approx.ops.gather import flat_indices, gather, scaled, select_channels
 from fx_approx.ops.running import refresh, weighted
+from fx_approx.ops.unsupported import refuse_vmap
 from fx_approx.sampling import SamplerSpec, Selection, get_score
 
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -80,18 +81,55 @@ def _patches(x: Tensor, kernel: torch.Size, call: Call, indices: Tensor) -> Tens
         indices: ``[k]`` numbers of output positions, those of an example one behind the other.
 
     Returns:
-        ``[k, prod(kernel), C]``.
+        ``[k, prod(kernel), C]``. Its gradient keeps ``indices`` only.
     """
-    sizes = _output_size(x.shape, kernel, call)
-    padded = F.pad(x, [side for amount in reversed(call.padding) for side in (amount, amount)])
-    rest, offsets = indices, torch.arange(math.prod(kernel), device=x.device)
+    result: Tensor = _Patches.apply(x, kernel, call, indices)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Patches(torch.autograd.Function):
+    """What positions read; the gradient adds up where they overlap."""
+
+    @staticmethod
+    def forward(x: Tensor, kernel: torch.Size, call: Call, indices: Tensor) -> Tensor:
+        padded = F.pad(x, _sides(call))
+        return padded.movedim(1, -1)[_places(x.shape, kernel, call, indices)]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.kernel, ctx.call, indices = inputs
+        ctx.size = x.shape
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        if grad is None:
+            return None, None, None, None
+        (indices,) = ctx.saved_tensors
+        sides = _sides(ctx.call)
+        spatial = [n + 2 * amount for n, amount in zip(ctx.size[2:], ctx.call.padding, strict=True)]
+        padded = grad.new_zeros(ctx.size[0], *spatial, ctx.size[1])
+        places = _places(ctx.size, ctx.kernel, ctx.call, indices)
+        padded = padded.index_put(places, grad, accumulate=True).movedim(-1, 1)
+        return F.pad(padded, [-side for side in sides]), None, None, None
+
+
+def _sides(call: Call) -> list[int]:
+    return [side for amount in reversed(call.padding) for side in (amount, amount)]
+
+
+def _places(size: torch.Size, kernel: torch.Size, call: Call, indices: Tensor) -> tuple[Tensor, ...]:
+    """Example and spatial indices of the padded input that the output positions ``indices`` read, ``[k, kernel]``."""
+    sizes = _output_size(size, kernel, call)
+    rest, offsets = indices, torch.arange(math.prod(kernel), device=indices.device)
     places: list[Tensor] = []
     for axis in reversed(range(len(kernel))):
         at = (rest % sizes[axis]) * call.stride[axis]
         within = (offsets % kernel[axis]) * call.dilation[axis]
         places.insert(0, at.unsqueeze(1) + within)
         rest, offsets = rest // sizes[axis], offsets // kernel[axis]
-    return padded.movedim(1, -1)[(rest.unsqueeze(1), *places)]
+    return (rest.unsqueeze(1), *places)
 
 
 def _patch_norms(x: Tensor, kernel: torch.Size, call: Call) -> Tensor:
@@ -210,7 +248,8 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, w, _bias, rows, _, _, in_indices, in_scale, in_numbers, ctx.in_rule, *last = inputs
-        w_indices, w_scale, w_numbers, ctx.w_rule, w_running, ctx.call, ctx.positions = last
+        # Not among the saved tensors: a second backward pass may find it refreshed.
+        w_indices, w_scale, w_numbers, ctx.w_rule, ctx.w_running, ctx.call, ctx.positions = last
         ctx.set_materialize_grads(False)
         needs_x, needs_w = ctx.needs_input_grad[:2]
         ctx.kept, ctx.size = rows is not None, x.shape
@@ -218,14 +257,16 @@ class _Conv(torch.autograd.Function):
             w,
             *((in_indices, in_scale, in_numbers) if needs_x else (None, None, None)),
             (x if rows is None else rows) if needs_w else None,
-            *((w_indices, w_scale, w_numbers, w_running) if needs_w else (None, None, None, None)),
+            *((w_indices, w_scale, w_numbers) if needs_w else (None, None, None)),
         )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 17
-        w, in_indices, in_scale, in_numbers, x, w_indices, w_scale, w_numbers, w_running = ctx.saved_tensors
+        refuse_vmap(grad)
+        w, in_indices, in_scale, in_numbers, x, w_indices, w_scale, w_numbers = ctx.saved_tensors
+        w_running: Tensor | None = ctx.w_running
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
         call: Call = ctx.call
         kernel = w.shape[2:]
@@ -262,7 +303,7 @@ def _grad_input(
     grad: Tensor, w: Tensor, indices: Tensor | None, scale: Tensor | None, call: Call, size: torch.Size
 ) -> Tensor:
     if indices is not None:
-        index = flat_indices(Selection(indices, scale), w.shape[0] // call.groups)
+        index = flat_indices(indices, w.shape[0] // call.groups)
         grad, w = gather(grad, 1, index), gather(w, 0, index)
         if scale is not None:
             w = scaled(w, scale.reshape(-1, *[1] * (w.dim() - 1)))

@@ -137,7 +137,7 @@ def _view(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> tuple[Tensor, 
             labels = "".join(label for label in labels if label in wanted)
         ordered = operand.permute([labels.index(label) for label in wanted])
         sizes = [
-            math.prod(ordered.shape[i] for i, label in enumerate(wanted) if label in part)
+            math.prod([ordered.shape[i] for i, label in enumerate(wanted) if label in part])
             for part in (parsed.batch, own, parsed.contracted)
         ]
         return ordered.reshape(sizes if parsed.batch else sizes[1:])
@@ -154,6 +154,11 @@ class _EinsumPairs(MatrixPairs):
         """As the protocol says."""
         groups, pairs = super().count(role, lhs, rhs, static, spec)
         return groups, _pairs(lhs, rhs, static) if role is Role.OUTPUT else pairs
+
+    def positions(self, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerSpec) -> int:
+        """The last of the labels that only ``lhs`` has, if there is another one before it."""
+        parsed = _parse(static["equation"])
+        return lhs.shape[parsed.lhs.index(parsed.rows[-1])] if len(parsed.batch + parsed.rows) > 1 else 1
 
     def scores(
         self,

@@ -41,9 +41,9 @@ def gather(source: Tensor, dim: int, index: Tensor) -> Tensor:
     """The entries ``index`` of ``source`` along ``dim``; keeps channels_last.
 
     Args:
-        source: Any shape and strides.
-        dim: The axis, negative counted from the end.
-        index: ``[k]`` int64, unique.
+        source: Any shape and strides; ``[groups, rows, columns]`` for an index of several groups.
+        dim: The axis, negative counted from the end; -2 for an index of several groups.
+        index: ``[k]`` int64, unique, or ``[groups, k]``, unique in each group.
 
     Returns:
         ``source`` with ``k`` entries along ``dim``. Its gradient is zero outside ``index``.
@@ -52,9 +52,8 @@ def gather(source: Tensor, dim: int, index: Tensor) -> Tensor:
     return result
 
 
-def flat_indices(selection: Selection, pairs: int) -> Tensor:
-    """``[groups * k]`` positions in the flattened ``groups * pairs`` channels."""
-    indices = selection.indices
+def flat_indices(indices: Tensor, pairs: int) -> Tensor:
+    """``[groups * k]`` positions in the flattened ``groups * pairs`` channels, of ``indices [groups, k]``."""
     groups = indices.shape[0]
     if groups == 1:
         return indices[0]
@@ -80,7 +79,7 @@ def select_channels(input: Tensor, weight: Tensor, groups: int, selection: Selec
         Input with ``groups * k`` channels and weight ``[O, k, ...]``, ready for the same convolution.
     """
     pairs = weight.shape[1]
-    index = flat_indices(selection, pairs)
+    index = flat_indices(selection.indices, pairs)
     channels = gather(input, 1 - weight.dim(), index)
     if groups == 1:
         rows = gather(weight, 1, index)
@@ -111,6 +110,9 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _select(source: Tensor, dim: int, index: Tensor) -> Tensor:
+    if index.dim() == 2:
+        flat = _rows(source.flatten(0, 1), 0, flat_indices(index, source.shape[1]))
+        return flat.view(*index.shape, -1)
     order = _channels_last_order(source)
     if order is None:
         return _rows(source, dim, index)
@@ -130,6 +132,9 @@ def _rows(source: Tensor, dim: int, index: Tensor) -> Tensor:
 
 
 def _scatter(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    if index.dim() == 2:
+        flat = _scatter(grad.flatten(0, 1), 0, flat_indices(index, size), index.shape[0] * size)
+        return flat.view(index.shape[0], size, -1)
     order = _channels_last_order(grad)
     if order is not None:
         grad, dim = grad.permute(order), order.index(dim)

@@ -20,6 +20,7 @@ from fx_approx.ops.backward import Early, How, Late, Rule, amp, draw_late, flat,
 from fx_approx.ops.base import norm, ones_like_scores
 from fx_approx.ops.gather import scaled
 from fx_approx.ops.running import refresh, weighted
+from fx_approx.ops.unsupported import refuse_vmap
 from fx_approx.sampling import SamplerSpec, Selection, get_score
 
 
@@ -142,7 +143,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, w, _bias, rows, _, _, in_indices, in_scale, in_numbers, ctx.in_rule, *last = inputs
-        w_indices, w_scale, w_numbers, ctx.w_rule, w_running = last
+        # Not among the saved tensors: a second backward pass may find it refreshed.
+        w_indices, w_scale, w_numbers, ctx.w_rule, ctx.w_running = last
         ctx.set_materialize_grads(False)
         needs_x, needs_w = ctx.needs_input_grad[:2]
         ctx.kept = rows is not None
@@ -150,14 +152,16 @@ class _Product(torch.autograd.Function):
             w if needs_x else None,
             *((in_indices, in_scale, in_numbers) if needs_x else (None, None, None)),
             (x if rows is None else rows) if needs_w else None,
-            *((w_indices, w_scale, w_numbers, w_running) if needs_w else (None, None, None, None)),
+            *((w_indices, w_scale, w_numbers) if needs_w else (None, None, None)),
         )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 15
-        w, in_indices, in_scale, in_numbers, x, w_indices, w_scale, w_numbers, w_running = ctx.saved_tensors
+        refuse_vmap(grad)
+        w, in_indices, in_scale, in_numbers, x, w_indices, w_scale, w_numbers = ctx.saved_tensors
+        w_running: Tensor | None = ctx.w_running
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
         grad_x = grad_w = grad_bias = None
         if needs_x:

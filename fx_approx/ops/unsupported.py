@@ -1,0 +1,44 @@
+"""Function transforms that sampling does not support, refused with a clear error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fx_approx.errors import UnsupportedTransformError
+
+
+def refuse_transforms() -> None:
+    """Raises UnsupportedTransformError inside a vmap or a forward-mode derivative.
+
+    Under vmap the scores would have to be those of all examples together; the sampled products have no forward-mode
+    derivative.
+    """
+    kinds = [interpreter.key().name for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
+    if forward_ad._current_level >= 0:
+        kinds.append("Jvp")
+    unsupported = {"Vmap": "vmap", "Jvp": "forward-mode derivatives (jvp)"}
+    for kind in kinds:
+        if kind in unsupported:
+            raise UnsupportedTransformError(
+                f"{unsupported[kind]} of a model that samples is not supported. Call model.eval() or "
+                "fx_approx.set_enabled(model, False), then the model is exact and can be transformed; torch.func.grad "
+                "and functional_call work while sampling."
+            )
+
+
+def refuse_vmap(grad: Tensor) -> None:
+    """Raises UnsupportedTransformError for a gradient of several backward passes at once, in vmap.
+
+    Each would draw from scores of its own.
+    """
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad):
+        raise UnsupportedTransformError(
+            "vmap over the backward pass of a sampled product (torch.func.jacrev, is_grads_batched=True) is not "
+            "supported. Call model.eval() or fx_approx.set_enabled(model, False), then the model is exact, or run the "
+            "backward passes one by one under fx_approx.hold(model)."
+        )
