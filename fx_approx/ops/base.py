@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fx_approx.candidate import GemmShape, Role
+from fx_approx.ops.gather import channels_last_order
 from fx_approx.sampling import SamplerSpec, ScoreKind, Selection
 
 SAMPLING_ARGUMENTS = ("selection", "grad_input", "grad_weight", "straight_through")
@@ -141,9 +143,29 @@ def find_op(target: Any) -> ProductOp | None:
         return None
 
 
+_LONG = 32  # entries that lie together, from which on their norms are worth a pass of their own
+
+
 def norm(operand: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Euclidean norms over ``dims``, accumulated in float32, or in float64 for float64 operands."""
+    """Euclidean norms over ``dims``, accumulated in float32, or in float64 for float64 operands.
+
+    On CPUs ``vector_norm`` is slow unless what it reduces lies together in memory: there the norms over the last axes
+    come first, or else the squares are added up.
+    """
     dtype = torch.float64 if operand.dtype == torch.float64 else torch.float32
+    if operand.device.type == "cpu" and not torch.compiler.is_compiling():
+        count = operand.dim()
+        rest, last = [axis % count for axis in dims], count
+        order = channels_last_order(operand)
+        if order is not None and (1 in rest or set(range(2, count)) <= set(rest)):
+            return norm(operand.permute(order), tuple(order.index(axis) for axis in rest))
+        while last - 1 in rest:
+            last -= 1
+            rest.remove(last)
+        if last == count or not operand.is_contiguous():
+            return operand.to(dtype).square().sum(dims).sqrt()
+        if rest and math.prod(operand.shape[last:]) >= _LONG:
+            return norm(torch.linalg.vector_norm(operand, dim=tuple(range(last, count)), dtype=dtype), tuple(rest))
     result: Tensor = torch.linalg.vector_norm(operand, dim=dims, dtype=dtype)
     return result
 

@@ -95,7 +95,7 @@ def select_channels(input: Tensor, weight: Tensor, groups: int, selection: Selec
     return channels, rows.reshape(groups * outputs, selection.indices.shape[1], *positions)
 
 
-def _channels_last_order(source: Tensor) -> tuple[int, ...] | None:
+def channels_last_order(source: Tensor) -> tuple[int, ...] | None:
     """The permutation that makes a channels_last tensor contiguous, or None for another layout."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(source.dim())
     if channels_last is None or source.is_contiguous():
@@ -113,7 +113,7 @@ def _select(source: Tensor, dim: int, index: Tensor) -> Tensor:
     if index.dim() == 2:
         flat = _rows(source.flatten(0, 1), 0, flat_indices(index, source.shape[1]))
         return flat.view(*index.shape, -1)
-    order = _channels_last_order(source)
+    order = channels_last_order(source)
     if order is None:
         return _rows(source, dim, index)
     return _rows(source.permute(order), order.index(dim), index).permute(_inverse(order))
@@ -135,7 +135,7 @@ def _scatter(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     if index.dim() == 2:
         flat = _scatter(grad.flatten(0, 1), 0, flat_indices(index, size), index.shape[0] * size)
         return flat.view(index.shape[0], size, -1)
-    order = _channels_last_order(grad)
+    order = channels_last_order(grad)
     if order is not None:
         grad, dim = grad.permute(order), order.index(dim)
     shape = (*grad.shape[:dim], size, *grad.shape[dim + 1 :])
