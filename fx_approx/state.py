@@ -177,8 +177,8 @@ def draw(key: Tensor, sites: list[int], counts: list[int]) -> Tensor:
     """
     if not sites:
         return key.new_empty(0, dtype=torch.float32)
-    places, elements = _positions(tuple(sites), tuple(counts), key.device)
-    return site_uniforms(derive_key(key[0], key[1]), places, elements)
+    numbers, places, elements = _positions(tuple(sites), tuple(counts), key.device)
+    return site_uniforms(derive_key(key[0], key[1]), numbers, places, elements)
 
 
 @draw.register_fake
@@ -187,11 +187,14 @@ def _(key: Tensor, sites: list[int], counts: list[int]) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _positions(sites: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _positions(
+    sites: tuple[int, ...], counts: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor]:
     with torch.inference_mode(False):  # they serve later calls too
-        places = [torch.full((count,), site, dtype=torch.int64) for site, count in zip(sites, counts, strict=True)]
+        places = [torch.full((count,), place, dtype=torch.int64) for place, count in enumerate(counts)]
         elements = [torch.arange(count, dtype=torch.int64) for count in counts]
-        return torch.cat(places).to(device), torch.cat(elements).to(device)
+        which = torch.cat(places).to(device) if len(sites) > 1 else None
+        return torch.tensor(sites, dtype=torch.int64, device=device), which, torch.cat(elements).to(device)
 
 
 def _traced_in_checkpoint() -> bool:

@@ -22,10 +22,11 @@ _LANE_HIGH = 0x243F6A88
 
 
 def _multiply(x: Tensor, factor: int) -> Tensor:
-    """Return ``x * factor`` modulo 2**32, by 16-bit halves so that no product reaches 2**63."""
-    low = (x & 0xFFFF) * factor
-    high = ((x >> 16) * factor) & 0xFFFF
-    return (low + (high << 16)) & _WORD
+    """Return ``x * factor`` modulo 2**32, for ``x`` in [0, 2**32).
+
+    The factor is taken between -2**31 and 2**31, which is the same modulo 2**32, so that no product reaches 2**63.
+    """
+    return (x * (factor - (factor >> 31 << 32))) & _WORD
 
 
 def mix(x: Tensor) -> Tensor:
@@ -62,11 +63,9 @@ def derive_key(seed: Tensor, step: Tensor) -> Tensor:
         int64 of the same shape, in [0, 2**63). It depends on every bit of both arguments; two lanes are
         hashed separately, so a collision needs about 2**31.5 different (seed, step) pairs.
     """
-    words = []
-    for start in (_LANE_LOW, _LANE_HIGH):
-        lane = torch.full_like(seed, start)
-        words.append(_absorb(_absorb(lane, seed), step))
-    return ((words[1] >> 1) << 32) | words[0]
+    lanes = torch.stack((torch.full_like(seed, _LANE_LOW), torch.full_like(seed, _LANE_HIGH)))
+    low, high = _absorb(_absorb(lanes, seed), step).unbind()
+    return ((high >> 1) << 32) | low
 
 
 def uniforms(key: Tensor, site: int, groups: int, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -89,16 +88,17 @@ def uniforms(key: Tensor, site: int, groups: int, count: int, dtype: torch.dtype
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype: uniforms are exact in torch.float32 or torch.float64 only, got {dtype}")
     element = torch.arange(groups * count, dtype=torch.int64, device=key.device)
-    sites = torch.full_like(element, site)
-    return site_uniforms(key, sites, element).view(groups, count).to(dtype)
+    sites = torch.full_like(key, site).unsqueeze(0)
+    return site_uniforms(key, sites, None, element).view(groups, count).to(dtype)
 
 
-def site_uniforms(key: Tensor, sites: Tensor, elements: Tensor) -> Tensor:
+def site_uniforms(key: Tensor, sites: Tensor, places: Tensor | None, elements: Tensor) -> Tensor:
     """Return the uniforms of many sites at once: what ``uniforms`` gives each of them.
 
     Args:
         key: int64 scalar tensor from ``derive_key``.
-        sites: int64 ``[n]``, the number of the site of each uniform.
+        sites: int64 ``[s]``, numbers of the sites.
+        places: int64 ``[n]``, the place in ``sites`` of the site of each uniform; None if there is one site.
         elements: int64 ``[n]``, its position within the site.
 
     Returns:
@@ -108,6 +108,8 @@ def site_uniforms(key: Tensor, sites: Tensor, elements: Tensor) -> Tensor:
     for word in (sites & _WORD, (sites >> 32) & _WORD):
         # Each lane also takes a constant of its own: with equal lanes the site could cancel out below.
         low, high = mix(low ^ word ^ _LANE_LOW), mix(high ^ word ^ _LANE_HIGH)
+    if places is not None:
+        low, high = low[places], high[places]
     # Two rounds: after the first alone, two keys close to each other would give shifted copies of one stream.
     hashed = mix(mix(elements + low) ^ high)
     return ((hashed >> 9).to(torch.float32) + 0.5) * 2.0**-23
