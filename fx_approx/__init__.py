@@ -26,6 +26,8 @@ from fx_approx.errors import (
     StaleStatisticsWarning,
     UnsupportedTransformError,
 )
+from fx_approx.noise import measure_error
+from fx_approx.noise_report import NoiseReport
 from fx_approx.plan import Decision, Plan
 from fx_approx.report import Explanation, SavingsReport
 from fx_approx.sampling import SamplerSpec, Selection
@@ -41,6 +43,7 @@ __all__ = [
     "Explanation",
     "GemmShape",
     "NoEffectWarning",
+    "NoiseReport",
     "Plan",
     "PlanMismatchError",
     "RecomputationError",
@@ -54,6 +57,7 @@ __all__ = [
     "explain",
     "hold",
     "load_sampler_state",
+    "measure_error",
     "recalibrate",
     "report",
     "restore",

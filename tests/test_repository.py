@@ -28,7 +28,7 @@ LAYERS: dict[str, tuple[int, set[str]]] = {
     "runtime": (4, {"runtime"}),
     "passes": (5, {"passes"}),
     "policies": (5, {"policies"}),
-    "surface": (6, {"report", "tables", "checks", "controls"}),
+    "surface": (6, {"report", "tables", "checks", "controls", "noise", "noise_report"}),
     "api": (7, {"api"}),
     "entry": (8, {"__init__", "__main__", "cli"}),
 }
