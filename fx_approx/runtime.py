@@ -134,7 +134,8 @@ class Runtime(nn.Module):
         return self._draw(next_key(self.state, inputs, self.number))
 
     def _draw(self, key: Tensor) -> Draw:
-        return Draw(key, draw(key, self.sites, self.counts))
+        numbers = draw(key, self.sites, self.counts) if self.sites else key.new_empty(0, dtype=torch.float32)
+        return Draw(key, numbers)
 
     def draw_for(self, selector: Selector, inputs: list[Tensor]) -> Draw | None:
         """The randomness for a layer that is called outside the graph; see :class:`fx_approx.modules.DrawSource`.
