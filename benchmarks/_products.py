@@ -28,17 +28,22 @@ class Product:
         lhs: A ``[m, K]``; may be a view, as it is in training.
         rhs: B ``[K, n]``; likewise.
         captured: Whether it comes from a network in training.
+        block: How many columns of A next to each other, and rows of B, the package's samplers choose together: those of
+            a channel of a convolution.
     """
 
     name: str
     lhs: Tensor
     rhs: Tensor
     captured: bool = False
+    block: int = 1
 
     def __post_init__(self) -> None:
         """Check the shapes."""
         if self.lhs.dim() != 2 or self.rhs.dim() != 2 or self.lhs.shape[1] != self.rhs.shape[0]:
             raise ValueError(f"{self.name}: shapes {tuple(self.lhs.shape)}, {tuple(self.rhs.shape)} do not multiply")
+        if self.lhs.shape[1] % self.block:
+            raise ValueError(f"{self.name}: {self.lhs.shape[1]} columns are no blocks of {self.block}")
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -51,6 +56,11 @@ class Product:
         m, pairs, n = self.sizes
         return 2 * m * pairs * n
 
+    @property
+    def pairs(self) -> int:
+        """What the package's samplers choose from."""
+        return self.lhs.shape[1] // self.block
+
     @functools.cached_property
     def exact(self) -> Tensor:
         """A @ B, multiplied in float64."""
@@ -58,8 +68,9 @@ class Product:
 
     @functools.cached_property
     def norms(self) -> tuple[Tensor, Tensor]:
-        """Norms of the columns of A and of the rows of B: ``[K]`` each."""
-        return self.lhs.norm(dim=0), self.rhs.norm(dim=1)
+        """Norms of the blocks of columns of A and of rows of B: ``[pairs]`` each."""
+        blocks = (self.pairs, self.block)
+        return self.lhs.unflatten(1, blocks).norm(dim=(0, 2)), self.rhs.unflatten(0, blocks).norm(dim=(1, 2))
 
     def facts(self) -> dict[str, float]:
         """What decides which method is good at it: flatness of the pairs' norms, cancellation, and rank."""
@@ -115,8 +126,11 @@ def random_products(quick: bool = False, seed: int = 0) -> list[Product]:
 def captured_products(quick: bool = False, seed: int = 0) -> list[Product]:
     """The three products of a layer of the demo's CNN and MLP, trained exactly on the digits, in the step after.
 
-    A convolution multiplies as im2col: OUTPUT is ``[positions, channels x taps] @ [.., out channels]``. GRAD_INPUT
-    contracts the out-channels or out-features, GRAD_WEIGHT the positions or examples.
+    A convolution multiplies as im2col: OUTPUT is ``[positions, channels x taps] @ [.., out channels]``. It comes twice,
+    since the package chooses whole channels and any other method may take the columns one by one. GRAD_INPUT contracts
+    the out-channels or out-features, GRAD_WEIGHT the positions or examples. That of the CNN comes twice, too: BatchNorm
+    behind a convolution makes every row of its A sum to zero, so B may have any vector taken from all of its rows, and
+    with their mean taken the product is the same and other terms are large.
     """
     demo, data = _examples()
     images = data.digits(seed=seed)
@@ -137,6 +151,11 @@ def captured_products(quick: bool = False, seed: int = 0) -> list[Product]:
             ("GRAD_WEIGHT", gradient.T, operand),
         ):
             found.append(Product(f"{label} {role}", lhs, rhs, captured=True))
+            if role == "OUTPUT" and kind == "CNN":
+                taps = model.get_parameter(f"{layer}.weight")[0, 0].numel()
+                found.append(Product(f"{label} OUTPUT, channels", lhs, rhs, captured=True, block=taps))
+            if role == "GRAD_WEIGHT" and kind == "CNN":
+                found.append(Product(f"{label} GRAD_WEIGHT, centred", lhs, rhs - rhs.mean(0), captured=True))
     return found
 
 

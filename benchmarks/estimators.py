@@ -1,19 +1,20 @@
 """Error against operations and against time: the package's samplers and other ways to approximate a product A @ B.
 
     python benchmarks/estimators.py --quick
-    python benchmarks/estimators.py --out docs/figures
+    python benchmarks/estimators.py --out docs/figures --json docs/results/estimators.json
 
 Every method gets the same budgets, shares of the operations 2 m K n of the exact product; what it spends on norms,
 sketches, decompositions and searches comes out of them. Before anything is measured every method must show that it is
 right: exact at its largest size, and A @ B on average where it is unbiased. Methods take turns, draw by draw, in an
-order that changes, beside ``torch.matmul``. ``--out`` writes estimators.json and figures there (these need
-matplotlib). It needs the extra ``demo``; about five minutes on 2 cores, half a minute with ``--quick``.
+order that changes, beside ``torch.matmul``, all in one thread, since scipy's sparse product has no more. ``--out``
+draws figures, which need matplotlib. It needs the extra ``demo``; five minutes, half a minute with ``--quick``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import random
 import statistics
@@ -24,14 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _header import header, store
+from _header import add_json_option, environment, header
 from _products import Product, captured_products, random_products
 from _rivals import RIVALS, Method
 from tabulate import tabulate
 from torch import Tensor
 
 from fx_approx.ops import mm
-from fx_approx.sampling import derive_key, get_sampler, uniforms
+from fx_approx.ops.base import norm
+from fx_approx.sampling import Selection, derive_key, get_sampler, uniforms
 
 BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 DRAWS = 20
@@ -40,10 +42,16 @@ CHECK_LIMIT = 4.0
 """The mean error of an unbiased method over its standard error is about 1, as a norm; above this a check fails."""
 
 
-def sampled(name: str, epsilon: float, scored: bool = True) -> Method:
-    """The sampler ``name`` with ``online`` scores (or uniform ones), as the package multiplies with it.
+def sampled(name: str, epsilon: float, scores: str = "online") -> Method:
+    """The sampler ``name``, as the package multiplies with it.
 
     Its uniforms are made outside the clock, since the package makes those of all layers at once, once a step.
+
+    Args:
+        name: Of the sampler.
+        epsilon: Share of uniform probability.
+        scores: ``online``; ``B``, the norms of the rows of B alone, which are the package's ``weight`` scores where B
+            is a weight and its ``input`` scores where B is an input; or ``uniform``.
     """
     sampler = get_sampler(name)
 
@@ -51,20 +59,23 @@ def sampled(name: str, epsilon: float, scored: bool = True) -> Method:
         if not sampler.random:
             return None
         key = derive_key(torch.tensor(seed), torch.tensor(0))
-        return uniforms(key, 0, 1, sampler.uniforms(product.sizes[1], k))
+        return uniforms(key, 0, 1, sampler.uniforms(product.pairs, k))
 
     def estimate(product: Product, k: int, drawn: Tensor | None) -> Tensor:
-        lhs, rhs = product.lhs, product.rhs
-        norm = torch.linalg.vector_norm
-        scores = (norm(lhs, dim=0) * norm(rhs, dim=1) if scored else torch.ones(lhs.shape[1])).unsqueeze(0)
-        return mm(lhs, rhs, selection=sampler.draw(scores, k, drawn, epsilon=epsilon))
+        lhs, rhs, found = product.lhs, product.rhs, torch.ones(product.pairs)
+        if scores != "uniform":
+            found = block_norms(rhs, 0, product.block)
+        if scores == "online":
+            found = block_norms(lhs, 1, product.block) * found
+        return mm(lhs, rhs, selection=columns(sampler.draw(found[None], k, drawn, epsilon=epsilon), product.block))
 
-    variant = "" if not sampler.random else f"ε = {epsilon:g}" if scored else "uniform"
+    online = f"ε = {epsilon:g}" if sampler.random else ""
+    variant = {"online": online, "B": "norms of B", "uniform": "uniform"}[scores]
     return Method(
         name,
         unbiased=sampler.unbiased,
-        limit=lambda product: product.sizes[1],
-        flops=lambda product, k: sampled_flops(product, k, scored, scaled=sampler.random),
+        limit=lambda product: product.pairs,
+        flops=lambda product, k: sampled_flops(product, k, scores, scaled=sampler.random),
         estimate=estimate,
         exact_at_limit=True,
         package=True,
@@ -73,11 +84,26 @@ def sampled(name: str, epsilon: float, scored: bool = True) -> Method:
     )
 
 
-def sampled_flops(product: Product, k: int, scored: bool, scaled: bool) -> float:
-    """The product of k pairs, norms of both operands, a sort of the pairs, and the scale on k rows of B."""
-    m, pairs, n = product.sizes
-    scores = 2.0 * (m * pairs + pairs * n) + pairs if scored else 0.0
-    return 2.0 * m * k * n + scores + pairs * math.ceil(math.log2(max(2, pairs))) + k * n * scaled
+def block_norms(matrix: Tensor, axis: int, block: int) -> Tensor:
+    """Norms of the columns (axis 1) or rows (axis 0) of ``matrix``, ``block`` of them taken together."""
+    if block == 1:
+        return norm(matrix, (1 - axis,))
+    return norm(matrix.unflatten(axis, (-1, block)), (1, 2) if axis == 0 else (0, 2))
+
+
+def columns(chosen: Selection, block: int) -> Selection:
+    """The columns of the chosen blocks."""
+    if block == 1:
+        return chosen
+    inside = chosen.indices.unsqueeze(-1) * block + torch.arange(block)
+    return Selection(inside.flatten(1), None if chosen.scale is None else chosen.scale.repeat_interleave(block, 1))
+
+
+def sampled_flops(product: Product, k: int, scores: str, scaled: bool) -> float:
+    """The product of k pairs, the norms that are read, a sort of the pairs, and the scale on k rows of B."""
+    (m, inner, n), pairs, kept = product.sizes, product.pairs, k * product.block
+    norms = {"online": 2.0 * (m * inner + inner * n) + pairs, "B": 2.0 * inner * n, "uniform": 0.0}[scores]
+    return 2.0 * m * kept * n + norms + pairs * math.ceil(math.log2(max(2, pairs))) + kept * n * scaled
 
 
 def package_methods() -> list[Method]:
@@ -85,10 +111,11 @@ def package_methods() -> list[Method]:
 
     ``wta_unique`` without mixing is ``systematic``, draw by draw, so it stands here with its default only.
     """
-    methods = [sampled("topk", 0.0), sampled("crs", 0.0, scored=False)]
+    methods = [sampled("topk", 0.0), sampled("topk", 0.0, "B"), sampled("crs", 0.0, "uniform")]
     for name in ("crs", "bernoulli", "systematic", "wta"):
         methods += [sampled(name, 0.0), sampled(name, get_sampler(name).default_epsilon)]
-    return [*methods, sampled("wta_unique", get_sampler("wta_unique").default_epsilon)]
+    systematic = sampled("systematic", get_sampler("systematic").default_epsilon, "B")
+    return [*methods, systematic, sampled("wta_unique", get_sampler("wta_unique").default_epsilon)]
 
 
 # ---- correctness before anything else
@@ -222,19 +249,23 @@ def _measured(
         package=method.package,
         budget=budget,
         size=size,
-        flops=method.flops(product, size) / product.flops,
+        flops=_short(method.flops(product, size) / product.flops),
         draws=len(tally.errors),
-        error=statistics.fmean(tally.errors),
-        error_spread=statistics.stdev(tally.errors),
-        bias=tally.bias,
-        standard_error=tally.standard_error,
+        error=_short(statistics.fmean(tally.errors)),
+        error_spread=_short(statistics.stdev(tally.errors)),
+        bias=_short(tally.bias),
+        standard_error=_short(tally.standard_error),
         milliseconds=_quartiles([1000 * t for t in times]),
         over_exact=_quartiles([t / e for t, e in zip(times, exact, strict=True)]),
     )
 
 
 def _quartiles(values: Sequence[float]) -> list[float]:
-    return statistics.quantiles(values, n=4, method="inclusive")
+    return [_short(value) for value in statistics.quantiles(values, n=4, method="inclusive")]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 # ---- tables
@@ -256,7 +287,7 @@ def error_table(found: Sequence[Measured], product: str) -> str:
     mine = [each for each in found if each.product == product]
     budgets = sorted({each.budget for each in mine})
     rows = []
-    for method in dict.fromkeys(each.method for each in found):
+    for method in dict.fromkeys(each.method for each in mine):
         row = [method]
         for budget in budgets:
             hit = next((each for each in mine if (each.method, each.budget) == (method, budget)), None)
@@ -291,9 +322,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Checks, measures, prints tables, writes files."""
     parser = argparse.ArgumentParser(description="Error, operations and time of ways to approximate A @ B.")
     parser.add_argument("--quick", action="store_true", help="small products, one budget")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write estimators.json and figures there")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="draw figures there")
     parser.add_argument("--seed", type=int, default=0, help="of the products (0)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (1, which is fair to the rivals)")
+    add_json_option(parser)
     options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
 
     print(header("Approximate products: error against operations and time"), flush=True)
     methods = [*package_methods(), *RIVALS]
@@ -310,24 +344,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     budgets = BUDGETS[2:3] if options.quick else BUDGETS
     with torch.no_grad():
         for product in products:
+            compared = [method for method in methods if method.package or product.block == 1]
             for budget in budgets:
-                found += measure(product, methods, budget, DRAWS)
+                found += measure(product, compared, budget, DRAWS)
             print(f"\n{error_table(found, product.name)}", flush=True)
             print(f"\n{detail_table(found, product.name, 1 / 4)}", flush=True)
-    if options.out is not None:
-        _write(options.out, products, found)
-
-
-def _write(folder: Path, products: Sequence[Product], found: Sequence[Measured]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     facts = {product.name: {"sizes": product.sizes, **product.facts()} for product in products}
-    results: dict[str, Any] = {"products": facts, "measured": [dataclasses.asdict(each) for each in found]}
-    store(folder / "estimators.json", results)
+    results = {"products": facts, "measured": [dataclasses.asdict(each) for each in found]}
+    if options.json is not None:
+        store(options.json, results)
+    if options.out is not None:
+        draw_figures(options.out, results)
+
+
+def store(path: Path, results: dict[str, Any]) -> None:
+    """Writes ``results`` with the environment to ``path``, each measurement on a line."""
+    rows = ",\n".join(json.dumps(each, ensure_ascii=False) for each in results["measured"])
+    others = {name: value for name, value in results.items() if name != "measured"}
+    head = f'{{"environment": {json.dumps(environment())},\n"results": {json.dumps(others, ensure_ascii=False)[:-1]},\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{head}"measured": [\n{rows}\n]}}}}\n', encoding="utf-8")
+
+
+def draw_figures(folder: Path, results: dict[str, Any]) -> None:
+    """Draws the figures of ``results``, as ``--json`` stores them, in ``folder``."""
     try:
         from _estimator_figures import draw  # matplotlib, which nothing else needs
     except ImportError as error:
         print(f"no figures: {error}", file=sys.stderr)
         return
+    folder.mkdir(parents=True, exist_ok=True)
     for path in draw(folder, results):
         print(f"wrote {path}")
 
