@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_approx.errors import RecomputationError
-from fx_approx.sampling import derive_key, site_uniforms
+from fx_approx.sampling import derive_key, lane_uniforms, site_lanes, site_uniforms
 
 STEP, INCREMENT, EVERY, SEED = range(4)
 
@@ -139,7 +139,11 @@ def next_key(state: Tensor, inputs: list[Tensor], owner: int) -> Tensor:
                 "instead of calling it on temporary inputs, or keep one sample: `with fx_approx.hold(model)`."
             )
         return key
-    key = torch.stack((state[SEED], state[STEP] // state[EVERY]))
+    if state.device.type == "cpu":
+        step, _, every, seed = state.tolist()
+        key = torch.tensor((seed, step // every))
+    else:
+        key = torch.stack((state[SEED], state[STEP] // state[EVERY]))
     state[STEP] += state[INCREMENT]
     _remember(call, key, inputs)
     return key
@@ -178,6 +182,11 @@ def draw(key: Tensor, sites: list[int], counts: list[int]) -> Tensor:
     if not sites:
         return key.new_empty(0, dtype=torch.float32)
     numbers, places, elements = _positions(tuple(sites), tuple(counts), key.device)
+    if key.device.type == "cpu":  # reading the key is free there, and what is one number is quicker in Python
+        base: int = derive_key(*key.tolist())
+        if len(sites) == 1:
+            return lane_uniforms(*site_lanes(base, sites[0]), elements)
+        return site_uniforms(torch.tensor(base), numbers, places, elements)
     return site_uniforms(derive_key(key[0], key[1]), numbers, places, elements)
 
 

@@ -48,6 +48,8 @@ def gather(source: Tensor, dim: int, index: Tensor) -> Tensor:
     Returns:
         ``source`` with ``k`` entries along ``dim``. Its gradient is zero outside ``index``.
     """
+    if not (torch.is_grad_enabled() and source.requires_grad):
+        return _select(source, dim % source.dim(), index)
     result: Tensor = _Gather.apply(source, dim % source.dim(), index)  # type: ignore[no-untyped-call]
     return result
 

@@ -8,7 +8,7 @@ from fx_approx.sampling.scores import SCORES, ScoreKind, get_score
 from fx_approx.sampling.spec import SamplerSpec
 from fx_approx.sampling.systematic import Systematic
 from fx_approx.sampling.topk import TopK
-from fx_approx.sampling.uniforms import derive_key, mix, site_uniforms, uniforms
+from fx_approx.sampling.uniforms import derive_key, lane_uniforms, mix, site_lanes, site_uniforms, uniforms
 from fx_approx.sampling.wta import Wta, WtaUnique
 
 __all__ = [
@@ -31,8 +31,10 @@ __all__ = [
     "get_score",
     "guard_nonfinite",
     "inclusion_probabilities",
+    "lane_uniforms",
     "mix",
     "register_sampler",
+    "site_lanes",
     "site_uniforms",
     "uniforms",
 ]

@@ -8,10 +8,15 @@ every device, and Inductor 2.13 crashes on a large 64-bit constant times an ``ar
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["derive_key", "mix", "site_uniforms", "uniforms"]
+__all__ = ["derive_key", "lane_uniforms", "mix", "site_lanes", "site_uniforms", "uniforms"]
+
+# What holds for tensors holds for Python integers, which are far quicker where there is one number only.
+_Integer = TypeVar("_Integer", Tensor, int)
 
 _WORD = 0xFFFFFFFF
 
@@ -21,7 +26,7 @@ _LANE_LOW = 0x9E3779B9
 _LANE_HIGH = 0x243F6A88
 
 
-def _multiply(x: Tensor, factor: int) -> Tensor:
+def _multiply(x: _Integer, factor: int) -> _Integer:
     """Return ``x * factor`` modulo 2**32, for ``x`` in [0, 2**32).
 
     The factor is taken between -2**31 and 2**31, which is the same modulo 2**32, so that no product reaches 2**63.
@@ -29,11 +34,11 @@ def _multiply(x: Tensor, factor: int) -> Tensor:
     return (x * (factor - (factor >> 31 << 32))) & _WORD
 
 
-def mix(x: Tensor) -> Tensor:
+def mix(x: _Integer) -> _Integer:
     """Hash the low 32 bits of every element: a bijection of [0, 2**32).
 
     Args:
-        x: int64, any shape. Bits above the low 32 are ignored.
+        x: int64, any shape, or a Python integer. Bits above the low 32 are ignored.
 
     Returns:
         int64 of the same shape, values in [0, 2**32). 0 maps to 0.
@@ -47,24 +52,23 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _absorb(lane: Tensor, number: Tensor) -> Tensor:
+def _absorb(lane: _Integer, number: _Integer) -> _Integer:
     """Hash both 32-bit words of ``number`` into a lane."""
     return mix(mix(lane ^ (number & _WORD)) ^ ((number >> 32) & _WORD))
 
 
-def derive_key(seed: Tensor, step: Tensor) -> Tensor:
+def derive_key(seed: _Integer, step: _Integer) -> _Integer:
     """Combine a seed and a step number into the key of one step's random numbers.
 
     Args:
-        seed: int64 scalar tensor, any value (any shape works, element by element).
-        step: int64, any value, of the shape and on the device of ``seed``.
+        seed: int64 scalar tensor (any shape works, element by element) or Python integer, any value.
+        step: int64, any value, of the shape and on the device of ``seed``; a Python integer if that is one.
 
     Returns:
-        int64 of the same shape, in [0, 2**63). It depends on every bit of both arguments; two lanes are
-        hashed separately, so a collision needs about 2**31.5 different (seed, step) pairs.
+        int64 of the same shape, or a Python integer, in [0, 2**63). It depends on every bit of both arguments; two
+        lanes are hashed separately, so a collision needs about 2**31.5 different (seed, step) pairs.
     """
-    lanes = torch.stack((torch.full_like(seed, _LANE_LOW), torch.full_like(seed, _LANE_HIGH)))
-    low, high = _absorb(_absorb(lanes, seed), step).unbind()
+    low, high = (_absorb(_absorb(seed * 0 + start, seed), step) for start in (_LANE_LOW, _LANE_HIGH))
     return ((high >> 1) << 32) | low
 
 
@@ -104,12 +108,23 @@ def site_uniforms(key: Tensor, sites: Tensor, places: Tensor | None, elements: T
     Returns:
         float32 ``[n]`` in (0, 1), see ``uniforms``.
     """
+    low, high = site_lanes(key, sites)
+    if places is not None:
+        low, high = low[places], high[places]
+    return lane_uniforms(low, high, elements)
+
+
+def site_lanes(key: _Integer, sites: _Integer) -> tuple[_Integer, _Integer]:
+    """Hash sites into the two lanes of a key; int64 tensors ``key []``, ``sites [s]``, or both Python integers."""
     low, high = key & _WORD, (key >> 32) & _WORD
     for word in (sites & _WORD, (sites >> 32) & _WORD):
         # Each lane also takes a constant of its own: with equal lanes the site could cancel out below.
         low, high = mix(low ^ word ^ _LANE_LOW), mix(high ^ word ^ _LANE_HIGH)
-    if places is not None:
-        low, high = low[places], high[places]
+    return low, high
+
+
+def lane_uniforms(low: Tensor | int, high: Tensor | int, elements: Tensor) -> Tensor:
+    """The uniforms, float32 ``[n]``, of ``elements [n]`` in the lanes that :func:`site_lanes` gave."""
     # Two rounds: after the first alone, two keys close to each other would give shifted copies of one stream.
     hashed = mix(mix(elements + low) ^ high)
     return ((hashed >> 9).to(torch.float32) + 0.5) * 2.0**-23
