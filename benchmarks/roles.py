@@ -2,10 +2,12 @@
 
     python benchmarks/roles.py
     python benchmarks/roles.py --ratio 0.25 --runs 40 --json roles.json
+    python benchmarks/roles.py --compile
 
-A linear layer of 512 rows, 2048 to 2048 features, and a 3x3 convolution of 256 to 256 channels on 32 examples of
-16x16, as `transform` makes them. All variants take their steps in turn in one process. A ratio above 1 is faster than
-exact. With both gradients at ratio r the limit is 3 / (1 + 2 r).
+Linear layers of 512 and 2048 rows, 2048 to 2048 features, and a 3x3 convolution of 256 to 256 channels on 32 examples
+of 16x16, as `transform` makes them; with `--compile` both they and the exact layer go through `torch.compile`. All
+variants take their steps in turn in one process. A ratio above 1 is faster than exact. With both gradients at ratio r
+the limit is 3 / (1 + 2 r).
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ def layers() -> dict[str, tuple[nn.Module, Tensor]]:
     last = torch.channels_last
     return {
         "linear": (nn.Linear(2048, 2048), torch.randn(512, 2048)),
+        "linear, 2048 rows": (nn.Linear(2048, 2048), torch.randn(2048, 2048)),
         "conv": (nn.Conv2d(256, 256, 3, padding=1), images),
         "conv, channels_last": (
             nn.Conv2d(256, 256, 3, padding=1).to(memory_format=last),
@@ -83,7 +86,7 @@ def check(layer: nn.Module, approx: nn.Module, x: Tensor, towards: Tensor) -> No
     fx_approx.set_ratio(approx, next(iter(ratios.values())))
 
 
-def measure(name: str, layer: nn.Module, x: Tensor, ratio: float, runs: int) -> list[Measured]:
+def measure(name: str, layer: nn.Module, x: Tensor, ratio: float, runs: int, compiled: bool) -> list[Measured]:
     """Times all variants of ``layer`` in turn."""
     x.requires_grad_()
     towards = torch.randn_like(layer(x))
@@ -91,6 +94,8 @@ def measure(name: str, layer: nn.Module, x: Tensor, ratio: float, runs: int) -> 
     for variant, policy in variants(ratio).items():
         models[variant] = fx_approx.transform(layer, policy, x)
         check(layer, models[variant], x, towards)
+    if compiled:
+        models = {variant: torch.compile(model, fullgraph=True) for variant, model in models.items()}
     times: dict[str, list[float]] = {variant: [] for variant in models}
     for run in range(runs + 2):
         for variant, model in models.items():
@@ -117,13 +122,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time of one layer with sampled gradients.")
     parser.add_argument("--ratio", type=float, default=0.5, help="sample ratio (0.5)")
     parser.add_argument("--runs", type=int, default=20, help="steps of each variant (20)")
+    parser.add_argument("--compile", action="store_true", help="compile the exact layer and all variants")
     add_json_option(parser)
     options = parser.parse_args(arguments)
     if options.runs < 2 or not 0 < options.ratio < 1:
         parser.error("--runs: expected 2 or more; --ratio: expected a number in (0, 1)")
-    print(header(f"Forward and backward of one layer, ratio {options.ratio:g}"), flush=True)
+    title = f"Forward and backward of one layer, ratio {options.ratio:g}{', compiled' if options.compile else ''}"
+    print(header(title), flush=True)
     found = [
-        one for name, (layer, x) in layers().items() for one in measure(name, layer, x, options.ratio, options.runs)
+        one
+        for name, (layer, x) in layers().items()
+        for one in measure(name, layer, x, options.ratio, options.runs, options.compile)
     ]
     rows = [
         [one.layer, one.variant, f"{1000 * one.seconds:.1f}", "{1:.2f} [{0:.2f}, {2:.2f}]".format(*one.speedup)]
