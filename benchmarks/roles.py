@@ -43,10 +43,12 @@ def variants(ratio: float) -> dict[str, Policy]:
     """What is measured beside the exact layer."""
     early_input = SamplerSpec("systematic", ratio, scores="weight")
     early_weight = SamplerSpec("systematic", ratio, scores="input")
+    uniform = SamplerSpec("systematic", ratio, scores="uniform")
     positions = SamplerSpec("systematic", ratio, scores="input", positions=True)
     return {
         "both gradients, online": Roles.backward(ratio),
         "both gradients, early": Roles(grad_input=early_input, grad_weight=early_weight),
+        "both gradients, uniform": Roles(grad_input=uniform, grad_weight=uniform),
         "input gradient, early": Roles(grad_input=early_input),
         "weight gradient, early": Roles(grad_weight=early_weight),
         "weight gradient, positions": Roles(grad_weight=positions),
@@ -95,7 +97,7 @@ def measure(name: str, layer: nn.Module, x: Tensor, ratio: float, runs: int, com
         models[variant] = fx_approx.transform(layer, policy, x)
         check(layer, models[variant], x, towards)
     if compiled:
-        models = {variant: torch.compile(model, fullgraph=True) for variant, model in models.items()}
+        models = {variant: torch.compile(model, fullgraph=True, dynamic=False) for variant, model in models.items()}
     times: dict[str, list[float]] = {variant: [] for variant in models}
     for run in range(runs + 2):
         for variant, model in models.items():
