@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,9 @@ from fx_approx.policies import Roles
 from .models import train_step
 
 Mode = Callable[[float], Roles]
+
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+"""Backends of torch.compile."""
 
 
 def _combined(ratio: float, straight_through: bool = False) -> Roles:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import fx_approx
 from fx_approx.policies import Paper, Uniform
 
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+from .modes import BACKENDS
 
 
 @pytest.fixture(autouse=True)

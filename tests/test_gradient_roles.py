@@ -20,6 +20,8 @@ from fx_approx.plan import Policy
 from fx_approx.policies import Exact, Override, Paper, Roles, Uniform
 from fx_approx.sampling import SAMPLERS
 
+from .modes import BACKENDS
+
 MODES: dict[str, Policy] = {
     "backward": Roles.backward(0.5),
     "weight-gradient": Roles.weight_gradient(0.3),
@@ -112,13 +114,14 @@ def test_checkpoints_change_nothing(mode: str, use_reentrant: bool) -> None:
 
 
 @modes
-def test_compiled_steps_are_the_eager_ones_in_one_graph(mode: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_steps_are_the_eager_ones_in_one_graph(backend: str, mode: str) -> None:
     model, x = cnn(), images()
     eager, compiled = (fx_approx.transform(copy.deepcopy(model), MODES[mode], x) for _ in range(2))
     for approx in (eager, compiled):
         step(approx, x)  # room for running norms
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     run = torch.compile(compiled, backend=counter, fullgraph=True)
     for _ in range(3):
         for one, two in zip(step(compiled, x, run), step(eager, x), strict=True):

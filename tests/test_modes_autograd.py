@@ -24,7 +24,7 @@ from fx_approx.sampling import Sampler, Selection
 from fx_approx.state import new_state
 
 from .models import Attention, CalledTwice, Checkpointed, WithDataDependent, loss_of, mlp, same, tensors
-from .modes import MODES
+from .modes import BACKENDS, MODES
 
 modes = pytest.mark.parametrize("mode", MODES)
 reentrant = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
@@ -361,7 +361,8 @@ COMPILED = [
 
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.parametrize(("name", "mode"), COMPILED)
-def test_a_compiled_model_is_one_graph_with_the_gradients_of_the_eager_one(name: str, mode: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_model_is_one_graph_with_the_gradients_of_the_eager_one(backend: str, name: str, mode: str) -> None:
     """In float64, where rounding differently changes no sample."""
     builds = {"linear": lambda: nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4)), "mixed": Mixed}
     build = builds.get(name, WithCheckpoint)
@@ -370,7 +371,7 @@ def test_a_compiled_model_is_one_graph_with_the_gradients_of_the_eager_one(name:
     shape = (6, 2, 5, 5) if name == "mixed" else (6, 12)
     for model in (eager, approx) if mode == "stale" else ():
         gradients(model, torch.ones(shape, dtype=torch.float64))  # the norms are there before the graph
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(approx, backend=counter, fullgraph=True)
     for _ in range(4):
         x = torch.randn(shape, dtype=torch.float64)
