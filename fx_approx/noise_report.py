@@ -288,7 +288,7 @@ class NoiseReport:
             lines: Any = importlib.import_module("matplotlib.lines")
         except ImportError as error:
             raise ImportError(
-                "NoiseReport.plot needs matplotlib, which fx_approx does not install: pip install fx_approx[figures]"
+                "NoiseReport.plot needs matplotlib, which fx_approx does not install: pip install matplotlib"
             ) from error
         count = len(self.rows)
         figure = figures.Figure(figsize=(8, 2.1 + (0.34 if count <= 60 else 0.2) * max(count, 1)), layout="constrained")

@@ -296,5 +296,5 @@ def test_the_code_in_the_docs_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_matplotlib_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     report = mixed_report()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"NoiseReport\.plot needs matplotlib.*: pip install fx_approx"):
+    with pytest.raises(ImportError, match=r"NoiseReport\.plot needs matplotlib.*: pip install matplotlib"):
         report.plot()

@@ -79,7 +79,7 @@ def save_figure(out: Path | None, name: str, panels: int, plot: Callable[..., No
     try:
         from matplotlib.figure import Figure  # only the figure needs it
     except ImportError:
-        print("\nThe figure needs matplotlib (pip install fx_approx[figures]); the table above does not.", file=sys.stderr)
+        print("\nThe figure needs matplotlib (pip install matplotlib); the table above does not.", file=sys.stderr)
         return 1
     figure = Figure(figsize=(4.2 * panels, 3.4), dpi=90, layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
