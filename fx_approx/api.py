@@ -10,24 +10,32 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from fx_approx.approx import ApproxModule, adopt, find
 from fx_approx.candidate import Candidate, Role, with_facts
 from fx_approx.capture import CallForm, Capture, call_form, capture, described, skeleton
 from fx_approx.checks import check_inputs, check_model, check_seed
 from fx_approx.controls import load_sampler_state, sampler_state
 from fx_approx.errors import CaptureWarning, NoEffectWarning
 from fx_approx.modules import unswap
-from fx_approx.passes import Found, annotate, decide, propagate, rewrite
+from fx_approx.passes import Flow, Found, annotate, decide, find_flow, propagate, rewrite
+from fx_approx.passes.flow import Values
 from fx_approx.plan import Plan, Policy
 from fx_approx.policies import Paper
 from fx_approx.report import Explanation, SavingsReport, build_report
-from fx_approx.runtime import ApproxModule, Runtime, adopt, find
+from fx_approx.runtime import Runtime
 
 M = TypeVar("M", bound=nn.Module)
 
 
 @torch.inference_mode(False)
 def transform(
-    model: M, policy: Policy | None = None, example_inputs: Any = None, *, seed: int = 0, every: int = 1
+    model: M,
+    policy: Policy | None = None,
+    example_inputs: Any = None,
+    *,
+    seed: int = 0,
+    every: int = 1,
+    demand: bool = True,
 ) -> M:
     """A copy of ``model`` that trains with fewer operations, on the same parameters and buffers.
 
@@ -41,6 +49,9 @@ def transform(
             or a dict of keyword arguments. Only shapes are read. Without it shapes are learnt from the first forward.
         seed: All samples of a training run follow from it (64-bit integer).
         every: Keep one sample for so many forwards.
+        demand: Do not compute what no one will read (docs/how-it-works.md): where selections are made ahead and example
+            inputs are given, the layers before compute the selected channels only. The numbers are the same, but for
+            running statistics of channels that are not computed, and for dropout masks. False keeps all channels.
 
     Returns:
         The transformed model.
@@ -58,18 +69,22 @@ def transform(
     """
     check_model(model)
     check_seed(seed, every)
-    return _transform(model, policy, example_inputs, None, seed, every)
+    if not isinstance(demand, bool):
+        raise TypeError(f"demand: expected True or False, got {demand!r}")
+    return _transform(model, policy, _prepare(model, example_inputs), seed, every, demand)
 
 
-def _transform(model: M, policy: Policy | None, example_inputs: Any, form: CallForm | None, seed: int, every: int) -> M:
-    """:func:`transform` of a checked model; ``form`` says how it is called where there are no example inputs."""
-    root, prepared = _prepare(model, example_inputs, form)
+def _transform(
+    model: M, policy: Policy | None, prepared_root: tuple[nn.Module, _Prepared], seed: int, every: int, demand: bool
+) -> M:
+    root, prepared = prepared_root
     plan = decide(prepared.candidates, Paper() if policy is None else policy)
     runtime = Runtime(prepared.captured, prepared.candidates, plan, seed, every)
     runtime.called = prepared.called
-    runtime.learnt = prepared.called is not None
+    runtime.learnt = runtime.shaped = prepared.called is not None
     _place(runtime, model)
-    rewrite(root, runtime, prepared.found)
+    runtime.hoisting = demand
+    rewrite(root, runtime, prepared.found, prepared.flow(root), demand)
     for part in prepared.captured.opaque:
         warnings.warn(f"not traced, served by module swap: {part}", CaptureWarning, stacklevel=4)
     if not plan.sampled:
@@ -103,37 +118,54 @@ class _Prepared:
     captured: Capture
     found: list[Found]
     called: tuple[Any, Any] | None
+    values: Values | None
+
+    def flow(self, root: nn.Module) -> Flow | None:
+        """Which values hold the same channels; None if shapes are not known."""
+        graph = self.captured.graph
+        return None if graph is None or self.values is None else find_flow(root, graph, self.values)
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
         return tuple(one.candidate for one in self.found)
 
 
-def _prepare(model: nn.Module, example_inputs: Any, form: CallForm | None = None) -> tuple[nn.Module, _Prepared]:
-    """Capture and annotate: everything before a decision."""
+def _prepare(
+    model: nn.Module,
+    example_inputs: Any,
+    form: CallForm | None = None,
+    called: tuple[Any, Any] | None = None,
+) -> tuple[nn.Module, _Prepared]:
+    """Capture and annotate: everything before a decision.
+
+    ``form`` and ``called`` say how the model is called where there are no example inputs.
+    """
     args, kwargs = check_inputs(model, example_inputs)
     root = skeleton(model)
     captured = capture(root, call_form(root, args, kwargs) if form is None else form)
-    found = annotate(root, captured)
-    called = None
+    found, values = annotate(root, captured), None
     if args is not None:
         called = described(args), described(kwargs)
-        found = _with_shapes(root, captured, found, called)
-    return root, _Prepared(captured, found, called)
+    if called is not None:
+        found, values = _with_shapes(root, captured, found, called)
+    return root, _Prepared(captured, found, called, values)
 
 
-def _with_shapes(root: nn.Module, captured: Capture, found: list[Found], called: tuple[Any, Any]) -> list[Found]:
+def _with_shapes(
+    root: nn.Module, captured: Capture, found: list[Found], called: tuple[Any, Any]
+) -> tuple[list[Found], Values | None]:
     shapes = propagate(root, captured, found, *called)
     if shapes.stopped:
         warnings.warn(f"shapes are known only in part: {shapes.stopped}", CaptureWarning, stacklevel=4)
     candidates = with_facts(tuple(one.candidate for one in found), shapes.facts)
-    return [
+    known = [
         dataclasses.replace(
             one,
             candidate=dataclasses.replace(candidate, blocked=candidate.blocked or shapes.blocked.get(candidate.name)),
         )
         for one, candidate in zip(found, candidates, strict=True)
     ]
+    return known, shapes.values
 
 
 def _place(runtime: Runtime, model: nn.Module) -> None:
@@ -169,7 +201,7 @@ def report(model: nn.Module) -> SavingsReport:
 def _learn(approx: ApproxModule, runtime: Runtime) -> None:
     assert runtime.called is not None
     found = annotate(_plain(approx), runtime.capture)
-    learnt = _with_shapes(_plain(approx), runtime.capture, found, runtime.called)
+    learnt, _ = _with_shapes(_plain(approx), runtime.capture, found, runtime.called)
     runtime.candidates = tuple(one.candidate for one in learnt)
     runtime.learnt = True
 
@@ -197,7 +229,7 @@ def _reduce(approx: ApproxModule) -> tuple[Any, ...]:
     runtime = approx._fx_approx
     switches = {key: (s.spec, s.enabled) for key, s in runtime.selectors.items()}
     parts = _plain(approx), runtime.plan.to_dict(), runtime.capture.form, sampler_state(approx), switches
-    return _rebuild, (*parts, runtime.called)
+    return _rebuild, (*parts, runtime.called, runtime.hoisting, runtime.shaped)
 
 
 def _rebuild(
@@ -207,11 +239,14 @@ def _rebuild(
     state: Mapping[str, Any],
     switches: Mapping[tuple[str, Role], tuple[Any, bool]],
     called: tuple[Any, Any] | None,
+    demand: bool,
+    shaped: bool,
 ) -> nn.Module:
     """Unpickles: transforms the exact model again by the same plan."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        approx = _transform(model, Plan.from_dict(plan), None, form, 0, 1)
+        prepared = _prepare(model, None, form, called if shaped else None)
+        approx = _transform(model, Plan.from_dict(plan), prepared, 0, 1, demand)
     runtime = find(approx)._fx_approx
     load_sampler_state(approx, state)
     runtime.called = called

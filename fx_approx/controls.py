@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fx_approx.approx import ApproxModule, find
 from fx_approx.batchnorm import note_fresh, note_switch, reestimate
 from fx_approx.candidate import Role
 from fx_approx.checks import check_seed
 from fx_approx.modules import Selector
-from fx_approx.runtime import ApproxModule, Runtime, find
+from fx_approx.runtime import Runtime
 from fx_approx.state import EVERY, INCREMENT, SEED, STEP
 
 

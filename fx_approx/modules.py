@@ -30,6 +30,7 @@ class Selector(nn.Module):
         k: Pairs to keep per group; 0 where the number of pairs is not known before the call.
         pairs: Column-row pairs per group, where known.
         enabled: False makes the site exact.
+        shared: The graph makes the selection elsewhere; only calls of the layer outside the graph ask this selector.
         last_count: Pairs drawn by the last eager call; None if they are drawn in the backward pass.
         running: Running norms of the gradient, for scores that learn them; filled by backward passes.
     """
@@ -55,6 +56,7 @@ class Selector(nn.Module):
         self.version = 0
         self.offset = 0
         self.owner = (owner,)  # in a tuple: not a submodule
+        self.shared = False
         self.register_buffer("running", None, persistent=False)
         self.set_spec(spec)
 
@@ -83,7 +85,12 @@ class Selector(nn.Module):
     @property
     def ahead(self) -> bool:
         """Whether the selection can be made before the input exists."""
-        return self.role is Role.OUTPUT and self.score.ahead and not self.spec.per_batch
+        return self.is_ahead(self.role, self.spec)
+
+    @staticmethod
+    def is_ahead(role: Role, spec: SamplerSpec) -> bool:
+        """Whether a selection of ``role`` by ``spec`` can be made before the input exists."""
+        return role is Role.OUTPUT and get_score(spec.scores).ahead and not spec.per_batch
 
     def _uniforms(self, pairs: int, k: int, groups: int) -> int:
         return groups * self.sampler.uniforms(pairs, k) if self.sampler.random and k < pairs else 0
@@ -94,7 +101,7 @@ class Selector(nn.Module):
             return None
         assert given is not None
         count = self._uniforms(pairs, k, groups)
-        if count == self.count and k == self.k:
+        if count == self.count and k == self.k and not self.shared:
             numbers = given.numbers[self.offset : self.offset + count]
         else:
             numbers = draw(given.key, [self.site], [count])
@@ -132,7 +139,9 @@ class Selector(nn.Module):
             if self.role is not Role.OUTPUT and not self.score.early:
                 return Late(self._rule(k), numbers)
             if lhs is None or not apart:
-                scores = op.scores(lhs, rhs, self.score, self.static)
+                # Without a graph there are no running norms of inputs: the weight's alone decide.
+                kind = get_score("weight") if self.score.learns else self.score
+                scores = op.scores(lhs, rhs, kind, self.static)
             else:
                 self._learn(op, lhs, rhs)
                 scores = op.roles.scores(self.role, lhs, rhs, self.static, self.spec, self.running)
@@ -222,7 +231,12 @@ class SampledLinear(SampledLayer, nn.Linear):
     """``nn.Linear`` with sampled products; the same parameters, exact without a selection."""
 
     def forward(self, input: Tensor, *given: Any) -> Tensor:
-        """``input`` is ``[..., in_features]``; ``given`` as :meth:`SampledLayer.how` takes it."""
+        """``input`` is ``[..., in_features]``; ``given`` as :meth:`SampledLayer.how` takes it.
+
+        With :class:`fx_approx.ops.Slices` only what they hold is computed, from an input of as many features.
+        """
+        if given and isinstance(given[0], ops.Slices):
+            return F.linear(input, given[0].weight, given[0].bias)
         selection, grad_input, grad_weight, straight_through = self.how(input, given)
         return ops.linear(
             input,
@@ -244,7 +258,12 @@ class _SampledConv(SampledLayer):
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor, *given: Any) -> Tensor:
-        """``input`` is ``[N, C, ...]``; ``given`` as :meth:`SampledLayer.how` takes it."""
+        """``input`` is ``[N, C, ...]``; ``given`` as :meth:`SampledLayer.how` takes it.
+
+        With :class:`fx_approx.ops.Slices` only what they hold is computed, from an input of as many channels.
+        """
+        if given and isinstance(given[0], ops.Slices):
+            return self._sliced(input, given[0])
         how = self.how(input, given)
         weight = self.weight
         if how.gradients_apart:
@@ -257,6 +276,14 @@ class _SampledConv(SampledLayer):
             input, weight = ops.select_channels(input, weight, self.groups, how.selection)
         # The layer's own call, since it knows its padding mode.
         return self._conv_forward(input, weight, self.bias)
+
+    def _sliced(self, input: Tensor, slices: ops.Slices) -> Tensor:
+        static = static_of(self, self.kind)
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            static["padding"] = 0
+        exact: Callable[..., Tensor] = getattr(F, self.kind)
+        return exact(input, slices.weight, slices.bias, **{**static, "groups": slices.groups})
 
 
 class SampledConv1d(_SampledConv, nn.Conv1d):
@@ -287,6 +314,9 @@ SAMPLED: dict[type[nn.Module], tuple[str, type[nn.Module]]] = {
 """Exact layer type -> op and sampled subclass."""
 
 
+_EXACT_CLASS = "_fx_approx_exact_class"
+
+
 def static_of(module: nn.Module, kind: str) -> dict[str, Any]:
     """The plain arguments of a layer that its op's ``static`` names."""
     return {name: getattr(module, name) for name in OPS[kind].static}
@@ -295,13 +325,23 @@ def static_of(module: nn.Module, kind: str) -> dict[str, Any]:
 def swap(module: nn.Module, site: Site) -> None:
     """Makes an exact layer its sampled subclass in place: same object, parameters, hooks and path."""
     if not isinstance(module, SampledLayer):
-        module.__dict__["_fx_approx_exact_class"] = type(module)
-        module.__class__ = SAMPLED[type(module)][1]
+        become(module, SAMPLED[type(module)][1])
         module.__dict__["site"] = site
 
 
+def become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Makes ``module`` an instance of ``cls``, a subclass of its own class; :func:`unswap` takes that back."""
+    module.__dict__[_EXACT_CLASS] = type(module)
+    module.__class__ = cls
+
+
+def is_swapped(module: nn.Module | None) -> bool:
+    """Whether ``module`` has become something else."""
+    return module is not None and _EXACT_CLASS in module.__dict__
+
+
 def unswap(module: nn.Module) -> None:
-    """The inverse of :func:`swap`."""
-    if isinstance(module, SampledLayer):
-        del module.__dict__["site"]
-        module.__class__ = module.__dict__.pop("_fx_approx_exact_class")
+    """The inverse of :func:`swap` and :func:`become`; nothing for any other module."""
+    if is_swapped(module):
+        module.__dict__.pop("site", None)
+        module.__class__ = module.__dict__.pop(_EXACT_CLASS)

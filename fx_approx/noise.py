@@ -22,7 +22,7 @@ from fx_approx.modules import SampledLayer, Selector
 from fx_approx.noise_report import NoiseReport, ProductNoise, Tally, noise_of, sampled_text
 from fx_approx.ops import OPS, SAMPLING_ARGUMENTS, How
 from fx_approx.passes.annotate import META_KEY
-from fx_approx.runtime import Runtime, find
+from fx_approx.runtime import Runtime
 from fx_approx.state import EVERY, SEED, STEP, Draw, draw, further, in_backward
 from fx_approx.watch import containers
 
@@ -274,7 +274,7 @@ class _Recorder:
             self.runtime.function = lambda root, *values: _Interpreter(root, self).run(*values)
         names = {selector: name for (name, _), selector in self.runtime.selectors.items()}
         for module in root.modules():
-            if isinstance(module, SampledLayer) and module.site is not None:
+            if isinstance(module, SampledLayer) and module.site is not None and module.site.selectors:
                 name = names[next(iter(module.site.selectors.values()))]
                 module.register_forward_hook(functools.partial(self._hook, name), with_kwargs=True)
 
@@ -339,7 +339,7 @@ class _Interpreter(fx.Interpreter):
     """Runs the model's graph and reports the candidates in it."""
 
     def __init__(self, root: nn.Module, recorder: _Recorder) -> None:
-        super().__init__(root, graph=recorder.runtime.graph)
+        super().__init__(root, graph=recorder.runtime.plain)
         self.extra_traceback = False  # errors are to read as they do in training
         self.recorder = recorder
 

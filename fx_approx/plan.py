@@ -66,10 +66,12 @@ class Decision:
         source: Which policy said so.
         cost: Estimated cost, where known.
         straight_through: OUTPUT is sampled, but gradients are those of the exact product.
+        share: With whom the selection of OUTPUT is shared, if it is made ahead: ``site``, with no one; ``value``, with
+            all that read the same channels; ``group``, also with those that read what additions make of them.
 
     Raises:
         TypeError: A role's value is no SamplerSpec.
-        ValueError: An unknown role, scores that a role does not have, or ``straight_through`` without OUTPUT.
+        ValueError: An unknown role or scope, scores that a role does not have, or ``straight_through`` without OUTPUT.
     """
 
     name: str
@@ -78,10 +80,12 @@ class Decision:
     source: str = ""
     cost: CostEstimate | None = None
     straight_through: bool = False
+    share: str = "site"
 
     def __post_init__(self) -> None:
         """Checks the roles."""
         check_roles(self.roles, self.straight_through)
+        check_share(self.share)
 
     @property
     def spec(self) -> SamplerSpec | None:
@@ -97,6 +101,7 @@ class Decision:
             "source": self.source,
             "cost": None if self.cost is None else dataclasses.asdict(self.cost),
             "straight_through": self.straight_through,
+            "share": self.share,
         }
 
     @classmethod
@@ -107,7 +112,18 @@ class Decision:
             cost = CostEstimate(Cost(**cost["exact"]), Cost(**cost["sampled"]), cost["omits"])
         roles = {Role(role): SamplerSpec.from_dict(spec) for role, spec in data["roles"].items()}
         straight_through = data.get("straight_through", False)
-        return cls(data["name"], roles, data.get("reason", ""), data.get("source", ""), cost, straight_through)
+        reason, source, share = data.get("reason", ""), data.get("source", ""), data.get("share", "site")
+        return cls(data["name"], roles, reason, source, cost, straight_through, share)
+
+
+SCOPES = ("site", "value", "group")
+"""With whom a selection is shared, see :class:`Decision`."""
+
+
+def check_share(share: Any) -> None:
+    """ValueError if ``share`` is no scope."""
+    if share not in SCOPES:
+        raise ValueError(f"share: expected one of {', '.join(SCOPES)}, got {share!r}")
 
 
 def check_roles(roles: Mapping[Role, SamplerSpec], straight_through: bool) -> None:
@@ -156,7 +172,10 @@ class Plan:
     decisions: tuple[Decision, ...]
     identities: Mapping[str, Mapping[str, Any]]
 
-    needs_shapes = False
+    @property
+    def needs_shapes(self) -> bool:
+        """Whether selections are shared: who reads what is told by shapes."""
+        return any(decision.roles and decision.share != "site" for decision in self.decisions)
 
     def __post_init__(self) -> None:
         """Checks that names are unique."""
@@ -196,6 +215,7 @@ class Plan:
         reason: str = "edited by hand",
         *,
         straight_through: bool = False,
+        share: str = "site",
     ) -> Plan:
         """A copy in which candidate ``name`` is sampled otherwise.
 
@@ -204,13 +224,14 @@ class Plan:
             spec: The sampler of its output, or one for each role (``{"grad_weight": ...}``), or None for exact.
             reason: What the report shows.
             straight_through: Gradients do not follow the sampled output.
+            share: With whom the selection is shared, see :class:`Decision`.
 
         Raises:
             KeyError, TypeError, ValueError: As :class:`Decision` and ``plan[name]``.
         """
         self[name]
         roles = {} if spec is None else {Role.OUTPUT: spec} if isinstance(spec, SamplerSpec) else dict(spec)
-        edited = Decision(name, roles, reason, "edit", straight_through=straight_through)
+        edited = Decision(name, roles, reason, "edit", straight_through=straight_through, share=share)
         decisions = tuple(edited if decision.name == name else decision for decision in self.decisions)
         return dataclasses.replace(self, decisions=decisions)
 

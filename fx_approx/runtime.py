@@ -5,22 +5,21 @@ from __future__ import annotations
 import copy
 import itertools
 import linecache
-import types
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fx_approx.batchnorm import note_fresh, warn_if_stale
 from fx_approx.candidate import Candidate, Role
 from fx_approx.capture import Capture, described
 from fx_approx.errors import CaptureWarning, RecomputationError
 from fx_approx.modules import Selector
 from fx_approx.ops import refuse_transforms
 from fx_approx.plan import Plan
+from fx_approx.resample import Resample, Shared
 from fx_approx.state import (
     INCREMENT,
     SEED,
@@ -61,9 +60,13 @@ class Runtime(nn.Module):
         state: ``[step, increment, every, seed]``, see :func:`fx_approx.state.new_state`.
         number: Unique in the process; tells forwards of different models apart.
         capture: The captured graph before the rewrite.
-        graph: The rewritten graph.
+        graph: The rewritten graph that runs.
+        stages: The graph after each pass, by name; the last one runs.
+        resample: Makes the selections that are made ahead; None if there are none.
         called: What a forward was called with, as described by :func:`fx_approx.capture.described`.
         learnt: The candidates' shapes were propagated from that.
+        shaped: They were known at the transform.
+        hoisting: What is not demanded may be left out.
         readers: Modules whose ``training`` flags the graph depends on.
         frozen: Module, name and value of the attributes that the graph holds.
         structure: Modules that were traced through, and what their children must be.
@@ -73,6 +76,7 @@ class Runtime(nn.Module):
     """
 
     state: Tensor
+    resample: Resample | None
 
     def __init__(self, capture: Capture, candidates: tuple[Candidate, ...], plan: Plan, seed: int, every: int) -> None:
         super().__init__()
@@ -81,6 +85,8 @@ class Runtime(nn.Module):
         weakref.finalize(self, forget_calls, self.number)
         self.capture, self.candidates, self.plan = capture, candidates, plan
         self.graph: fx.Graph | None = None
+        self.stages: list[tuple[str, fx.Graph]] = []
+        self.add_module("resample", None)
         self.function: Callable[..., Any] | None = None
         self.selectors: dict[tuple[str, Role], Selector] = {}
         self.readers: tuple[nn.Module, ...] = ()
@@ -93,7 +99,8 @@ class Runtime(nn.Module):
         self.sites: list[int] = []
         self.counts: list[int] = []
         self.called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self.learnt = False
+        self.learnt = self.shaped = False
+        self.hoisting = True
         self.warned: set[str] = set()
         self.stale_from = 0
         self.exact_since: int | None = None
@@ -105,10 +112,18 @@ class Runtime(nn.Module):
 
     def lay_out(self) -> None:
         """Gives each site its place among the uniforms that a forward draws; to be called when counts have changed."""
-        counted = [selector for selector in self.selectors.values() if selector.count]
+        counted: list[Selector | Shared] = [s for s in self.selectors.values() if s.count and not s.shared]
+        if self.resample is not None:
+            self.resample.fit()
+            counted += [shared for shared in self.resample.each() if shared.count]
         self.sites, self.counts = [s.site for s in counted], [s.count for s in counted]
         for selector, offset in zip(counted, itertools.accumulate(self.counts, initial=0), strict=False):
             selector.offset = offset
+
+    @property
+    def plain(self) -> fx.Graph | None:
+        """The graph that computes all channels, under the same selections."""
+        return dict(self.stages).get("share", self.graph)
 
     @property
     def samples(self) -> bool:
@@ -118,8 +133,10 @@ class Runtime(nn.Module):
     @property
     def draws(self) -> bool:
         """Whether some sampler of the model is random, so that forwards need a key."""
+        if self.resample is not None and self.resample.draws:
+            return True
         for selector in self.selectors.values():
-            if selector.sampler.random and selector.active and not selector.exact:
+            if not selector.shared and selector.sampler.random and selector.active and not selector.exact:
                 return True
         return False
 
@@ -178,7 +195,7 @@ class Runtime(nn.Module):
         return self.drawn
 
     def run(
-        self, root: ApproxModule, exact: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, root: nn.Module, exact: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """One forward of ``root``: through the graph, or through its own Python ``exact`` with swapped layers."""
         if self.called is None and not torch.compiler.is_compiling():
@@ -190,13 +207,16 @@ class Runtime(nn.Module):
         if unfit is not None or values is None or self.function is None:
             return self._run_python(root, exact, args, kwargs, unfit)
         if not self.sampling_swapped:
-            return self.function(root, *values)
-        self.inside, self.calls = True, {}
-        try:
             result = self.function(root, *values)
-        finally:
-            self.inside = False
-        self._mark(result)
+        else:
+            self.inside, self.calls = True, {}
+            try:
+                result = self.function(root, *values)
+            finally:
+                self.inside = False
+            self._mark(result)
+        if self.resample is not None and root.training and not torch.compiler.is_compiling():
+            self.resample.known = True
         return result
 
     def _unfit(self, root: nn.Module, values: list[Any] | None) -> str | None:
@@ -226,7 +246,7 @@ class Runtime(nn.Module):
 
     def _run_python(
         self,
-        root: ApproxModule,
+        root: nn.Module,
         exact: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
@@ -240,8 +260,9 @@ class Runtime(nn.Module):
             self.inside = False
         if reason and not torch.compiler.is_compiling() and reason not in self.warned and self.samples:
             self.warned.add(reason)
+            name = exact.__qualname__.rpartition(".")[0]
             warnings.warn(
-                f"the graph of {root.exact_class.__name__} cannot serve this call: {reason}. Module swap serves it. "
+                f"the graph of {name} cannot serve this call: {reason}. Module swap serves it. "
                 "Pass example_inputs that look like your calls, and transform again after a change of the model.",
                 CaptureWarning,
                 stacklevel=6,
@@ -273,14 +294,19 @@ class Runtime(nn.Module):
         self.drawn = None
 
     def compile_graph(self, graph: fx.Graph) -> None:
-        """Makes ``graph`` the one that runs: Python code whose ``self`` is the model."""
+        """Makes ``graph`` the one that runs."""
+        self.graph, self.function = graph, self.compiled(graph)
+
+    def compiled(self, graph: fx.Graph) -> Callable[..., Any]:
+        """Python code of ``graph``, called with the model and the inputs."""
         code = graph.python_code("self")
-        name = f"<fx_approx {self.number}>"
+        name = f"<fx_approx {self.number}.{next(_numbers)}>"
         weakref.finalize(self, linecache.cache.pop, name, None)
         linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
         namespace: dict[str, Any] = dict(code.globals)
         exec(compile(code.src, name, "exec"), namespace)
-        self.graph, self.function = graph, namespace["forward"]
+        function: Callable[..., Any] = namespace["forward"]
+        return function
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Runtime:
         """Follows the model to its device; keeps dtypes and values."""
@@ -295,7 +321,7 @@ class Runtime(nn.Module):
         """A copy with its own random state; plan, candidates and graphs are shared, since nothing changes them."""
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        shared = {"capture", "candidates", "plan", "graph", "function"}
+        shared = {"capture", "candidates", "plan", "graph", "function", "stages", "facts"}
         for name, value in vars(self).items():
             new.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
         new.number, new.drawn, new.inside = next(_numbers), None, False
@@ -315,75 +341,3 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _detached(value: Any) -> list[Tensor]:
     return [tensor.detach() for tensor in _tensors(value)]
-
-
-class ApproxModule(nn.Module):
-    """Base of a transformed model, in front of the user's own class: ``isinstance`` and methods keep working."""
-
-    _fx_approx: Runtime
-    exact_class: type[nn.Module]
-
-    def train(self, mode: bool = True) -> ApproxModule:
-        """As ``nn.Module.train``; warns once if BatchNorm statistics do not fit the exact evaluation that follows."""
-        if not mode and self.training and "_fx_approx" in vars(self):
-            warn_if_stale(self, self._fx_approx)
-        super().train(mode)
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ApproxModule:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if "_fx_approx" in vars(self):
-            self._fx_approx._apply(fn)
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ApproxModule:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(vars(self), memo))
-        return new
-
-
-def adopt(root: nn.Module, runtime: Runtime, reduce: Callable[[ApproxModule], tuple[Any, ...]]) -> ApproxModule:
-    """Makes ``root`` a transformed model: an instance of a subclass of its own class that carries ``runtime``.
-
-    ``reduce`` pickles it: the class exists in this process only.
-
-    The class is made anew for each model, and its ``forward`` has its own code object: Dynamo counts recompilations
-    by code object, and models must not use up each other's limit.
-    """
-    cls = type(root)
-    exact = cls.forward
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        runtime = self.__dict__.get("_fx_approx")
-        if runtime is None:  # a part of the model, such as a slice of a Sequential
-            return exact(self, *args, **kwargs)
-        return runtime.run(self, exact, args, kwargs)
-
-    own = types.FunctionType(forward.__code__.replace(), forward.__globals__, "forward", None, forward.__closure__)
-    own.__wrapped__ = exact  # type: ignore[attr-defined]
-    own.__doc__ = exact.__doc__
-    namespace = {
-        "forward": own,
-        "__module__": cls.__module__,
-        "__doc__": cls.__doc__,
-        "__reduce_ex__": lambda self, protocol: reduce(self),
-        "exact_class": cls,
-    }
-    root.__class__ = type(f"Approx{cls.__name__}", (ApproxModule, cls), namespace)
-    root.__dict__["_fx_approx"] = runtime
-    note_fresh(root, runtime)
-    return cast(ApproxModule, root)
-
-
-def find(model: nn.Module) -> ApproxModule:
-    """The transformed model in ``model``: itself, or inside ``torch.compile``, DistributedDataParallel or alike.
-
-    Raises:
-        ValueError: There is none, or more than one.
-    """
-    found = [module for module in model.modules() if isinstance(module, ApproxModule) and "_fx_approx" in vars(module)]
-    if len(found) != 1:
-        what = "is not a transformed model" if not found else f"holds {len(found)} transformed models"
-        raise ValueError(f"model: {type(model).__name__} {what}; expected what fx_approx.transform returned")
-    return found[0]

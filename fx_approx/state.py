@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_approx.errors import RecomputationError
-from fx_approx.sampling import derive_key, lane_uniforms, site_lanes, site_uniforms
+from fx_approx.sampling import Selection, derive_key, lane_uniforms, site_lanes, site_uniforms
 
 STEP, INCREMENT, EVERY, SEED = range(4)
 
@@ -204,6 +204,61 @@ def _positions(
         elements = [torch.arange(count, dtype=torch.int64) for count in counts]
         which = torch.cat(places).to(device) if len(sites) > 1 else None
         return torch.tensor(sites, dtype=torch.int64, device=device), which, torch.cat(elements).to(device)
+
+
+_SELECTIONS = 64
+_selections: collections.deque[tuple[int, Tensor, tuple[Selection | None, ...]]] = collections.deque(maxlen=_SELECTIONS)
+
+
+def remember_selection(owner: int, key: Tensor, chosen: tuple[Selection | None, ...]) -> None:
+    """Keeps the selections of a forward for its recomputation."""
+    _selections.append((owner, key, chosen))
+
+
+def recall_selection(owner: int, key: Tensor) -> tuple[Selection | None, ...]:
+    """The selections of the forward that had ``key``.
+
+    Raises:
+        RecomputationError: It is too long ago.
+    """
+    for whose, remembered, chosen in reversed(_selections):
+        if whose == owner and torch.equal(remembered, key):
+            return chosen
+    raise RecomputationError(
+        f"a checkpoint recomputes a forward whose selections are not remembered: only those of the last {_SELECTIONS} "
+        "forwards are. Run the backward passes sooner."
+    )
+
+
+@torch.library.custom_op("fx_approx::keep", mutates_args=("held_key", "held_indices", "held_scale"))
+def keep(
+    key: Tensor, indices: Tensor, scale: Tensor, held_key: Tensor, held_indices: Tensor, held_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The selections kept under ``key``; under a new key those given, which are kept from now on.
+
+    All of it runs on the device, without a host sync.
+
+    Args:
+        key: ``[seed, step]`` of this forward.
+        indices: int64 ``[n]``.
+        scale: float32 ``[m]``.
+        held_key: The key of what is kept, changed in place.
+        held_indices: As ``indices``, changed in place.
+        held_scale: As ``scale``, changed in place.
+    """
+    same = (key == held_key).all()
+    indices, scale = torch.where(same, held_indices, indices), torch.where(same, held_scale, scale)
+    held_key.copy_(key)
+    held_indices.copy_(indices)
+    held_scale.copy_(scale)
+    return indices, scale
+
+
+@keep.register_fake
+def _(
+    key: Tensor, indices: Tensor, scale: Tensor, held_key: Tensor, held_indices: Tensor, held_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(indices), torch.empty_like(scale)
 
 
 def _traced_in_checkpoint() -> bool:

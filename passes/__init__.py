@@ -2,7 +2,20 @@
 
 from fx_approx.passes.annotate import Found, annotate
 from fx_approx.passes.decide import decide
-from fx_approx.passes.rewrite import rewrite
+from fx_approx.passes.channelwise import find_flow
+from fx_approx.passes.flow import Flow
+from fx_approx.passes.rewrite import Facts, find_facts, rewrite
 from fx_approx.passes.shapes import Shapes, propagate
 
-__all__ = ["Found", "Shapes", "annotate", "decide", "propagate", "rewrite"]
+__all__ = [
+    "Facts",
+    "Flow",
+    "Found",
+    "Shapes",
+    "annotate",
+    "decide",
+    "find_facts",
+    "find_flow",
+    "propagate",
+    "rewrite",
+]

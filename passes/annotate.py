@@ -67,6 +67,7 @@ class Found:
         module: Path of the layer, None for a functional call.
         owner: Path of the module in whose forward the call stands (for a layer: the layer itself).
         static: The plain arguments that the op's geometry reads.
+        weight: Path of the parameter that is its right operand, None for another operand.
     """
 
     candidate: Candidate
@@ -74,6 +75,7 @@ class Found:
     module: str | None
     owner: str
     static: dict[str, Any]
+    weight: str | None = None
 
 
 def annotate(root: nn.Module, captured: Capture) -> list[Found]:
@@ -148,9 +150,9 @@ def _layer(path: str, module: nn.Module, names: dict[str, int], node: str = "") 
     static = static_of(module, kind)
     weight: Any = module.weight
     pairs, groups = weight.shape[1], static.get("groups", 1)
-    blocked = _why_not(module, path) or _too_few(pairs, groups)
+    blocked = why_not(module, path) or _too_few(pairs, groups)
     candidate = Candidate(_unique(path, names), path, kind, frontend, node, pairs, groups, blocked=blocked)
-    return Found(candidate, OPS[kind], path, path, static)
+    return Found(candidate, OPS[kind], path, path, static, f"{path}.weight" if path else "weight")
 
 
 def _too_few(pairs: int, groups: int) -> str | None:
@@ -161,7 +163,7 @@ def _too_few(pairs: int, groups: int) -> str | None:
     return "one column-row pair, nothing to choose from"
 
 
-def _why_not(module: nn.Module, path: str) -> str | None:
+def why_not(module: nn.Module, path: str) -> str | None:
     """Why a linear or convolution layer must stay exact, or None."""
     if parametrize.is_parametrized(module):
         return "parametrised: its weight is computed at every access"
@@ -190,6 +192,7 @@ def _call(node: fx.Node, op: ProductOp, place: str, modules: dict[str, nn.Module
     """The candidate of a functional call."""
     fqn = f"{place}.{op.kind}" if place else op.kind
     pairs, groups, static, blocked = None, 1, {}, None
+    parameter = None
     try:
         bound = op.bind(node.args, node.kwargs)
         static = {name: bound[name] for name in op.static}
@@ -201,6 +204,7 @@ def _call(node: fx.Node, op: ProductOp, place: str, modules: dict[str, nn.Module
         groups = static.get("groups", 1)
         weight = attribute(modules[""], bound[op.rhs])
         if weight is not None:
+            parameter = str(bound[op.rhs].target)
             blocked = _weight_problem(weight)
             if weight.dim() > 1:
                 pairs = op.pairs(None, weight, static)
@@ -210,7 +214,7 @@ def _call(node: fx.Node, op: ProductOp, place: str, modules: dict[str, nn.Module
     candidate = Candidate(
         _unique(fqn, names), fqn, op.kind, node=node.name, pairs=pairs, groups=groups, blocked=blocked
     )
-    return Found(candidate, op, None, place, static)
+    return Found(candidate, op, None, place, static, parameter)
 
 
 def attribute(root: nn.Module, node: fx.Node) -> torch.Tensor | None:

@@ -2,36 +2,91 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
+import networkx as nx
 from torch import Tensor, fx, nn
 
+from fx_approx import ops
 from fx_approx.candidate import Role
 from fx_approx.capture import owner
-from fx_approx.modules import SampledLayer, Selector, Site, swap
+from fx_approx.modules import Selector, Site, is_swapped, swap
 from fx_approx.ops import SAMPLING_ARGUMENTS
-from fx_approx.passes.annotate import Found, attribute
+from fx_approx.passes.annotate import Found
+from fx_approx.passes.demand import FULL, Demand, share_and_propagate
+from fx_approx.passes.flow import Flow
+from fx_approx.passes.header import Header, make_resample
+from fx_approx.passes.hoist import Hoist
+from fx_approx.passes.layouts import Segment
+from fx_approx.passes.share import Sharing, share
+from fx_approx.plan import Plan
 from fx_approx.runtime import PROLOGUE, Runtime, selector_target
 
 
-def rewrite(root: nn.Module, runtime: Runtime, found: list[Found]) -> None:
+def rewrite(
+    root: nn.Module, runtime: Runtime, found: list[Found], flow: Flow | None = None, hoisting: bool = True
+) -> Facts:
     """Applies ``runtime.plan`` to ``root`` in place and gives the runtime the graph that runs.
 
     A layer becomes its sampled subclass, at its path, with its parameters; a functional call becomes a call of our op.
     Selections are values of the graph: a selector makes one, the sampled product takes it. Selectors whose scores do
-    not read the activation stand at the beginning, behind the prologue that hands out the step.
+    not read the activation stand at the beginning, in one node behind the prologue that hands out the step.
+
+    Args:
+        root: The model, changed in place.
+        runtime: Holds plan and capture; is given selectors and graphs.
+        found: The candidates.
+        flow: What operations do to channels; None if shapes are not known, so that nothing is shared or hoisted.
+        hoisting: Compute only what is demanded; otherwise the graph of the same selections without that runs.
+
+    Returns:
+        What is shared, and what is demanded.
     """
     chosen = {one.candidate.name: one for one in found if runtime.plan[one.candidate.name].roles}
     places = {one.candidate.name: place for place, one in enumerate(found)}
     for name, one in chosen.items():
         _prepare(root, runtime, one, places[name], len(found))
+    facts = _facts(runtime, found, flow)
+    make_resample(runtime, facts.sharing)
     runtime.lay_out()
     for path, value in runtime.capture.constants.items():
         runtime.register_buffer(f"c{path}", value, persistent=False)
-    _watch(root, runtime)
     runtime.sampling_swapped = any(not one.candidate.node for one in chosen.values())
-    if runtime.capture.graph is not None:
-        runtime.compile_graph(_graph(root, runtime, runtime.capture.graph, chosen))
+    captured = runtime.capture.graph
+    if captured is not None:
+        shared = _graph(root, runtime, captured, found, facts, flow, False)
+        runtime.stages = [("capture", captured), ("share", shared)]
+        if facts.demand is not None and hoisting and any(map(_some, facts.demand.have.values())):
+            runtime.stages.append(("demand", _graph(root, runtime, captured, found, facts, flow, True)))
+        runtime.compile_graph(runtime.stages[-1][1])
+    _watch(root, runtime)
+    return facts
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the passes found: the shared selections, and the demand (None if shapes are not known)."""
+
+    sharing: Sharing
+    demand: Demand | None
+
+
+def _facts(runtime: Runtime, found: list[Found], flow: Flow | None) -> Facts:
+    return find_facts(runtime.capture.graph, found, runtime.plan, flow)
+
+
+def find_facts(graph: fx.Graph | None, found: list[Found], plan: Plan, flow: Flow | None) -> Facts:
+    """What is shared and demanded under ``plan``; nothing is changed."""
+    if graph is None:
+        return Facts(Sharing([], {}, {}, nx.Graph(), []), None)
+    if flow is None:
+        return Facts(share(None, graph, found, plan), None)
+    return Facts(*share_and_propagate(flow, graph, found, plan))
+
+
+def _some(have: tuple[int, ...]) -> bool:
+    return any(place != FULL for place in have)
 
 
 def _watch(root: nn.Module, runtime: Runtime) -> None:
@@ -57,7 +112,7 @@ def _children(module: nn.Module, inside: set[int]) -> tuple[tuple[str, nn.Module
     Any other layer may be replaced, such as a classifier that stays exact.
     """
     return tuple(
-        (name, child if isinstance(child, SampledLayer) or id(child) in inside else None)
+        (name, child if is_swapped(child) or id(child) in inside else None)
         for name, child in module._modules.items()
     )
 
@@ -85,7 +140,15 @@ def _prepare(root: nn.Module, runtime: Runtime, one: Found, place: int, places: 
         swap(owner, Site(selectors, decision.straight_through, runtime))
 
 
-def _graph(root: nn.Module, runtime: Runtime, captured: fx.Graph, chosen: Mapping[str, Found]) -> fx.Graph:
+def _graph(
+    root: nn.Module,
+    runtime: Runtime,
+    captured: fx.Graph,
+    found: list[Found],
+    facts: Facts,
+    flow: Flow | None,
+    hoisting: bool,
+) -> fx.Graph:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(captured, copies)
@@ -93,17 +156,23 @@ def _graph(root: nn.Module, runtime: Runtime, captured: fx.Graph, chosen: Mappin
     for node in graph.nodes:
         if node.op == "get_attr" and node.target in runtime.capture.constants:
             node.target = f"{PROLOGUE}.c{node.target}"
+    chosen = {one.candidate.name: one for one in found if runtime.plan[one.candidate.name].roles}
     if not chosen:
         return graph
-    inputs = tuple(node for node in graph.nodes if node.op == "placeholder")
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    with graph.inserting_before(first):
-        key = graph.call_module(PROLOGUE, inputs)
-    by_name = {node.name: copies[node] for node in captured.nodes if node in copies}
+    weights = {name: one.weight for name, one in chosen.items() if one.weight is not None}
+    header = Header(graph, runtime, facts.sharing, weights)
+    by_name = {node.name: node for node in captured.nodes}
     for one in chosen.values():
         if one.candidate.node:
-            _sample(root, graph, runtime, one, by_name[one.candidate.node], key)
-    _keep_exact(chosen, by_name)
+            node = by_name[one.candidate.node]
+            copies[node] = _Site(root, runtime, header, flow, one, node).sample(copies[node])
+    _keep_exact(chosen, {node.name: copy for node, copy in copies.items()})
+    if hoisting and flow is not None and facts.demand is not None:
+        Hoist(flow, facts.demand, header, copies, runtime).run()
+    for one in chosen.values():
+        if one.candidate.node:
+            node = by_name[one.candidate.node]
+            _Site(root, runtime, header, flow, one, node).observe(copies[node])
     return graph
 
 
@@ -116,31 +185,87 @@ def _keep_exact(chosen: Mapping[str, Found], by_name: Mapping[str, fx.Node]) -> 
             node.args, node.kwargs = (node.args[0] if node.args else next(iter(node.kwargs.values())), None), {}
 
 
-def _sample(root: nn.Module, graph: fx.Graph, runtime: Runtime, one: Found, node: fx.Node, key: fx.Node) -> None:
-    """Makes ``node`` a product of the selections that new selector nodes hand it."""
-    assert one.op is not None
-    bound = one.op.bind(node.args, dict(node.kwargs)) if one.module is None else {}
-    lhs = bound[one.op.lhs] if bound else node.args[0] if node.args else next(iter(node.kwargs.values()))
-    rhs = bound.get(one.op.rhs)
-    choices: dict[Role, fx.Node | None] = dict.fromkeys(Role)
-    for role in Role:
-        selector = runtime.selectors.get((one.candidate.name, role))
-        if selector is None:
-            continue
-        early = selector.ahead and (rhs is None or attribute(root, rhs) is not None)
-        weight = rhs
-        if rhs is None or early:
-            with graph.inserting_after(key) if early else graph.inserting_before(node):
-                weight = graph.create_node("get_attr", f"{one.module}.weight" if rhs is None else rhs.target)
-        with graph.inserting_after(weight) if early else graph.inserting_before(node):
-            choices[role] = graph.call_module(selector_target(selector), (None if selector.ahead else lhs, weight, key))
-    straight_through = runtime.plan[one.candidate.name].straight_through
-    if one.module is not None:
-        node.args, node.kwargs = (lhs, *choices.values(), straight_through), {}
-        return
-    how = dict(zip(SAMPLING_ARGUMENTS, (*choices.values(), straight_through), strict=True))
-    with graph.inserting_before(node):
-        sampled = graph.call_function(one.op.function, node.args, {**node.kwargs, **how})
-    sampled.meta = dict(node.meta)
-    node.replace_all_uses_with(sampled)
-    graph.erase_node(node)
+class _Site:
+    """One sampled candidate of a graph that is being rewritten."""
+
+    def __init__(
+        self, root: nn.Module, runtime: Runtime, header: Header, flow: Flow | None, one: Found, captured: fx.Node
+    ) -> None:
+        self.root, self.runtime, self.header, self.flow = root, runtime, header, flow
+        self.graph, self.one, self.captured = header.graph, one, captured
+
+    def sample(self, node: fx.Node) -> fx.Node:
+        """Makes ``node`` a product of selections; returns the node that is."""
+        one, graph = self.one, self.graph
+        assert one.op is not None
+        bound = one.op.bind(node.args, dict(node.kwargs)) if one.module is None else {}
+        lhs = bound[one.op.lhs] if bound else node.args[0] if node.args else next(iter(node.kwargs.values()))
+        rhs = bound.get(one.op.rhs)
+        choices: dict[Role, fx.Node | None] = dict.fromkeys(Role)
+        for role in Role:
+            selector = self.runtime.selectors.get((one.candidate.name, role))
+            if selector is None:
+                continue
+            if role is Role.OUTPUT and self._ahead:
+                choices[role] = self._shared()
+                continue
+            with graph.inserting_before(node):
+                weight = graph.create_node("get_attr", f"{one.module}.weight") if rhs is None else rhs
+                operands = None if selector.ahead else lhs, weight, self.header.key
+                choices[role] = graph.call_module(selector_target(selector), operands)
+        straight_through = self.runtime.plan[one.candidate.name].straight_through
+        if one.module is not None:
+            node.args, node.kwargs = (lhs, *choices.values(), straight_through), {}
+            return node
+        how = dict(zip(SAMPLING_ARGUMENTS, (*choices.values(), straight_through), strict=True))
+        with graph.inserting_before(node):
+            sampled = graph.call_function(one.op.function, node.args, {**node.kwargs, **how})
+        sampled.meta = dict(node.meta)
+        node.replace_all_uses_with(sampled)
+        graph.erase_node(node)
+        return sampled
+
+    @property
+    def _ahead(self) -> bool:
+        sharing = self.header.sharing
+        return self.captured in sharing.reads or self.captured in sharing.loose
+
+    def _shared(self) -> fx.Node | None:
+        sharing = self.header.sharing
+        if self.captured in sharing.loose:
+            return self.header.units(sharing.loose[self.captured])
+        assert self.flow is not None
+        segments = self.flow.readers[self.captured][1].segments
+        return self.header.positions(segments, sharing.reads[self.captured], self.one.candidate.groups)
+
+    def observe(self, node: fx.Node) -> None:
+        """Lets scores that learn see what the layer reads."""
+        sharing, one = self.header.sharing, self.one
+        if not self._ahead:
+            return
+        if self.captured in sharing.loose:
+            places: tuple[int, ...] = (sharing.loose[self.captured],)
+            known = sharing.classes[places[0]]
+            segments: tuple[Segment, ...] = (Segment(-1, known.units, 1),)
+        else:
+            assert self.flow is not None
+            places, segments = sharing.reads[self.captured], self.flow.readers[self.captured][1].segments
+        dim = {"conv1d": -2, "conv2d": -3, "conv3d": -4}.get(one.candidate.kind, -1)
+        target = self.header.observer(one, segments, places, dim)
+        if target is None:
+            return
+        input = node.args[0] if node.args else node.kwargs["input"]
+        assert isinstance(input, fx.Node)
+        narrowed = node.target is ops.sliced_linear or _slices(node)
+        with self.graph.inserting_before(node):
+            if not narrowed:
+                chosen = self.header.positions(segments, places)
+                if self.captured in sharing.loose and one.candidate.groups > 1:
+                    chosen = self.graph.call_function(ops.spread, (chosen, one.candidate.pairs))
+                input = self.graph.call_function(ops.narrow, (input, dim, chosen))
+            self.graph.call_module(target, (input, *(self.header.units(place) for place in places)))
+
+
+def _slices(node: fx.Node) -> bool:
+    given = node.args[1] if node.op == "call_module" and len(node.args) > 1 else None
+    return isinstance(given, fx.Node) and given.target is ops.slice_weights

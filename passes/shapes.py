@@ -25,6 +25,7 @@ from fx_approx.capture import Capture, TensorSpec, kept_random_state
 from fx_approx.flops import measured_flops, role_flops
 from fx_approx.ops import Unsupported
 from fx_approx.passes.annotate import META_KEY, Found
+from fx_approx.passes.flow import Values
 from fx_approx.tracer import HOOKS
 
 _UNKNOWABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
@@ -32,11 +33,19 @@ _UNKNOWABLE = (DataDependentOutputException, DynamicOutputShapeException, Unsupp
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Facts by candidate name, reasons that only shapes show, and what stopped the propagation, if anything."""
+    """What a run on fake tensors told.
+
+    Attributes:
+        facts: By candidate name.
+        blocked: Reasons that only shapes show.
+        stopped: What stopped the propagation, if anything.
+        values: Of all values of the graph; None if it was not run to its end.
+    """
 
     facts: dict[str, ProductFacts]
     blocked: dict[str, str]
     stopped: str | None = None
+    values: Values | None = None
 
 
 def propagate(
@@ -80,7 +89,7 @@ def propagate(
                     raise
                 stopped = f"without the hooks of {', '.join(silenced)} it does not run: {error}"
                 return Shapes(recorder.facts, recorder.blocked, stopped)
-    return Shapes(recorder.facts, recorder.blocked)
+    return Shapes(recorder.facts, recorder.blocked, values=recorder.values)
 
 
 def _without_user_hooks(fake: nn.Module) -> list[str]:
@@ -155,7 +164,9 @@ class _Interpreter(fx.Interpreter):
                 self.recorder.layer(one, self.fetch_attr(str(n.target)), args, kwargs)
             else:
                 self.recorder.call(one, self._function(n), args, kwargs)
-        return super().run_node(n)
+        result = super().run_node(n)
+        self.recorder.value(n, result)
+        return result
 
     @staticmethod
     def _function(node: fx.Node) -> Callable[..., Any]:
@@ -171,6 +182,20 @@ class _Recorder:
         self.facts: dict[str, ProductFacts] = {}
         self.blocked: dict[str, str] = {}
         self.place = ""
+        self._shapes: dict[str, Any] = {}
+        self._bytes: dict[str, int] = {}
+
+    def value(self, node: fx.Node, result: Any) -> None:
+        """Records what a node gave."""
+        if isinstance(result, Tensor):
+            self._shapes[node.name], self._bytes[node.name] = tuple(result.shape), result.itemsize
+        elif isinstance(result, (tuple, list)) and result and all(isinstance(part, Tensor) for part in result):
+            self._shapes[node.name] = [tuple(part.shape) for part in result]
+
+    @property
+    def values(self) -> Values | None:
+        """All that was recorded; None without a graph."""
+        return Values(self._shapes, self._bytes) if self._shapes else None
 
     def at(self, node: fx.Node) -> Found | None:
         """The candidate that ``node`` itself is (a part that is not traced holds several, and is none)."""

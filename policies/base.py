@@ -20,10 +20,11 @@ def decision(
     source: str,
     model: CostModel | None = None,
     straight_through: bool = False,
+    share: str = "site",
 ) -> Decision:
     """A decision with its cost, by :class:`FlopModel` unless another model is given."""
     estimate = (FlopModel() if model is None else model).estimate(candidate, roles, straight_through)
-    return Decision(candidate.name, roles, reason, source, estimate, straight_through)
+    return Decision(candidate.name, roles, reason, source, estimate, straight_through, share)
 
 
 def exact(candidate: Candidate, reason: str, source: str) -> Decision:
@@ -31,9 +32,9 @@ def exact(candidate: Candidate, reason: str, source: str) -> Decision:
     return decision(candidate, {}, reason, source)
 
 
-def sampled(candidate: Candidate, spec: SamplerSpec, reason: str, source: str) -> Decision:
+def sampled(candidate: Candidate, spec: SamplerSpec, reason: str, source: str, share: str = "site") -> Decision:
     """Sample ``candidate`` in forward mode; exact, with that reason, if ``spec`` would keep every pair."""
-    return sampled_roles(candidate, {Role.OUTPUT: spec}, reason, source)
+    return sampled_roles(candidate, {Role.OUTPUT: spec}, reason, source, share=share)
 
 
 def sampled_roles(
@@ -42,6 +43,7 @@ def sampled_roles(
     reason: str,
     source: str,
     straight_through: bool = False,
+    share: str = "site",
 ) -> Decision:
     """Sample those products of ``candidate`` of which ``minimal_k`` does not keep every pair."""
     kept: dict[Role, SamplerSpec] = {}
@@ -55,4 +57,4 @@ def sampled_roles(
     if not kept and all_kept:
         return exact(candidate, all_kept[0], source)
     through = straight_through and Role.OUTPUT in kept
-    return decision(candidate, kept, reason, source, straight_through=through)
+    return decision(candidate, kept, reason, source, straight_through=through, share=share)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from fx_approx.candidate import Candidate
-from fx_approx.plan import Decision
+from fx_approx.plan import Decision, check_share
 from fx_approx.policies.base import exact, sampled
 from fx_approx.sampling import SamplerSpec
 
@@ -30,9 +30,12 @@ class Uniform:
         sampler: Name of the sampler: ``topk``, ``systematic``, ``bernoulli``, ``crs``, ``wta``, ``wta_unique``.
         ratio: Share of the column-row pairs to keep, in (0, 1].
         minimal_k: Keep at least so many pairs.
-        scores: ``online``, ``weight`` or ``uniform``.
+        scores: ``online``, ``weight``, ``stale`` or ``uniform``.
         granularity: Round the number of pairs to a multiple of this.
         epsilon: Mix toward uniform probabilities; None for the sampler's default.
+        share: Which readers share a selection that is made ahead (scores ``weight``, ``stale`` or ``uniform``):
+            ``site``, none; ``value``, all that read the same channels; ``group``, also those coupled by residual
+            additions. More than ``site`` needs example inputs.
 
     Raises:
         TypeError: At construction, a field of the wrong type.
@@ -45,12 +48,17 @@ class Uniform:
     scores: str = "online"
     granularity: int = 1
     epsilon: float | None = None
-
-    needs_shapes = False
+    share: str = "site"
 
     def __post_init__(self) -> None:
         """Checks the fields."""
         self.spec  # noqa: B018  (building the spec is the check)
+        check_share(self.share)
+
+    @property
+    def needs_shapes(self) -> bool:
+        """Who reads what is told by shapes."""
+        return self.share != "site"
 
     @property
     def spec(self) -> SamplerSpec:
@@ -59,4 +67,4 @@ class Uniform:
 
     def decide(self, candidates: Sequence[Candidate]) -> list[Decision]:
         """All sampled alike."""
-        return [sampled(candidate, self.spec, "same for all", "Uniform") for candidate in candidates]
+        return [sampled(candidate, self.spec, "same for all", "Uniform", self.share) for candidate in candidates]

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from fx_approx.candidate import Candidate
-from fx_approx.plan import Decision
+from fx_approx.plan import Decision, check_share
 from fx_approx.policies.base import exact, sampled
 from fx_approx.sampling import SamplerSpec
 
@@ -22,6 +22,9 @@ class Paper:
         minimal_k: Keep at least so many pairs; smaller layers stay exact.
         sampler: Another sampler than the paper's ``topk``.
         scores: Other scores than the paper's ``online``.
+        share: Which readers share a selection that is made ahead (scores ``weight``, ``stale`` or ``uniform``):
+            ``site``, none; ``value``, all that read the same channels; ``group``, also those coupled by residual
+            additions. More than ``site`` needs example inputs.
 
     Raises:
         TypeError: At construction, a field of the wrong type.
@@ -32,12 +35,17 @@ class Paper:
     minimal_k: int = 1
     sampler: str = "topk"
     scores: str = "online"
-
-    needs_shapes = False
+    share: str = "site"
 
     def __post_init__(self) -> None:
         """Checks the fields."""
         self.spec  # noqa: B018  (building the spec is the check)
+        check_share(self.share)
+
+    @property
+    def needs_shapes(self) -> bool:
+        """Who reads what is told by shapes."""
+        return self.share != "site"
 
     @property
     def spec(self) -> SamplerSpec:
@@ -55,4 +63,4 @@ class Paper:
             return exact(candidate, "classifier: no layer after it", "Paper")
         if candidate.first and candidate.kind.startswith("conv"):
             return exact(candidate, "first convolution", "Paper")
-        return sampled(candidate, self.spec, "inner layer", "Paper")
+        return sampled(candidate, self.spec, "inner layer", "Paper", self.share)

@@ -23,9 +23,9 @@ MAX_LINES = 400
 LAYERS: dict[str, tuple[int, set[str]]] = {
     "foundation": (0, {"errors", "sampling", "flops", "candidate", "plan"}),
     "ops": (1, {"ops"}),
-    "modules": (2, {"state", "modules", "batchnorm"}),
+    "modules": (2, {"state", "modules", "batchnorm", "channelwise", "resample"}),
     "capture": (3, {"watch", "tracer", "capture"}),
-    "runtime": (4, {"runtime"}),
+    "runtime": (4, {"runtime", "approx"}),
     "passes": (5, {"passes"}),
     "policies": (5, {"policies"}),
     "surface": (6, {"report", "tables", "checks", "controls", "noise", "noise_report"}),

@@ -2,6 +2,19 @@
 
 from fx_approx.ops.backward import Choice, Early, How, Late, Rule
 from fx_approx.ops.base import OPS, SAMPLING_ARGUMENTS, ProductOp, Unsupported, find_op, register_op
+from fx_approx.ops.channels import (
+    Part,
+    Slices,
+    narrow,
+    positions,
+    remaining,
+    resize,
+    slice_weights,
+    sliced_linear,
+    split_parts,
+    spread,
+    width,
+)
 from fx_approx.ops.conv import conv1d, conv2d, conv3d
 from fx_approx.ops.conv_backward import convolve
 from fx_approx.ops.einsum import einsum
@@ -18,8 +31,10 @@ __all__ = [
     "Early",
     "How",
     "Late",
+    "Part",
     "ProductOp",
     "Rule",
+    "Slices",
     "Unsupported",
     "addmm",
     "baddbmm",
@@ -34,8 +49,17 @@ __all__ = [
     "linear",
     "matmul",
     "mm",
+    "narrow",
     "new_running",
+    "positions",
     "refuse_transforms",
     "register_op",
+    "remaining",
+    "resize",
     "select_channels",
+    "slice_weights",
+    "sliced_linear",
+    "split_parts",
+    "spread",
+    "width",
 ]

@@ -80,21 +80,35 @@ def select_channels(input: Tensor, weight: Tensor, groups: int, selection: Selec
     Returns:
         Input with ``groups * k`` channels and weight ``[O, k, ...]``, ready for the same convolution.
     """
-    pairs = weight.shape[1]
-    index = flat_indices(selection.indices, pairs)
-    channels = gather(input, 1 - weight.dim(), index)
+    index = flat_indices(selection.indices, weight.shape[1])
+    return gather(input, 1 - weight.dim(), index), select_weight(weight, groups, selection, index)
+
+
+def select_weight(weight: Tensor, groups: int, selection: Selection, index: Tensor | None = None) -> Tensor:
+    """The chosen input channels of a weight ``[O, C / groups, ...]``, each group its own, times the scale.
+
+    Args:
+        weight: A linear layer's (groups 1) or a convolution's.
+        groups: Groups of the convolution.
+        selection: ``[groups, k]`` positions within each group's ``C / groups`` channels.
+        index: The same among all C channels, ``[groups * k]``, where it is there already.
+
+    Returns:
+        ``[O, k, ...]``.
+    """
     if groups == 1:
-        rows = gather(weight, 1, index)
+        rows = gather(weight, 1, selection.indices[0])
         scale = None if selection.scale is None else selection.scale[0]
-        return channels, rows if scale is None else scaled(rows, scale.view(-1, *[1] * (weight.dim() - 2)))
+        return rows if scale is None else scaled(rows, scale.view(-1, *[1] * (weight.dim() - 2)))
     # [G, O/G, C/G, S] -> [G * C/G, O/G, S], so that one index serves all groups, and back.
+    pairs = weight.shape[1]
     outputs, positions = weight.shape[0] // groups, weight.shape[2:]
     flat = weight.reshape(groups, outputs, pairs, -1).transpose(1, 2).flatten(0, 1)
-    rows = gather(flat, 0, index)
+    rows = gather(flat, 0, flat_indices(selection.indices, pairs) if index is None else index)
     if selection.scale is not None:
         rows = scaled(rows, selection.scale.reshape(-1, 1, 1))
     rows = rows.unflatten(0, (groups, -1)).transpose(1, 2)
-    return channels, rows.reshape(groups * outputs, selection.indices.shape[1], *positions)
+    return rows.reshape(groups * outputs, selection.indices.shape[1], *positions)
 
 
 def channels_last_order(source: Tensor) -> tuple[int, ...] | None:

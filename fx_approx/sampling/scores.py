@@ -34,7 +34,7 @@ class ScoreKind:
             does not have do not count.
         description: the formula, for reports.
         products: the products (roles, by name) that can be scored so.
-        learns: whether it keeps running norms of the gradient from earlier steps.
+        learns: whether it keeps running norms of the input (for the output) or the gradient from earlier steps.
     """
 
     name: str
@@ -46,7 +46,7 @@ class ScoreKind:
     @property
     def ahead(self) -> bool:
         """Whether a selection for OUTPUT can be made before the activation exists."""
-        return not {"input", "gradient"} & self.reads
+        return self.learns or not {"input", "gradient"} & self.reads
 
     @property
     def early(self) -> bool:
@@ -74,8 +74,9 @@ SCORES: Mapping[str, ScoreKind] = MappingProxyType(
             ScoreKind(
                 "stale",
                 frozenset({"input"}),
+                "output: norm of row j of the weight times the running norm of column j of the input; weight gradient: "
                 "norm of row j of the input times the running norm of the gradient at its position",
-                frozenset({"grad_weight"}),
+                frozenset({"output", "grad_weight"}),
                 learns=True,
             ),
             ScoreKind("uniform", frozenset(), "one for every pair", _ALL),

@@ -1,0 +1,78 @@
+"""The models that training steps are timed on, each with a batch and a narrower rival."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+Built = tuple[nn.Module, Tensor, nn.Module | None]
+
+
+class PreActivation(nn.Module):
+    """The block of wide residual networks (Zagoruyko and Komodakis 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, inputs, H, W]`` to ``[N, outputs, H / stride, W / stride]``."""
+        h = torch.relu(self.bn1(x))
+        x = x if self.shortcut is None else self.shortcut(h)
+        return x + self.conv2(torch.relu(self.bn2(self.conv1(h))))
+
+
+def wide_resnet(depth: int, width: float, classes: int = 10, channels: int = 3) -> nn.Sequential:
+    """WRN-depth-width for images of 32 x 32."""
+    blocks, layers, inputs = (depth - 4) // 6, [nn.Conv2d(channels, 16, 3, 1, 1, bias=False)], 16
+    for stage, outputs in enumerate((int(16 * width), int(32 * width), int(64 * width))):
+        for block in range(blocks):
+            layers.append(PreActivation(inputs, outputs, 2 if stage and not block else 1))
+            inputs = outputs
+    head = [nn.BatchNorm2d(inputs), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
+    return nn.Sequential(*layers, *head)
+
+
+def _wrn() -> Built:
+    form = torch.channels_last
+    models = [wide_resnet(16, width).to(memory_format=form) for width in (4, 2)]
+    return models[0], torch.randn(64, 3, 32, 32).contiguous(memory_format=form), models[1]
+
+
+def _resnet50() -> Built:
+    compat = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "torchvision_compat.py"))
+    models = compat["import_torchvision"]().models
+    form = torch.channels_last
+    exact = models.resnet50().to(memory_format=form)
+    narrow = models.ResNet(models.resnet.Bottleneck, [3, 4, 6, 3], width_per_group=32).to(memory_format=form)
+    return exact, torch.randn(8, 3, 224, 224).contiguous(memory_format=form), narrow
+
+
+class ViTBlock(nn.Module):
+    """One encoder block of ViT-B/16 (torchvision's)."""
+
+    def __init__(self, heads: int = 12, width: int = 768, hidden: int = 3072) -> None:
+        super().__init__()
+        compat = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "torchvision_compat.py"))
+        transformer = compat["import_torchvision"]().models.vision_transformer
+        self.block = transformer.EncoderBlock(heads, width, hidden, 0.0, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, tokens, width]``."""
+        result: Tensor = self.block(x)
+        return result
+
+
+def _vit_block() -> Built:
+    return ViTBlock(), torch.randn(8, 197, 768), ViTBlock(6, 768, 1536)
+
+
+MODELS: dict[str, Callable[[], Built]] = {"wrn_16_4": _wrn, "resnet50": _resnet50, "vit_b_block": _vit_block}
+"""By name: the exact model, a batch, and a narrower rival (None where there is no obvious one)."""

@@ -1,0 +1,85 @@
+"""The transformed model: an instance of the user's own class that runs through its runtime."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from fx_approx.batchnorm import note_fresh, warn_if_stale
+from fx_approx.runtime import Runtime
+
+
+class ApproxModule(nn.Module):
+    """Base of a transformed model, in front of the user's own class: ``isinstance`` and methods keep working."""
+
+    _fx_approx: Runtime
+    exact_class: type[nn.Module]
+
+    def train(self, mode: bool = True) -> ApproxModule:
+        """As ``nn.Module.train``; warns once if BatchNorm statistics do not fit the exact evaluation that follows."""
+        if not mode and self.training and "_fx_approx" in vars(self):
+            warn_if_stale(self, self._fx_approx)
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ApproxModule:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if "_fx_approx" in vars(self):
+            self._fx_approx._apply(fn)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ApproxModule:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(vars(self), memo))
+        return new
+
+
+def adopt(root: nn.Module, runtime: Runtime, reduce: Callable[[ApproxModule], tuple[Any, ...]]) -> ApproxModule:
+    """Makes ``root`` a transformed model: an instance of a subclass of its own class that carries ``runtime``.
+
+    ``reduce`` pickles it: the class exists in this process only.
+
+    The class is made anew for each model, and its ``forward`` has its own code object: Dynamo counts recompilations
+    by code object, and models must not use up each other's limit.
+    """
+    cls = type(root)
+    exact = cls.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        runtime = self.__dict__.get("_fx_approx")
+        if runtime is None:  # a part of the model, such as a slice of a Sequential
+            return exact(self, *args, **kwargs)
+        return runtime.run(self, exact, args, kwargs)
+
+    own = types.FunctionType(forward.__code__.replace(), forward.__globals__, "forward", None, forward.__closure__)
+    own.__wrapped__ = exact  # type: ignore[attr-defined]
+    own.__doc__ = exact.__doc__
+    namespace = {
+        "forward": own,
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "__reduce_ex__": lambda self, protocol: reduce(self),
+        "exact_class": cls,
+    }
+    root.__class__ = type(f"Approx{cls.__name__}", (ApproxModule, cls), namespace)
+    root.__dict__["_fx_approx"] = runtime
+    note_fresh(root, runtime)
+    return cast(ApproxModule, root)
+
+
+def find(model: nn.Module) -> ApproxModule:
+    """The transformed model in ``model``: itself, or inside ``torch.compile``, DistributedDataParallel or alike.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    found = [module for module in model.modules() if isinstance(module, ApproxModule) and "_fx_approx" in vars(module)]
+    if len(found) != 1:
+        what = "is not a transformed model" if not found else f"holds {len(found)} transformed models"
+        raise ValueError(f"model: {type(model).__name__} {what}; expected what fx_approx.transform returned")
+    return found[0]

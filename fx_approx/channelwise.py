@@ -1,0 +1,114 @@
+"""Layers that treat each channel apart, on the demanded channels only; what the demand pass puts in their place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fx_approx.modules import become, is_swapped
+from fx_approx.ops import gather
+from fx_approx.sampling import Selection
+
+
+class ChannelwiseLayer(nn.Module):
+    """What they share: called with the selection of the channels that the input holds, or exactly without."""
+
+
+class _NarrowBatchNorm(ChannelwiseLayer, _BatchNorm):
+    """Normalises the channels that are there; the running statistics of the others stay as they are.
+
+    The momentum is that of the exact layer. Without one (``momentum=None``, a plain average over all batches) the
+    weight of a batch is one over all batches seen, those without this channel too.
+    """
+
+    def forward(self, input: Tensor, chosen: Selection | None = None) -> Tensor:
+        """``input`` is ``[N, k, ...]``; ``chosen`` ``[1, k]`` of the layer's channels, None for all."""
+        if chosen is None:
+            return super().forward(input)
+        self._check_input_dim(input)
+        index = chosen.indices[0]
+        weight, bias = (None if t is None else gather(t, 0, index) for t in (self.weight, self.bias))
+        mean, variance = self.running_mean, self.running_var
+        if mean is None or variance is None:
+            return F.batch_norm(input, None, None, weight, bias, True, 0.0, self.eps)
+        own_mean, own_variance = mean.index_select(0, index), variance.index_select(0, index)
+        if not self.training:
+            return F.batch_norm(input, own_mean, own_variance, weight, bias, False, 0.0, self.eps)
+        result = F.batch_norm(input, own_mean, own_variance, weight, bias, True, self._next_factor(), self.eps)
+        with torch.no_grad():
+            mean.index_copy_(0, index, own_mean)
+            variance.index_copy_(0, index, own_variance)
+        return result
+
+    def _next_factor(self) -> float:
+        """The share of this batch in the running statistics; counts the batch."""
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                return 1.0 / float(self.num_batches_tracked)
+        return 0.0 if self.momentum is None else self.momentum
+
+
+class NarrowBatchNorm1d(_NarrowBatchNorm, nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` on the channels that are there."""
+
+
+class NarrowBatchNorm2d(_NarrowBatchNorm, nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` on the channels that are there."""
+
+
+class NarrowBatchNorm3d(_NarrowBatchNorm, nn.BatchNorm3d):
+    """``nn.BatchNorm3d`` on the channels that are there."""
+
+
+class NarrowSyncBatchNorm(ChannelwiseLayer, nn.SyncBatchNorm):
+    """``nn.SyncBatchNorm`` on the channels that are there; all ranks must have chosen the same."""
+
+    def forward(self, input: Tensor, chosen: Selection | None = None) -> Tensor:
+        """As :meth:`NarrowBatchNorm2d.forward`; statistics are those of all ranks."""
+        if chosen is None:
+            return super().forward(input)
+        index = chosen.indices[0]
+        own = {name: gather(p, 0, index) for name, p in self._parameters.items() if p is not None}
+        running = {n: b for n, b in self._buffers.items() if b is not None and b.dim() == 1}
+        kept = {name: buffer.index_select(0, index) for name, buffer in running.items()}
+        result: Tensor = torch.func.functional_call(self, {**own, **kept}, (input,))
+        with torch.no_grad():
+            for name, buffer in running.items():
+                buffer.index_copy_(0, index, kept[name])
+        return result
+
+
+class NarrowPReLU(ChannelwiseLayer, nn.PReLU):
+    """``nn.PReLU`` with a slope for each channel, on the channels that are there."""
+
+    def forward(self, input: Tensor, chosen: Selection | None = None) -> Tensor:
+        """``input`` is ``[N, k, ...]``; ``chosen`` ``[1, k]`` of the layer's channels, None for all."""
+        if chosen is None or self.num_parameters == 1:
+            return super().forward(input)
+        return F.prelu(input, gather(self.weight, 0, chosen.indices[0]))
+
+
+CHANNELWISE: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: NarrowBatchNorm1d,
+    nn.BatchNorm2d: NarrowBatchNorm2d,
+    nn.BatchNorm3d: NarrowBatchNorm3d,
+    nn.SyncBatchNorm: NarrowSyncBatchNorm,
+    nn.PReLU: NarrowPReLU,
+}
+"""Exact layer type -> its subclass that takes a selection."""
+
+
+def swap_channelwise(module: nn.Module) -> None:
+    """Makes a layer of :data:`CHANNELWISE` its subclass in place; nothing if it is already."""
+    if not is_swapped(module):
+        become(module, CHANNELWISE[type(module)])
+
+
+def channels_of(module: Any) -> int:
+    """How many channels a layer of :data:`CHANNELWISE` has parameters or statistics for."""
+    return int(module.num_parameters if isinstance(module, nn.PReLU) else module.num_features)

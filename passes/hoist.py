@@ -1,0 +1,191 @@
+"""Hoist: makes a rewritten graph compute only what the demand pass found to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import fx, nn
+
+from fx_approx import ops
+from fx_approx.channelwise import swap_channelwise
+from fx_approx.modules import SampledLayer, Site, swap
+from fx_approx.passes.demand import FULL, Demand
+from fx_approx.passes.flow import Flow, first
+from fx_approx.passes.header import Header
+from fx_approx.runtime import Runtime
+
+
+class Hoist:
+    """Narrows the values of one rewritten graph.
+
+    Args:
+        flow: What operations do to channels, of the captured graph.
+        demand: Which of them are to be computed, of the captured graph.
+        header: Of the rewritten graph.
+        copies: Captured node -> its node in the rewritten graph; kept up to date.
+        runtime: Makes the selections of layers that are called elsewhere.
+    """
+
+    def __init__(
+        self, flow: Flow, demand: Demand, header: Header, copies: dict[fx.Node, fx.Node], runtime: Runtime
+    ) -> None:
+        self.flow, self.demand, self.header = flow, demand, header
+        self.graph, self.copies, self.runtime = header.graph, copies, runtime
+        self._narrowed: dict[tuple[fx.Node, int, fx.Node], fx.Node] = {}
+
+    def run(self) -> None:
+        """Rewrites every node whose value has channels, in order."""
+        for node in self.flow.graph.nodes:
+            step, have = self.flow.steps[node], self.demand.have.get(node, ())
+            if step.action == "produce":
+                self._produce(node, have)
+                continue
+            self._edges(node)
+            if step.layout is None or all(place == FULL for place in have):
+                continue
+            if step.action in ("layer", "depthwise"):
+                self._layer(node, have)
+            elif step.action == "resize":
+                self._resize(node, have)
+            elif step.action == "split":
+                self._split(node, have)
+
+    def _edges(self, node: fx.Node) -> None:
+        """Narrows the operands that hold more than the node computes."""
+        step = self.flow.steps[node]
+        if step.layout is None:
+            return
+        own, have = self.copies[node], self.demand.have[node]
+        wanted: dict[fx.Node, list[int]] = {}
+        for link in step.links:
+            wants = wanted.setdefault(link.source, list(self.demand.have[link.source]))
+            wants[link.start : link.start + link.count] = have[link.place : link.place + link.count]
+        for source, wants in wanted.items():
+            self._replace(own, source, self.narrowed(source, wants, own))
+        for operand, dim in step.follow:
+            index = self.header.positions(step.layout.segments, have)
+            if index is not None:
+                self._replace(own, operand, self._gather(self.copies[operand], dim, index, own))
+
+    def _replace(self, user: fx.Node, source: fx.Node, new: fx.Node) -> None:
+        if new is not self.copies[source]:
+            user.replace_input_with(self.copies[source], new)
+
+    def narrowed(self, source: fx.Node, wants: Sequence[int], before: fx.Node) -> fx.Node:
+        """The value of ``source`` with what is wanted of it only."""
+        layout, have = self.flow.layout(source), self.demand.have[source]
+        if layout is None or tuple(wants) == tuple(have):
+            return self.copies[source]
+        index = self.header.rest(layout.segments, have, wants)
+        return self.copies[source] if index is None else self._gather(self.copies[source], layout.dim, index, before)
+
+    def _gather(self, value: fx.Node, dim: int, index: fx.Node, before: fx.Node) -> fx.Node:
+        key = value, dim, index
+        if key not in self._narrowed:
+            with self.graph.inserting_before(before):
+                self._narrowed[key] = self.graph.call_function(ops.narrow, (value, dim, index))
+        return self._narrowed[key]
+
+    def _produce(self, node: fx.Node, have: Sequence[int]) -> None:
+        """A linear or convolution layer: computes the demanded outputs from the selected inputs."""
+        own = self.copies[node]
+        module = self.flow.module(node)
+        step = self.flow.steps[node]
+        reads = self.header.sharing.reads.get(node)
+        chosen = own.args[1] if module is not None and len(own.args) > 1 else own.kwargs.get("selection")
+        others = own.args[2:] if module is not None else [v for k, v in own.kwargs.items() if k.startswith("grad_")]
+        outputs = None if step.layout is None else self.header.positions(step.layout.segments, have)
+        if any(others) or (outputs is None and reads is None):
+            return
+        input = own.args[0] if own.args else own.kwargs["input"]
+        groups = int(getattr(module, "groups", 1))
+        if reads is not None:
+            source, layout = self.flow.readers[node]
+            input = self.narrowed(source, reads, own)
+            chosen = self.header.positions(layout.segments, reads, groups)
+        elif isinstance(chosen, fx.Node):
+            with self.graph.inserting_before(own):
+                pairs = self._pairs(node)
+                flat = self.graph.call_function(ops.spread, (chosen, pairs)) if groups > 1 else chosen
+                axis = -1 if isinstance(module, nn.Linear) or module is None else 1
+                input = self.graph.call_function(ops.narrow, (input, axis, flat))
+        weight, bias = self._weights(node)
+        slicing = (weight, bias, chosen, outputs, groups)
+        slices = self._sliced(slicing, own)
+        if module is not None:
+            swap(module, Site({}, False, self.runtime))
+            own.args, own.kwargs = (input, slices), {}
+            return
+        with self.graph.inserting_before(own):
+            new = self.graph.call_function(ops.sliced_linear, (input, weight, bias, slices))
+        new.meta = dict(own.meta)
+        own.replace_all_uses_with(new)
+        self.graph.erase_node(own)
+        self.copies[node] = new
+
+    def _sliced(self, slicing: tuple[object, ...], before: fx.Node) -> fx.Node:
+        """The slices of a layer, once however often it is called; at the head if they read nothing of the step."""
+        chosen = slicing[2]
+        make: Callable[[], fx.Node] = lambda: self.graph.call_function(ops.slice_weights, slicing)  # noqa: E731
+        if isinstance(chosen, fx.Node) and chosen.op == "call_module":
+            with self.graph.inserting_before(before):
+                return make()
+        return self.header.once(("slices", *slicing), make)
+
+    def _pairs(self, node: fx.Node) -> int:
+        module = self.flow.module(node)
+        weight = module.weight if module is not None else None
+        assert isinstance(weight, torch.Tensor)
+        return int(weight.shape[1])
+
+    def _weights(self, node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+        module = self.flow.module(node)
+        if module is not None:
+            weight = self.header.read(f"{node.target}.weight")
+            return weight, None if module.bias is None else self.header.read(f"{node.target}.bias")
+        arguments = {**dict(zip(("input", "weight", "bias"), node.args, strict=False)), **node.kwargs}
+        weight, bias = arguments["weight"], arguments.get("bias")
+        assert isinstance(weight, fx.Node)
+        return self.header.read(str(weight.target)), self.header.read(str(bias.target)) if bias is not None else None
+
+    def _layer(self, node: fx.Node, have: Sequence[int]) -> None:
+        """A layer that takes the selection: normalisation, activation with parameters, depthwise convolution."""
+        step, own, module = self.flow.steps[node], self.copies[node], self.flow.module(node)
+        assert module is not None and step.layout is not None
+        chosen = self.header.positions(step.layout.segments, have)
+        if step.action == "depthwise":
+            weight, bias = self._weights(node)
+            chosen = self._sliced((weight, bias, None, chosen, int(getattr(module, "groups", 1)), True), own)
+            if not isinstance(module, SampledLayer):
+                swap(module, Site({}, False, self.runtime))
+        else:
+            swap_channelwise(module)
+        own.args, own.kwargs = (first(own), chosen), {}
+
+    def _resize(self, node: fx.Node, have: Sequence[int]) -> None:
+        step, own = self.flow.steps[node], self.copies[node]
+        assert step.layout is not None
+        sizes = own.args[1:] if len(own.args) > 1 else (own.kwargs.get("shape", own.kwargs.get("size")),)
+        shape = tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else tuple(sizes)
+        parts = self.header.parts(step.layout.segments, have)
+        exact = torch.Tensor.view if own.target == "view" else torch.reshape
+        with self.graph.inserting_before(own):
+            new = self.graph.call_function(ops.resize, (first(own), shape, step.axis, parts, exact))
+        self._take_over(node, new)
+
+    def _split(self, node: fx.Node, have: Sequence[int]) -> None:
+        step, own = self.flow.steps[node], self.copies[node]
+        assert step.layout is not None
+        parts = self.header.parts(step.layout.segments, have)
+        sections = tuple(parts[start:end] for start, end in step.sections)
+        with self.graph.inserting_before(own):
+            new = self.graph.call_function(ops.split_parts, (first(own), sections, step.layout.dim))
+        self._take_over(node, new)
+
+    def _take_over(self, node: fx.Node, new: fx.Node) -> None:
+        own = self.copies[node]
+        new.meta = dict(own.meta)
+        own.replace_all_uses_with(new)
+        self.graph.erase_node(own)
+        self.copies[node] = new

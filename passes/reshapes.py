@@ -1,0 +1,227 @@
+"""What operations do to channels: reshaping, reordering, joining and splitting."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fx_approx.passes.flow import Flow, Handler, Link, Step, first
+from fx_approx.passes.layouts import Layout, Segment, regroup, stretch
+
+
+def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, however it is given."""
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def through(source: fx.Node, layout: Layout, dim: int | None = None, **extra: Any) -> Step:
+    """All channels of ``source``, one to one, perhaps along another axis."""
+    count = len(layout.segments)
+    moved = Layout(layout.dim if dim is None else dim, layout.segments)
+    return Step(moved, (Link(source, 0, 0, count),), **{"action": "plain", **extra})
+
+
+def fold(flow: Flow, source: fx.Node, layout: Layout, times: int, dim: int, **extra: Any) -> Step | None:
+    """The axis is ``times`` stretches of the same channels, of which one is left, along ``dim``."""
+    parts = []
+    for part in range(times):
+        ends = stretch(flow.spaces, layout.segments, part * layout.size // times, (part + 1) * layout.size // times)
+        if ends is None:
+            return None
+        parts.append(ends)
+    lead = layout.segments[slice(*parts[0])]
+    for start, end in parts[1:]:
+        if not flow.spaces.align(lead, layout.segments[start:end]):
+            return None
+        flow.spaces.merge(lead, layout.segments[start:end])
+    links = tuple(Link(source, start, 0, end - start) for start, end in parts)
+    return Step(Layout(dim, lead), links, **{"action": "plain", **extra})
+
+
+def _reshape(flow: Flow, node: fx.Node) -> Step | None:
+    """view, reshape, flatten, unflatten, squeeze, unsqueeze."""
+    source = first(node)
+    layout, before, after = flow.layout(source), flow.shape(source), flow.shape(node)
+    if layout is None or before is None or after is None or 0 in before:
+        return None
+    for old, new in regroup(before, after):
+        if layout.dim not in old:
+            continue
+        lead = [axis for axis in old if axis < layout.dim and before[axis] != 1]
+        rest = math.prod(before[axis] for axis in old if axis > layout.dim)
+        wide = [axis for axis in new if after[axis] != 1]
+        if lead or not new:
+            return None
+        if len(wide) <= 1:
+            axis = wide[0] if wide else new[0]
+            segments = tuple(Segment(s.space, s.count, s.block * rest) for s in layout.segments)
+            action = "resize" if node.target in _SIZED else "plain"
+            return through(source, Layout(axis, segments), action=action, axis=axis)
+        return _unfold(flow, source, layout, after, wide) if rest == 1 and node.target in _SIZED else None
+    return None
+
+
+def _unfold(flow: Flow, source: fx.Node, layout: Layout, after: tuple[int, ...], axes: list[int]) -> Step | None:
+    """The channels become several axes: heads by entries, or 2 or 3 times that (query, key and value)."""
+    times = after[axes[0]] if len(axes) > 2 and after[axes[0]] in (2, 3) else 1
+    axis = axes[1] if times > 1 else axes[0]
+    inner = math.prod(after[a] for a in axes if a > axis)
+    for segment in layout.segments:
+        wanted = math.lcm(segment.block, inner)
+        if wanted != segment.block and not flow.spaces.coarsen(segment, wanted // segment.block):
+            return None
+    if times > 1:
+        folded = fold(flow, source, layout, times, axis, action="resize", axis=axis)
+        if folded is None or folded.layout is None:
+            return None
+        segments, links = folded.layout.segments, folded.links
+    else:
+        segments, links = layout.segments, (Link(source, 0, 0, len(layout.segments)),)
+    shrunk = tuple(Segment(s.space, s.count, s.block // inner) for s in segments)
+    return Step(Layout(axis, shrunk), links, action="resize", axis=axis)
+
+
+def _reorder(flow: Flow, node: fx.Node) -> Step | None:
+    """permute, transpose and alike: found by where a marked axis goes."""
+    source = first(node)
+    layout, before = flow.layout(source), flow.shape(source)
+    if layout is None or before is None:
+        return None
+    arguments = [a for a in (*node.args[1:], *node.kwargs.values())]
+    if any(isinstance(leaf, fx.Node) for leaf in torch.utils._pytree.tree_leaves(arguments)):
+        return None
+    probe = torch.empty([2 if axis == layout.dim else 1 for axis in range(len(before))], device="meta")
+    if node.op == "call_method":
+        moved = getattr(probe, str(node.target))(*node.args[1:], **node.kwargs)
+    else:
+        assert callable(node.target)
+        moved = node.target(probe, *node.args[1:], **{k: v for k, v in node.kwargs.items() if v is not source})
+    return through(source, layout, tuple(moved.shape).index(2))
+
+
+def _roll(flow: Flow, node: fx.Node) -> Step | None:
+    source, dims = first(node), argument(node, 2, "dims")
+    layout, shape = flow.layout(source), flow.shape(source)
+    dims = (dims,) if isinstance(dims, int) else dims
+    if layout is None or shape is None or not isinstance(dims, (tuple, list)):
+        return None
+    return through(source, layout) if layout.dim not in {dim % len(shape) for dim in dims} else None
+
+
+def _concatenate(flow: Flow, node: fx.Node) -> Step | None:
+    operands = argument(node, 0, "tensors")
+    dim, result = argument(node, 1, "dim", 0), flow.shape(node)
+    if result is None or not isinstance(dim, int) or not isinstance(operands, (tuple, list)):
+        return None
+    dim %= len(result)
+    layouts = [flow.layout(operand) for operand in operands]
+    known = next((layout for layout in layouts if layout is not None), None)
+    if known is None:
+        return None
+    if known.dim != dim:  # other parts of the same channels, one behind the other
+        if any(layout is None or layout.dim != known.dim for layout in layouts):
+            return None
+        links = []
+        for operand, layout in zip(operands, layouts, strict=True):
+            if layout is None or not flow.spaces.align(known.segments, layout.segments):
+                return None
+            flow.spaces.merge(known.segments, layout.segments)
+            links.append(Link(operand, 0, 0, len(layout.segments)))
+        return Step(known, tuple(links), action="plain")
+    segments: list[Segment] = []
+    links = []
+    for operand in operands:
+        layout = flow.ensure(operand, dim)
+        if layout is None:
+            return None
+        links.append(Link(operand, 0, len(segments), len(layout.segments)))
+        segments += layout.segments
+    return Step(Layout(dim, tuple(segments)), tuple(links), action="plain")
+
+
+def _split(flow: Flow, node: fx.Node) -> Step | None:
+    """chunk, split: a tuple of stretches of the channels, or of another axis."""
+    source, pieces = first(node), flow.values.shapes.get(node.name)
+    layout, shape = flow.layout(source), flow.shape(source)
+    dim = argument(node, 2, "dim", 0)
+    if layout is None or shape is None or not isinstance(dim, int) or not isinstance(pieces, list):
+        return None
+    if dim % len(shape) != layout.dim:
+        return through(source, layout, sections=((0, len(layout.segments)),) * len(pieces))
+    sections, start = [], 0
+    for piece in pieces:
+        end = start + piece[layout.dim]
+        ends = stretch(flow.spaces, layout.segments, start, end)
+        if ends is None:
+            return None
+        sections.append(ends)
+        start = end
+    return through(source, layout, action="split", sections=tuple(sections))
+
+
+def _unbind(flow: Flow, node: fx.Node) -> Step | None:
+    source, pieces = first(node), flow.values.shapes.get(node.name)
+    layout, shape, dim = flow.layout(source), flow.shape(source), argument(node, 1, "dim", 0)
+    if layout is None or shape is None or not isinstance(dim, int) or not isinstance(pieces, list):
+        return None
+    dim %= len(shape)
+    if dim == layout.dim:
+        return None
+    ends = ((0, len(layout.segments)),) * len(pieces)
+    return through(source, layout, layout.dim - (dim < layout.dim), sections=ends)
+
+
+def _item(flow: Flow, node: fx.Node) -> Step | None:
+    """One part of a tuple, or an indexed tensor."""
+    source, place = node.args
+    if not isinstance(source, fx.Node) or (layout := flow.layout(source)) is None:
+        return None
+    step = flow.steps[source]
+    if step.sections:
+        if not isinstance(place, int):
+            return None
+        start, end = step.sections[place]
+        return Step(Layout(layout.dim, layout.segments[start:end]), (Link(source, start, 0, end - start),), (), "plain")
+    shape = flow.shape(source)
+    if shape is None:
+        return None
+    places = list(place) if isinstance(place, tuple) else [place]
+    if any(not isinstance(p, (int, slice, type(None), type(...))) for p in places):
+        return None
+    if ... in places:
+        at = places.index(...)
+        missing = len(shape) - sum(p is not None and p is not ... for p in places)
+        places[at : at + 1] = [slice(None)] * missing
+    axis = moved = 0
+    for p in places:
+        if p is None:
+            moved += 1
+            continue
+        if axis == layout.dim:
+            if p != slice(None):
+                return None
+            return through(source, layout, moved)
+        moved += not isinstance(p, int)
+        axis += 1
+    return through(source, layout, layout.dim - axis + moved)
+
+
+_SIZED = (torch.reshape, "view", "reshape")
+"""What is told the size of every axis of the result."""
+
+RESHAPES: dict[Any, Handler] = {
+    **dict.fromkeys((torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze), _reshape),
+    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
+    **dict.fromkeys((torch.permute, torch.transpose, torch.swapaxes, torch.movedim), _reorder),
+    **dict.fromkeys(("permute", "transpose", "swapaxes", "movedim", "t"), _reorder),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _concatenate),
+    **dict.fromkeys((torch.chunk, torch.split, "chunk", "split"), _split),
+    **dict.fromkeys((torch.unbind, "unbind"), _unbind),
+    **dict.fromkeys((torch.roll, "roll"), _roll),
+    operator.getitem: _item,
+}
+"""By function, or name of a method."""
