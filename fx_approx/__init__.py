@@ -31,6 +31,7 @@ from fx_approx.noise_report import NoiseReport
 from fx_approx.plan import Decision, Plan
 from fx_approx.report import Explanation, SavingsReport
 from fx_approx.sampling import SamplerSpec, Selection
+from fx_approx.verify import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "ShapesNeededError",
     "StaleStatisticsWarning",
     "UnsupportedTransformError",
+    "Verification",
     "explain",
     "hold",
     "load_sampler_state",
@@ -65,4 +67,5 @@ __all__ = [
     "set_enabled",
     "set_ratio",
     "transform",
+    "verify",
 ]

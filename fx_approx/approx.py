@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from fx_approx.batchnorm import note_fresh, warn_if_stale
+from fx_approx.print_passes import passes_text
 from fx_approx.runtime import Runtime
 
 
@@ -25,6 +26,14 @@ class ApproxModule(nn.Module):
             warn_if_stale(self, self._fx_approx)
         super().train(mode)
         return self
+
+    def print_passes(self, *, whole: bool = False) -> None:
+        """Prints the graph after each pass: the captured one, and what each later pass took out and put in.
+
+        Args:
+            whole: Print the lines that a pass left alone, too.
+        """
+        print(passes_text(self._fx_approx.stages, whole))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ApproxModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

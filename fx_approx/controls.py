@@ -90,14 +90,22 @@ def set_enabled(model: nn.Module, enabled: bool | Mapping[str, bool], *, role: R
 def hold(model: nn.Module) -> Iterator[None]:
     """Keeps one sample for all forwards inside, for example over the micro-batches of gradient accumulation.
 
-    What is held are the random numbers; scores that read activations follow the activations.
+    What is held are the random numbers, and the selections that are made ahead, as with ``every`` of
+    :func:`fx_approx.transform`; scores that read activations follow the activations. (Of a sampler whose count is
+    random, the random numbers only.)
     """
-    state = find(model)._fx_approx.state
+    runtime = find(model)._fx_approx
+    state, resample = runtime.state, runtime.resample
+    outer = resample is not None and resample.held
     before = state[INCREMENT].clone()
     state[INCREMENT] = 0
+    if resample is not None:
+        resample.held = True
     try:
         yield
     finally:
+        if resample is not None:
+            resample.held = outer
         state[INCREMENT] = before
         # The next forward takes a new sample, unless this one was nested in another hold.
         state[STEP] += before * state[EVERY]
@@ -108,17 +116,24 @@ def sampler_state(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         ``step``, ``every`` and ``seed``, integers; where scores keep running norms, also ``running``, lists of numbers
-        by the candidate's name and the role, such as ``"fc1/grad_weight"``.
+        by the candidate's name and the role, such as ``"fc1/grad_weight"``; where selections made ahead are kept or
+        learn, ``resample``, what is kept.
     """
     runtime = find(model)._fx_approx
     state = runtime.state
+    extra: dict[str, Any] = {}
     running = {
         f"{name}/{role.value}": selector.running.tolist()
         for (name, role), selector in runtime.selectors.items()
         if selector.running is not None
     }
+    if running:
+        extra["running"] = running
+    resample = runtime.resample
+    if resample is not None and (resample.remembers or resample.held_key[0] >= 0):
+        extra["resample"] = resample.state()
     numbers = {"step": int(state[STEP]), "every": int(state[EVERY]), "seed": int(state[SEED])}
-    return {**numbers, "running": running} if running else numbers
+    return {**numbers, **extra}
 
 
 def load_sampler_state(model: nn.Module, values: Mapping[str, Any]) -> None:
@@ -131,17 +146,26 @@ def load_sampler_state(model: nn.Module, values: Mapping[str, Any]) -> None:
     """
     runtime = find(model)._fx_approx
     places = {"step": STEP, "every": EVERY, "seed": SEED}
-    if set(values) - {"running"} != set(places):
-        raise ValueError(f"values: expected the keys {sorted(places)} and running, got {sorted(values)}")
+    if set(values) - {"running", "resample"} != set(places):
+        raise ValueError(f"values: expected the keys {sorted(places)}, running and resample, got {sorted(values)}")
     check_seed(values["seed"], values["every"], values["step"])
     sites = {f"{name}/{role.value}": selector for (name, role), selector in runtime.selectors.items()}
     running = values.get("running", {})
-    learning = [site for site, selector in sites.items() if selector.score.learns]
+    learning = [s for s, selector in sites.items() if selector.score.learns and selector.role is not Role.OUTPUT]
     unknown = sorted(set(running) - set(learning))
     if unknown:
         there = ", ".join(learning) or "none"
         raise ValueError(f"running: no running norms are kept at {', '.join(unknown)}; there are: {there}")
     norms = {site: torch.tensor(numbers, dtype=torch.float32) for site, numbers in running.items()}
+    resample = runtime.resample
+    if "resample" in values and resample is None:
+        raise ValueError("resample: selections are kept of no layer of this model")
+    if resample is not None and "resample" in values:
+        resample.load_state(values["resample"])
+    elif resample is not None:
+        resample.forget()
+    if resample is not None:
+        resample.held = values["every"] > 1
     for name, place in places.items():
         runtime.state[place] = values[name]
     for site in learning:

@@ -300,6 +300,15 @@ class Resample(nn.Module):
             "held": [self.held_key.tolist(), self.held_indices.tolist(), self.held_scale.tolist()],
         }
 
+    def forget(self) -> None:
+        """As after the transform: nothing is kept or learnt."""
+        self.held_key.fill_(-1)
+        for one in self.each():
+            if one.running is not None and one.age is not None:
+                one.running.fill_(-1)
+                one.age.zero_()
+        self.known = not any([one.learns for one in self.each()])
+
     def load_state(self, values: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`.
 

@@ -66,6 +66,7 @@ class Runtime(nn.Module):
         called: What a forward was called with, as described by :func:`fx_approx.capture.described`.
         learnt: The candidates' shapes were propagated from that.
         shaped: They were known at the transform.
+        facts: What the passes found, see :class:`fx_approx.passes.Facts`.
         hoisting: What is not demanded may be left out.
         readers: Modules whose ``training`` flags the graph depends on.
         frozen: Module, name and value of the attributes that the graph holds.
@@ -101,6 +102,7 @@ class Runtime(nn.Module):
         self.called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.learnt = self.shaped = False
         self.hoisting = True
+        self.facts: Any = None
         self.warned: set[str] = set()
         self.stale_from = 0
         self.exact_since: int | None = None

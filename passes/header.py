@@ -16,6 +16,7 @@ from fx_approx.passes.layouts import Segment
 from fx_approx.passes.share import Sharing
 from fx_approx.resample import Member, Observer, Resample, Shared
 from fx_approx.runtime import PROLOGUE, Runtime
+from fx_approx.state import EVERY
 
 
 def make_resample(runtime: Runtime, sharing: Sharing) -> None:
@@ -24,7 +25,10 @@ def make_resample(runtime: Runtime, sharing: Sharing) -> None:
     for one in sharing.classes:
         members = [Member(runtime.selectors[r.name, Role.OUTPUT], r.offset, r.block) for r in one.readings]
         shared.append(Shared(members, one.units, one.groups, runtime.state.device))
-    runtime.add_module("resample", Resample(shared, runtime.number) if shared else None)
+    resample = Resample(shared, runtime.number) if shared else None
+    if resample is not None:
+        resample.held = int(runtime.state[EVERY]) > 1
+    runtime.add_module("resample", resample)
     for selector in {id(s): s for one in shared for s in one.selectors}.values():
         selector.shared = True
 

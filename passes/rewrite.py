@@ -47,7 +47,7 @@ def rewrite(
     places = {one.candidate.name: place for place, one in enumerate(found)}
     for name, one in chosen.items():
         _prepare(root, runtime, one, places[name], len(found))
-    facts = _facts(runtime, found, flow)
+    facts = runtime.facts = find_facts(runtime.capture.graph, found, runtime.plan, flow)
     make_resample(runtime, facts.sharing)
     runtime.lay_out()
     for path, value in runtime.capture.constants.items():
@@ -70,10 +70,6 @@ class Facts:
 
     sharing: Sharing
     demand: Demand | None
-
-
-def _facts(runtime: Runtime, found: list[Found], flow: Flow | None) -> Facts:
-    return find_facts(runtime.capture.graph, found, runtime.plan, flow)
 
 
 def find_facts(graph: fx.Graph | None, found: list[Found], plan: Plan, flow: Flow | None) -> Facts:

@@ -25,10 +25,10 @@ LAYERS: dict[str, tuple[int, set[str]]] = {
     "ops": (1, {"ops"}),
     "modules": (2, {"state", "modules", "batchnorm", "channelwise", "resample"}),
     "capture": (3, {"watch", "tracer", "capture"}),
-    "runtime": (4, {"runtime", "approx"}),
+    "runtime": (4, {"print_passes", "runtime", "approx"}),
     "passes": (5, {"passes"}),
     "policies": (5, {"policies"}),
-    "surface": (6, {"report", "tables", "checks", "controls", "noise", "noise_report"}),
+    "surface": (6, {"report", "tables", "checks", "controls", "noise", "noise_report", "verify"}),
     "api": (7, {"api"}),
     "entry": (8, {"__init__", "__main__", "cli"}),
 }

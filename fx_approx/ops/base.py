@@ -162,7 +162,7 @@ def norm(operand: Tensor, dims: tuple[int, ...]) -> Tensor:
         while last - 1 in rest:
             last -= 1
             rest.remove(last)
-        if last == count or not operand.is_contiguous():
+        if math.prod(operand.shape[last:]) == 1 or not operand.is_contiguous():
             return operand.to(dtype).square().sum(dims).sqrt()
         if rest and math.prod(operand.shape[last:]) >= _LONG:
             return norm(torch.linalg.vector_norm(operand, dim=tuple(range(last, count)), dtype=dtype), tuple(rest))

@@ -154,6 +154,21 @@ def _scatter(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     order = channels_last_order(grad)
     if order is not None:
         grad, dim = grad.permute(order), order.index(dim)
-    shape = (*grad.shape[:dim], size, *grad.shape[dim + 1 :])
-    full = grad.new_zeros(shape).index_copy(dim, index, grad)
+    if torch.compiler.is_compiling():
+        full = _spread(grad, dim, index, size)
+    else:
+        shape = (*grad.shape[:dim], size, *grad.shape[dim + 1 :])
+        full = grad.new_zeros(shape).index_copy_(dim, index, grad)
     return full if order is None else full.permute(_inverse(order))
+
+
+def _spread(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    """The same read the other way: every entry fetches its gradient, or is zero.
+
+    That is element by element, so the compiler makes it part of whatever reads the result, where a scatter would be a
+    pass of its own over the whole tensor.
+    """
+    places = torch.zeros(size, dtype=torch.int64, device=index.device)
+    places = places.index_copy(0, index, torch.arange(1, index.shape[0] + 1, device=index.device))
+    there = (places > 0).view(-1, *[1] * (grad.dim() - 1 - dim))
+    return torch.where(there, grad.index_select(dim, (places - 1).clamp(min=0)), 0)
