@@ -74,5 +74,14 @@ def _vit_block() -> Built:
     return ViTBlock(), torch.randn(8, 197, 768), ViTBlock(6, 768, 1536)
 
 
-MODELS: dict[str, Callable[[], Built]] = {"wrn_16_4": _wrn, "resnet50": _resnet50, "vit_b_block": _vit_block}
+def _small() -> Built:
+    return wide_resnet(10, 2), torch.randn(8, 3, 16, 16), wide_resnet(10, 1)
+
+
+MODELS: dict[str, Callable[[], Built]] = {
+    "wrn_16_4": _wrn,
+    "resnet50": _resnet50,
+    "vit_b_block": _vit_block,
+    "wrn_10_2": _small,
+}
 """By name: the exact model, a batch, and a narrower rival (None where there is no obvious one)."""

@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from _header import add_json_option, header, store
+from _peak import peak_bytes
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -94,23 +92,7 @@ def saved_for_backward(model: nn.Module, x: Tensor) -> tuple[int, int]:
 def peak(model: nn.Module, x: Tensor) -> int:
     """Most bytes allocated in forward, loss and backward, above what stood before; the gradients are among them."""
     model.zero_grad(set_to_none=True)
-    if x.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        model(x).square().mean().backward()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model(x).square().mean().backward()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-    now = highest = 0
-    for _, change in changes:
-        now += change
-        highest = max(highest, now)
-    return highest
+    return peak_bytes(lambda: model(x).square().mean().backward(), x.device.type)
 
 
 def measure(model: nn.Module, x: Tensor, ratio: float) -> list[Measured]:

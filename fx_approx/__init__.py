@@ -14,7 +14,9 @@ from fx_approx.controls import (
     sampler_state,
     set_enabled,
     set_ratio,
+    synchronize_scores,
 )
+from fx_approx.coupling import coupling_graph, coupling_text, draw_coupling
 from fx_approx.errors import (
     AlreadyTransformedError,
     CaptureError,
@@ -56,6 +58,9 @@ __all__ = [
     "StaleStatisticsWarning",
     "UnsupportedTransformError",
     "Verification",
+    "coupling_graph",
+    "coupling_text",
+    "draw_coupling",
     "explain",
     "hold",
     "load_sampler_state",
@@ -66,6 +71,7 @@ __all__ = [
     "sampler_state",
     "set_enabled",
     "set_ratio",
+    "synchronize_scores",
     "transform",
     "verify",
 ]

@@ -17,11 +17,23 @@ from fx_approx.checks import check_inputs, check_model, check_seed
 from fx_approx.controls import load_sampler_state, sampler_state
 from fx_approx.errors import CaptureWarning, NoEffectWarning
 from fx_approx.modules import unswap
-from fx_approx.passes import Flow, Found, annotate, decide, find_flow, propagate, rewrite
+from fx_approx.passes import (
+    Flow,
+    Found,
+    annotate,
+    decide,
+    find_effects,
+    find_facts,
+    find_flow,
+    propagate,
+    rewrite,
+    unfuse,
+)
 from fx_approx.passes.flow import Values
 from fx_approx.plan import Plan, Policy
 from fx_approx.policies import Paper
 from fx_approx.report import Explanation, SavingsReport, build_report
+from fx_approx.resample import coverages
 from fx_approx.runtime import Runtime
 
 M = TypeVar("M", bound=nn.Module)
@@ -84,7 +96,9 @@ def _transform(
     runtime.learnt = runtime.shaped = prepared.called is not None
     _place(runtime, model)
     runtime.hoisting = demand
-    rewrite(root, runtime, prepared.found, prepared.flow(root), demand)
+    flow = prepared.flow(root)
+    facts = rewrite(root, runtime, prepared.found, flow, demand)
+    runtime.effects = find_effects(prepared.found, plan, facts, flow, demand)
     for part in prepared.captured.opaque:
         warnings.warn(f"not traced, served by module swap: {part}", CaptureWarning, stacklevel=4)
     if not plan.sampled:
@@ -93,22 +107,32 @@ def _transform(
     return cast(M, adopt(root, runtime, _reduce))
 
 
-def explain(model: nn.Module, policy: Policy | None = None, example_inputs: Any = None) -> Explanation:
+def explain(
+    model: nn.Module, policy: Policy | None = None, example_inputs: Any = None, *, demand: bool = True
+) -> Explanation:
     """What :func:`transform` would do, without doing it: the plan, and the report it predicts.
 
     Args:
         model: As in :func:`transform`; it is not changed.
         policy: As there.
         example_inputs: As there; without them the report has no shapes.
+        demand: As there.
 
     Returns:
         An explanation whose ``plan`` can be edited and given to :func:`transform`.
     """
     check_model(model)
-    _, prepared = _prepare(model, example_inputs)
+    root, prepared = _prepare(model, example_inputs)
     plan = decide(prepared.candidates, Paper() if policy is None else policy)
+    flow = prepared.flow(root)
+    facts = find_facts(prepared.captured.graph, prepared.found, plan, flow)
     report = build_report(
-        type(model).__name__, prepared.candidates, plan, prepared.captured.opaque, tried=prepared.called is not None
+        type(model).__name__,
+        prepared.candidates,
+        plan,
+        prepared.captured.opaque,
+        tried=prepared.called is not None,
+        effects=find_effects(prepared.found, plan, facts, flow, demand),
     )
     return Explanation(plan, report)
 
@@ -142,7 +166,7 @@ def _prepare(
     """
     args, kwargs = check_inputs(model, example_inputs)
     root = skeleton(model)
-    captured = capture(root, call_form(root, args, kwargs) if form is None else form)
+    captured = unfuse(root, capture(root, call_form(root, args, kwargs) if form is None else form))
     found, values = annotate(root, captured), None
     if args is not None:
         called = described(args), described(kwargs)
@@ -185,6 +209,7 @@ def report(model: nn.Module) -> SavingsReport:
     """
     approx = find(model)
     runtime = approx._fx_approx
+    resample = runtime.resample
     if runtime.called is not None and not runtime.learnt:
         _learn(approx, runtime)
     return build_report(
@@ -195,14 +220,18 @@ def report(model: nn.Module) -> SavingsReport:
         runtime.selectors,
         approx.training,
         runtime.called is not None,
+        runtime.effects,
+        coverages(list(resample.each())) if resample is not None and resample.known else None,
     )
 
 
 def _learn(approx: ApproxModule, runtime: Runtime) -> None:
     assert runtime.called is not None
-    found = annotate(_plain(approx), runtime.capture)
-    learnt, _ = _with_shapes(_plain(approx), runtime.capture, found, runtime.called)
+    root, graph = _plain(approx), runtime.capture.graph
+    learnt, values = _with_shapes(root, runtime.capture, annotate(root, runtime.capture), runtime.called)
     runtime.candidates = tuple(one.candidate for one in learnt)
+    flow = None if graph is None or values is None else find_flow(root, graph, values)
+    runtime.effects = find_effects(learnt, runtime.plan, runtime.facts, flow, False)
     runtime.learnt = True
 
 

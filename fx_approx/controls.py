@@ -173,6 +173,32 @@ def load_sampler_state(model: nn.Module, values: Mapping[str, Any]) -> None:
         sites[site].running = None if found is None else found.to(runtime.state.device)
 
 
+def synchronize_scores(model: nn.Module, group: Any = None) -> None:
+    """Averages the running norms of ``stale`` scores over all ranks, so that they choose the same channels.
+
+    To be called by all ranks alike: once is enough where all see data of one kind; where the shared selection is relied
+    upon, before every step. Nothing to do for other scores, which are the same on all ranks by themselves.
+
+    Args:
+        model: A transformed model.
+        group: A process group of torch.distributed; None for all ranks.
+
+    Raises:
+        RuntimeError: There is no process group.
+    """
+    resample = find(model)._fx_approx.resample
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise RuntimeError("group: torch.distributed is not initialised; call torch.distributed.init_process_group")
+    for one in resample.each() if resample is not None else ():
+        if one.running is None or one.age is None:
+            continue
+        known = (one.running >= 0).to(one.running.dtype)
+        sums = torch.stack((one.running * known, known))
+        torch.distributed.all_reduce(sums, group=group)
+        one.running.copy_(torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1), one.running))
+        torch.distributed.all_reduce(one.age, torch.distributed.ReduceOp.MIN, group=group)
+
+
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     """Re-estimates all BatchNorm statistics on exact forwards, as an exact evaluation needs them.
 

@@ -31,6 +31,10 @@ class Kept:
         grad_weight: Of the rows or examples (single positions of a convolution, if ``positions``).
         straight_through: The gradients are not those of the sampled output.
         positions: See ``grad_weight``.
+        columns: Output features or channels per group that the output is computed for; None for all of them. Without
+            sampled gradients all three products have no others.
+        share: Numerator and denominator: so much is computed of a product that falls apart into equal ones, such as a
+            depthwise convolution (of its groups) or attention (of its heads).
     """
 
     output: int | None = None
@@ -38,6 +42,13 @@ class Kept:
     grad_weight: int | None = None
     straight_through: bool = False
     positions: bool = False
+    columns: int | None = None
+    share: tuple[int, int] = (1, 1)
+
+    @property
+    def undemanded(self) -> Kept:
+        """The same of a product of which the whole output is computed."""
+        return dataclasses.replace(self, columns=None, share=(1, 1))
 
     def of(self, role: Role) -> int | None:
         """Of the product ``role``."""
@@ -55,17 +66,24 @@ def role_flops(shape: GemmShape, grad_input: bool, grad_weight: bool, kept: Kept
     rows = kept.grad_weight
     if rows is not None and not kept.positions:
         rows *= shape.row_block
-    return RoleFlops(
-        shape.flops(kept.output),
-        shape.flops(pairs, n=kept.grad_input) if grad_input else 0,
-        shape.flops(pairs, m=rows) if grad_weight else 0,
+    columns = kept.columns
+    flops = RoleFlops(
+        shape.flops(kept.output, n=columns),
+        shape.flops(pairs, n=columns if kept.grad_input is None else kept.grad_input) if grad_input else 0,
+        shape.flops(pairs, m=rows, n=columns) if grad_weight else 0,
     )
+    return _shared_out(flops, kept.share)
+
+
+def _shared_out(flops: RoleFlops, share: tuple[int, int]) -> RoleFlops:
+    some, of = share
+    return RoleFlops(flops.output * some // of, flops.grad_input * some // of, flops.grad_weight * some // of)
 
 
 def executed_flops(facts: ProductFacts, kept: Kept) -> RoleFlops:
     """Operations of ``facts`` with so many pairs computed."""
     if kept == Kept() or facts.shape is None:
-        return facts.flops
+        return _shared_out(facts.flops, kept.share)
     return role_flops(facts.shape, facts.flops.grad_input > 0, facts.flops.grad_weight > 0, kept)
 
 
@@ -155,6 +173,11 @@ def kept_bytes(facts: ProductFacts, kept: Kept, roles: Mapping[Role, SamplerSpec
         lhs *= facts.flops.grad_weight > 0
     patch = shape.k * shape.groups * _itemsize(facts.dtype)  # what an output position of a convolution reads
     total, scale = 0, max(_SCALE_BYTES, _itemsize(facts.dtype))
+    some, of = kept.share
+    if some < of:
+        lhs, rhs, new_rhs = lhs * some // of, rhs * some // of, True
+    if kept.columns is not None:
+        rhs, new_rhs = rhs * kept.columns // shape.n, True
     if kept.output is not None and not kept.straight_through:
         lhs, rhs = lhs * kept.output // shape.pairs, rhs * kept.output // shape.pairs
         new_rhs, patch = True, patch * kept.output // shape.pairs
@@ -172,6 +195,24 @@ def kept_bytes(facts: ProductFacts, kept: Kept, roles: Mapping[Role, SamplerSpec
         if role is Role.GRAD_WEIGHT:
             lhs = min(lhs, k * patch) if spec.positions else lhs * k // pairs
     return total + lhs + rhs * new_rhs
+
+
+def sliced_bytes(facts: ProductFacts, kept: Kept) -> int:
+    """Bytes of the slice of its weight that a product reads; 0 where it reads the whole, or multiplies activations."""
+    shape, (some, of) = facts.shape, kept.share
+    whole = kept.output is None and kept.columns is None and some == of
+    if shape is None or whole or not facts.rhs_is_parameter:
+        return 0
+    pairs = shape.pairs if kept.output is None else kept.output
+    columns = shape.n if kept.columns is None else kept.columns
+    return facts.rhs_bytes * pairs * columns * some // (shape.pairs * shape.n * of)
+
+
+def slicing_bytes(facts: ProductFacts, kept: Kept) -> int:
+    """Bytes that a step moves for the slice: read and written forward, the whole gradient written backward."""
+    found = sliced_bytes(facts, kept)
+    backward = found > 0 and facts.flops.grad_weight > 0 and not kept.straight_through
+    return 2 * found + facts.rhs_bytes * backward
 
 
 def _groups(shape: GemmShape, role: Role, spec: SamplerSpec) -> int:

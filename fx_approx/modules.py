@@ -249,6 +249,10 @@ class SampledLinear(SampledLayer, nn.Linear):
         )
 
 
+class SampledOutProj(SampledLinear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    """The output projection of ``nn.MultiheadAttention``, likewise."""
+
+
 class _SampledConv(SampledLayer):
     kind: str
     groups: int
@@ -306,7 +310,7 @@ class SampledConv3d(_SampledConv, nn.Conv3d):
 
 SAMPLED: dict[type[nn.Module], tuple[str, type[nn.Module]]] = {
     nn.Linear: ("linear", SampledLinear),
-    nn.modules.linear.NonDynamicallyQuantizableLinear: ("linear", SampledLinear),
+    nn.modules.linear.NonDynamicallyQuantizableLinear: ("linear", SampledOutProj),
     nn.Conv1d: ("conv1d", SampledConv1d),
     nn.Conv2d: ("conv2d", SampledConv2d),
     nn.Conv3d: ("conv3d", SampledConv3d),

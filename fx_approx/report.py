@@ -7,105 +7,24 @@ import dataclasses
 import io
 import json
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fx_approx.candidate import Candidate, Role, RoleFlops
-from fx_approx.flops import Kept, executed_flops, kept_bytes, kept_pairs, role_pairs, selection_flops
+from fx_approx.demand_report import Counts, Product, memory
+from fx_approx.flops import Kept, executed_flops, kept_bytes, role_pairs, selection_flops, slicing_bytes
 from fx_approx.modules import Selector
-from fx_approx.plan import Plan
-from fx_approx.sampling import get_sampler
-from fx_approx.tables import COLUMNS, NARROWER, change, checked, human, table
+from fx_approx.passes import Effects
+from fx_approx.plan import Decision, Plan
+from fx_approx.resample import RECENT
+from fx_approx.rows import Row, Sample, Totals, flat_row, row_cells, shape_text, total_cells
+from fx_approx.sampling import SamplerSpec, get_sampler
+from fx_approx.tables import DEMAND, NARROWER, checked, human, table
 from fx_approx.tracer import Opaque
 
+__all__ = ["Explanation", "Row", "Sample", "SavingsReport", "Totals", "build_report"]
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """How one product of a candidate is sampled.
-
-    Attributes:
-        role: Which of the three.
-        sampler: Name of the sampler.
-        scores: What it draws from.
-        ratio: Sample ratio asked for.
-        k: Pairs kept per group (for a random count: expected); None where shapes are not known.
-        pairs: Pairs per group: in-features, out-features or rows; for a convolution channels or examples.
-        last_k: Pairs drawn by the last eager forward, for a random count; None if they are drawn in the backward pass.
-    """
-
-    role: Role
-    sampler: str
-    scores: str
-    ratio: float
-    k: int | None
-    pairs: int | None
-    last_k: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One candidate. Operations and bytes are of one training step; None where shapes are not known yet.
-
-    Attributes:
-        name: Unique name of the candidate.
-        op: Its kind.
-        shape: ``batch x groups x (m, n, k)`` as text.
-        samples: How its products are sampled; empty when all are exact.
-        straight_through: The gradients do not follow the sampled output.
-        pairs: Column-row pairs per group of the output.
-        exact: Operations of the exact layer, by role: the dense equivalent.
-        executed: Operations that are computed, by role.
-        selection: Operations spent on the scores.
-        kept_exact: Bytes that the exact product keeps for backward.
-        kept: Bytes that the product keeps for backward.
-        reason: Why it is exact, or why it is sampled.
-    """
-
-    name: str
-    op: str
-    shape: str
-    samples: tuple[Sample, ...]
-    straight_through: bool
-    pairs: int | None
-    exact: RoleFlops | None
-    executed: RoleFlops | None
-    selection: int
-    kept_exact: int | None
-    kept: int | None
-    reason: str
-
-    def sample(self, role: Role | str = Role.OUTPUT) -> Sample | None:
-        """How the product ``role`` is sampled, None when it is exact; ValueError for another name."""
-        role = Role(role)
-        return next((sample for sample in self.samples if sample.role is role), None)
-
-    @property
-    def saved(self) -> float | None:
-        """Share of the layer's operations that are not computed, not counting the selection's; 0 if exact."""
-        if self.exact is None or self.executed is None:
-            return None
-        return 1 - self.executed.total / self.exact.total if self.exact.total else 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Totals:
-    """Sums over the rows whose shapes are known."""
-
-    exact: RoleFlops
-    executed: RoleFlops
-    selection: int
-    kept_exact: int
-    kept: int
-
-    @property
-    def saved(self) -> float:
-        """Share of all operations that are not computed, the selection's not counted."""
-        return 1 - self.executed.total / self.exact.total if self.exact.total else 0.0
-
-    @property
-    def saved_net(self) -> float:
-        """Share of all operations that are not computed, after paying for the selections."""
-        return 1 - (self.executed.total + self.selection) / self.exact.total if self.exact.total else 0.0
+_SHOWN_STOPS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +39,15 @@ class SavingsReport:
         rows: One per candidate, in the order in which the model runs.
         totals: Their sums.
         notes: Parts that could not be traced, and rows without shapes.
+        stops: Where demand or sharing stopped, and why: ``name of the graph's node: reason``, for each value that is
+            computed whole although some reader wants a part of it only.
     """
 
     model: str
     rows: tuple[Row, ...]
     totals: Totals
     notes: tuple[str, ...] = ()
+    stops: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The table for a terminal."""
@@ -150,7 +72,7 @@ class SavingsReport:
         Raises:
             ValueError: An unknown column; the message lists the known ones.
         """
-        shown = checked(columns)
+        shown = self._columns(columns)
         text, summary = self._table(shown, "simple"), self._summary()
         for instead in NARROWER if width is not None else ():
             if width is None or max(map(len, text.splitlines())) <= width:
@@ -164,26 +86,28 @@ class SavingsReport:
     def to_markdown(self, columns: Sequence[str] | None = None) -> str:
         """The same as a Markdown table; ``columns`` as in :meth:`to_text`."""
         return (
-            self._table(checked(columns), "github")
+            self._table(self._columns(columns), "github")
             + "\n\n"
             + "\n".join(f"- {line}" for line in self._summary().splitlines())
         )
 
     def to_html(self, columns: Sequence[str] | None = None) -> str:
         """The same as an HTML table; ``columns`` as in :meth:`to_text`."""
-        return self._table(checked(columns), "html")
+        return self._table(self._columns(columns), "html")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; operations and bytes as exact integers."""
         rows = [{**dataclasses.asdict(row), "saved": row.saved} for row in self.rows]
         for row in rows:
             row["samples"] = list(row["samples"])
+            row["demand"] = [{**part, "readers": list(part["readers"])} for part in row["demand"]]
         totals = {
             **dataclasses.asdict(self.totals),
             "saved": self.totals.saved,
             "saved_net": self.totals.saved_net,
         }
-        return {"model": self.model, "rows": rows, "totals": totals, "notes": list(self.notes)}
+        parts = {"notes": list(self.notes), "stops": list(self.stops)}
+        return {"model": self.model, "rows": rows, "totals": totals, **parts}
 
     def to_json(self, indent: int | None = 2) -> str:
         """:meth:`to_dict` as JSON."""
@@ -192,14 +116,20 @@ class SavingsReport:
     def to_csv(self) -> str:
         """One line per row, roles as columns such as ``exact_output``; exact integers."""
         out = io.StringIO()
-        flat = [_flat(row) for row in self.rows]
+        flat = [flat_row(row) for row in self.rows]
         writer = csv.DictWriter(out, fieldnames=list(flat[0]) if flat else ["name"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(flat)
         return out.getvalue()
 
+    def _columns(self, columns: Sequence[str] | None) -> list[str]:
+        """By default all but those that would be empty."""
+        names = checked(columns)
+        shown = columns is not None or any(row.demand for row in self.rows)
+        return [name for name in names if shown or name not in DEMAND]
+
     def _table(self, columns: Sequence[str], form: str) -> str:
-        return table([*map(_row_cells, self.rows), _total_cells(self.totals)], columns, form)
+        return table([*map(row_cells, self.rows), total_cells(self.totals)], columns, form)
 
     def _summary(self) -> str:
         totals, sampled = self.totals, sum(1 for row in self.rows if row.samples)
@@ -211,7 +141,58 @@ class SavingsReport:
             "FLOPs are not time: see benchmarks/.",
             f"Bytes that the products keep for backward: {human(totals.kept_exact)} exact, {human(totals.kept)} now.",
         ]
-        return "\n".join([*lines, *self.notes])
+        lines[2:2] = self._demand()
+        return "\n".join([*lines, *self._bytes(), *self._coverage(), *self._stopped(), *self.notes])
+
+    def _demand(self) -> list[str]:
+        totals, lines = self.totals, []
+        if totals.demanded:
+            share = 100 * totals.demanded / totals.exact.total
+            lines.append(
+                f"Demand: {human(totals.demanded)} of them ({share:.1f} % of the exact step) are not done because no "
+                "one reads the results, beyond what sampling each layer saves."
+            )
+        return lines
+
+    def _stopped(self) -> list[str]:
+        """Values that are whole though some reader wants a part, those with the same reason together."""
+        reasons: dict[str, list[str]] = {}
+        for stop in self.stops:
+            name, _, reason = stop.partition(": ")
+            reasons.setdefault(reason, []).append(name)
+        lines = [
+            f"  {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+            for reason, names in reasons.items()
+        ]
+        if len(lines) > _SHOWN_STOPS:
+            lines[_SHOWN_STOPS - 1 :] = [f"  and {len(lines) - _SHOWN_STOPS + 1} other reasons, see the field stops"]
+        return ["Demand stops, where a reader wants a part but another does not, at:", *lines] if lines else []
+
+    def _bytes(self) -> list[str]:
+        totals, lines = self.totals, []
+        if totals.memory is not None:
+            lines.append(
+                f"Bytes that the whole step keeps for backward, predicted: {human(totals.memory_exact)} exact, "
+                f"{human(totals.memory)} now."
+            )
+            lines.append(
+                f"Bytes put out by element-wise operations, normalisations and the like in a forward: "
+                f"{human(totals.moved_exact)} exact, {human(totals.moved)} now, and {human(totals.gathered)} copied to "
+                "take out selected channels."
+            )
+        if totals.slicing:
+            lines.append(f"Bytes moved in a step to slice weights: {human(totals.slicing)}.")
+        return lines
+
+    def _coverage(self) -> list[str]:
+        known = {row.name: row.coverage for row in self.rows if row.coverage is not None}
+        if not known:
+            return []
+        least = min(known, key=lambda name: known[name])
+        return [
+            f"Chosen in the last {RECENT} steps: {100 * sum(known.values()) / len(known):.0f} % of the units on "
+            f"average, least in {least}: {100 * known[least]:.0f} %."
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,39 +220,84 @@ def build_report(
     selectors: Mapping[tuple[str, Role], Selector] | None = None,
     training: bool = False,
     tried: bool = False,
+    effects: Effects | None = None,
+    coverage: Mapping[Selector, float] | None = None,
 ) -> SavingsReport:
     """The report of a plan; with ``selectors``, of the ratios and switches as they are now.
 
     With ``training``, of a model in training mode, whose layers in evaluation mode are exact. ``tried`` says that
-    shapes were propagated, as far as that goes.
+    shapes were propagated, as far as that goes. ``effects`` are those of sharing and demand; ``coverage`` is by
+    selector, where it is recorded.
     """
-    rows = tuple(_row(candidate, plan, selectors, training) for candidate in candidates)
+    effects = Effects() if effects is None else effects
+    sites = [_site(candidate, plan, selectors, training) for candidate in candidates]
+    off = {site.candidate.name: site.reason for site in sites if site.off}
+    specs = {site.candidate.name: site.output for site in sites if site.output is not None}
+    counts = Counts(effects, candidates, specs, off)
+    covered = {name: coverage[one] for (name, _), one in (selectors or {}).items() if coverage and one in coverage}
+    rows, products = [], {}
+    for site in sites:
+        row, product = _row(site, counts, covered.get(site.candidate.name))
+        rows.append(row)
+        products[site.candidate.name] = product
     known = [row for row in rows if row.exact is not None and row.executed is not None]
+    found = memory(effects, counts, products)
     totals = Totals(
         exact=sum((row.exact for row in known if row.exact), RoleFlops()),
         executed=sum((row.executed for row in known if row.executed), RoleFlops()),
         selection=sum(row.selection for row in known),
         kept_exact=sum(row.kept_exact or 0 for row in known),
         kept=sum(row.kept or 0 for row in known),
+        demanded=sum(row.demanded for row in known),
+        slicing=sum(row.slicing for row in known),
+        **({} if found is None else dataclasses.asdict(found)),
     )
     notes = [f"Not traced, served by module swap: {part}." for part in opaque]
     if len(known) < len(rows):
         why = "fake tensors do not get there" if tried else "give example_inputs, or run one eager forward"
         notes.append(f"{len(rows) - len(known)} of {len(rows)} rows without shapes, not in the totals: {why}.")
-    return SavingsReport(model, rows, totals, tuple(notes))
+    return SavingsReport(model, tuple(rows), totals, tuple(notes), (*effects.stops, *effects.notes))
 
 
-def _row(
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """A candidate with its samplers as they are now.
+
+    Attributes:
+        roles: Those at work.
+        output: That of the output, switched on or not.
+        off: The output's is not at work.
+        reason: Why it is exact, or why it is sampled.
+        last: Pairs drawn last, by role.
+    """
+
+    candidate: Candidate
+    decision: Decision
+    roles: dict[Role, SamplerSpec]
+    output: SamplerSpec | None
+    reason: str
+    last: dict[Role, int | None]
+
+    @property
+    def off(self) -> bool:
+        return self.output is not None and Role.OUTPUT not in self.roles
+
+
+def _site(
     candidate: Candidate, plan: Plan, selectors: Mapping[tuple[str, Role], Selector] | None, training: bool
-) -> Row:
+) -> _Site:
     decision = plan[candidate.name]
     specs, reason = dict(decision.roles), decision.reason
     last: dict[Role, int | None] = {}
     for role in list(specs) if selectors is not None else ():
         selector = selectors.get((candidate.name, role)) if selectors is not None else None
+        if selector is not None:
+            specs[role], last[role] = selector.spec, selector.last_count
+    output = specs.get(Role.OUTPUT)
+    for role in list(specs):
+        selector = None if selectors is None else selectors.get((candidate.name, role))
         if selector is None:
             continue
-        specs[role], last[role] = selector.spec, selector.last_count
         if not selector.enabled:
             del specs[role]
             reason = "switched off" if not specs else reason
@@ -280,117 +306,50 @@ def _row(
             break
     if candidate.blocked:
         specs, reason = {}, candidate.blocked
+    return _Site(candidate, decision, specs, output, reason, last)
+
+
+def _row(site: _Site, counts: Counts, coverage: float | None) -> tuple[Row, Product]:
+    candidate, decision, reason = site.candidate, site.decision, site.reason
+    specs = dict(site.roles)
     samples = []
     for role in Role:
         spec = specs.get(role)
         if spec is None:
             continue
-        pairs = role_pairs(candidate, role, spec)
+        pairs, unit = role_pairs(candidate, role, spec), 1
         k = None if pairs is None else spec.count(pairs)
+        units = counts.units(candidate) if role is Role.OUTPUT else None
+        if units is not None:
+            k, pairs, unit = units
         if k is not None and k == pairs:
             del specs[role]
-            reason = reason if specs else f"ratio {spec.ratio:g} keeps all {pairs} pairs"
+            shared = counts.why_whole(candidate.name) if role is Role.OUTPUT else None
+            reason = reason if specs else shared or f"ratio {spec.ratio:g} keeps all {pairs} pairs"
             continue
-        drawn = None if get_sampler(spec.name).fixed_size else last.get(role)
-        samples.append(Sample(role, spec.name, spec.scores, spec.ratio, k, pairs, drawn))
+        drawn = None if get_sampler(spec.name).fixed_size else site.last.get(role)
+        samples.append(Sample(role, spec.name, spec.scores, spec.ratio, k, pairs, drawn, unit))
     facts = candidate.facts
-    kept = kept_pairs(candidate, specs, decision.straight_through)
-    return Row(
+    kept = counts.of(candidate, specs, decision.straight_through)
+    executed = None if facts is None else executed_flops(facts, kept)
+    row = Row(
         name=candidate.name,
         op=candidate.kind,
-        shape=_shape(candidate),
+        shape=shape_text(candidate),
         samples=tuple(samples),
         straight_through=decision.straight_through and Role.OUTPUT in specs,
         pairs=candidate.pairs,
         exact=None if facts is None else facts.flops,
-        executed=None if facts is None else executed_flops(facts, kept),
+        executed=executed,
         selection=sum(selection_flops(candidate, role, spec) for role, spec in specs.items()),
         kept_exact=None if facts is None else kept_bytes(facts, Kept(), {}),
         kept=None if facts is None else kept_bytes(facts, kept, specs),
         reason=reason,
+        demanded=0
+        if facts is None or executed is None
+        else executed_flops(facts, kept.undemanded).total - executed.total,
+        demand=counts.demand(candidate),
+        slicing=0 if facts is None else slicing_bytes(facts, kept),
+        coverage=coverage,
     )
-
-
-def _row_cells(row: Row) -> dict[str, list[str]]:
-    through = " straight-through" if row.straight_through else ""
-    exact, executed = (None if flops is None else flops.total for flops in (row.exact, row.executed))
-    return {
-        "layer": [row.name],
-        "op": [row.op],
-        "shape": [row.shape],
-        "sampler": [
-            _each(row, lambda sample: f"{sample.sampler}/{sample.scores}") + through if row.samples else "exact"
-        ],
-        "ratio": [_each(row, lambda sample: f"{sample.ratio:g}")],
-        "k": [_each(row, _count) if row.samples else "" if row.pairs is None else f"{row.pairs}"],
-        "flops": [change(exact, executed)],
-        "exact": _roles(row.exact),
-        "executed": _roles(row.executed),
-        "saved": ["?" if row.saved is None else f"{100 * row.saved:.1f}"],
-        "selection": [human(row.selection) if row.samples else ""],
-        "kept": [change(row.kept_exact, row.kept)],
-        "reason": [row.reason],
-    }
-
-
-def _total_cells(totals: Totals) -> dict[str, list[str]]:
-    return {
-        **{name: [""] for name in COLUMNS},
-        "layer": ["total"],
-        "flops": [change(totals.exact.total, totals.executed.total)],
-        "exact": _roles(totals.exact),
-        "executed": _roles(totals.executed),
-        "saved": [f"{100 * totals.saved:.1f}"],
-        "selection": [human(totals.selection)],
-        "kept": [change(totals.kept_exact, totals.kept)],
-    }
-
-
-def _shape(candidate: Candidate) -> str:
-    shape = candidate.facts.shape if candidate.facts is not None else None
-    if shape is None:
-        return ""
-    times = "".join(f"{count} x " for count in (shape.batch, shape.groups) if count > 1)
-    return f"{times}({shape.m}, {shape.n}, {shape.k})"
-
-
-_SHORT = {Role.OUTPUT: "out", Role.GRAD_INPUT: "dX", Role.GRAD_WEIGHT: "dW"}
-
-
-def _each(row: Row, text: Callable[[Sample], str]) -> str:
-    """``text`` of each sample; said of which, unless it is of the output alone."""
-    if [sample.role for sample in row.samples] == [Role.OUTPUT]:
-        return text(row.samples[0])
-    return ", ".join(f"{_SHORT[sample.role]} {text(sample)}" for sample in row.samples)
-
-
-def _count(sample: Sample) -> str:
-    if sample.k is None:
-        return "?"
-    expected = f"~{sample.k}" if sample.last_k is not None else f"{sample.k}"
-    last = "" if sample.last_k is None else f" (last {sample.last_k})"
-    return f"{expected} of {sample.pairs}{last}"
-
-
-def _roles(flops: RoleFlops | None) -> list[str]:
-    if flops is None:
-        return ["?"] * 3
-    return [human(value) for value in (flops.output, flops.grad_input, flops.grad_weight)]
-
-
-def _flat(row: Row) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for field in dataclasses.fields(row):
-        value = getattr(row, field.name)
-        if field.name in ("exact", "executed"):
-            for part in dataclasses.fields(RoleFlops):
-                flat[f"{field.name}_{part.name}"] = None if value is None else getattr(value, part.name)
-        elif field.name == "samples":
-            for role in Role:
-                sample = row.sample(role)
-                for name in ("sampler", "scores", "ratio", "k", "pairs", "last_k"):
-                    flat[f"{role.value}_{name}"] = None if sample is None else getattr(sample, name)
-        else:
-            flat[field.name] = value
-    flat["saved"] = row.saved
-    return flat
+    return row, Product(candidate, kept, specs)

@@ -8,7 +8,9 @@ computes anyway.
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +27,8 @@ from fx_approx.state import Draw, draw, in_backward, keep, recall_selection, rem
 
 RECENT = 100
 """Steps within which a channel counts as covered, see :attr:`Shared.coverage`."""
+
+_numbers = itertools.count()
 
 _EXAMPLES = 8  # of a batch, whose norms stand for those of all
 
@@ -156,7 +160,7 @@ class Resample(nn.Module):
 
     Attributes:
         shared: In the order in which the selections are handed out.
-        number: Unique in the process, of the transformed model.
+        number: Unique in the process, of a copy another: recomputations ask for the selections by it.
         held: Selections are kept while the random key stays the same, though weights and running norms move.
         known: The running norms have been filled by an exact step, or are not needed.
         held_key: ``[2]``, the random key of the kept selections.
@@ -168,14 +172,21 @@ class Resample(nn.Module):
     held_indices: Tensor
     held_scale: Tensor
 
-    def __init__(self, shared: Sequence[Shared], number: int) -> None:
+    def __init__(self, shared: Sequence[Shared]) -> None:
         super().__init__()
         self.shared = nn.ModuleList(shared)
-        self.number, self.held = number, False
+        self.number, self.held = next(_numbers), False
         self.known = not any([one.learns for one in shared])
         for name in ("held_key", "held_indices"):
             self.register_buffer(name, torch.full((2,), -1), persistent=False)
         self.register_buffer("held_scale", torch.zeros(0), persistent=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Resample:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(vars(self), memo))
+        new.number = next(_numbers)
+        return new
 
     def each(self) -> Iterator[Shared]:
         """The shared selections."""
@@ -224,6 +235,9 @@ class Resample(nn.Module):
                 self._choose(result, given, weights, compiling)
                 if self.remembers and given is not None:
                     self._keep(result, given.key)
+                for place, one in enumerate(self.each()):
+                    if not one.active:
+                        result[place] = None
         if not compiling and self.remembers and given is not None:
             remember_selection(self.number, given.key, tuple(result))
         return tuple(result)
@@ -236,7 +250,8 @@ class Resample(nn.Module):
         for place, one in enumerate(self.each()):
             own = weights[start : start + len(one.members)]
             start += len(one.members)
-            if not one.active:
+            # What is kept is kept of all, so that a layer that is switched on again reads the same sample.
+            if not one.active and (one.exact or not self.held or given is None):
                 continue
             selector, scores = one.selectors[0], one.scores(own)
             alone = None if selector.sampler.fixed_size else place  # a random count is each one's own
@@ -256,7 +271,7 @@ class Resample(nn.Module):
                 scale = None if chosen.scale is None else chosen.scale[rows]
                 result[place] = Selection(chosen.indices[rows], scale)
                 row += one.groups
-                if not static:
+                if not static and one.active:
                     for selector in one.selectors:
                         selector.last_count = chosen.indices.shape[1]
 
@@ -269,12 +284,15 @@ class Resample(nn.Module):
 
     def _keep(self, result: list[Selection | None], key: Tensor) -> None:
         """Replaces selections by those kept under the same key; those of a random count are not kept."""
-        places = [
-            place
-            for place, one in enumerate(self.each())
-            if result[place] is not None and one.selectors[0].sampler.fixed_size
-        ]
-        fresh = [chosen for place in places if (chosen := result[place]) is not None]
+        places: list[int] = []
+        fresh: list[Selection] = []
+        for place, one in enumerate(self.each()):  # no comprehension with := in it, which Dynamo cannot trace
+            chosen = result[place]
+            if chosen is not None and one.selectors[0].sampler.fixed_size:
+                places.append(place)
+                fresh.append(chosen)
+        if not fresh:
+            return
         indices = torch.cat([chosen.indices.flatten() for chosen in fresh])
         scales = [chosen.scale.flatten() for chosen in fresh if chosen.scale is not None]
         scale = torch.cat(scales) if scales else self.held_scale.new_empty(0)

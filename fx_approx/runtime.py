@@ -67,6 +67,7 @@ class Runtime(nn.Module):
         learnt: The candidates' shapes were propagated from that.
         shaped: They were known at the transform.
         facts: What the passes found, see :class:`fx_approx.passes.Facts`.
+        effects: What they do to each product and value, see :class:`fx_approx.passes.Effects`.
         hoisting: What is not demanded may be left out.
         readers: Modules whose ``training`` flags the graph depends on.
         frozen: Module, name and value of the attributes that the graph holds.
@@ -103,6 +104,7 @@ class Runtime(nn.Module):
         self.learnt = self.shaped = False
         self.hoisting = True
         self.facts: Any = None
+        self.effects: Any = None
         self.warned: set[str] = set()
         self.stale_from = 0
         self.exact_since: int | None = None
@@ -323,7 +325,7 @@ class Runtime(nn.Module):
         """A copy with its own random state; plan, candidates and graphs are shared, since nothing changes them."""
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        shared = {"capture", "candidates", "plan", "graph", "function", "stages", "facts"}
+        shared = {"capture", "candidates", "plan", "graph", "function", "stages", "facts", "effects"}
         for name, value in vars(self).items():
             new.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
         new.number, new.drawn, new.inside = next(_numbers), None, False

@@ -17,6 +17,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "exact": ("out", "dX", "dW"),
     "executed": ("→ out", "dX", "dW"),
     "saved": ("saved %",),
+    "demanded": ("not done",),
+    "demand": ("outputs read by",),
     "selection": ("select",),
     "kept": ("bytes kept",),
     "reason": ("reason",),
@@ -29,10 +31,16 @@ NARROWER: tuple[Mapping[str, tuple[str, ...]], ...] = (
     {"selection": ()},
     {"op": ()},
     {"kept": ()},
+    {"demanded": ()},
     {"shape": ()},
+    {"demand": ()},
     {"reason": ()},
 )
 """What stands for which column in a narrower table, step by step."""
+
+
+DEMAND = ("demanded", "demand")
+"""Columns of what demand does: operations not done, and who reads which part of the outputs."""
 
 
 def checked(columns: Sequence[str] | None) -> list[str]:

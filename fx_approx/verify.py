@@ -125,13 +125,12 @@ def verify(
     found = []
     for kind, tensors in ours.items():
         others = theirs[kind]
+        if kind == "statistics":  # of the channels that were computed; other buffers did not change
+            changed = {name: tensor != before[name] for name, tensor in tensors.items()}
+            tensors, others = ({name: t[changed[name]] for name, t in made.items()} for made in (tensors, others))
         scale = max((float(t.abs().max()) for t in others.values() if t.numel()), default=0.0)
         for name, tensor in tensors.items():
-            other = others[name]
-            if kind == "statistics":
-                changed = tensor != before[name]
-                tensor, other = tensor[changed], other[changed]
-            found.append(Difference(kind, name, _distance(tensor, other), scale))
+            found.append(Difference(kind, name, _distance(tensor, others[name]), scale))
     limit = TOLERANCE.get(dtype, 0.1) if tolerance is None else tolerance
     return Verification(tuple(found), limit, hoisted)
 

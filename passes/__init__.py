@@ -1,21 +1,26 @@
 """Passes: graph to facts, or graph to graph; none of them both decides and rewrites."""
 
 from fx_approx.passes.annotate import Found, annotate
-from fx_approx.passes.decide import decide
 from fx_approx.passes.channelwise import find_flow
+from fx_approx.passes.decide import decide
+from fx_approx.passes.effects import Effects, find_effects
 from fx_approx.passes.flow import Flow
 from fx_approx.passes.rewrite import Facts, find_facts, rewrite
 from fx_approx.passes.shapes import Shapes, propagate
+from fx_approx.passes.unfuse import unfuse
 
 __all__ = [
+    "Effects",
     "Facts",
     "Flow",
     "Found",
     "Shapes",
     "annotate",
     "decide",
+    "find_effects",
     "find_facts",
     "find_flow",
     "propagate",
     "rewrite",
+    "unfuse",
 ]

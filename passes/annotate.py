@@ -19,6 +19,9 @@ from fx_approx.tracer import FUSED, is_hooked
 
 META_KEY = "fx_approx"
 
+FUSED_KEY = "fx_approx_fused"
+"""Where a node says why a fused call could not be taken apart."""
+
 BLOCKED_MODULES: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.RNNBase, "recurrent: one fused call over all time steps"),
     (nn.RNNCellBase, "recurrent cell: several products in one fused call"),
@@ -105,7 +108,7 @@ def _at(node: fx.Node, modules: dict[str, nn.Module], taken: set[str], names: di
         path = str(node.target)
         one = _layer(path, modules[path], names, node.name)
         if one is not None:
-            yield one
+            yield _fused(one, node)
         elif not isinstance(modules[path], FUSED):
             yield from _inside(path, modules, taken, names)
         return
@@ -120,6 +123,12 @@ def _at(node: fx.Node, modules: dict[str, nn.Module], taken: set[str], names: di
         fqn = f"{place}.{kind}" if place else kind
         candidate = Candidate(_unique(fqn, names), fqn, kind, node=node.name, blocked=BLOCKED_CALLS[node.target])
         yield Found(candidate, None, None, place, {})
+
+
+def _fused(one: Found, node: fx.Node) -> Found:
+    """With the reason why the unfuse pass left it whole, if it is one of those."""
+    reason = node.meta.get(FUSED_KEY, one.candidate.blocked)
+    return dataclasses.replace(one, candidate=dataclasses.replace(one.candidate, blocked=reason))
 
 
 def _hashable(target: Any) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from fx_approx.channelwise import CHANNELWISE, channels_of
 from fx_approx.modules import SAMPLED
 from fx_approx.passes.annotate import attribute, why_not
 from fx_approx.passes.flow import Flow, Handler, Link, Step, Values, first
-from fx_approx.passes.layouts import Layout, Segment
+from fx_approx.passes.in_place import changed_for_others, changes_in_place
+from fx_approx.passes.layouts import Layout, Restart, Segment
 from fx_approx.passes.reshapes import RESHAPES, argument, fold, through
 from fx_approx.tracer import is_hooked
+
+__all__ = ["changes_in_place", "combine", "find_flow", "handle", "weight_of"]
 
 POINTWISE_MODULES: tuple[type[nn.Module], ...] = (
     *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
@@ -55,12 +59,26 @@ def _pointwise(flow: Flow, node: fx.Node) -> Step | None:
     return through(source, layout)
 
 
+def _bounded(flow: Flow, node: fx.Node) -> Step | None:
+    """clamp, pow: their other arguments may be tensors with an entry for each channel."""
+    tensors = [source for source in node.all_input_nodes if flow.shape(source) is not None]
+    return _pointwise(flow, node) if tensors == [first(node)] else combine(flow, node, tensors, couples=False)
+
+
 def _spatial(flow: Flow, node: fx.Node) -> Step | None:
     source = first(node)
     layout, shape, result = flow.layout(source), flow.shape(source), flow.shape(node)
     if layout is None or shape is None or result is None or len(shape) != len(result) or len(shape) < 3:
         return None
+    module = flow.module(node)
+    name = getattr(node.target, "__name__", "") if module is None else type(module).__name__.lower()
+    axes = _DIMENSIONS.search(name)
+    if axes is not None and len(shape) != int(axes[1]) + 2:  # without a batch: the first axis is the channels'
+        return None
     return through(source, layout) if layout.dim == 1 and shape[:2] == result[:2] else None
+
+
+_DIMENSIONS = re.compile(r"(\d)d$")
 
 
 def _pad(flow: Flow, node: fx.Node) -> Step | None:
@@ -145,7 +163,7 @@ def combine(flow: Flow, node: fx.Node, operands: Sequence[fx.Node], couples: boo
     if lead is None:
         return None
     layout, dim = lead
-    channels = [o for o in dict.fromkeys(operands) if (own := flow.layout(o)) is not None and _lies(flow, o, own, node, dim)]
+    channels = [o for o in dict.fromkeys(operands) if _lies(flow, o, node, dim)]
     own = spaces.new(node, dim, layout.size) if couples and len(channels) > 1 else layout
     if own is None:
         return None
@@ -167,15 +185,16 @@ def combine(flow: Flow, node: fx.Node, operands: Sequence[fx.Node], couples: boo
     return Step(Layout(dim, own.segments), tuple(links), tuple(follow), "plain")
 
 
-def _lies(flow: Flow, operand: fx.Node, layout: Layout, node: fx.Node, dim: int) -> bool:
-    shape, result = flow.shape(operand), flow.shape(node)
-    assert shape is not None and result is not None
+def _lies(flow: Flow, operand: fx.Node, node: fx.Node, dim: int) -> bool:
+    layout, shape, result = flow.layout(operand), flow.shape(operand), flow.shape(node)
+    if layout is None or shape is None or result is None:
+        return False
     return layout.dim + len(result) - len(shape) == dim and layout.size == result[dim]
 
 
 def _matmul(flow: Flow, node: fx.Node) -> Step | None:
     """Products of batches: channels (heads) along a leading axis stay apart."""
-    operands = [a for a in (*node.args[:3], *node.kwargs.values()) if isinstance(a, fx.Node)]
+    operands = [a for a in (*node.args[:4], *node.kwargs.values()) if isinstance(a, fx.Node)]
     result = flow.shape(node)
     for operand in operands:
         layout, shape = flow.layout(operand), flow.shape(operand)
@@ -276,7 +295,8 @@ def _table() -> dict[Any, Handler]:
     table.update(dict.fromkeys((*additions, "add", "add_", "sub", "sub_", "__add__", "__radd__"), _binary(True)))
     products = (operator.mul, operator.imul, operator.truediv, torch.mul, torch.div, torch.maximum, torch.minimum)
     table.update(dict.fromkeys((*products, "mul", "mul_", "div", "div_", "__mul__", "__rmul__"), _binary(False)))
-    table.update(dict.fromkeys((operator.pow, torch.pow, "pow"), _pointwise))
+    bounded = (operator.pow, torch.pow, torch.clamp, torch.clamp_min, torch.clamp_max)
+    table.update(dict.fromkeys((*bounded, "pow", "clamp", "clamp_min", "clamp_max"), _bounded))
     products = (torch.matmul, torch.bmm, operator.matmul, F.scaled_dot_product_attention)
     table.update(dict.fromkeys((*products, "matmul", "bmm", "__matmul__"), _matmul))
     table.update({F.linear: _multiply, F.glu: _gated})
@@ -299,15 +319,23 @@ _MODULES: tuple[tuple[tuple[type[nn.Module], ...], Handler], ...] = (
 
 def handle(flow: Flow, node: fx.Node) -> Step | None:
     """What ``node`` does to the channels, None if that is not known."""
+    if seen := changed_for_others(flow, node):
+        flow.stopped[node] = f"{node.name} changes in place what others read"
+        if not seen <= flow.spaces.dead:
+            flow.spaces.dead |= seen
+            raise Restart
+        return None
+    handler = _handler(flow, node)
+    return None if handler is None else handler(flow, node)
+
+
+def _handler(flow: Flow, node: fx.Node) -> Handler | None:
     if node.op == "call_module":
         module = flow.module(node)
         if module is None or is_hooked(module) or "forward" in vars(module):
             return None
         kind = type(module)
-        for types, handler in _MODULES:
-            if kind in types:
-                return _unless_in_place(flow, node, handler, bool(getattr(module, "inplace", False)))
-        return None
+        return next((handler for types, handler in _MODULES if kind in types), None)
     if node.op not in ("call_function", "call_method"):
         return None
     try:
@@ -316,29 +344,7 @@ def handle(flow: Flow, node: fx.Node) -> Step | None:
         return None
     if handler is None:
         handler = _BY_NAME.get(getattr(node.target, "__name__", "")) if node.op == "call_function" else None
-    return None if handler is None else _unless_in_place(flow, node, handler, _in_place(node))
-
-
-_IN_PLACE = (operator.iadd, operator.isub, operator.imul, F.relu_, torch.relu_)
-
-
-def _in_place(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else ""
-    return node.target in _IN_PLACE or node.kwargs.get("inplace") is True or (name.endswith("_") and name[-2:] != "__")
-
-
-def _unless_in_place(flow: Flow, node: fx.Node, handler: Callable[..., Step | None], in_place: bool) -> Step | None:
-    """What changes a value that others read, or see through a view, must change the whole of it."""
-    source = first(node)
-    if in_place and isinstance(source, fx.Node) and (len(source.users) > 1 or _is_view(source)):
-        flow.stopped[node] = f"{node.name} changes in place what others read"
-        return None
-    return handler(flow, node)
-
-
-def _is_view(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "get_attr") or node.target in RESHAPES
-
+    return handler
 
 
 def find_flow(root: nn.Module, graph: fx.Graph, values: Values) -> Flow:

@@ -147,7 +147,9 @@ def share_and_propagate(flow: Flow, graph: fx.Graph, found: list[Found], plan: P
     apart: frozenset[int] = frozenset()
     names = {one.candidate.node: one.candidate.name for one in found if one.candidate.node}
     decisions = {node: plan[names[node.name]] for node in graph.nodes if node.name in names}
-    follow = frozenset(node for node, decision in decisions.items() if follows(decision))
+    # A sampled product of two activations chooses by what they hold: with fewer heads it would choose others.
+    layers = {node for node in decisions if flow.steps[node].action == "produce"}
+    follow = frozenset(node for node, decision in decisions.items() if follows(decision) and node in layers)
     rigid = frozenset(node for node, decision in decisions.items() if decision.roles and node not in follow)
     while True:
         sharing = share(flow, graph, found, plan, apart)

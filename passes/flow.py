@@ -56,10 +56,21 @@ Handler = Callable[["Flow", fx.Node], "Step | None"]
 
 @dataclasses.dataclass(frozen=True)
 class Values:
-    """Shapes of the values of a graph by node name: of a tensor a shape, of a tuple of tensors a list of shapes."""
+    """What a run of a graph in training mode showed of each value, by node name.
+
+    Attributes:
+        shapes: Of a tensor a shape, of a tuple of tensors a list of shapes.
+        sizes: Bytes of one entry of a tensor.
+        storages: The pieces of memory that a value lies in; views share that of what they show.
+        saved: The pieces of memory that autograd keeps for the node, parameters and buffers left out.
+        bytes: Of each piece of memory.
+    """
 
     shapes: Mapping[str, Shape | list[Shape]]
     sizes: Mapping[str, int]
+    storages: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    saved: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    bytes: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
     def of(self, node: Any) -> Shape | None:
         """The shape of a tensor, None for anything else."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from fx_approx import ops
 from fx_approx.channelwise import swap_channelwise
 from fx_approx.modules import SampledLayer, Site, swap
+from fx_approx.passes.channelwise import changes_in_place
 from fx_approx.passes.demand import FULL, Demand
 from fx_approx.passes.flow import Flow, first
 from fx_approx.passes.header import Header
@@ -33,6 +36,7 @@ class Hoist:
         self.flow, self.demand, self.header = flow, demand, header
         self.graph, self.copies, self.runtime = header.graph, copies, runtime
         self._narrowed: dict[tuple[fx.Node, int, fx.Node], fx.Node] = {}
+        self._taps: list[tuple[fx.Node, fx.Node, fx.Node]] = []
 
     def run(self) -> None:
         """Rewrites every node whose value has channels, in order."""
@@ -50,6 +54,7 @@ class Hoist:
                 self._resize(node, have)
             elif step.action == "split":
                 self._split(node, have)
+        self._untap()
 
     def _edges(self, node: fx.Node) -> None:
         """Narrows the operands that hold more than the node computes."""
@@ -66,7 +71,7 @@ class Hoist:
         for operand, dim in step.follow:
             index = self.header.positions(step.layout.segments, have)
             if index is not None:
-                self._replace(own, operand, self._gather(self.copies[operand], dim, index, own))
+                self._replace(own, operand, self._gather(operand, dim, index, own))
 
     def _replace(self, user: fx.Node, source: fx.Node, new: fx.Node) -> None:
         if new is not self.copies[source]:
@@ -78,14 +83,45 @@ class Hoist:
         if layout is None or tuple(wants) == tuple(have):
             return self.copies[source]
         index = self.header.rest(layout.segments, have, wants)
-        return self.copies[source] if index is None else self._gather(self.copies[source], layout.dim, index, before)
+        return self.copies[source] if index is None else self._gather(source, layout.dim, index, before)
 
-    def _gather(self, value: fx.Node, dim: int, index: fx.Node, before: fx.Node) -> fx.Node:
-        key = value, dim, index
-        if key not in self._narrowed:
+    def _gather(self, source: fx.Node, dim: int, index: fx.Node, before: fx.Node) -> fx.Node:
+        key = source, dim, index
+        if key in self._narrowed:
+            return self._narrowed[key]
+        value = self.copies[source]
+        early = value.op == "placeholder" or source in self.flow.constants
+        if early or any(changes_in_place(self.flow, user) for user in source.users):
             with self.graph.inserting_before(before):
-                self._narrowed[key] = self.graph.call_function(ops.narrow, (value, dim, index))
-        return self._narrowed[key]
+                part = self.graph.call_function(ops.narrow, (value, dim, index))
+        else:
+            part = self._tap(source, value, dim, index)
+        self._narrowed[key] = part
+        return part
+
+    def _tap(self, source: fx.Node, value: fx.Node, dim: int, index: fx.Node) -> fx.Node:
+        """Takes a part of a value where it is made; whoever reads the whole of it reads it behind that."""
+        with self.graph.inserting_after(value):
+            both = self.graph.call_function(ops.tapped, (value, dim, index, self._is_relu(source)))
+        with self.graph.inserting_after(both):
+            part = self.graph.call_function(operator.getitem, (both, 1))
+            whole = self.graph.call_function(operator.getitem, (both, 0))
+        value.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not both)
+        self.copies[source] = whole
+        self._taps.append((both, whole, part))
+        return part
+
+    def _is_relu(self, source: fx.Node) -> bool:
+        return type(self.flow.module(source)) is nn.ReLU or source.target in (F.relu, torch.relu, "relu")
+
+    def _untap(self) -> None:
+        """A value of which no one reads the whole is narrowed only."""
+        for both, whole, part in reversed(self._taps):
+            if not whole.users:
+                both.target, both.args = ops.narrow, both.args[:3]
+                part.replace_all_uses_with(both)
+                self.graph.erase_node(whole)
+                self.graph.erase_node(part)
 
     def _produce(self, node: fx.Node, have: Sequence[int]) -> None:
         """A linear or convolution layer: computes the demanded outputs from the selected inputs."""
@@ -169,9 +205,8 @@ class Hoist:
         sizes = own.args[1:] if len(own.args) > 1 else (own.kwargs.get("shape", own.kwargs.get("size")),)
         shape = tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else tuple(sizes)
         parts = self.header.parts(step.layout.segments, have)
-        exact = torch.Tensor.view if own.target == "view" else torch.reshape
         with self.graph.inserting_before(own):
-            new = self.graph.call_function(ops.resize, (first(own), shape, step.axis, parts, exact))
+            new = self.graph.call_function(ops.resize, (first(own), shape, step.axis, parts, own.target == "view"))
         self._take_over(node, new)
 
     def _split(self, node: fx.Node, have: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fx_approx.passes.flow import Flow, Handler, Link, Step, first
 from fx_approx.passes.layouts import Layout, Segment, regroup, stretch
@@ -48,6 +48,8 @@ def _reshape(flow: Flow, node: fx.Node) -> Step | None:
     layout, before, after = flow.layout(source), flow.shape(source), flow.shape(node)
     if layout is None or before is None or after is None or 0 in before:
         return None
+    if node.target in (torch.squeeze, "squeeze") and argument(node, 1, "dim") is None:
+        return None  # would remove the axis of the channels, too, where one of them is left
     for old, new in regroup(before, after):
         if layout.dim not in old:
             continue
@@ -59,30 +61,57 @@ def _reshape(flow: Flow, node: fx.Node) -> Step | None:
         if len(wide) <= 1:
             axis = wide[0] if wide else new[0]
             segments = tuple(Segment(s.space, s.count, s.block * rest) for s in layout.segments)
-            action = "resize" if node.target in _SIZED else "plain"
-            return through(source, Layout(axis, segments), action=action, axis=axis)
-        return _unfold(flow, source, layout, after, wide) if rest == 1 and node.target in _SIZED else None
+            action = _action(flow, node, axis, len(before))
+            return None if action is None else through(source, Layout(axis, segments), action=action, axis=axis)
+        action = _action(flow, node, _unit_axis(after, wide), len(before))
+        return None if rest != 1 or action is None else _unfold(flow, source, layout, after, wide, action)
     return None
 
 
-def _unfold(flow: Flow, source: fx.Node, layout: Layout, after: tuple[int, ...], axes: list[int]) -> Step | None:
+def _action(flow: Flow, node: fx.Node, axis: int, dims: int) -> str | None:
+    """How a reshape of a value with ``dims`` axes comes to give fewer units along ``axis``; None if it does not."""
+    module = flow.module(node)
+    if module is None and node.target in _SIZED:
+        sizes = (*node.args[1:], *(size for name, size in node.kwargs.items() if name in ("shape", "size")))
+        whole = len(sizes) == 1 and isinstance(sizes[0], fx.Node)  # the shape of another value, not its parts
+        return None if whole else "resize"
+    if isinstance(module, nn.Unflatten):
+        dim, sizes = module.dim, module.unflattened_size
+    elif module is None and node.target in (torch.unflatten, "unflatten"):
+        dim, sizes = argument(node, 1, "dim"), argument(node, 2, "sizes")
+    else:
+        return "plain"
+    if not isinstance(dim, int) or not isinstance(sizes, (tuple, list)):
+        return None
+    place = axis - dim % dims
+    return "plain" if not 0 <= place < len(sizes) or sizes[place] == -1 else None
+
+
+def _unit_axis(after: tuple[int, ...], axes: list[int]) -> int:
+    """Which of the axes that channels become counts the units."""
+    return axes[1] if len(axes) > 2 and after[axes[0]] in (2, 3) else axes[0]
+
+
+def _unfold(
+    flow: Flow, source: fx.Node, layout: Layout, after: tuple[int, ...], axes: list[int], action: str
+) -> Step | None:
     """The channels become several axes: heads by entries, or 2 or 3 times that (query, key and value)."""
-    times = after[axes[0]] if len(axes) > 2 and after[axes[0]] in (2, 3) else 1
-    axis = axes[1] if times > 1 else axes[0]
+    axis = _unit_axis(after, axes)
+    times = after[axes[0]] if axis != axes[0] else 1
     inner = math.prod(after[a] for a in axes if a > axis)
     for segment in layout.segments:
         wanted = math.lcm(segment.block, inner)
         if wanted != segment.block and not flow.spaces.coarsen(segment, wanted // segment.block):
             return None
     if times > 1:
-        folded = fold(flow, source, layout, times, axis, action="resize", axis=axis)
+        folded = fold(flow, source, layout, times, axis, action=action, axis=axis)
         if folded is None or folded.layout is None:
             return None
         segments, links = folded.layout.segments, folded.links
     else:
         segments, links = layout.segments, (Link(source, 0, 0, len(layout.segments)),)
     shrunk = tuple(Segment(s.space, s.count, s.block // inner) for s in segments)
-    return Step(Layout(axis, shrunk), links, action="resize", axis=axis)
+    return Step(Layout(axis, shrunk), links, action=action, axis=axis)
 
 
 def _reorder(flow: Flow, node: fx.Node) -> Step | None:
@@ -118,6 +147,8 @@ def _concatenate(flow: Flow, node: fx.Node) -> Step | None:
     if result is None or not isinstance(dim, int) or not isinstance(operands, (tuple, list)):
         return None
     dim %= len(result)
+    if len(set(operands)) != len(operands):  # each place might be demanded differently
+        return None
     layouts = [flow.layout(operand) for operand in operands]
     known = next((layout for layout in layouts if layout is not None), None)
     if known is None:

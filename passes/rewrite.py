@@ -57,7 +57,7 @@ def rewrite(
     if captured is not None:
         shared = _graph(root, runtime, captured, found, facts, flow, False)
         runtime.stages = [("capture", captured), ("share", shared)]
-        if facts.demand is not None and hoisting and any(map(_some, facts.demand.have.values())):
+        if hoisting and facts.narrows:
             runtime.stages.append(("demand", _graph(root, runtime, captured, found, facts, flow, True)))
         runtime.compile_graph(runtime.stages[-1][1])
     _watch(root, runtime)
@@ -70,6 +70,11 @@ class Facts:
 
     sharing: Sharing
     demand: Demand | None
+
+    @property
+    def narrows(self) -> bool:
+        """Whether some value need not be computed whole."""
+        return self.demand is not None and any(map(_some, self.demand.have.values()))
 
 
 def find_facts(graph: fx.Graph | None, found: list[Found], plan: Plan, flow: Flow | None) -> Facts:

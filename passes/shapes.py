@@ -74,6 +74,7 @@ def propagate(
             fake = copy.deepcopy(root)
         for module in fake.modules():
             module.training = True
+        recorder.storages.ignore([*fake.parameters(), *fake.buffers()])
         vars(fake).update({name: mode.from_tensor(value) for name, value in captured.constants.items()})
         silenced = _without_user_hooks(fake)
         recorder.watch(fake)
@@ -164,7 +165,8 @@ class _Interpreter(fx.Interpreter):
                 self.recorder.layer(one, self.fetch_attr(str(n.target)), args, kwargs)
             else:
                 self.recorder.call(one, self._function(n), args, kwargs)
-        result = super().run_node(n)
+        with self.recorder.storages.watching(n.name):
+            result = super().run_node(n)
         self.recorder.value(n, result)
         return result
 
@@ -176,14 +178,59 @@ class _Interpreter(fx.Interpreter):
         return node.target
 
 
+class _Storages:
+    """Numbers the pieces of memory that values lie in, and notes which of them autograd keeps for which node."""
+
+    def __init__(self) -> None:
+        self.saved: dict[str, tuple[int, ...]] = {}
+        self.bytes: dict[int, int] = {}
+        self._numbers: dict[int, int] = {}
+        self._alive: list[torch.UntypedStorage] = []  # so that no other takes its place
+        self._ignored: set[int] = set()
+
+    def number(self, tensor: Tensor) -> int | None:
+        """Of a tensor's memory; None for that of a parameter, and for what is not strided."""
+        if tensor.layout is not torch.strided:
+            return None
+        storage = tensor.untyped_storage()
+        place = storage._cdata
+        if place not in self._numbers:
+            self._numbers[place] = len(self._alive)
+            self._alive.append(storage)
+            self.bytes[self._numbers[place]] = storage.nbytes()
+        number = self._numbers[place]
+        return None if number in self._ignored else number
+
+    def ignore(self, tensors: list[Tensor]) -> None:
+        """Their memory is there anyway."""
+        self._ignored |= {number for tensor in tensors if (number := self.number(tensor)) is not None}
+
+    @contextlib.contextmanager
+    def watching(self, name: str) -> Iterator[None]:
+        """Notes what autograd keeps of the operations inside."""
+        kept: list[int] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            number = self.number(tensor)
+            if number is not None:
+                kept.append(number)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+        self.saved[name] = tuple(dict.fromkeys(kept))
+
+
 class _Recorder:
     def __init__(self, found: dict[str, Found]) -> None:
         self.found = found
+        self.storages = _Storages()
         self.facts: dict[str, ProductFacts] = {}
         self.blocked: dict[str, str] = {}
         self.place = ""
         self._shapes: dict[str, Any] = {}
         self._bytes: dict[str, int] = {}
+        self._places: dict[str, tuple[int, ...]] = {}
 
     def value(self, node: fx.Node, result: Any) -> None:
         """Records what a node gave."""
@@ -191,11 +238,15 @@ class _Recorder:
             self._shapes[node.name], self._bytes[node.name] = tuple(result.shape), result.itemsize
         elif isinstance(result, (tuple, list)) and result and all(isinstance(part, Tensor) for part in result):
             self._shapes[node.name] = [tuple(part.shape) for part in result]
+        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        places = [place for leaf in leaves if (place := self.storages.number(leaf)) is not None]
+        self._places[node.name] = tuple(dict.fromkeys(places))
 
     @property
     def values(self) -> Values | None:
         """All that was recorded; None without a graph."""
-        return Values(self._shapes, self._bytes) if self._shapes else None
+        found = self.storages
+        return Values(self._shapes, self._bytes, self._places, found.saved, found.bytes) if self._shapes else None
 
     def at(self, node: fx.Node) -> Found | None:
         """The candidate that ``node`` itself is (a part that is not traced holds several, and is none)."""

@@ -27,7 +27,7 @@ def test_memory_is_that_of_the_report(
         with pytest.raises(AssertionError, match="the report says"):
             memory.main(sizes)
     finally:
-        for name in ("_header", "memory"):
+        for name in ("_header", "_peak", "memory"):
             sys.modules.pop(name, None)
     exact, weight, both, late = json.loads((tmp_path / "memory.json").read_text(encoding="utf-8"))["results"]
     assert "rows chosen in forward" in capsys.readouterr().out

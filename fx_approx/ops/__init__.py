@@ -13,6 +13,7 @@ from fx_approx.ops.channels import (
     sliced_linear,
     split_parts,
     spread,
+    tapped,
     width,
 )
 from fx_approx.ops.conv import conv1d, conv2d, conv3d
@@ -61,5 +62,6 @@ __all__ = [
     "sliced_linear",
     "split_parts",
     "spread",
+    "tapped",
     "width",
 ]

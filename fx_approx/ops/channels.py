@@ -7,14 +7,14 @@ A *part* describes one stretch of a tensor's axis: ``(selection, count, block)``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fx_approx.ops.gather import flat_indices, gather, scaled, select_weight
+from fx_approx.ops.gather import flat_indices, gather, select_weight, tap
 from fx_approx.sampling import Selection
 
 Part = tuple[Selection | None, int, int]
@@ -88,6 +88,11 @@ def narrow(input: Tensor, dim: int, chosen: Selection | None) -> Tensor:
     return input if chosen is None else gather(input, dim, chosen.indices[0])
 
 
+def tapped(input: Tensor, dim: int, chosen: Selection | None, rectified: bool = False) -> tuple[Tensor, Tensor]:
+    """``input`` and what :func:`narrow` makes of it, for a value that is read both ways; see :func:`gather.tap`."""
+    return (input, input) if chosen is None else tap(input, dim, chosen.indices[0], rectified)
+
+
 def slice_weights(
     weight: Tensor,
     bias: Tensor | None,
@@ -124,22 +129,20 @@ def sliced_linear(input: Tensor, weight: Tensor, bias: Tensor | None, slices: Sl
     return F.linear(input, weight, bias) if slices is None else F.linear(input, slices.weight, slices.bias)
 
 
-def resize(
-    input: Tensor, shape: Sequence[int], axis: int, parts: Sequence[Part], reshape: Callable[..., Tensor]
-) -> Tensor:
-    """``reshape(input, shape)``, where entry ``axis`` of ``shape`` counts the units that are there.
+def resize(input: Tensor, shape: Sequence[int], axis: int, parts: Sequence[Part], view: bool) -> Tensor:
+    """``input.reshape(shape)``, where entry ``axis`` of ``shape`` counts the units that are there.
 
     Args:
         input: Any shape.
         shape: For whole channels; -1 anywhere stays -1.
         axis: Position in ``shape``.
         parts: What stands along that axis of the result.
-        reshape: ``torch.reshape`` or ``torch.Tensor.view``.
+        view: ``input.view(shape)`` instead, which never copies.
     """
     sizes = list(shape)
     if sizes[axis] != -1 and any(chosen is not None for chosen, _, _ in parts):
         sizes[axis] = width(parts)
-    return reshape(input, tuple(sizes))
+    return input.view(sizes) if view else input.reshape(sizes)
 
 
 def split_parts(input: Tensor, sections: Sequence[Sequence[Part]], dim: int) -> tuple[Tensor, ...]:

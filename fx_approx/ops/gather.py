@@ -125,7 +125,148 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order.index(axis) for axis in range(len(order)))
 
 
+def _opaque(tensor: Tensor) -> bool:
+    """Whether a gather is to stay a call of its own in compiled code.
+
+    On GPUs the compiler makes it part of what reads it. On CPUs the loop that comes of that is not vectorised and takes
+    three to five times as long as torch's own kernel (docs/results.md).
+    """
+    return torch.compiler.is_compiling() and tensor.device.type == "cpu"
+
+
 def _select(source: Tensor, dim: int, index: Tensor) -> Tensor:
+    return take(source, dim, index) if _opaque(source) else _selected(source, dim, index)
+
+
+def _scatter(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    if _opaque(grad):
+        return put(grad, dim, index, size)
+    return _scattered(grad, dim, index, size)
+
+
+# Defined by hand and not by `custom_op`, whose wrapper takes longer than a small gather.
+_LIBRARY = torch.library.Library("fx_approx", "FRAGMENT")
+_LIBRARY.define("take(Tensor source, int dim, Tensor index) -> Tensor")
+_LIBRARY.define("put(Tensor grad, int dim, Tensor index, int size) -> Tensor")
+_LIBRARY.define("add_at(Tensor(a!) total, int dim, Tensor index, Tensor grad, Tensor? kept) -> ()")
+
+
+def take(source: Tensor, dim: int, index: Tensor) -> Tensor:
+    """The entries ``index`` of ``source`` along ``dim``, as :func:`gather`; opaque for the compiler."""
+    result: Tensor = torch.ops.fx_approx.take(source, dim, index)
+    return result
+
+
+def put(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    """The inverse of :func:`take`: zeros but for the entries ``index`` of ``size`` along ``dim``; opaque, too."""
+    result: Tensor = torch.ops.fx_approx.put(grad, dim, index, size)
+    return result
+
+
+def add_at(total: Tensor, dim: int, index: Tensor, grad: Tensor, kept: Tensor | None) -> None:
+    """Adds ``grad`` to the entries ``index`` of ``total`` along ``dim``, in place; indices are unique; opaque, too.
+
+    ``kept`` is not read. It is what the compiler is to keep until here.
+    """
+    torch.ops.fx_approx.add_at(total, dim, index, grad, kept)
+
+
+@torch.library.register_fake("fx_approx::take")
+def _(source: Tensor, dim: int, index: Tensor) -> Tensor:
+    if index.dim() == 2:
+        return source.new_empty(*index.shape, source.shape[2])
+    return _empty(source, dim, index.shape[0])
+
+
+@torch.library.register_fake("fx_approx::put")
+def _(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    if index.dim() == 2:
+        return grad.new_empty(index.shape[0], size, grad.shape[2])
+    return _empty(grad, dim, size)
+
+
+@torch.library.register_fake("fx_approx::add_at")
+def _(total: Tensor, dim: int, index: Tensor, grad: Tensor, kept: Tensor | None) -> None:
+    return None
+
+
+def _add_at(total: Tensor, dim: int, index: Tensor, grad: Tensor) -> None:
+    order = channels_last_order(total)
+    if order is not None:
+        total, grad, dim = total.permute(order), grad.permute(order), order.index(dim)
+    total.index_add_(dim, index, grad.to(total.dtype))
+
+
+def _empty(like: Tensor, dim: int, size: int) -> Tensor:
+    """``like`` with another size along ``dim``; contiguous, or channels_last where ``like`` is."""
+    shape = [*like.shape[:dim], size, *like.shape[dim + 1 :]]
+    order = channels_last_order(like)
+    if order is None:
+        return like.new_empty(shape)
+    return like.new_empty([shape[axis] for axis in order]).permute(_inverse(order))
+
+
+class _Tap(torch.autograd.Function):
+    """A value and some of its entries; the gradients come together in one pass over the whole."""
+
+    @staticmethod
+    def forward(source: Tensor, dim: int, index: Tensor, rectified: bool) -> tuple[Tensor, Tensor]:
+        return source.view_as(source), _select(source, dim, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
+        source, ctx.dim, index, rectified = inputs
+        ctx.size = source.shape[ctx.dim]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(index, source if rectified and _opaque(source) else None)
+
+    @staticmethod
+    def backward(ctx: Any, whole: Tensor | None, part: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        index, kept = ctx.saved_tensors
+        return _together(whole, part, ctx.dim, index, ctx.size, kept), None, None, None
+
+
+def _together(
+    whole: Tensor | None, part: Tensor | None, dim: int, index: Tensor, size: int, kept: Tensor | None
+) -> Tensor | None:
+    """The gradient of a value from those of the whole and of a part."""
+    if part is None:
+        return whole
+    if whole is None:
+        return _scatter(part, dim, index, size)
+    if torch.is_grad_enabled() and (whole.requires_grad or part.requires_grad):
+        return whole + _scatter(part, dim, index, size)
+    if torch.compiler.is_compiling() and not _opaque(whole):
+        return whole + _spread(part, dim, index, size)
+    total = whole.clone()
+    if _opaque(whole):
+        add_at(total, dim, index, part, kept)
+    else:
+        _add_at(total, dim, index, part)
+    return total
+
+
+def tap(source: Tensor, dim: int, index: Tensor, rectified: bool = False) -> tuple[Tensor, Tensor]:
+    """``source`` itself, and its entries ``index`` along ``dim``, for a value that is read both ways.
+
+    As ``source`` and :func:`gather`, but in the backward pass the gradient of the entries is added to that of the
+    whole, instead of being written out among zeros first.
+
+    Args:
+        source: Any shape.
+        dim: The axis.
+        index: ``[k]`` int64, unique.
+        rectified: ``source`` comes out of a ReLU. The compiler would keep a mask of it for the backward pass, as it is
+            smaller, and on CPUs the loop that writes the mask takes four times as long as without; so ``source``
+            itself is kept.
+    """
+    if not (torch.is_grad_enabled() and source.requires_grad):
+        return source, _select(source, dim % source.dim(), index)
+    result: tuple[Tensor, Tensor] = _Tap.apply(source, dim % source.dim(), index, rectified)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _selected(source: Tensor, dim: int, index: Tensor) -> Tensor:
     if index.dim() == 2:
         flat = _rows(source.flatten(0, 1), 0, flat_indices(index, source.shape[1]))
         return flat.view(*index.shape, -1)
@@ -147,9 +288,9 @@ def _rows(source: Tensor, dim: int, index: Tensor) -> Tensor:
     return source.reshape(outer * size, inner).index_select(0, (starts + index).reshape(-1)).reshape(shape)
 
 
-def _scatter(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+def _scattered(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     if index.dim() == 2:
-        flat = _scatter(grad.flatten(0, 1), 0, flat_indices(index, size), index.shape[0] * size)
+        flat = _scattered(grad.flatten(0, 1), 0, flat_indices(index, size), index.shape[0] * size)
         return flat.view(index.shape[0], size, -1)
     order = channels_last_order(grad)
     if order is not None:
@@ -172,3 +313,19 @@ def _spread(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     places = places.index_copy(0, index, torch.arange(1, index.shape[0] + 1, device=index.device))
     there = (places > 0).view(-1, *[1] * (grad.dim() - 1 - dim))
     return torch.where(there, grad.index_select(dim, (places - 1).clamp(min=0)), 0)
+
+
+def _take(source: Tensor, dim: int, index: Tensor) -> Tensor:
+    return _selected(source, dim, index)
+
+
+def _put(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    return _scattered(grad, dim, index, size)
+
+
+def _add(total: Tensor, dim: int, index: Tensor, grad: Tensor, kept: Tensor | None) -> None:
+    _add_at(total, dim, index, grad)
+
+
+for _name, _kernel in (("take", _take), ("put", _put), ("add_at", _add)):
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")

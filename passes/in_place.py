@@ -1,0 +1,103 @@
+"""Operations that change a value in place, and who else reads the memory that they change."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fx_approx.passes.flow import Flow, first
+from fx_approx.passes.reshapes import RESHAPES, argument
+
+_IN_PLACE = (
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
+    *(operator.iand, operator.ior, operator.ixor, operator.setitem, F.relu_, torch.relu_),
+)
+
+_VIEWS = (
+    *("contiguous", "float", "half", "double", "bfloat16", "to", "type", "type_as", "detach", "requires_grad_"),
+    *("view_as", "reshape_as", "expand", "expand_as", "narrow", "select", "diagonal", "unfold"),
+    *(torch.narrow, torch.select, torch.diagonal, torch.detach, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
+    *(F.alpha_dropout, F.feature_alpha_dropout),
+    *RESHAPES,
+)
+"""What may give its operand, or a view of it."""
+_SAME = (nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten)
+_SIZES = ("size", "dim", "ndimension", "numel", "stride")
+
+
+def changes_in_place(flow: Flow, node: fx.Node) -> bool:
+    """Whether ``node`` changes its first operand."""
+    if node.op == "call_module":
+        return bool(getattr(flow.module(node), "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if isinstance(node.target, str):
+        return node.target.endswith("_") and not node.target.endswith("__") and node.target != "requires_grad_"
+    if any(node.target is one for one in _IN_PLACE):
+        return True
+    code = getattr(node.target, "__code__", None)
+    names = () if code is None else code.co_varnames[: code.co_argcount]
+    given = argument(node, names.index("inplace"), "inplace") if "inplace" in names else node.kwargs.get("inplace")
+    return given is True
+
+
+def changed_for_others(flow: Flow, node: fx.Node) -> set[fx.Node]:
+    """What lies in the memory that ``node`` changes, if not only ``node`` reads it; else nothing."""
+    source: Any = first(node)
+    if not isinstance(source, fx.Node) or not changes_in_place(flow, node) or not _is_seen(flow, source):
+        return set()
+    return set(_same_memory(flow, source))
+
+
+def _may_be_view(flow: Flow, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(flow.module(node), _SAME)
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = getattr(node.target, "__name__", "")
+    return name == "stochastic_depth" or any(node.target is one or node.target == one for one in _VIEWS)
+
+
+def _shares(flow: Flow, node: fx.Node) -> bool:
+    return _may_be_view(flow, node) or changes_in_place(flow, node)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Users that look at more than sizes."""
+    return [
+        user
+        for user in node.users
+        if not (user.op == "call_method" and user.target in _SIZES)
+        and not (user.target is getattr and user.args[1] in ("shape", "dtype", "device", "ndim", "is_cuda"))
+    ]
+
+
+def _is_seen(flow: Flow, source: fx.Node) -> bool:
+    """Whether something else than its one user reads the memory of ``source``."""
+    node: Any = source
+    while isinstance(node, fx.Node):
+        if len(_readers(node)) > 1 or node.op in ("placeholder", "get_attr") or node.target in _RESHAPED:
+            return True
+        if not _shares(flow, node):
+            return False
+        node = first(node)
+    return False
+
+
+_RESHAPED = tuple(RESHAPES)
+
+
+def _same_memory(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
+    """All values that may lie where ``node`` does."""
+    while _shares(flow, node) and isinstance(above := first(node), fx.Node):
+        node = above
+    waiting = [node]
+    while waiting:
+        found = waiting.pop()
+        yield found
+        waiting += [user for user in found.users if first(user) is found and _shares(flow, user)]

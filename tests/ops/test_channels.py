@@ -1,0 +1,195 @@
+"""What a hoisted graph calls, against plain indexing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fx_approx import ops
+from fx_approx.ops import channels
+from fx_approx.sampling import Selection
+
+
+def chosen(*rows: list[int], scale: list[list[float]] | None = None) -> Selection:
+    factors = None if scale is None else torch.tensor(scale, dtype=torch.float64)
+    return Selection(torch.tensor(rows), factors)
+
+
+def flat(selection: Selection | None) -> list[int] | None:
+    return None if selection is None else selection.indices.flatten().tolist()
+
+
+def entries(parts: list[channels.Part]) -> list[int]:
+    """The positions that are there, by counting."""
+    found, offset = [], 0
+    for selection, count, block in parts:
+        groups = 1 if selection is None else selection.indices.shape[0]
+        units = range(count)
+        if selection is not None:
+            units = [g * (count // groups) + i for g, row in enumerate(selection.indices.tolist()) for i in row]
+        found += [offset + unit * block + entry for unit in units for entry in range(block)]
+        offset += count * block
+    return found
+
+
+PARTS: dict[str, list[channels.Part]] = {
+    "channels": [(chosen([1, 3]), 5, 1)],
+    "heads": [(chosen([0, 2]), 3, 4)],
+    "groups": [(chosen([0, 2], [1, 2]), 6, 1)],
+    "groups-of-blocks": [(chosen([0], [1], [1]), 6, 2)],
+    "two": [(chosen([2]), 3, 1), (chosen([0, 3]), 4, 2)],
+    "whole-first": [(None, 3, 2), (chosen([1]), 2, 1)],
+    "whole-last": [(chosen([1]), 2, 3), (None, 4, 1)],
+    "one-twice": [(chosen([0, 1]), 3, 2), (chosen([0, 1]), 3, 2)],
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_positions(name: str) -> None:
+    parts = PARTS[name]
+    found = channels.positions(parts)
+    assert found is not None
+    assert found.indices.shape == (1, len(entries(parts)))
+    assert flat(found) == entries(parts)
+    assert found.scale is None
+    assert channels.width(parts) == len(entries(parts))
+
+
+def test_positions_of_whole_parts_are_none() -> None:
+    assert channels.positions([(None, 3, 1), (None, 2, 4)]) is None
+    assert channels.width([(None, 3, 1), (None, 2, 4)]) == 11
+
+
+def test_positions_carry_the_scale_of_their_unit() -> None:
+    parts = [(None, 2, 1), (chosen([0, 2], scale=[[2.0, 3.0]]), 3, 2), (chosen([1]), 2, 1)]
+    found = channels.positions(parts)
+    assert flat(found) == [0, 1, 2, 3, 6, 7, 9]
+    assert found.scale.tolist() == [[1, 1, 2, 2, 3, 3, 1]]
+    assert found.scale.dtype == torch.float64
+
+
+def test_positions_for_a_grouped_reader_count_within_each_group() -> None:
+    parts = [(chosen([0, 2], [1, 2], scale=[[1.0, 2.0], [3.0, 4.0]]), 6, 2)]
+    found = channels.positions(parts, groups=2)
+    assert found.indices.tolist() == [[0, 1, 4, 5], [2, 3, 4, 5]]
+    assert found.scale.tolist() == [[1, 1, 2, 2], [3, 3, 4, 4]]
+    finer = channels.positions([(chosen([0], [1], [1], [0]), 8, 1)], groups=2)  # strata finer than the groups
+    assert finer.indices.tolist() == [[0, 3], [1, 2]]
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_narrow(name: str, dim: int) -> None:
+    parts = PARTS[name]
+    size = sum(count * block for _, count, block in parts)
+    shape = [3, 4, 5]
+    shape[dim] = size
+    x = torch.randn(shape, requires_grad=True)
+    assert torch.equal(channels.narrow(x, dim, channels.positions(parts)), x.index_select(dim, torch.tensor(entries(parts))))
+    assert channels.narrow(x, dim, None) is x
+
+
+def test_narrow_keeps_channels_last_and_its_gradient_is_zero_elsewhere() -> None:
+    x = torch.randn(2, 6, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    result = channels.narrow(x, 1, chosen([1, 4]))
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    result.square().sum().backward()
+    expected = torch.zeros_like(x)
+    expected[:, [1, 4]] = 2 * x.detach()[:, [1, 4]]
+    assert torch.equal(x.grad, expected)
+
+
+def test_remaining() -> None:
+    here, other = chosen([1, 3]), chosen([0, 2])
+    # Of an axis that is whole: the wanted positions.
+    assert flat(channels.remaining([(None, 5, 2)], [(here, 5, 2)])) == [2, 3, 6, 7]
+    # What is there already stays, and counts as few as are there.
+    assert flat(channels.remaining([(here, 5, 2), (None, 3, 1)], [(here, 5, 2), (other, 3, 1)])) == [0, 1, 2, 3, 4, 6]
+    assert flat(channels.remaining([(None, 3, 1), (here, 5, 2)], [(other, 3, 1), (here, 5, 2)])) == [0, 2, 3, 4, 5, 6]
+    # Nothing is left out.
+    assert channels.remaining([(here, 5, 2), (None, 3, 1)], [(here, 5, 2), (None, 3, 1)]) is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_slices_of_a_linear_layer(bias: bool) -> None:
+    weight, offset = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    given = offset if bias else None
+    inputs, outputs = chosen([0, 2, 3], scale=[[2.0, 1.0, 4.0]]), chosen([1, 5])
+    found = channels.slice_weights(weight, given, inputs, outputs)
+    expected = weight[[1, 5]][:, [0, 2, 3]] * torch.tensor([2.0, 1.0, 4.0])
+    torch.testing.assert_close(found.weight, expected)
+    assert (found.bias is None) == (not bias)
+    assert not bias or torch.equal(found.bias, offset[[1, 5]])
+    assert found.groups == 1
+    assert channels.slice_weights(weight, given, None, None) is None
+    assert torch.equal(channels.slice_weights(weight, given, None, outputs).weight, weight[[1, 5]])
+    whole = channels.slice_weights(weight, given, inputs, None)
+    assert whole.weight.shape == (6, 3)
+    assert whole.bias is given
+    x = torch.randn(4, 3, dtype=torch.float64)
+    torch.testing.assert_close(channels.sliced_linear(x, weight, given, found), F.linear(x, expected, found.bias))
+    full = torch.randn(4, 5, dtype=torch.float64)
+    assert torch.equal(channels.sliced_linear(full, weight, given, None), F.linear(full, weight, given))
+
+
+def masked(x: Tensor, keep: list[int], scale: list[float] | None = None) -> Tensor:
+    """``x`` with all other channels zero: the sampled product by definition."""
+    result = torch.zeros_like(x)
+    factors = torch.ones(len(keep)) if scale is None else torch.tensor(scale)
+    result[:, keep] = x[:, keep] * factors.view(-1, 1, 1).to(x.dtype)
+    return result
+
+
+def test_slices_of_a_grouped_convolution() -> None:
+    weight, bias = torch.randn(6, 4, 3, 3, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    inputs = chosen([0, 2], [1, 3], scale=[[2.0, 3.0], [4.0, 5.0]])
+    outputs = chosen([1, 2, 3, 5])  # two of each group's three
+    found = channels.slice_weights(weight, bias, inputs, outputs, groups=2)
+    assert found.weight.shape == (4, 2, 3, 3)
+    assert found.groups == 2
+    channels_read = [0, 2, 5, 7]
+    result = F.conv2d(x[:, channels_read], found.weight, found.bias, groups=found.groups)
+    whole = F.conv2d(masked(x, channels_read, [2, 3, 4, 5]), weight, bias, groups=2)
+    torch.testing.assert_close(result, whole[:, [1, 2, 3, 5]])
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_slices_of_a_depthwise_convolution(times: int) -> None:
+    weight, bias = torch.randn(5 * times, 1, 3, 3), torch.randn(5 * times)
+    x, units = torch.randn(2, 5, 4, 4), [0, 3]
+    outputs = channels.positions([(chosen(units), 5, times)])
+    found = channels.slice_weights(weight, bias, None, outputs, groups=5, depthwise=True)
+    assert found.groups == 2
+    result = F.conv2d(x[:, units], found.weight, found.bias, groups=found.groups)
+    torch.testing.assert_close(result, F.conv2d(x, weight, bias, groups=5)[:, outputs.indices[0]])
+
+
+def test_gradients_of_slices_are_zero_elsewhere() -> None:
+    weight = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    inputs, outputs = chosen([1, 4], scale=[[2.0, 3.0]]), chosen([0, 3])
+    found = ops.slice_weights(weight, bias, inputs, outputs)
+    (found.weight.sum() + found.bias.sum()).backward()
+    expected = torch.zeros(4, 5, dtype=torch.float64)
+    expected[[0, 0, 3, 3], [1, 4, 1, 4]] = torch.tensor([2.0, 3.0, 2.0, 3.0], dtype=torch.float64)
+    assert torch.equal(weight.grad, expected)
+    assert bias.grad.tolist() == [1, 0, 0, 1]
+
+
+def test_split_parts() -> None:
+    first, second = [(chosen([0, 2]), 3, 2)], [(None, 2, 1), (chosen([1]), 4, 1)]
+    x = torch.randn(2, 4 + 3)
+    left, right = channels.split_parts(x, [first, second], 1)
+    assert torch.equal(left, x[:, :4])
+    assert torch.equal(right, x[:, 4:])
+
+
+def test_spread() -> None:
+    assert channels.spread(None, 4) is None
+    found = channels.spread(chosen([0, 2], [1, 3]), 4)
+    assert found.indices.tolist() == [[0, 2, 5, 7]]
+    assert found.scale is None
+    assert channels.spread(chosen([1, 2]), 4).indices.tolist() == [[1, 2]]

@@ -1,0 +1,106 @@
+"""Multi-head attention that stays one call: exact, and the report says why."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import fx_approx
+from fx_approx.policies import Exact, Override
+
+from .attention import AHEAD, HEADS, LENGTH, ONLINE, SIZE, Calls, names, transformed
+
+
+class Subclass(nn.MultiheadAttention):
+    pass
+
+
+def attention(**options: Any) -> nn.MultiheadAttention:
+    return nn.MultiheadAttention(SIZE, HEADS, batch_first=True, **options)
+
+
+def hooked() -> nn.MultiheadAttention:
+    made = attention()
+    made.out_proj.register_forward_hook(lambda module, args, output: None)
+    return made
+
+
+def replaced() -> nn.MultiheadAttention:
+    made = attention()
+    made.forward = made.forward
+    return made
+
+
+def no_weights(attn: nn.Module, x: Tensor) -> Any:
+    return attn(x, x, x, need_weights=False)[0]
+
+
+FUSED: dict[str, tuple[Callable[..., Any], nn.Module | None, str]] = {
+    "weights": (lambda attn, x: attn(x, x, x)[0], None, "returns its weights (need_weights=True)"),
+    "padding": (
+        lambda attn, x: attn(x, x, x, key_padding_mask=x[..., 0] > 0, need_weights=False)[0],
+        None,
+        "has a key_padding_mask",
+    ),
+    "cross": (lambda attn, x: attn(x, x + 1, x + 1, need_weights=False)[0], None, "query, key and value differ"),
+    "pair": (lambda attn, x: attn(x, x, x, None, False), None, "its pair of results is used as a whole"),
+    "added_key": (no_weights, attention(add_bias_kv=True), "attends to a key of its own"),
+    "zero_key": (no_weights, attention(add_zero_attn=True), "attends to a key of its own"),
+    "subclass": (no_weights, Subclass(SIZE, HEADS, batch_first=True), "Subclass is a subclass"),
+    "hooked": (no_weights, hooked(), "out_proj: has hooks"),
+    "parametrised": (no_weights, parametrizations.weight_norm(attention(), "in_proj_weight"), "parametrised"),
+    "replaced": (no_weights, replaced(), "its forward was replaced"),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_cannot_be_taken_apart_stays_whole_and_says_why(name: str) -> None:
+    call, layer, reason = FUSED[name]
+    model, x = Calls(call, layer), torch.randn(3, LENGTH, SIZE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fx_approx.CaptureWarning)  # a parametrised layer is not traced
+        approx = transformed(model, Override({"fc": ONLINE}, Exact()), x)
+    if name == "parametrised":
+        assert not [row for row in names(approx) if row.startswith("attn.linear")]
+    else:
+        assert names(approx) == ["fc", "attn"]
+        assert f"fused multi-head attention: {reason}" in fx_approx.report(approx)["attn"].reason
+    fx_approx.set_ratio(approx, 1.0)
+    ours, theirs = approx(x), model(x)
+    for one, other in zip(ours if name == "pair" else [ours], theirs if name == "pair" else [theirs], strict=True):
+        assert one is other or torch.equal(one, other)
+
+
+def test_a_decoder_layer_is_traced_and_its_packed_cross_attention_stays_whole() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerDecoderLayer(SIZE, HEADS, 32, dropout=0.0, batch_first=True)
+
+        def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+            return self.layer(x, memory)
+
+    model = Decoder().double()
+    x, memory = torch.randn(2, 3, LENGTH, SIZE, dtype=torch.float64)
+    approx = transformed(model, AHEAD, (x, memory))
+    assert "layer.self_attn.linear" in names(approx)
+    assert "differ" in fx_approx.report(approx)["layer.multihead_attn"].reason
+    assert fx_approx.verify(approx, (x, memory)).passed
+
+
+def test_an_encoder_layer_is_not_traced_and_stays_exact_in_evaluation() -> None:
+    """Its Python asks for the number of axes, to find torch's fast path."""
+    layer = nn.TransformerEncoderLayer(SIZE, HEADS, 32, batch_first=True)
+    model, x = nn.Sequential(nn.Linear(SIZE, SIZE), layer), torch.randn(3, LENGTH, SIZE)
+    with pytest.warns(fx_approx.CaptureWarning, match="not traced"):
+        approx = fx_approx.transform(model, AHEAD, x)
+    assert names(approx) == ["0", "1.self_attn", "1.linear1", "1.linear2"]
+    assert "fused multi-head attention" in fx_approx.report(approx)["1.self_attn"].reason
+    with torch.no_grad():
+        assert torch.equal(approx.eval()(x), model.eval()(x))
