@@ -119,14 +119,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ratio", type=float, default=0.5, help="sample ratio (0.5)")
     parser.add_argument("--depth", type=int, default=10, help="of the network (10)")
     parser.add_argument("--width", type=float, default=2, help="of the network (2)")
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), metavar="SETTING")
-    parser.add_argument("--json-lines", type=Path, metavar="FILE", help="add every run there; do not repeat those in it")
+    names = list(SETTINGS)
+    parser.add_argument("--settings", nargs="+", default=names, choices=names, metavar="SETTING", help="which (all)")
+    parser.add_argument("--json-lines", type=Path, metavar="FILE", help="add runs there; do not repeat those in it")
     options = parser.parse_args(arguments)
     if options.epochs < 3 or options.seeds < 2:
         parser.error("--epochs: expected 3 or more; --seeds: expected 2 or more")
     examples = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "data.py"))
     data = examples["idx_folder"](options.data, options.limit)
-    print(header(f"WRN-{options.depth}-{options.width:g}, {len(data.train)} images, {options.epochs} epochs"), flush=True)
+    network = f"WRN-{options.depth}-{options.width:g}"
+    print(header(f"{network}, {len(data.train)} images, {options.epochs} epochs"), flush=True)
     runs = _stored(options.json_lines)
     wanted = [(name, seed) for seed in range(options.seeds) for name in options.settings]
     for name, seed in tqdm(wanted, unit="run"):

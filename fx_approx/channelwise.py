@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class _NarrowBatchNorm(ChannelwiseLayer, _BatchNorm):
         """``input`` is ``[N, k, ...]``; ``chosen`` ``[1, k]`` of the layer's channels, None for all."""
         if chosen is None:
             return super().forward(input)
-        self._check_input_dim(input)
+        check: Callable[[Tensor], None] = self._check_input_dim
+        check(input)
         index = chosen.indices[0]
         weight, bias = (None if t is None else gather(t, 0, index) for t in (self.weight, self.bias))
         mean, variance = self.running_mean, self.running_var

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fx_approx.approx import ApproxModule
 from fx_approx.errors import AlreadyTransformedError, CaptureError
 from fx_approx.modules import SampledLayer
-from fx_approx.approx import ApproxModule
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 

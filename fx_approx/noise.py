@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils._pytree import tree_map_only
 
+from fx_approx.approx import find
 from fx_approx.candidate import Role
 from fx_approx.capture import kept_random_state
 from fx_approx.errors import CaptureWarning

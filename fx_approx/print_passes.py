@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from torch import fx
 
 _FREED = re.compile(r";  .*")
-_PREFIX = re.compile(r"fx_approx_ops_\w+?_(?=(?:slice_weights|positions|narrow|remaining|resize|split_parts|spread|sliced))")
+_OURS = "slice_weights|positions|narrow|tapped|remaining|resize|split_parts|spread|sliced"
+_PREFIX = re.compile(rf"fx_approx_ops_\w+?_(?=(?:{_OURS}))")
 
 
 def code_of(graph: fx.Graph) -> list[str]:

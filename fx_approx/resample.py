@@ -7,7 +7,6 @@ computes anyway.
 
 from __future__ import annotations
 
-import collections
 import copy
 import dataclasses
 import itertools
@@ -394,8 +393,5 @@ class Observer(nn.Module):
 
 def coverages(shared: Sequence[Shared]) -> dict[Selector, float]:
     """By selector, the share of its units chosen in the last steps, where that is recorded."""
-    found: dict[Selector, float] = collections.OrderedDict()
-    for one in shared:
-        if one.coverage is not None:
-            found.update(dict.fromkeys(one.selectors, one.coverage))
-    return found
+    known = [(one, one.coverage) for one in shared]
+    return {selector: share for one, share in known if share is not None for selector in one.selectors}

@@ -198,9 +198,7 @@ class Runtime(nn.Module):
             )
         return self.drawn
 
-    def run(
-        self, root: nn.Module, exact: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def run(self, root: nn.Module, exact: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One forward of ``root``: through the graph, or through its own Python ``exact`` with swapped layers."""
         if self.called is None and not torch.compiler.is_compiling():
             self.called = described(args), described(dict(kwargs))

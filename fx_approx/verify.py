@@ -1,4 +1,4 @@
-"""Verification: the graph that computes what is demanded, against the one that computes all, under the same selections."""
+"""Verification: the graph that computes what is demanded against the one that computes all, same selections."""
 
 from __future__ import annotations
 
@@ -160,9 +160,7 @@ def _step(
             name: torch.zeros_like(p) if grad is None else grad
             for (name, p), grad in zip(wanted.items(), grads, strict=True)
         },
-        "statistics": {
-            name: buffer.clone() for name, buffer in approx.named_buffers() if buffer.is_floating_point()
-        },
+        "statistics": {name: buffer.clone() for name, buffer in approx.named_buffers() if buffer.is_floating_point()},
     }
 
 

@@ -297,8 +297,8 @@ def _table() -> dict[Any, Handler]:
     table.update(dict.fromkeys((*products, "mul", "mul_", "div", "div_", "__mul__", "__rmul__"), _binary(False)))
     bounded = (operator.pow, torch.pow, torch.clamp, torch.clamp_min, torch.clamp_max)
     table.update(dict.fromkeys((*bounded, "pow", "clamp", "clamp_min", "clamp_max"), _bounded))
-    products = (torch.matmul, torch.bmm, operator.matmul, F.scaled_dot_product_attention)
-    table.update(dict.fromkeys((*products, "matmul", "bmm", "__matmul__"), _matmul))
+    batched = (torch.matmul, torch.bmm, operator.matmul, F.scaled_dot_product_attention)
+    table.update(dict.fromkeys((*batched, "matmul", "bmm", "__matmul__"), _matmul))
     table.update({F.linear: _multiply, F.glu: _gated})
     return {**table, **RESHAPES}
 
@@ -324,8 +324,7 @@ def handle(flow: Flow, node: fx.Node) -> Step | None:
         if not seen <= flow.spaces.dead:
             flow.spaces.dead |= seen
             raise Restart
-        return None
-    handler = _handler(flow, node)
+    handler = None if node in flow.spaces.dead else _handler(flow, node)
     return None if handler is None else handler(flow, node)
 
 

@@ -76,7 +76,8 @@ def _once(flow: Flow, sharing: Sharing, follow: frozenset[fx.Node], closed: set[
         if stops:
             demand.stops[node] = "; ".join(dict.fromkeys(stops))
         elif any(want != FULL and got == FULL for want, got in zip(wants, have, strict=True)):
-            demand.stops[node] = "made by what computes all channels" if step.action == "given" else "nothing would be saved"
+            given = step.action == "given"
+            demand.stops[node] = "made by what computes all channels" if given else "nothing would be saved"
     return demand
 
 
@@ -101,11 +102,10 @@ def _read(
     assert layout is not None
     if shape is not None and reads_shape_only(user, layout, len(shape)):
         return
-    if user in flow.readers and flow.readers[user][0] is node and user in sharing.reads:
-        if user in follow and sum(source is node for source in user.all_input_nodes) == 1:
-            for place, wanted in enumerate(sharing.reads[user]):
-                _join(wants, place, wanted, stops, user)
-            return
+    if user in sharing.reads and user in follow and flow.readers[user][0] is node:
+        for place, wanted in enumerate(sharing.reads[user]):
+            _join(wants, place, wanted, stops, user)
+        return
     links = [link for link in flow.steps[user].links if link.source is node]
     for link in links:
         for step in range(link.count):

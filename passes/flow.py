@@ -111,7 +111,7 @@ class Flow:
         self.spaces.begin()
         self.steps, self.readers, self.stopped = {}, {}, {}
         for node in self.graph.nodes:
-            self.steps[node] = (None if node in self.spaces.dead else handle(self, node)) or Step()
+            self.steps[node] = handle(self, node) or Step()
 
     def layout(self, node: Any) -> Layout | None:
         """The layout of a node that was walked over; None for anything else."""

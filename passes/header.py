@@ -85,9 +85,7 @@ class Header:
         call = lambda: self.graph.call_function(ops.positions, (parts, groups))  # noqa: E731
         return self.once(("positions", parts, groups), call)
 
-    def rest(
-        self, segments: Sequence[Segment], have: Sequence[int], wants: Sequence[int]
-    ) -> fx.Node | None:
+    def rest(self, segments: Sequence[Segment], have: Sequence[int], wants: Sequence[int]) -> fx.Node | None:
         """What is wanted of an axis that holds ``have``, as positions in what it holds."""
         if all(place == FULL for place in have):
             return self.positions(segments, wants)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -160,7 +161,7 @@ class Hoist:
         self.graph.erase_node(own)
         self.copies[node] = new
 
-    def _sliced(self, slicing: tuple[object, ...], before: fx.Node) -> fx.Node:
+    def _sliced(self, slicing: tuple[Any, ...], before: fx.Node) -> fx.Node:
         """The slices of a layer, once however often it is called; at the head if they read nothing of the step."""
         chosen = slicing[2]
         make: Callable[[], fx.Node] = lambda: self.graph.call_function(ops.slice_weights, slicing)  # noqa: E731
@@ -180,10 +181,10 @@ class Hoist:
         if module is not None:
             weight = self.header.read(f"{node.target}.weight")
             return weight, None if module.bias is None else self.header.read(f"{node.target}.bias")
-        arguments = {**dict(zip(("input", "weight", "bias"), node.args, strict=False)), **node.kwargs}
-        weight, bias = arguments["weight"], arguments.get("bias")
-        assert isinstance(weight, fx.Node)
-        return self.header.read(str(weight.target)), self.header.read(str(bias.target)) if bias is not None else None
+        arguments: dict[str, Any] = {**dict(zip(("input", "weight", "bias"), node.args, strict=False)), **node.kwargs}
+        bias = arguments.get("bias")
+        weight = self.header.read(str(arguments["weight"].target))
+        return weight, None if bias is None else self.header.read(str(bias.target))
 
     def _layer(self, node: fx.Node, have: Sequence[int]) -> None:
         """A layer that takes the selection: normalisation, activation with parameters, depthwise convolution."""

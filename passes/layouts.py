@@ -7,6 +7,7 @@ operations make of each other hold the same space. What a convolution or linear 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -42,7 +43,7 @@ class Layout:
         return sum(segment.entries for segment in self.segments)
 
 
-class Restart(Exception):  # noqa: N818  (control flow, no error)
+class Restart(Exception):
     """A space turned out to be cut, or to have larger units: the analysis begins again, knowing that."""
 
 
@@ -87,7 +88,7 @@ class Spaces:
         if node in self.dead or size == 0 or any(edge % unit for edge in edges):
             return None
         segments = []
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in itertools.pairwise(edges):
             space = len(self._parent)
             self._parent.append(space)
             self._strata.append(1)

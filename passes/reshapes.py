@@ -72,7 +72,7 @@ def _action(flow: Flow, node: fx.Node, axis: int, dims: int) -> str | None:
     """How a reshape of a value with ``dims`` axes comes to give fewer units along ``axis``; None if it does not."""
     module = flow.module(node)
     if module is None and node.target in _SIZED:
-        sizes = (*node.args[1:], *(size for name, size in node.kwargs.items() if name in ("shape", "size")))
+        sizes: Any = (*node.args[1:], *(size for name, size in node.kwargs.items() if name in ("shape", "size")))
         whole = len(sizes) == 1 and isinstance(sizes[0], fx.Node)  # the shape of another value, not its parts
         return None if whole else "resize"
     if isinstance(module, nn.Unflatten):

@@ -113,8 +113,7 @@ def _children(module: nn.Module, inside: set[int]) -> tuple[tuple[str, nn.Module
     Any other layer may be replaced, such as a classifier that stays exact.
     """
     return tuple(
-        (name, child if is_swapped(child) or id(child) in inside else None)
-        for name, child in module._modules.items()
+        (name, child if is_swapped(child) or id(child) in inside else None) for name, child in module._modules.items()
     )
 
 

@@ -108,7 +108,8 @@ def select_weight(weight: Tensor, groups: int, selection: Selection, index: Tens
     if selection.scale is not None:
         rows = scaled(rows, selection.scale.reshape(-1, 1, 1))
     rows = rows.unflatten(0, (groups, -1)).transpose(1, 2)
-    return rows.reshape(groups * outputs, selection.indices.shape[1], *positions)
+    result: Tensor = rows.reshape(groups * outputs, selection.indices.shape[1], *positions)
+    return result
 
 
 def channels_last_order(source: Tensor) -> tuple[int, ...] | None:
@@ -171,22 +172,19 @@ def add_at(total: Tensor, dim: int, index: Tensor, grad: Tensor, kept: Tensor | 
     torch.ops.fx_approx.add_at(total, dim, index, grad, kept)
 
 
-@torch.library.register_fake("fx_approx::take")
-def _(source: Tensor, dim: int, index: Tensor) -> Tensor:
+def _fake_take(source: Tensor, dim: int, index: Tensor) -> Tensor:
     if index.dim() == 2:
         return source.new_empty(*index.shape, source.shape[2])
     return _empty(source, dim, index.shape[0])
 
 
-@torch.library.register_fake("fx_approx::put")
-def _(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+def _fake_put(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     if index.dim() == 2:
         return grad.new_empty(index.shape[0], size, grad.shape[2])
     return _empty(grad, dim, size)
 
 
-@torch.library.register_fake("fx_approx::add_at")
-def _(total: Tensor, dim: int, index: Tensor, grad: Tensor, kept: Tensor | None) -> None:
+def _fake_add_at(total: Tensor, dim: int, index: Tensor, grad: Tensor, kept: Tensor | None) -> None:
     return None
 
 
@@ -327,5 +325,10 @@ def _add(total: Tensor, dim: int, index: Tensor, grad: Tensor, kept: Tensor | No
     _add_at(total, dim, index, grad)
 
 
-for _name, _kernel in (("take", _take), ("put", _put), ("add_at", _add)):
+for _name, _kernel, _fake in (
+    ("take", _take, _fake_take),
+    ("put", _put, _fake_put),
+    ("add_at", _add, _fake_add_at),
+):
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fx_approx::{_name}", _fake, lib=_LIBRARY)

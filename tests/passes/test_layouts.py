@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
+import networkx as nx
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 import fx_approx
+from fx_approx.api import _prepare
 from fx_approx.passes.demand import FULL
 from fx_approx.passes.layouts import Layout, Restart, Segment, Spaces, regroup, stretch
 from fx_approx.passes.share import coupling_graph
@@ -48,7 +51,7 @@ def test_regroup_pairs_runs_of_equal_length(seed: int) -> None:
 
     def joined() -> tuple[int, ...]:
         cuts = sorted({0, 6, *torch.randint(0, 7, (3,), generator=generator).tolist()})
-        return tuple(math.prod(factors[a:b]) for a, b in zip(cuts, cuts[1:], strict=False))
+        return tuple(math.prod(factors[a:b]) for a, b in itertools.pairwise(cuts))
 
     before, after = joined(), joined()
     found = groups(before, after)
@@ -131,8 +134,6 @@ def runtime(model: nn.Module, policy: Layers, x: Tensor) -> Any:
 
 
 def flow_of(model: nn.Module, x: Tensor) -> Any:
-    from fx_approx.api import _prepare
-
     root, prepared = _prepare(model, x)
     return prepared.flow(root)
 
@@ -156,8 +157,6 @@ def test_the_coupling_graph_of_a_residual_network() -> None:
 
 
 def _components(graph: Any) -> list[set[str]]:
-    import networkx as nx
-
     return list(nx.connected_components(graph))
 
 
@@ -215,6 +214,6 @@ def test_in_place_changes_of_what_others_read_are_told() -> None:
             return self.b(x.relu_()) + self.c(y)
 
     flow = flow_of(Changed(), torch.randn(3, 6))
-    assert [reason for reason in flow.stopped.values()] == ["relu_ changes in place what others read"]
+    assert list(flow.stopped.values()) == ["relu_ changes in place what others read"]
     changed = next(n for n in flow.graph.nodes if n.name == "add")
     assert flow.layout(changed) is None
