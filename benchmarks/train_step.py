@@ -26,8 +26,10 @@ import torch
 from _header import add_json_option, header, store
 from _models import MODELS
 from _peak import peak_bytes
+from _profile import KINDS, milliseconds_by_kind
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fx_approx
 from fx_approx.policies import Paper, Uniform
@@ -48,6 +50,7 @@ class Measured:
     of_compiled: tuple[float, float, float] | None
     flops: float
     peak: int | None
+    profile: dict[str, float] | None
 
 
 class Step:
@@ -133,6 +136,7 @@ def measure(name: str, options: argparse.Namespace) -> list[Measured]:
                 of_compiled=_ratios(times.get(("exact", True)), taken),
                 flops=flops["exact"] / flops[variant],
                 peak=peak_bytes(steps[variant, compiled], options.device) if options.memory else None,
+                profile=milliseconds_by_kind(steps[variant, compiled]) if options.profile else None,
             )
         )
         print(".", end="", flush=True)
@@ -140,8 +144,6 @@ def measure(name: str, options: argparse.Namespace) -> list[Measured]:
 
 
 def _flops(model: nn.Module, inputs: Tensor) -> float:
-    from torch.utils.flop_counter import FlopCounterMode
-
     for _ in range(2):  # the first step of learnt scores is exact
         with FlopCounterMode(display=False) as counter:
             model(inputs).square().mean().backward()
@@ -193,6 +195,16 @@ def _text(ratios: tuple[float, float, float] | None) -> str:
     return "" if ratios is None else "{1:.2f} [{0:.2f}, {2:.2f}]".format(*ratios)
 
 
+def profiles(found: Sequence[Measured]) -> list[list[str]]:
+    """One line for each variant, in milliseconds by kind of work."""
+    return [
+        [one.model, one.variant, "compiled" if one.compiled else "eager", *(f"{ms:.1f}" for ms in one.profile.values())]
+        for one in found
+        if one.profile is not None
+    ]
+
+
+PROFILE = ["model", "variant", "", *KINDS, "the rest"]
 HEADERS = ["model", "variant", "", "ms", "FLOPs", "exact / this", "of compiled exact", "peak MiB (of exact)"]
 
 
@@ -210,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="time compiled models, too")
     parser.add_argument("--memory", action="store_true", help="peak memory of a step, too")
+    parser.add_argument("--profile", action="store_true", help="where the time goes, in a second table")
     parser.add_argument("--no-swap", action="store_true", help="leave out the module swap")
     parser.add_argument("--no-narrow", action="store_true", help="leave out the narrower network")
     add_json_option(parser)
@@ -219,6 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(header("Training step"), flush=True)
     found = [one for name in options.models for one in measure(name, options)]
     print(f"\n{tabulate(rows(found), HEADERS, disable_numparse=True)}")
+    if options.profile:
+        print(f"\nMilliseconds by kind of work\n{tabulate(profiles(found), PROFILE, disable_numparse=True)}")
     store(options.json, [dataclasses.asdict(one) for one in found])
 
 

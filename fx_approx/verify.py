@@ -170,16 +170,18 @@ def _undone(approx: ApproxModule) -> Iterator[None]:
     runtime = approx._fx_approx
     buffers = [(buffer, buffer.clone()) for buffer in approx.buffers()]
     state, function = sampler_state(approx), runtime.function
-    dropouts = [(m, m.p) for m in approx.modules() if isinstance(m, _DropoutNd)]
+    modules = list(approx.modules())
+    dropouts: list[tuple[nn.Module, str, float]] = [(m, "p", m.p) for m in modules if isinstance(m, _DropoutNd)]
+    dropouts += [(m, "dropout", m.dropout) for m in modules if isinstance(m, nn.MultiheadAttention)]
     with kept_random_state():
         try:
-            for module, _ in dropouts:
-                module.p = 0.0
+            for module, name, _ in dropouts:
+                setattr(module, name, 0.0)
             yield
         finally:
             runtime.function = function
-            for module, p in dropouts:
-                module.p = p
+            for module, name, value in dropouts:
+                setattr(module, name, value)
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)

@@ -13,7 +13,7 @@ from fx_approx.candidate import Role
 from fx_approx.capture import owner
 from fx_approx.modules import Selector, Site, is_swapped, swap
 from fx_approx.ops import SAMPLING_ARGUMENTS
-from fx_approx.passes.annotate import Found
+from fx_approx.passes.annotate import META_KEY, Found
 from fx_approx.passes.demand import FULL, Demand, share_and_propagate
 from fx_approx.passes.flow import Flow
 from fx_approx.passes.header import Header, make_resample
@@ -169,10 +169,12 @@ def _graph(
     _keep_exact(chosen, {node.name: copy for node, copy in copies.items()})
     if hoisting and flow is not None and facts.demand is not None:
         Hoist(flow, facts.demand, header, copies, runtime).run()
+    # By their mark: in place of a layer's value a part of it may stand in ``copies``, or nothing any more.
+    calls = {name: node for node in graph.nodes for name in node.meta.get(META_KEY, ())}
     for one in chosen.values():
         if one.candidate.node:
             node = by_name[one.candidate.node]
-            _Site(root, runtime, header, flow, one, node).observe(copies[node])
+            _Site(root, runtime, header, flow, one, node).observe(calls[one.candidate.name])
     return graph
 
 

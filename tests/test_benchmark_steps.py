@@ -21,14 +21,26 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Scripts are imported as when they are run, and forgotten afterwards."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("_header", "_models", "_peak", "train_step", "demand_accuracy"):
+    for name in ("_header", "_models", "_peak", "_profile", "train_step", "demand_accuracy"):
         sys.modules.pop(name, None)
 
 
 def test_steps_are_checked_timed_and_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train_step = importlib.import_module("train_step")
     path = tmp_path / "steps.json"
-    options = ["--models", "wrn_10_2", "--minimal-k", "4", "--runs", "2", "--warmup", "1", "--memory", "--json"]
+    options = [
+        "--models",
+        "wrn_10_2",
+        "--minimal-k",
+        "4",
+        "--runs",
+        "2",
+        "--warmup",
+        "1",
+        "--memory",
+        "--profile",
+        "--json",
+    ]
     train_step.main([*options, str(path)])
     found = {one["variant"]: one for one in json.loads(path.read_text())["results"]}
     assert list(found) == ["exact", "narrow", "swap, online TopK 0.5", "demand, value 0.5", "demand, group 0.5"]
@@ -37,6 +49,8 @@ def test_steps_are_checked_timed_and_stored(tmp_path: Path, capsys: pytest.Captu
     assert 1.5 < found["swap, online TopK 0.5"]["flops"] < 2
     assert 3.5 < found["demand, value 0.5"]["flops"] <= found["demand, group 0.5"]["flops"] < 4
     assert found["demand, value 0.5"]["peak"] < 0.8 * found["exact"]["peak"]
+    assert found["exact"]["profile"]["products"] > found["demand, value 0.5"]["profile"]["products"] > 0
+    assert found["demand, value 0.5"]["profile"]["gathers"] > found["exact"]["profile"]["gathers"] == 0
     assert "demand, group 0.5" in capsys.readouterr().out
 
 

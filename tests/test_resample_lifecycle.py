@@ -317,5 +317,3 @@ def test_compiled_hold_keeps_a_sample() -> None:
             model.first.weight.div_(torch.linspace(0.1, 3, 6))
         assert torch.allclose(compiled(batch()), one, rtol=1e-12)
     assert not torch.allclose(compiled(batch()), one)
-
-

@@ -38,9 +38,7 @@ def groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[i
         ((1, 8), (8,), [([0, 1], [0])]),
     ],
 )
-def test_regroup(
-    before: tuple[int, ...], after: tuple[int, ...], expected: list[tuple[list[int], list[int]]]
-) -> None:
+def test_regroup(before: tuple[int, ...], after: tuple[int, ...], expected: list[tuple[list[int], list[int]]]) -> None:
     assert groups(before, after) == expected
 
 
