@@ -172,10 +172,10 @@ def timed(function: Callable[[], object], device: str) -> float:
 
 def rows(found: Sequence[Measured]) -> list[list[str]]:
     """One line for each variant."""
-    peaks = {one.compiled: one.peak for one in found if one.variant == "exact"}
+    peaks = {(one.model, one.compiled): one.peak for one in found if one.variant == "exact"}
     lines = []
     for one in found:
-        whole = peaks.get(one.compiled)
+        whole = peaks.get((one.model, one.compiled))
         lines.append(
             [
                 one.model,
@@ -205,7 +205,7 @@ def profiles(found: Sequence[Measured]) -> list[list[str]]:
 
 
 PROFILE = ["model", "variant", "", *KINDS, "the rest"]
-HEADERS = ["model", "variant", "", "ms", "FLOPs", "exact / this", "of compiled exact", "peak MiB (of exact)"]
+HEADERS = ["model", "variant", "", "ms", "exact FLOPs / this", "exact / this", "of compiled exact", "peak MiB (of exact)"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

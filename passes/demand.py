@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from torch import fx
 
 from fx_approx.passes.annotate import Found
-from fx_approx.passes.flow import Flow, Link, reads_shape_only
+from fx_approx.passes.flow import Flow, Link, first, reads_shape_only
+from fx_approx.passes.in_place import changes_in_place
 from fx_approx.passes.share import Sharing, follows, share
 from fx_approx.plan import Plan
 
@@ -128,14 +129,26 @@ def _join(wants: list[int], place: int, wanted: int, stops: list[str], user: fx.
 
 
 def _for_nothing(flow: Flow, demand: Demand, node: fx.Node) -> bool:
-    """Whether every operand of an operation of several would have to be narrowed for it: one gather too many."""
+    """Whether following the demand costs a gather too many.
+
+    That is where every operand of an operation of several would have to be narrowed for it, and where an operation in
+    place would change a copy instead.
+    """
     step = flow.steps[node]
+    changed = [link for link in step.links if link.source is first(node)] if changes_in_place(flow, node) else []
+    if not all(_agree(demand, node, link) for link in changed):
+        return True
     operands = len(step.links) + sum(other not in flow.constants for other, _ in step.follow)
     if operands < 2 or len({link.source for link in step.links}) != len(step.links) or len(step.links) < 1:
         return False
     if all(have == FULL for have in demand.have[node]) or any(link.place for link in step.links):
         return False
     return all(_full(demand, link) for link in step.links)
+
+
+def _agree(demand: Demand, node: fx.Node, link: Link) -> bool:
+    own, other = demand.have[node], demand.have[link.source]
+    return own[link.place : link.place + link.count] == other[link.start : link.start + link.count]
 
 
 def _full(demand: Demand, link: Link) -> bool:

@@ -86,16 +86,16 @@ def assert_same_numbers(one: Made, other: Made, tolerance: float) -> None:
     for name, mine in one.grads.items():
         error = float((mine - other.grads[name]).abs().max()) if mine.numel() else 0.0
         assert error <= tolerance * scale, f"gradient of {name}: {error / scale:.1e} of the largest"
+    moving = {name: t for name, t in one.after.items() if t.is_floating_point()}
+    changed = {name: t != one.before[name] for name, t in moving.items()}
+    scale = _largest([other.after[name][mask] for name, mask in changed.items()])
     for name, after in one.after.items():
-        if not after.is_floating_point():
+        if name not in moving:
             assert torch.equal(after, other.after[name]), name
             continue
-        computed = after != one.before[name]
-        scale = _largest([other.after[name]])
-        difference = (after - other.after[name])[computed]
-        # Computed from the same value before: a channel that one model left out has another.
-        same_before = (one.before[name] == other.before[name])[computed]
-        error = float(difference[same_before].abs().max()) if same_before.any() else 0.0
+        # Computed, and from the same value before: a channel that one model left out has another.
+        mask = changed[name] & (one.before[name] == other.before[name])
+        error = float((after - other.after[name])[mask].abs().max()) if mask.any() else 0.0
         assert error <= tolerance * scale, f"{name}: {error / scale:.1e}"
 
 

@@ -277,3 +277,17 @@ def test_straight_through_and_gradient_roles_stay_whole() -> None:
     assert narrow_producers(hoisted) == set()  # layer 2 reads all, and computes all for its gradients
     roles = plan.edit("2", {"output": spec, "grad_weight": fx_approx.SamplerSpec("systematic", 0.5)})
     assert_hoisting_changes_nothing(model, roles, x, steps=1)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [4, 1])
+def test_an_activation_in_place_behind_a_layer_that_stays_whole(size: int, memory_format: torch.memory_format) -> None:
+    """A part of a value, once gathered, is not to be changed in place: autograd forbids it."""
+    torch.manual_seed(0)
+    model = sequence(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 1))
+    model = model.to(memory_format=memory_format)
+    x = torch.randn(2, 3, size, size, dtype=torch.float64).to(memory_format=memory_format)
+    plan = fx_approx.explain(model, Layers(share="value"), x).plan
+    spec = fx_approx.SamplerSpec("topk", 0.5, scores="weight")
+    plan = plan.edit("1", spec, straight_through=True, share="value")
+    assert_hoisting_changes_nothing(model, plan, x, steps=1)
