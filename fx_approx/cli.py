@@ -107,7 +107,7 @@ def _parser() -> _Parser:
         "--policy",
         type=_argument(parse_policy),
         default="paper:0.5",
-        help="exact, paper[:RATIO], or SAMPLER[:RATIO[:SCORES]] for every layer (%(default)s)",
+        help="exact, paper[:RATIO], or SAMPLER[:RATIO[:SCORES[:SHARE]]] for every layer (%(default)s)",
     )
     explain.add_argument(
         "--kwarg",

@@ -19,21 +19,21 @@ _WITH_RATIO: Mapping[str, Callable[..., Policy]] = {
 
 
 def parse_policy(text: str) -> Policy:
-    """``exact``, ``paper[:ratio]``, or ``<sampler>[:ratio[:scores]]`` for the same on every layer.
+    """``exact``, ``paper[:ratio]``, or ``<sampler>[:ratio[:scores[:share]]]`` for the same on every layer.
 
     ``backward[:ratio]``, ``weight-gradient[:ratio]`` and ``straight-through[:ratio]`` are the modes of
     :class:`fx_approx.policies.Roles` with their default samplers.
 
-    Examples: ``topk:0.5``, ``systematic:0.25:weight``, ``paper:0.3``, ``backward:0.5``.
+    Examples: ``topk:0.5``, ``systematic:0.25:weight``, ``topk:0.5:weight:group``, ``paper:0.3``, ``backward:0.5``.
 
     Raises:
         ValueError: Names the text and what would be right.
     """
     name, *rest = text.split(":")
     known = (
-        f"exact, {', '.join(_WITH_RATIO)} with [:ratio], or one of {', '.join(sorted(SAMPLERS))} with [:ratio[:scores]]"
+        f"exact, {', '.join(_WITH_RATIO)} with [:ratio], or one of {', '.join(sorted(SAMPLERS))} with [:ratio[:scores[:share]]]"
     )
-    most = 0 if name == "exact" else 1 if name in _WITH_RATIO else 2
+    most = 0 if name == "exact" else 1 if name in _WITH_RATIO else 3
     if name not in ("exact", *_WITH_RATIO, *SAMPLERS) or len(rest) > most:
         raise ValueError(f"policy: expected {known}, got {text!r}")
     try:
@@ -44,4 +44,5 @@ def parse_policy(text: str) -> Policy:
         return Exact()
     if name in _WITH_RATIO:
         return _WITH_RATIO[name]() if ratio is None else _WITH_RATIO[name](ratio)
-    return Uniform(name, 0.5 if ratio is None else ratio, scores=rest[1] if len(rest) > 1 else "online")
+    options = dict(zip(("scores", "share"), rest[1:], strict=False))
+    return Uniform(name, 0.5 if ratio is None else ratio, **options)

@@ -154,9 +154,9 @@ def net(name: str) -> tuple[Between, Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_between_two_convolutions(name: str) -> None:
     for scope in ("site", "value", "group"):
-        for ratio in (0.5, 0.01):
+        for sampler, ratio in (("topk", 0.5), ("systematic", 0.4), ("topk", 0.01)):
             model, x = net(name)
-            hoisted = assert_hoisting_changes_nothing(model, Layers("topk", ratio, "weight", scope), x, steps=1)
+            hoisted = assert_hoisting_changes_nothing(model, Layers(sampler, ratio, "weight", scope), x, steps=1)
             expected = CASES[name][1]
             if scope == "value" and expected is not None:
                 assert ("first" in narrow_producers(hoisted)) == expected

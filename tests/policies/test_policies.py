@@ -117,6 +117,7 @@ def test_override_checks_its_types(rules: Any, base: Any) -> None:
         ("paper:0.3", Paper(0.3)),
         ("topk:0.25", Uniform("topk", 0.25)),
         ("systematic:0.5:weight", Uniform("systematic", 0.5, scores="weight")),
+        ("topk:0.5:stale:group", Uniform("topk", 0.5, scores="stale", share="group")),
         ("crs", Uniform("crs", 0.5)),
     ],
 )
@@ -135,7 +136,8 @@ def test_policies_as_text(text: str, policy: Policy) -> None:
         ("topk:0", "ratio"),
         ("topk:nan", "ratio"),
         ("topk:0.5:norms", "online"),
-        ("topk:0.5:online:x", "topk"),
+        ("topk:0.5:online:x", "share: expected one of site, value, group, got 'x'"),
+        ("topk:0.5:online:site:x", "topk"),
     ],
 )
 def test_wrong_policies_as_text(text: str, message: str) -> None:
