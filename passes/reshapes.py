@@ -53,7 +53,8 @@ def _reshape(flow: Flow, node: fx.Node) -> Step | None:
     for old, new in regroup(before, after):
         if layout.dim not in old:
             continue
-        lead = [axis for axis in old if axis < layout.dim and before[axis] != 1]
+        # The first axis may be longer in another batch.
+        lead = [axis for axis in old if axis < layout.dim and (before[axis] != 1 or axis == 0)]
         rest = math.prod(before[axis] for axis in old if axis > layout.dim)
         wide = [axis for axis in new if after[axis] != 1]
         if lead or not new:

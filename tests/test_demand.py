@@ -165,6 +165,26 @@ def test_another_batch_size_than_the_examples() -> None:
                 torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
 
 
+def test_an_example_of_one_row() -> None:
+    """The batch's axis of length one must not be taken for a part of the channels."""
+
+    class Merged(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (torch.nn.Conv2d(i, o, 1) for i, o in ((3, 8), (8, 4), (8, 4)))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.a(x).view(-1, 4, 4).softmax(-1)
+            return self.b(y.relu().view(-1, 8, 4, 4)), self.c(y.tanh().view(-1, 8, 4, 4))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 4, 4, dtype=torch.float64)
+    for scope in SCOPES:
+        hoisted, whole = pair(Merged().double(), Layers("systematic", share=scope), x[:1])
+        for one, two in zip(hoisted(x), whole(x), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+
+
 def test_verify_finds_a_wrong_number() -> None:
     """The oracle's own check: a hoisted graph that is wrong by a hair."""
     model, x = built("post-activation")
