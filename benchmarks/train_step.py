@@ -205,7 +205,7 @@ def profiles(found: Sequence[Measured]) -> list[list[str]]:
 
 
 PROFILE = ["model", "variant", "", *KINDS, "the rest"]
-HEADERS = ["model", "variant", "", "ms", "exact FLOPs / this", "exact / this", "of compiled exact", "peak MiB (of exact)"]
+HEADERS = ["model", "variant", "", "ms", "FLOPs", "exact / this", "of compiled exact", "peak MiB (of exact)"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -180,8 +180,8 @@ def _undone(approx: ApproxModule) -> Iterator[None]:
             yield
         finally:
             runtime.function = function
-            for module, name, value in dropouts:
-                setattr(module, name, value)
+            for module, name, share in dropouts:
+                setattr(module, name, share)
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)

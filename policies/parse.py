@@ -30,9 +30,8 @@ def parse_policy(text: str) -> Policy:
         ValueError: Names the text and what would be right.
     """
     name, *rest = text.split(":")
-    known = (
-        f"exact, {', '.join(_WITH_RATIO)} with [:ratio], or one of {', '.join(sorted(SAMPLERS))} with [:ratio[:scores[:share]]]"
-    )
+    modes, samplers = ", ".join(_WITH_RATIO), ", ".join(sorted(SAMPLERS))
+    known = f"exact, {modes} with [:ratio], or one of {samplers} with [:ratio[:scores[:share]]]"
     most = 0 if name == "exact" else 1 if name in _WITH_RATIO else 3
     if name not in ("exact", *_WITH_RATIO, *SAMPLERS) or len(rest) > most:
         raise ValueError(f"policy: expected {known}, got {text!r}")

@@ -198,3 +198,10 @@ def test_coverage() -> None:
     one.age[:3] = 1000
     assert one.coverage == 0.5
     assert readers(Layers(share="value"))._fx_approx.resample.shared[0].coverage is None
+
+
+def test_ages_leave_scores_that_are_not_finite_alone() -> None:
+    ages = torch.tensor([0, 200, 0, 7])
+    scores = aged(torch.tensor([1.0, 1.0, float("inf"), 4.0]), ages)
+    assert scores[0] == 1 and 1 < scores[1] < 4 and scores[2] == float("inf") and scores[3] == 4
+    assert aged(torch.tensor([1.0, float("nan"), 2.0]), ages[:3]).isnan().tolist() == [False, True, False]

@@ -12,6 +12,8 @@ _FRESH = 0.995
 def aged(scores: Tensor, age: Tensor) -> Tensor:
     """Scores that rise toward the largest the longer a unit was not chosen, so that none is left out for good.
 
+    Those that are not finite stay, so that samplers choose them.
+
     After 138 steps half of the distance is gone, after 920 steps 99 % of it.
 
     Args:
@@ -19,7 +21,9 @@ def aged(scores: Tensor, age: Tensor) -> Tensor:
         age: ``[units]`` steps since each was last chosen.
     """
     weight = 1 - torch.pow(_FRESH, age.to(scores.dtype))
-    return torch.lerp(scores, scores.max().expand_as(scores), weight)
+    finite = torch.isfinite(scores)
+    most = torch.where(finite, scores, 0).max()
+    return torch.where(finite, scores + (most - scores) * weight, scores)
 
 
 @torch.library.custom_op("fx_approx::observe", mutates_args=("running", "age"))
