@@ -296,7 +296,9 @@ class Resample(nn.Module):
         scales = [chosen.scale.flatten() for chosen in fresh if chosen.scale is not None]
         scale = torch.cat(scales) if scales else self.held_scale.new_empty(0)
         if self.held_indices.shape == indices.shape:
-            indices, scale = keep(key, indices, scale.float(), self.held_key, self.held_indices, self.held_scale)
+            indices, scale = keep(
+                key, indices, scale.float(), self.held_key, self.held_indices, self.held_scale, self.number
+            )
         start = begin = 0
         for place, chosen in zip(places, fresh, strict=True):
             size = chosen.indices.numel()

@@ -207,6 +207,7 @@ def _positions(
 
 
 _SELECTIONS = 64
+_kept: collections.deque[tuple[int, Tensor, Tensor, Tensor]] = collections.deque(maxlen=_SELECTIONS)
 _selections: collections.deque[tuple[int, Tensor, tuple[Selection | None, ...]]] = collections.deque(maxlen=_SELECTIONS)
 
 
@@ -232,11 +233,12 @@ def recall_selection(owner: int, key: Tensor) -> tuple[Selection | None, ...]:
 
 @torch.library.custom_op("fx_approx::keep", mutates_args=("held_key", "held_indices", "held_scale"))
 def keep(
-    key: Tensor, indices: Tensor, scale: Tensor, held_key: Tensor, held_indices: Tensor, held_scale: Tensor
+    key: Tensor, indices: Tensor, scale: Tensor, held_key: Tensor, held_indices: Tensor, held_scale: Tensor, owner: int
 ) -> tuple[Tensor, Tensor]:
     """The selections kept under ``key``; under a new key those given, which are kept from now on.
 
-    All of it runs on the device, without a host sync.
+    All of it runs on the device, without a host sync, but for a recomputation by a checkpoint: that gets what its
+    forward got.
 
     Args:
         key: ``[seed, step]`` of this forward.
@@ -245,18 +247,25 @@ def keep(
         held_key: The key of what is kept, changed in place.
         held_indices: As ``indices``, changed in place.
         held_scale: As ``scale``, changed in place.
+        owner: Number of what makes the selections.
     """
+    if in_backward():
+        for whose, remembered, old_indices, old_scale in reversed(_kept):
+            if whose == owner and torch.equal(remembered, key):
+                return old_indices.clone(), old_scale.clone()
     same = (key == held_key).all()
     indices, scale = torch.where(same, held_indices, indices), torch.where(same, held_scale, scale)
     held_key.copy_(key)
     held_indices.copy_(indices)
     held_scale.copy_(scale)
+    # Copies, since compiled code uses the memory of its results again.
+    _kept.append((owner, key.clone(), held_indices.clone(), held_scale.clone()))
     return indices, scale
 
 
 @keep.register_fake
 def _(
-    key: Tensor, indices: Tensor, scale: Tensor, held_key: Tensor, held_indices: Tensor, held_scale: Tensor
+    key: Tensor, indices: Tensor, scale: Tensor, held_key: Tensor, held_indices: Tensor, held_scale: Tensor, owner: int
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(indices), torch.empty_like(scale)
 

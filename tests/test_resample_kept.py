@@ -182,3 +182,29 @@ def test_hoisted_equals_whole_under_a_checkpoint() -> None:
             one, other = training_step(_Checkpointed(hoisted), x), training_step(_Checkpointed(whole), x)
         # The statistics are updated twice, as by any checkpoint.
         assert_same_numbers(one, other, 1e-10)
+
+
+def test_a_checkpoint_around_a_compiled_model_takes_the_selections_of_its_forward() -> None:
+    """Running norms move in every forward, so a recomputation that chose anew would choose otherwise."""
+    torch._dynamo.reset()
+    model = readers(Layers("topk", scores="stale", share="value"))
+    for step in range(2):
+        model(batch(step))
+    state = fx_approx.sampler_state(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    def uneven(step: int) -> Tensor:
+        return batch(step) * 1e3 ** torch.eye(6, dtype=torch.float64)[step]
+
+    def gradients(call: object) -> list[Tensor]:
+        fx_approx.load_sampler_state(model, state)
+        inputs = [uneven(step).requires_grad_() for step in range(5)]
+        outputs = [call(x) for x in inputs]  # type: ignore[operator]
+        return list(torch.autograd.grad(sum(y.square().sum() for y in outputs), [*inputs, *model.parameters()]))
+
+    plain = gradients(compiled)
+    again = gradients(lambda x: checkpoint(compiled, x, use_reentrant=False))
+    chosen = [indices(model, uneven(step)) for step in range(5)]
+    assert len({str(one) for one in chosen}) > 1
+    for one, other in zip(plain, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

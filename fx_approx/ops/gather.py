@@ -135,6 +135,14 @@ def _opaque(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() and tensor.device.type == "cpu"
 
 
+def _batched(tensor: Tensor) -> bool:
+    """Whether vmap runs over ``tensor``: it cannot be written into one that it does not run over."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    return bool(functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
+
+
 def _select(source: Tensor, dim: int, index: Tensor) -> Tensor:
     return take(source, dim, index) if _opaque(source) else _selected(source, dim, index)
 
@@ -232,7 +240,7 @@ def _together(
         return whole
     if whole is None:
         return _scatter(part, dim, index, size)
-    if torch.is_grad_enabled() and (whole.requires_grad or part.requires_grad):
+    if _batched(whole) or _batched(part) or (torch.is_grad_enabled() and (whole.requires_grad or part.requires_grad)):
         return whole + _scatter(part, dim, index, size)
     if torch.compiler.is_compiling() and not _opaque(whole):
         return whole + _spread(part, dim, index, size)
@@ -297,7 +305,8 @@ def _scattered(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
         full = _spread(grad, dim, index, size)
     else:
         shape = (*grad.shape[:dim], size, *grad.shape[dim + 1 :])
-        full = grad.new_zeros(shape).index_copy_(dim, index, grad)
+        full = grad.new_zeros(shape)
+        full = full.index_copy(dim, index, grad) if _batched(grad) else full.index_copy_(dim, index, grad)
     return full if order is None else full.permute(_inverse(order))
 
 

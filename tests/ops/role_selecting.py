@@ -33,6 +33,11 @@ def choose(selector: Selector, one: RoleCase, operands: Operands, given: Draw | 
 
 
 def samplers_of(role: Role) -> list[SamplerCase]:
-    """Those whose scores the product has."""
+    """Those whose scores the product has; of the output, without what learns from step to step."""
     every = [*SAMPLER_CASES.values(), *GRADIENT_CASES.values()]
-    return [sampler for sampler in every if role.value in get_score(sampler.scores).products]
+    kinds = {sampler.name: get_score(sampler.scores) for sampler in every}
+    return [
+        sampler
+        for sampler in every
+        if role.value in kinds[sampler.name].products and not (role is Role.OUTPUT and kinds[sampler.name].learns)
+    ]

@@ -204,10 +204,10 @@ def test_score_kinds() -> None:
         "stale": {"input"},
         "uniform": set(),
     }
-    assert {name for name, kind in SCORES.items() if kind.ahead} == {"weight", "uniform"}
+    assert {name for name, kind in SCORES.items() if kind.ahead} == {"weight", "stale", "uniform"}
     assert {name for name, kind in SCORES.items() if kind.early} == {"weight", "input", "stale", "uniform"}
     of_output = {name for name, kind in SCORES.items() if "output" in kind.products}
-    assert of_output == {"online", "weight", "input", "uniform"}
+    assert of_output == {"online", "weight", "input", "stale", "uniform"}
     assert {name for name, kind in SCORES.items() if kind.learns} == {"stale"}
     assert get_score("weight") is SCORES["weight"]
     with pytest.raises(ValueError, match="gradient, input, online, stale, uniform, weight"):
