@@ -323,8 +323,10 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
     "fx_approx::take": (torch.randn(2, 5, 3), 1, torch.tensor([0, 3])),
     "fx_approx::put": (torch.randn(2, 2, 3), 1, torch.tensor([0, 3]), 5),
     "fx_approx::add_at": (torch.randn(2, 5, 3), 1, torch.tensor([0, 3]), torch.randn(2, 2, 3), None),
-    "fx_approx::keep": (torch.tensor([3, 5]), torch.arange(3), torch.rand(2), torch.zeros(2, dtype=torch.int64))
-    + (torch.arange(3), torch.rand(2), 10**9),
+    "fx_approx::keep": (
+        *(torch.tensor([3, 5]), torch.arange(3), torch.rand(2)),
+        *(torch.zeros(2, dtype=torch.int64), torch.arange(3), torch.rand(2), 10**9),
+    ),
     "fx_approx::observe": (torch.rand(2, 5), torch.arange(5), torch.rand(2), torch.tensor([0, 3]), 0),
     "fx_approx::refresh": (torch.tensor([-1.0, 0.5, 2.0]), torch.rand(12)),
 }
