@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from fx_approx.plan import Policy
 from fx_approx.policies.fixed import Exact, Uniform
@@ -43,5 +44,5 @@ def parse_policy(text: str) -> Policy:
         return Exact()
     if name in _WITH_RATIO:
         return _WITH_RATIO[name]() if ratio is None else _WITH_RATIO[name](ratio)
-    options = dict(zip(("scores", "share"), rest[1:], strict=False))
+    options: dict[str, Any] = dict(zip(("scores", "share"), rest[1:], strict=False))
     return Uniform(name, 0.5 if ratio is None else ratio, **options)
