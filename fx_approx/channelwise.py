@@ -15,11 +15,7 @@ from fx_approx.ops import gather
 from fx_approx.sampling import Selection
 
 
-class ChannelwiseLayer(nn.Module):
-    """What they share: called with the selection of the channels that the input holds, or exactly without."""
-
-
-class _NarrowBatchNorm(ChannelwiseLayer, _BatchNorm):
+class _NarrowBatchNorm(_BatchNorm):
     """Normalises the channels that are there; the running statistics of the others stay as they are.
 
     The momentum is that of the exact layer. Without one (``momentum=None``, a plain average over all batches) the
@@ -67,7 +63,7 @@ class NarrowBatchNorm3d(_NarrowBatchNorm, nn.BatchNorm3d):
     """``nn.BatchNorm3d`` on the channels that are there."""
 
 
-class NarrowSyncBatchNorm(ChannelwiseLayer, nn.SyncBatchNorm):
+class NarrowSyncBatchNorm(nn.SyncBatchNorm):
     """``nn.SyncBatchNorm`` on the channels that are there; all ranks must have chosen the same."""
 
     def forward(self, input: Tensor, chosen: Selection | None = None) -> Tensor:
@@ -85,7 +81,7 @@ class NarrowSyncBatchNorm(ChannelwiseLayer, nn.SyncBatchNorm):
         return result
 
 
-class NarrowPReLU(ChannelwiseLayer, nn.PReLU):
+class NarrowPReLU(nn.PReLU):
     """``nn.PReLU`` with a slope for each channel, on the channels that are there."""
 
     def forward(self, input: Tensor, chosen: Selection | None = None) -> Tensor:

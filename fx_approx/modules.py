@@ -271,21 +271,23 @@ class _SampledConv(SampledLayer):
         how = self.how(input, given)
         weight = self.weight
         if how.gradients_apart:
-            static = static_of(self, self.kind)
-            if self.padding_mode != "zeros":
-                input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-                static["padding"] = 0
+            input, static = self._padded(input)
             return ops.convolve(input, weight, self.bias, static, how)
         if how.selection is not None:
             input, weight = ops.select_channels(input, weight, self.groups, how.selection)
         # The layer's own call, since it knows its padding mode.
         return self._conv_forward(input, weight, self.bias)
 
-    def _sliced(self, input: Tensor, slices: ops.Slices) -> Tensor:
+    def _padded(self, input: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The input and the plain arguments of a convolution that pads with zeros only."""
         static = static_of(self, self.kind)
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             static["padding"] = 0
+        return input, static
+
+    def _sliced(self, input: Tensor, slices: ops.Slices) -> Tensor:
+        input, static = self._padded(input)
         exact: Callable[..., Tensor] = getattr(F, self.kind)
         return exact(input, slices.weight, slices.bias, **{**static, "groups": slices.groups})
 

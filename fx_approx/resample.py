@@ -93,10 +93,6 @@ class Shared(nn.Module):
         )
         self.fit()
 
-    def __hash__(self) -> int:
-        """By identity, as of every module."""
-        return id(self)
-
     def fit(self) -> None:
         """Takes over the ratios of the readers; the largest decides."""
         self.k = max(self._count(member) for member in self.members)

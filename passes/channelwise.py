@@ -93,11 +93,6 @@ def _pad(flow: Flow, node: fx.Node) -> Step | None:
     return through(source, layout) if all(isinstance(pad, int) and pad == 0 for pad in own) else None
 
 
-def _stochastic_depth(flow: Flow, node: fx.Node) -> Step | None:
-    """Noise per example: of no channel."""
-    return _pointwise(flow, node)
-
-
 def _apart(flow: Flow, node: fx.Node) -> Step | None:
     """Along one axis (softmax, normalize), which must not be that of the channels."""
     source = first(node)
@@ -158,8 +153,9 @@ def combine(flow: Flow, node: fx.Node, operands: Sequence[fx.Node], couples: boo
         if shape is None or layout is None:
             continue
         dim = layout.dim + len(result) - len(shape)
-        if result[dim] == layout.size and (lead is None or lead[1] != dim) and lead is None:
+        if result[dim] == layout.size:
             lead = layout, dim
+            break
     if lead is None:
         return None
     layout, dim = lead
@@ -304,7 +300,7 @@ def _table() -> dict[Any, Handler]:
 
 
 _FUNCTIONS: dict[Any, Handler] = _table()
-_BY_NAME: dict[str, Handler] = {"stochastic_depth": _stochastic_depth}
+_BY_NAME: dict[str, Handler] = {"stochastic_depth": _pointwise}
 _MODULES: tuple[tuple[tuple[type[nn.Module], ...], Handler], ...] = (
     (POINTWISE_MODULES, _pointwise),
     (SPATIAL_MODULES, _spatial),

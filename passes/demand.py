@@ -38,6 +38,14 @@ class Demand:
     wants: dict[fx.Node, tuple[int, ...]]
     stops: dict[fx.Node, str]
 
+    def wanted(self, links: Sequence[Link], node: fx.Node) -> dict[fx.Node, list[int]]:
+        """What ``node``, with ``links``, reads of each operand: class of each segment, as :attr:`have`."""
+        found: dict[fx.Node, list[int]] = {}
+        for link in links:
+            wants = found.setdefault(link.source, list(self.have[link.source]))
+            wants[link.start : link.start + link.count] = self.have[node][link.place : link.place + link.count]
+        return found
+
 
 def propagate_demand(
     flow: Flow, sharing: Sharing, follow: frozenset[fx.Node], rigid: frozenset[fx.Node] = frozenset()

@@ -166,11 +166,7 @@ def _narrowed(flow: Flow, sharing: Sharing, demand: Demand, node: fx.Node) -> It
         return
     if step.layout is None:
         return
-    wanted: dict[fx.Node, list[int]] = {}
-    for link in step.links:
-        wants = wanted.setdefault(link.source, list(demand.have[link.source]))
-        wants[link.start : link.start + link.count] = demand.have[node][link.place : link.place + link.count]
-    for source, wants in wanted.items():
+    for source, wants in demand.wanted(step.links, node).items():
         own = flow.layout(source)
         if own is not None and tuple(wants) != tuple(demand.have[source]):
             yield source.name, _axis(own, wants)

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from fx_approx import ops
 from fx_approx.channelwise import swap_channelwise
-from fx_approx.modules import SampledLayer, Site, swap
+from fx_approx.modules import Site, swap
 from fx_approx.passes.channelwise import changes_in_place
 from fx_approx.passes.demand import FULL, Demand
 from fx_approx.passes.flow import Flow, first
@@ -63,11 +63,7 @@ class Hoist:
         if step.layout is None:
             return
         own, have = self.copies[node], self.demand.have[node]
-        wanted: dict[fx.Node, list[int]] = {}
-        for link in step.links:
-            wants = wanted.setdefault(link.source, list(self.demand.have[link.source]))
-            wants[link.start : link.start + link.count] = have[link.place : link.place + link.count]
-        for source, wants in wanted.items():
+        for source, wants in self.demand.wanted(step.links, node).items():
             self._replace(own, source, self.narrowed(source, wants, own))
         for operand, dim in step.follow:
             index = self.header.positions(step.layout.segments, have)
@@ -156,10 +152,7 @@ class Hoist:
             return
         with self.graph.inserting_before(own):
             new = self.graph.call_function(ops.sliced_linear, (input, weight, bias, slices))
-        new.meta = dict(own.meta)
-        own.replace_all_uses_with(new)
-        self.graph.erase_node(own)
-        self.copies[node] = new
+        self._take_over(node, new)
 
     def _sliced(self, slicing: tuple[Any, ...], before: fx.Node) -> fx.Node:
         """The slices of a layer, once however often it is called; at the head if they read nothing of the step."""
@@ -194,8 +187,7 @@ class Hoist:
         if step.action == "depthwise":
             weight, bias = self._weights(node)
             chosen = self._sliced((weight, bias, None, chosen, int(getattr(module, "groups", 1)), True), own)
-            if not isinstance(module, SampledLayer):
-                swap(module, Site({}, False, self.runtime))
+            swap(module, Site({}, False, self.runtime))
         else:
             swap_channelwise(module)
         own.args, own.kwargs = (first(own), chosen), {}

@@ -322,21 +322,13 @@ def _spread(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     return torch.where(there, grad.index_select(dim, (places - 1).clamp(min=0)), 0)
 
 
-def _take(source: Tensor, dim: int, index: Tensor) -> Tensor:
-    return _selected(source, dim, index)
-
-
-def _put(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
-    return _scattered(grad, dim, index, size)
-
-
 def _add(total: Tensor, dim: int, index: Tensor, grad: Tensor, kept: Tensor | None) -> None:
     _add_at(total, dim, index, grad)
 
 
 for _name, _kernel, _fake in (
-    ("take", _take, _fake_take),
-    ("put", _put, _fake_put),
+    ("take", _selected, _fake_take),
+    ("put", _scattered, _fake_put),
     ("add_at", _add, _fake_add_at),
 ):
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
