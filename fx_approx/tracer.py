@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 import sys
 import traceback
@@ -47,6 +48,26 @@ class Opaque:
         return f"{self.path or 'the model'}: {self.reason}"
 
 
+class InPlaceProxy(fx.Proxy):
+    """A traced value of which ``x += y`` is recorded as the change in place that it is.
+
+    ``fx.Proxy`` leaves it to Python, which falls back to ``x = x + y``: another name of ``x`` would keep the old value.
+    """
+
+
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    target = getattr(operator, name)
+
+    def change(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return change
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(InPlaceProxy, f"__{_name}__", _in_place(_name))
+
+
 class LeafTracer(fx.Tracer):
     """Traces a model; a submodule whose forward cannot be traced is kept as a call of that submodule.
 
@@ -72,6 +93,10 @@ class LeafTracer(fx.Tracer):
             if any(tensor._version != version for tensor, version in self._versions):
                 raise DroppedError("an in-place change of a tensor that does not depend on an input")
             return graph
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """The traced value of ``node``."""
+        return InPlaceProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         """Remembers the state of a tensor that becomes a constant: it must not be changed behind the graph's back."""

@@ -145,7 +145,7 @@ BINARY: dict[str, Callable[..., Tensor]] = {
     "add": lambda step, x, y: x + y,
     "sub": lambda step, x, y: x - y,
     "mul": lambda step, x, y: x * y.sigmoid(),
-    "iadd": lambda step, x, y: operator.iadd(x * 1.0, y),  # torch.fx records it as x + y, so no one else may hold x
+    "iadd": lambda step, x, y: operator.iadd(x * 1.0, y),
     "add_": lambda step, x, y: x.add_(y),
     "maximum": lambda step, x, y: torch.maximum(x, y),
 }

@@ -67,6 +67,19 @@ def added_in_place(s: Model, x: Tensor) -> Tensor:
     return s.q(h) + torch.ones(16) + torch.tensor(0.5)
 
 
+def another_name(s: Model, x: Tensor) -> Tensor:
+    """fx.Proxy alone would record z = h + 1 and leave h as it was."""
+    h = s.l(x)
+    z = h
+    z += 1.0
+    z *= 0.5
+    z -= 0.25
+    z /= 3.0
+    rows = x.shape[0]
+    rows //= 2
+    return s.q(h) * rows
+
+
 def written(s: Model, x: Tensor) -> Tensor:
     h = torch.zeros(8, 16)
     h[:, 1:] = s.l(x)[:, 1:]
@@ -157,8 +170,8 @@ def ordered(s: Model, x: Tensor) -> Any:
 
 BODIES = [
     queued, nested, counted, counted_in_numpy, by_function, ordered,
-    filled, added_in_place, written, changed_before_use, scaled, branched, flag_of_another, grad_mode, appended, stored,
-    stored_in_a_layer, buffer_data, aux_of_a_child,
+    filled, added_in_place, another_name, written, changed_before_use, scaled, branched, flag_of_another, grad_mode,
+    appended, stored, stored_in_a_layer, buffer_data, aux_of_a_child,
 ]  # fmt: skip
 
 
@@ -205,7 +218,7 @@ def test_at_ratio_one_it_is_the_model(body: Forward, given: bool) -> None:
     assert len(fx_approx.report(approx).rows) == 2
 
 
-@pytest.mark.parametrize("body", [filled, added_in_place, written, scaled, branched])
+@pytest.mark.parametrize("body", [filled, added_in_place, another_name, written, scaled, branched])
 def test_what_can_stay_in_the_graph_does(body: Forward) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

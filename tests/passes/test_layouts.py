@@ -146,12 +146,12 @@ def test_the_coupling_graph_of_a_residual_network() -> None:
     """Two stages; the edges of each are its additions."""
     graph = coupling_graph(flow_of(*built("post-activation")), {})
     stages = sorted(sorted(part) for part in _components(graph) if len(part) > 1)
-    assert stages == [["_0", "_4_conv2", "add"], ["_5_conv2", "_5_shortcut_0", "_6_conv2", "add_1", "add_2"]]
-    assert {data["by"] for *_, data in graph.edges(data=True)} == {"add", "add_1", "add_2"}
+    assert stages == [["_0", "_4_conv2", "iadd"], ["_5_conv2", "_5_shortcut_0", "_6_conv2", "iadd_1", "iadd_2"]]
+    assert {data["by"] for *_, data in graph.edges(data=True)} == {"iadd", "iadd_1", "iadd_2"}
     assert graph.nodes["_0"]["units"] == 8
     assert graph.nodes["_0"]["readers"] == ["_4_conv1"]
-    assert graph.nodes["add_1"]["readers"] == ["_6_conv1"]
-    assert graph.nodes["add_2"]["readers"] == ["_9"]
+    assert graph.nodes["iadd_1"]["readers"] == ["_6_conv1"]
+    assert graph.nodes["iadd_2"]["readers"] == ["_9"]
 
 
 def _components(graph: Any) -> list[set[str]]:
