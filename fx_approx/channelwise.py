@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fx_approx.modules import become, is_swapped
-from fx_approx.ops import gather
+from fx_approx.ops import gather, tapped_relu
 from fx_approx.sampling import Selection
 
 
@@ -91,6 +91,21 @@ class NarrowPReLU(nn.PReLU):
         return F.prelu(input, gather(self.weight, 0, chosen.indices[0]))
 
 
+class TappedReLU(nn.ReLU):
+    """``nn.ReLU`` of a value that is read whole and in part; other calls of the module are as before."""
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, dim: int | None = None, chosen: Selection | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The value; with ``dim`` also its entries ``chosen`` along that axis, all for None."""
+        if dim is None:
+            return super().forward(input)
+        if chosen is None:
+            whole = super().forward(input)
+            return whole, whole
+        return tapped_relu(input, dim, chosen)
+
+
 CHANNELWISE: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: NarrowBatchNorm1d,
     nn.BatchNorm2d: NarrowBatchNorm2d,
@@ -102,9 +117,9 @@ CHANNELWISE: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def swap_channelwise(module: nn.Module) -> None:
-    """Makes a layer of :data:`CHANNELWISE` its subclass in place; nothing if it is already."""
+    """Makes a ReLU or a layer of :data:`CHANNELWISE` its subclass in place; nothing if it is already."""
     if not is_swapped(module):
-        become(module, CHANNELWISE[type(module)])
+        become(module, TappedReLU if type(module) is nn.ReLU else CHANNELWISE[type(module)])
 
 
 def channels_of(module: Any) -> int:

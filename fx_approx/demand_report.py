@@ -169,6 +169,12 @@ class _Walk:
         self.moved = 0
         self._axes = {one.name: one.axis for one in effects.operations}
         self._pieces: dict[str, dict[int, Piece]] = {}
+        self._tapped = {
+            name
+            for one in effects.operations
+            for name, wants in one.narrowed.items()
+            if entries(wants, kept) < entries(self._axes[name], kept)
+        }
 
     def step(self, one: Operation) -> None:
         """The next operation."""
@@ -191,7 +197,11 @@ class _Walk:
             self._product(one, product, saved, seen)
             return
         for place in saved:
-            self._hold(seen.get(place, ((one.name, place), self.values.bytes[place] * now // whole)))
+            size = self.values.bytes[place] * now // whole
+            if one.rectified and one.name in self._tapped:
+                self._hold((("sign", one.name), size // self.values.sizes[one.name]))
+            else:
+                self._hold(seen.get(place, ((one.name, place), size)))
 
     def _read(self, source: str, wants: Axis | None) -> dict[int, Piece]:
         """The memory of an operand, or of the part of it that is read."""

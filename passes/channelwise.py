@@ -15,12 +15,12 @@ from fx_approx.channelwise import CHANNELWISE, channels_of
 from fx_approx.modules import SAMPLED
 from fx_approx.passes.annotate import attribute, why_not
 from fx_approx.passes.flow import Flow, Handler, Link, Step, Values, first
-from fx_approx.passes.in_place import changed_for_others, changes_in_place
+from fx_approx.passes.in_place import changed_for_others, changes_in_place, is_changed
 from fx_approx.passes.layouts import Layout, Restart, Segment
 from fx_approx.passes.reshapes import RESHAPES, argument, fold, through
 from fx_approx.tracer import is_hooked
 
-__all__ = ["changes_in_place", "combine", "find_flow", "handle", "weight_of"]
+__all__ = ["can_tap_relu", "changes_in_place", "combine", "find_flow", "handle", "is_changed", "weight_of"]
 
 POINTWISE_MODULES: tuple[type[nn.Module], ...] = (
     *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
@@ -273,6 +273,12 @@ def _gated(flow: Flow, node: fx.Node) -> Step | None:
     if layout is None or shape is None or result is None or not isinstance(dim, int) or dim % len(shape) != layout.dim:
         return None
     return fold(flow, source, layout, 2, layout.dim)
+
+
+def can_tap_relu(flow: Flow, node: fx.Node) -> bool:
+    """Whether ``node`` is a ReLU whose value is read only: then it can give parts of it as well."""
+    is_relu = isinstance(flow.module(node), nn.ReLU) or node.target in (F.relu, torch.relu, "relu")
+    return is_relu and not is_changed(flow, node)
 
 
 def _functions(module: Any, names: str) -> list[Any]:

@@ -14,7 +14,7 @@ from torch import fx
 
 from fx_approx.channelwise import CHANNELWISE
 from fx_approx.passes.annotate import Found
-from fx_approx.passes.channelwise import changes_in_place
+from fx_approx.passes.channelwise import can_tap_relu, changes_in_place
 from fx_approx.passes.demand import FULL, Demand
 from fx_approx.passes.flow import Flow, Values
 from fx_approx.passes.layouts import Layout
@@ -51,6 +51,7 @@ class Operation:
         weight: Path of that product's weight.
         moves: It writes new values and multiplies nothing: element-wise, normalisation, pooling, a copy.
         own: Bytes of parameters and statistics that it has for each channel.
+        rectified: It is a ReLU that keeps one byte for each entry, if parts of its value are taken.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Operation:
     weight: str | None
     moves: bool
     own: int
+    rectified: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +144,7 @@ def _operation(node: fx.Node, one: Found | None, flow: Flow, sharing: Sharing, d
         weight=None if one is None else one.weight,
         moves=one is None and _moves(flow, node),
         own=own,
+        rectified=can_tap_relu(flow, node),
     )
 
 

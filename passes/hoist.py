@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from fx_approx import ops
 from fx_approx.channelwise import swap_channelwise
 from fx_approx.modules import Site, swap
-from fx_approx.passes.channelwise import changes_in_place
+from fx_approx.passes.channelwise import can_tap_relu, is_changed
 from fx_approx.passes.demand import FULL, Demand
 from fx_approx.passes.flow import Flow, first
 from fx_approx.passes.header import Header
@@ -88,7 +87,7 @@ class Hoist:
             return self._narrowed[key]
         value = self.copies[source]
         early = value.op == "placeholder" or source in self.flow.constants
-        if early or any(changes_in_place(self.flow, user) for user in source.users):
+        if early or is_changed(self.flow, source):
             with self.graph.inserting_before(before):
                 part = self.graph.call_function(ops.narrow, (value, dim, index))
         else:
@@ -98,23 +97,36 @@ class Hoist:
 
     def _tap(self, source: fx.Node, value: fx.Node, dim: int, index: fx.Node) -> fx.Node:
         """Takes a part of a value where it is made; whoever reads the whole of it reads it behind that."""
-        with self.graph.inserting_after(value):
-            both = self.graph.call_function(ops.tapped, (value, dim, index, self._is_relu(source)))
+        both = self._tapped_relu(source, value, dim, index)
+        if both is None:
+            with self.graph.inserting_after(value):
+                both = self.graph.call_function(ops.tapped, (value, dim, index))
         with self.graph.inserting_after(both):
             part = self.graph.call_function(operator.getitem, (both, 1))
             whole = self.graph.call_function(operator.getitem, (both, 0))
-        value.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not both)
+        value.replace_all_uses_with(whole, delete_user_cb=lambda user: user not in (both, whole, part))
+        if both.target is ops.tapped_relu:
+            self.graph.erase_node(value)
         self.copies[source] = whole
         self._taps.append((both, whole, part))
         return part
 
-    def _is_relu(self, source: fx.Node) -> bool:
-        return type(self.flow.module(source)) is nn.ReLU or source.target in (F.relu, torch.relu, "relu")
+    def _tapped_relu(self, source: fx.Node, value: fx.Node, dim: int, index: fx.Node) -> fx.Node | None:
+        """A ReLU that gives the part as well; None if the value is not one, or has been tapped already."""
+        if value.target != source.target or not can_tap_relu(self.flow, source):
+            return None
+        module = self.flow.module(source)
+        if module is not None:
+            swap_channelwise(module)
+            value.args, value.kwargs = (first(value), dim, index), {}
+            return value
+        with self.graph.inserting_after(value):
+            return self.graph.call_function(ops.tapped_relu, (first(value), dim, index))
 
     def _untap(self) -> None:
         """A value of which no one reads the whole is narrowed only."""
         for both, whole, part in reversed(self._taps):
-            if not whole.users:
+            if not whole.users and both.target is ops.tapped:
                 both.target, both.args = ops.narrow, both.args[:3]
                 part.replace_all_uses_with(both)
                 self.graph.erase_node(whole)

@@ -46,6 +46,11 @@ def changes_in_place(flow: Flow, node: fx.Node) -> bool:
     return given is True
 
 
+def is_changed(flow: Flow, node: fx.Node) -> bool:
+    """Whether one that reads the value of ``node`` changes it in place."""
+    return any(first(user) is node and changes_in_place(flow, user) for user in node.users)
+
+
 def changed_for_others(flow: Flow, node: fx.Node) -> set[fx.Node]:
     """What lies in the memory that ``node`` changes, if not only ``node`` reads it; else nothing."""
     source: Any = first(node)

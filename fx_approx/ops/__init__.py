@@ -14,6 +14,7 @@ from fx_approx.ops.channels import (
     split_parts,
     spread,
     tapped,
+    tapped_relu,
     width,
 )
 from fx_approx.ops.conv import conv1d, conv2d, conv3d
@@ -63,5 +64,6 @@ __all__ = [
     "split_parts",
     "spread",
     "tapped",
+    "tapped_relu",
     "width",
 ]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fx_approx.ops.gather import flat_indices, gather, select_weight, tap
+from fx_approx.ops.gather import flat_indices, gather, select_weight, tap, tap_relu
 from fx_approx.sampling import Selection
 
 Part = tuple[Selection | None, int, int]
@@ -88,9 +88,17 @@ def narrow(input: Tensor, dim: int, chosen: Selection | None) -> Tensor:
     return input if chosen is None else gather(input, dim, chosen.indices[0])
 
 
-def tapped(input: Tensor, dim: int, chosen: Selection | None, rectified: bool = False) -> tuple[Tensor, Tensor]:
+def tapped(input: Tensor, dim: int, chosen: Selection | None) -> tuple[Tensor, Tensor]:
     """``input`` and what :func:`narrow` makes of it, for a value that is read both ways; see :func:`gather.tap`."""
-    return (input, input) if chosen is None else tap(input, dim, chosen.indices[0], rectified)
+    return (input, input) if chosen is None else tap(input, dim, chosen.indices[0])
+
+
+def tapped_relu(input: Tensor, dim: int, chosen: Selection | None) -> tuple[Tensor, Tensor]:
+    """:func:`tapped` of ``relu(input)``, which keeps less for the backward pass; see :func:`gather.tap_relu`."""
+    if chosen is None:
+        whole = F.relu(input)
+        return whole, whole
+    return tap_relu(input, dim, chosen.indices[0])
 
 
 def slice_weights(
