@@ -103,6 +103,9 @@ def measure(name: str, options: argparse.Namespace) -> list[Measured]:
     torch.manual_seed(0)
     build = MODELS[name]
     exact, inputs, narrow = build()
+    if options.batch is not None:
+        form = torch.channels_last if inputs.dim() == 4 else torch.contiguous_format
+        inputs = torch.randn(options.batch, *inputs.shape[1:]).contiguous(memory_format=form)
     dtype = getattr(torch, options.dtype)
     exact, inputs = exact.to(options.device, dtype), inputs.to(options.device, dtype)
     narrow = None if narrow is None else narrow.to(options.device, dtype)
@@ -215,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scopes", nargs="+", default=["value", "group"], choices=["site", "value", "group"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5], help="sample ratios (0.5)")
     parser.add_argument("--scores", default="weight", choices=["weight", "stale", "uniform"])
+    parser.add_argument("--batch", type=int, help="examples in a step (64, 8 or 8, by model)")
     parser.add_argument("--minimal-k", type=int, default=16, help="layers with fewer pairs stay exact (16)")
     parser.add_argument("--runs", type=int, default=15, help="steps of each variant (15)")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each before (3)")
@@ -227,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-narrow", action="store_true", help="leave out the narrower network")
     add_json_option(parser)
     options = parser.parse_args(arguments)
+    if options.batch is not None and options.batch < 1:
+        parser.error(f"--batch: expected 1 or more, not {options.batch}")
     if options.runs < 2 or not all(0 < ratio < 1 for ratio in options.ratios):
         parser.error("--runs: expected 2 or more; --ratios: expected numbers in (0, 1)")
     print(header("Training step"), flush=True)

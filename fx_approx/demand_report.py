@@ -199,7 +199,8 @@ class _Walk:
         for place in saved:
             size = self.values.bytes[place] * now // whole
             if one.rectified and one.name in self._tapped:
-                self._hold((("sign", one.name), size // self.values.sizes[one.name]))
+                numbers = size // self.values.sizes[one.name]
+                self._hold((("sign", one.name), -(-numbers // 8) if self.effects.packs else numbers))
             else:
                 self._hold(seen.get(place, ((one.name, place), size)))
 

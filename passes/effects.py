@@ -51,7 +51,7 @@ class Operation:
         weight: Path of that product's weight.
         moves: It writes new values and multiplies nothing: element-wise, normalisation, pooling, a copy.
         own: Bytes of parameters and statistics that it has for each channel.
-        rectified: It is a ReLU that keeps one byte for each entry, if parts of its value are taken.
+        rectified: It is a ReLU that keeps only the signs, if parts of its value are taken.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Effects:
         stops: ``name: reason`` of each value that is whole although some reader wants a part of it only.
         notes: What was not shared, and why.
         hoisted: What is not demanded is not computed.
+        packs: The signs of a tapped ReLU take one bit each, and not a byte.
     """
 
     classes: tuple[Class, ...] = ()
@@ -87,6 +88,7 @@ class Effects:
     stops: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     hoisted: bool = False
+    packs: bool = False
 
 
 def find_effects(found: Sequence[Found], plan: Plan, facts: Facts, flow: Flow | None, hoisting: bool = True) -> Effects:
@@ -110,7 +112,8 @@ def find_effects(found: Sequence[Found], plan: Plan, facts: Facts, flow: Flow | 
     operations = [_operation(node, by_node.get(node.name), flow, sharing, demand) for node in flow.graph.nodes]
     stops = () if demand is None else tuple(_stops(flow, sharing, demand, names, plan))
     hoisted, notes = demand is not None, tuple(sharing.notes)
-    return Effects(tuple(sharing.classes), reads, tuple(operations), flow.values, stops, notes, hoisted)
+    packs = all(parameter.device.type == "cpu" for parameter in flow.root.parameters())
+    return Effects(tuple(sharing.classes), reads, tuple(operations), flow.values, stops, notes, hoisted, packs)
 
 
 def _whole(sharing: Sharing, place: int) -> Stretch:

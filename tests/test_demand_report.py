@@ -242,10 +242,10 @@ def test_stops_name_the_value_and_the_reason() -> None:
     model, x = zoo("resnet18")
     report = fx_approx.report(fx_approx.transform(model, policy("value"), x))
     assert "maxpool: iadd reads all of it" in report.stops
-    assert "layer2_0_relu_1: add_3 reads other channels of it" in report.stops
+    assert "layer2_0_relu_1: iadd_3 reads other channels of it" in report.stops
     assert not any("bn" in stop.partition(":")[0] for stop in report.stops), "nothing stops inside a block"
     text = str(report)
-    assert "Demand stops" in text and "  maxpool: add reads all of it" in text.splitlines()
+    assert "Demand stops" in text and "  maxpool: iadd reads all of it" in text.splitlines()
     assert "  - " not in text and "maxpool: iadd reads all of it" in report.to_markdown()
     group = fx_approx.report(fx_approx.transform(model, policy("group"), x))
     assert group.stops == () and "Demand stops" not in str(group)

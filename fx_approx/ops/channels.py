@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fx_approx.ops.gather import flat_indices, gather, select_weight, tap, tap_relu
+from fx_approx.ops.gather import flat_indices, gather, select_weight, tap
+from fx_approx.ops.rectified import tap_relu
 from fx_approx.sampling import Selection
 
 Part = tuple[Selection | None, int, int]
@@ -94,7 +95,7 @@ def tapped(input: Tensor, dim: int, chosen: Selection | None) -> tuple[Tensor, T
 
 
 def tapped_relu(input: Tensor, dim: int, chosen: Selection | None) -> tuple[Tensor, Tensor]:
-    """:func:`tapped` of ``relu(input)``, which keeps less for the backward pass; see :func:`gather.tap_relu`."""
+    """:func:`tapped` of ``relu(input)``, which keeps less for the backward pass; see :func:`rectified.tap_relu`."""
     if chosen is None:
         whole = F.relu(input)
         return whole, whole

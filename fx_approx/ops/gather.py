@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(source: Tensor, dim: int, index: Tensor) -> Tensor:
-        return _select(source, dim, index)
+        return select(source, dim, index)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int, Tensor], output: Tensor) -> None:
@@ -49,7 +50,7 @@ def gather(source: Tensor, dim: int, index: Tensor) -> Tensor:
         ``source`` with ``k`` entries along ``dim``. Its gradient is zero outside ``index``.
     """
     if not (torch.is_grad_enabled() and source.requires_grad):
-        return _select(source, dim % source.dim(), index)
+        return select(source, dim % source.dim(), index)
     result: Tensor = _Gather.apply(source, dim % source.dim(), index)  # type: ignore[no-untyped-call]
     return result
 
@@ -122,11 +123,12 @@ def channels_last_order(source: Tensor) -> tuple[int, ...] | None:
     return (0, *range(2, source.dim()), 1)
 
 
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+def inverse(order: Sequence[int]) -> tuple[int, ...]:
+    """The permutation that undoes ``order``."""
     return tuple(order.index(axis) for axis in range(len(order)))
 
 
-def _opaque(tensor: Tensor) -> bool:
+def is_opaque(tensor: Tensor) -> bool:
     """Whether a gather is to stay a call of its own in compiled code.
 
     On GPUs the compiler makes it part of what reads it. On CPUs the loop that comes of that is not vectorised and takes
@@ -135,7 +137,7 @@ def _opaque(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() and tensor.device.type == "cpu"
 
 
-def _batched(tensor: Tensor) -> bool:
+def is_batched(tensor: Tensor) -> bool:
     """Whether vmap runs over ``tensor``: it cannot be written into one that it does not run over."""
     if torch.compiler.is_compiling():
         return False
@@ -143,12 +145,13 @@ def _batched(tensor: Tensor) -> bool:
     return bool(functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
 
 
-def _select(source: Tensor, dim: int, index: Tensor) -> Tensor:
-    return take(source, dim, index) if _opaque(source) else _selected(source, dim, index)
+def select(source: Tensor, dim: int, index: Tensor) -> Tensor:
+    """:func:`gather` without a gradient."""
+    return take(source, dim, index) if is_opaque(source) else _selected(source, dim, index)
 
 
 def _scatter(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
-    if _opaque(grad):
+    if is_opaque(grad):
         return put(grad, dim, index, size)
     return _scattered(grad, dim, index, size)
 
@@ -157,7 +160,6 @@ def _scatter(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
 _LIBRARY = torch.library.Library("fx_approx", "FRAGMENT")
 _LIBRARY.define("take(Tensor source, int dim, Tensor index) -> Tensor")
 _LIBRARY.define("put(Tensor grad, int dim, Tensor index, int size) -> Tensor")
-_LIBRARY.define("as_numbers(Tensor source, Tensor like) -> Tensor")
 _LIBRARY.define("add_at(Tensor(a!) total, int dim, Tensor index, Tensor grad) -> ()")
 
 
@@ -176,15 +178,6 @@ def put(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
 def add_at(total: Tensor, dim: int, index: Tensor, grad: Tensor) -> None:
     """Adds ``grad`` to the entries ``index`` of ``total`` along ``dim``, in place; indices are unique; opaque, too."""
     torch.ops.fx_approx.add_at(total, dim, index, grad)
-
-
-def as_numbers(source: Tensor, like: Tensor) -> Tensor:
-    """``source`` in the dtype of ``like``; opaque, too.
-
-    As it needs ``like``, a gradient, the compiler cannot make it in the forward pass, nor keep anything but ``source``.
-    """
-    result: Tensor = torch.ops.fx_approx.as_numbers(source, like)
-    return result
 
 
 def _fake_take(source: Tensor, dim: int, index: Tensor) -> Tensor:
@@ -210,17 +203,13 @@ def _add_at(total: Tensor, dim: int, index: Tensor, grad: Tensor) -> None:
     total.index_add_(dim, index, grad.to(total.dtype))
 
 
-def _as_numbers(source: Tensor, like: Tensor) -> Tensor:
-    return source.to(like.dtype)
-
-
 def _empty(like: Tensor, dim: int, size: int) -> Tensor:
     """``like`` with another size along ``dim``; contiguous, or channels_last where ``like`` is."""
     shape = [*like.shape[:dim], size, *like.shape[dim + 1 :]]
     order = channels_last_order(like)
     if order is None:
         return like.new_empty(shape)
-    return like.new_empty([shape[axis] for axis in order]).permute(_inverse(order))
+    return like.new_empty([shape[axis] for axis in order]).permute(inverse(order))
 
 
 class _Tap(torch.autograd.Function):
@@ -228,7 +217,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(source: Tensor, dim: int, index: Tensor) -> tuple[Tensor, Tensor]:
-        return source.view_as(source), _select(source, dim, index)
+        return source.view_as(source), select(source, dim, index)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int, Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -240,51 +229,25 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, whole: Tensor | None, part: Tensor | None) -> tuple[Tensor | None, None, None]:
         (index,) = ctx.saved_tensors
-        return _together(whole, part, ctx.dim, index, ctx.size), None, None
+        return together(whole, part, ctx.dim, index, ctx.size), None, None
 
 
-class _TappedReLU(torch.autograd.Function):
-    """A rectified value and some of its entries; kept for the backward pass is one byte for each entry."""
-
-    @staticmethod
-    def forward(source: Tensor, dim: int, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        whole = torch.relu(source)
-        # The loop in which the compiler writes truth values on CPUs takes 30 times as long as that of small integers.
-        positive = torch.sign(whole).to(torch.uint8) if _opaque(whole) else whole.bool()
-        return whole, _select(whole, dim, index), positive
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _, ctx.dim, index = inputs
-        ctx.size = output[0].shape[ctx.dim]
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(index, output[2])
-
-    @staticmethod
-    def backward(
-        ctx: Any, whole: Tensor | None, part: Tensor | None, _: Tensor | None
-    ) -> tuple[Tensor | None, None, None]:
-        index, positive = ctx.saved_tensors
-        total = _together(whole, part, ctx.dim, index, ctx.size)
-        if total is not None:
-            signs = as_numbers(positive, total) if _opaque(total) else positive.to(total.dtype)
-            total = torch.ops.aten.threshold_backward(total, signs, 0)
-        return total, None, None
-
-
-def _together(whole: Tensor | None, part: Tensor | None, dim: int, index: Tensor, size: int) -> Tensor | None:
-    """The gradient of a value from those of the whole and of a part."""
+def together(whole: Tensor | None, part: Tensor | None, dim: int, index: Tensor, size: int) -> Tensor | None:
+    """The gradient of a value from those of the whole and of a part; see :func:`tap`."""
     if part is None:
         return whole
     if whole is None:
         return _scatter(part, dim, index, size)
-    if _batched(whole) or _batched(part) or (torch.is_grad_enabled() and (whole.requires_grad or part.requires_grad)):
+    if (
+        is_batched(whole)
+        or is_batched(part)
+        or (torch.is_grad_enabled() and (whole.requires_grad or part.requires_grad))
+    ):
         return whole + _scatter(part, dim, index, size)
-    if torch.compiler.is_compiling() and not _opaque(whole):
+    if torch.compiler.is_compiling() and not is_opaque(whole):
         return whole + _spread(part, dim, index, size)
     total = whole.clone()
-    if _opaque(whole):
+    if is_opaque(whole):
         add_at(total, dim, index, part)
     else:
         _add_at(total, dim, index, part)
@@ -303,27 +266,9 @@ def tap(source: Tensor, dim: int, index: Tensor) -> tuple[Tensor, Tensor]:
         index: ``[k]`` int64, unique.
     """
     if not (torch.is_grad_enabled() and source.requires_grad):
-        return source, _select(source, dim % source.dim(), index)
+        return source, select(source, dim % source.dim(), index)
     result: tuple[Tensor, Tensor] = _Tap.apply(source, dim % source.dim(), index)  # type: ignore[no-untyped-call]
     return result
-
-
-def tap_relu(source: Tensor, dim: int, index: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`tap` of ``relu(source)``.
-
-    A ReLU of its own keeps its whole result for the backward pass. Here the entries are what a layer keeps of it, and
-    of the rest only the sign is needed: a quarter of the memory in float32.
-
-    Args:
-        source: Any shape.
-        dim: The axis.
-        index: ``[k]`` int64, unique.
-    """
-    if not (torch.is_grad_enabled() and source.requires_grad):
-        whole = torch.relu(source)
-        return whole, _select(whole, dim % source.dim(), index)
-    whole, part, _ = _TappedReLU.apply(source, dim % source.dim(), index)  # type: ignore[no-untyped-call]
-    return whole, part
 
 
 def _selected(source: Tensor, dim: int, index: Tensor) -> Tensor:
@@ -333,7 +278,7 @@ def _selected(source: Tensor, dim: int, index: Tensor) -> Tensor:
     order = channels_last_order(source)
     if order is None:
         return _rows(source, dim, index)
-    return _rows(source.permute(order), order.index(dim), index).permute(_inverse(order))
+    return _rows(source.permute(order), order.index(dim), index).permute(inverse(order))
 
 
 def _rows(source: Tensor, dim: int, index: Tensor) -> Tensor:
@@ -360,8 +305,8 @@ def _scattered(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     else:
         shape = (*grad.shape[:dim], size, *grad.shape[dim + 1 :])
         full = grad.new_zeros(shape)
-        full = full.index_copy(dim, index, grad) if _batched(grad) else full.index_copy_(dim, index, grad)
-    return full if order is None else full.permute(_inverse(order))
+        full = full.index_copy(dim, index, grad) if is_batched(grad) else full.index_copy_(dim, index, grad)
+    return full if order is None else full.permute(inverse(order))
 
 
 def _spread(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
@@ -380,7 +325,6 @@ for _name, _kernel, _fake in (
     ("take", _selected, _fake_take),
     ("put", _scattered, _fake_put),
     ("add_at", _add_at, _fake_add_at),
-    ("as_numbers", _as_numbers, _as_numbers),
 ):
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fx_approx::{_name}", _fake, lib=_LIBRARY)
