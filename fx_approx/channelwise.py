@@ -100,10 +100,7 @@ class TappedReLU(nn.ReLU):
         """The value; with ``dim`` also its entries ``chosen`` along that axis, all for None."""
         if dim is None:
             return super().forward(input)
-        if chosen is None:
-            whole = super().forward(input)
-            return whole, whole
-        return tapped_relu(input, dim, chosen)
+        return tapped_relu(input, dim, chosen, self.inplace)
 
 
 CHANNELWISE: dict[type[nn.Module], type[nn.Module]] = {

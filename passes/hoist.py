@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from fx_approx import ops
@@ -16,6 +17,7 @@ from fx_approx.passes.channelwise import can_tap_relu, is_changed
 from fx_approx.passes.demand import FULL, Demand
 from fx_approx.passes.flow import Flow, first
 from fx_approx.passes.header import Header
+from fx_approx.passes.reshapes import argument
 from fx_approx.runtime import Runtime
 
 
@@ -121,7 +123,8 @@ class Hoist:
             value.args, value.kwargs = (first(value), dim, index), {}
             return value
         with self.graph.inserting_after(value):
-            return self.graph.call_function(ops.tapped_relu, (first(value), dim, index))
+            inplace = bool(source.target is F.relu and argument(source, 1, "inplace", False))
+            return self.graph.call_function(ops.tapped_relu, (first(value), dim, index, inplace))
 
     def _untap(self) -> None:
         """A value of which no one reads the whole is narrowed only."""

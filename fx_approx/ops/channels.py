@@ -94,12 +94,12 @@ def tapped(input: Tensor, dim: int, chosen: Selection | None) -> tuple[Tensor, T
     return (input, input) if chosen is None else tap(input, dim, chosen.indices[0])
 
 
-def tapped_relu(input: Tensor, dim: int, chosen: Selection | None) -> tuple[Tensor, Tensor]:
-    """:func:`tapped` of ``relu(input)``, which keeps less for the backward pass; see :func:`rectified.tap_relu`."""
+def tapped_relu(input: Tensor, dim: int, chosen: Selection | None, inplace: bool = False) -> tuple[Tensor, Tensor]:
+    """:func:`tapped` of ``F.relu(input, inplace)``, which keeps less for backward; see :func:`rectified.tap_relu`."""
     if chosen is None:
-        whole = F.relu(input)
+        whole = F.relu(input, inplace)
         return whole, whole
-    return tap_relu(input, dim, chosen.indices[0])
+    return tap_relu(input, dim, chosen.indices[0], inplace)
 
 
 def slice_weights(

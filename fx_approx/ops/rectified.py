@@ -18,13 +18,15 @@ _GATHER_BITS = 0x0102040810204080
 
 class _TappedReLU(torch.autograd.Function):
     @staticmethod
-    def forward(source: Tensor, dim: int, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        whole = torch.relu(source)
+    def forward(source: Tensor, dim: int, index: Tensor, done: bool) -> tuple[Tensor, Tensor, Tensor]:
+        whole = source.view_as(source) if done else torch.relu(source)
         return whole, select(whole, dim, index), _signs(whole)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _, ctx.dim, index = inputs
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, int, Tensor, bool], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        _, ctx.dim, index, _ = inputs
         whole, _, signs = output
         ctx.size, ctx.order = whole.shape[ctx.dim], channels_last_order(whole) or ()
         ctx.set_materialize_grads(False)
@@ -34,16 +36,18 @@ class _TappedReLU(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, whole: Tensor | None, part: Tensor | None, _: Tensor | None
-    ) -> tuple[Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, None, None, None]:
         index, signs = ctx.saved_tensors
         total = together(whole, part, ctx.dim, index, ctx.size)
         if total is None:
-            return None, None, None
+            return None, None, None, None
         positive = signs.to(total.dtype) if signs.dtype is torch.bool else unpack_signs(signs, total, ctx.order)
-        return torch.ops.aten.threshold_backward(total, positive, 0), None, None
+        if total is whole or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_batched(total):
+            return torch.ops.aten.threshold_backward(total, positive, 0), None, None, None
+        return torch.ops.aten.threshold_backward.grad_input(total, positive, 0, grad_input=total), None, None, None
 
 
-def tap_relu(source: Tensor, dim: int, index: Tensor) -> tuple[Tensor, Tensor]:
+def tap_relu(source: Tensor, dim: int, index: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """``relu(source)`` and its entries ``index`` along ``dim``; see :func:`fx_approx.ops.gather.tap`.
 
     A ReLU of its own keeps its result for the backward pass. Here the entries are what a layer keeps of it, and of the
@@ -54,11 +58,18 @@ def tap_relu(source: Tensor, dim: int, index: Tensor) -> tuple[Tensor, Tensor]:
         source: Any shape.
         dim: The axis.
         index: ``[k]`` int64, unique.
+        inplace: The value overwrites ``source``, as in ``F.relu(source, inplace=True)``; compiled code plans memory
+            by itself.
     """
+    dim %= source.dim()
+    inplace = inplace and not torch.compiler.is_compiling()
     if not (torch.is_grad_enabled() and source.requires_grad):
-        whole = torch.relu(source)
-        return whole, select(whole, dim % source.dim(), index)
-    whole, part, _ = _TappedReLU.apply(source, dim % source.dim(), index)  # type: ignore[no-untyped-call]
+        whole = F.relu(source, inplace)
+        return whole, select(whole, dim, index)
+    if inplace:
+        with torch.no_grad():  # the derivative of this is that of the node below
+            source.relu_()
+    whole, part, _ = _TappedReLU.apply(source, dim, index, inplace)  # type: ignore[no-untyped-call]
     return whole, part
 
 

@@ -83,6 +83,31 @@ def test_signs_come_back(shape: tuple[int, ...], dim: int) -> None:
         assert torch.equal(unpack_signs(signs, torch.empty(shape), order if last else ()), (source > 0).float())
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["no gradients", "gradients"])
+def test_in_place(given: bool) -> None:
+    leaf = torch.randn(2, 8, 3, 3)
+    index = torch.tensor([6, 1])
+    results = []
+    for inplace in (False, True):
+        x = leaf.clone().requires_grad_(given)
+        source = x * 2
+        whole, part = tap_relu(source, 1, index, inplace)
+        assert (whole.data_ptr() == source.data_ptr()) == inplace
+        if given:
+            torch.autograd.backward([whole, part], [torch.cos(leaf), torch.sin(leaf[:, :2])])
+        results.append((whole, part, x.grad))
+    for one, other in zip(*results, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_in_place_of_what_another_one_keeps_is_an_error() -> None:
+    x = torch.randn(4, 6, requires_grad=True)
+    source = x.exp()
+    whole, _ = tap_relu(source, 1, torch.tensor([1]), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        whole.sum().backward()
+
+
 def test_derivatives_of_derivatives_and_batched_gradients() -> None:
     index = torch.tensor([3, 0])
     source = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
