@@ -322,7 +322,9 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
     "fx_approx::draw": (torch.tensor([3, 5]), [0, 4, 7], [3, 1, 6]),
     "fx_approx::take": (torch.randn(2, 5, 3), 1, torch.tensor([0, 3])),
     "fx_approx::put": (torch.randn(2, 2, 3), 1, torch.tensor([0, 3]), 5),
-    "fx_approx::add_at": (torch.randn(2, 5, 3), 1, torch.tensor([0, 3]), torch.randn(2, 2, 3), None),
+    "fx_approx::add_at": (torch.randn(2, 5, 3), 1, torch.tensor([0, 3]), torch.randn(2, 2, 3)),
+    "fx_approx::pack_signs": (torch.randn(2, 5, 3).relu(),),
+    "fx_approx::unpack_signs": (torch.randint(256, (4,), dtype=torch.uint8), torch.randn(2, 5, 3), ()),
     "fx_approx::keep": (
         *(torch.tensor([3, 5]), torch.arange(3), torch.rand(2)),
         *(torch.zeros(2, dtype=torch.int64), torch.arange(3), torch.rand(2), 10**9),
