@@ -222,7 +222,10 @@ class _Walk:
         self._hold((("index", axis), entries(axis, self.kept) * (_INDEX_BYTES + scale)))
 
     def _product(self, one: Operation, product: Product, saved: Sequence[int], seen: Mapping[int, Piece]) -> None:
-        """What a sampled or narrowed product keeps: its input, or the chosen part of it, and a slice of its weight."""
+        """What a sampled or narrowed product keeps: its input, or the chosen part of it, and a slice of its weight.
+
+        A linear layer whose slice is a value of the graph takes it again in the backward pass (``ops.sliced_linear``).
+        """
         candidate, kept, facts = product.candidate, product.kept, product.candidate.facts
         assert facts is not None
         spec, rows = product.roles.get(Role.OUTPUT), product.roles.get(Role.GRAD_WEIGHT)
@@ -241,6 +244,7 @@ class _Walk:
         reads = self.effects.reads.get(candidate.name)
         follows = one.action == "produce" and reads is not None and self.effects.hoisted
         chosen = pairs if kept.output is None else kept.output
+        again = candidate.kind == "linear" and self.effects.hoisted and (follows or not forward)
         size = facts.lhs_bytes * chosen * some // (pairs * of)
         if forward and not follows:
             self.gathered["part", candidate.name] = size
@@ -250,7 +254,7 @@ class _Walk:
             self._whole_input(one, saved, seen, chosen, pairs)
         if facts.rhs_kept and not facts.rhs_is_parameter:
             self._hold((("right", candidate.name), facts.rhs_bytes * chosen * some // (pairs * of)))
-        elif facts.rhs_kept and (size := sliced_bytes(facts, kept)):
+        elif facts.rhs_kept and not again and (size := sliced_bytes(facts, kept)):
             self._hold((("slice", one.weight, reads if forward else None, one.axis), size))
         if forward and spec is not None:
             scale = _SCALE_BYTES * (get_sampler(spec.name).unbiased and facts.flops.grad_weight > 0)

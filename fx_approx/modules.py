@@ -236,7 +236,7 @@ class SampledLinear(SampledLayer, nn.Linear):
         With :class:`fx_approx.ops.Slices` only what they hold is computed, from an input of as many features.
         """
         if given and isinstance(given[0], ops.Slices):
-            return F.linear(input, given[0].weight, given[0].bias)
+            return ops.sliced_linear(input, self.weight, self.bias, given[0])
         selection, grad_input, grad_weight, straight_through = self.how(input, given)
         return ops.linear(
             input,

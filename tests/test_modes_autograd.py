@@ -323,6 +323,7 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
     "fx_approx::take": (torch.randn(2, 5, 3), 1, torch.tensor([0, 3])),
     "fx_approx::put": (torch.randn(2, 2, 3), 1, torch.tensor([0, 3]), 5),
     "fx_approx::add_at": (torch.randn(2, 5, 3), 1, torch.tensor([0, 3]), torch.randn(2, 2, 3)),
+    "fx_approx::take_again": (torch.randn(2, 5, 3), 1, torch.tensor([0, 3]), torch.randn(2)),
     "fx_approx::pack_signs": (torch.randn(2, 5, 3).relu(),),
     "fx_approx::unpack_signs": (torch.randint(256, (4,), dtype=torch.uint8), torch.randn(2, 5, 3), ()),
     "fx_approx::keep": (

@@ -10,7 +10,6 @@ from fx_approx.ops.channels import (
     remaining,
     resize,
     slice_weights,
-    sliced_linear,
     split_parts,
     spread,
     tapped,
@@ -24,6 +23,7 @@ from fx_approx.ops.gather import gather, select_channels
 from fx_approx.ops.linear import linear
 from fx_approx.ops.matmul import addmm, baddbmm, bmm, matmul, mm
 from fx_approx.ops.running import new_running
+from fx_approx.ops.sliced import sliced_linear
 from fx_approx.ops.unsupported import refuse_transforms
 
 __all__ = [

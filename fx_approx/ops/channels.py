@@ -28,11 +28,15 @@ class Slices(NamedTuple):
         weight: ``[outputs, inputs / groups, ...]``, the scale of the sample multiplied in.
         bias: ``[outputs]`` or None.
         groups: Of the convolution that is left; 1 for a linear layer.
+        inputs: What the weight has been sliced by along its inputs, see :func:`slice_weights`.
+        outputs: The same along its outputs.
     """
 
     weight: Tensor
     bias: Tensor | None
     groups: int
+    inputs: Selection | None
+    outputs: Selection | None
 
 
 def width(parts: Sequence[Part]) -> int:
@@ -130,12 +134,7 @@ def slice_weights(
         bias = None if bias is None else gather(bias, 0, index)
     if inputs is not None and not depthwise:
         weight = select_weight(weight, groups, inputs)
-    return Slices(weight, bias, groups)
-
-
-def sliced_linear(input: Tensor, weight: Tensor, bias: Tensor | None, slices: Slices | None) -> Tensor:
-    """``input [..., k] @ weight.T + bias`` with the slices, or the whole layer without."""
-    return F.linear(input, weight, bias) if slices is None else F.linear(input, slices.weight, slices.bias)
+    return Slices(weight, bias, groups, inputs, outputs)
 
 
 def resize(input: Tensor, shape: Sequence[int], axis: int, parts: Sequence[Part], view: bool) -> Tensor:
