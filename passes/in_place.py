@@ -47,8 +47,15 @@ def changes_in_place(flow: Flow, node: fx.Node) -> bool:
 
 
 def is_changed(flow: Flow, node: fx.Node) -> bool:
-    """Whether one that reads the value of ``node`` changes it in place."""
-    return any(first(user) is node and changes_in_place(flow, user) for user in node.users)
+    """Whether one that reads the value of ``node``, or a view of it, changes it in place."""
+    waiting = [node]
+    while waiting:
+        found = waiting.pop()
+        readers = [user for user in found.users if first(user) is found]
+        if any(changes_in_place(flow, user) for user in readers):
+            return True
+        waiting += [user for user in readers if _may_be_view(flow, user)]
+    return False
 
 
 def changed_for_others(flow: Flow, node: fx.Node) -> set[fx.Node]:
