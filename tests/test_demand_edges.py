@@ -23,7 +23,7 @@ class Between(nn.Module):
         super().__init__()
         self.function = function
         self.first, self.second = nn.Conv2d(3, CHANNELS, 3, padding=1), nn.Conv2d(outputs, 4, 3, padding=1)
-        self.other = nn.Conv2d(CHANNELS, 5, 1)
+        self.other, self.gate = nn.Conv2d(CHANNELS, 5, 1), nn.Conv2d(CHANNELS, CHANNELS, 1)
         self.bound = nn.Parameter(torch.rand(CHANNELS, 1, 1) + 0.5)
         self.bn, self.prelu = nn.BatchNorm2d(CHANNELS), nn.PReLU(CHANNELS)
         self.identity, self.dropout = nn.Identity(), nn.Dropout(0.0)
@@ -63,6 +63,13 @@ def plus_equals(net: Between, x: Tensor) -> Tensor:
 def divide_in_place(net: Between, x: Tensor) -> Tensor:
     x /= net.bound
     return x
+
+
+def gated_behind_a_change(net: Between, x: Tensor) -> Tensor:
+    """The gate is read in part, and so is x, which another name has changed before."""
+    gate = torch.sigmoid(net.gate(x.mean((2, 3), keepdim=True)))
+    x.contiguous().mul_(0.5)
+    return x * gate
 
 
 def doubled(net: Between, x: Tensor) -> Tensor:
@@ -129,6 +136,7 @@ CASES: dict[str, tuple[Callable[[Between, Tensor], Tensor], bool | None]] = {
     "in-place-method": (lambda net, x: x.mul_(2).relu_(), True),
     "in-place-add": (plus_equals, True),
     "in-place-division": (divide_in_place, None),
+    "gated-behind-a-change": (gated_behind_a_change, None),
     "in-place-then-read": (read_between(lambda net, x: x.relu_()), None),
     "in-place-position-then-read": (read_between(lambda net, x: F.relu(x, True)), None),
     "in-place-view-then-read": (read_between(lambda net, x: x.view(-1).mul_(0.5)), None),
