@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
@@ -11,25 +10,14 @@ import torch
 from torch import nn
 
 from fx_approx.approx import ApproxModule, adopt, find
-from fx_approx.candidate import Candidate, Role, with_facts
-from fx_approx.capture import CallForm, Capture, call_form, capture, described, skeleton
+from fx_approx.candidate import Role
+from fx_approx.capture import CallForm, call_form, capture, described, skeleton
 from fx_approx.checks import check_inputs, check_model, check_seed
 from fx_approx.controls import load_sampler_state, sampler_state
 from fx_approx.errors import CaptureWarning, NoEffectWarning
 from fx_approx.modules import unswap
-from fx_approx.passes import (
-    Flow,
-    Found,
-    annotate,
-    decide,
-    find_effects,
-    find_facts,
-    find_flow,
-    propagate,
-    rewrite,
-    unfuse,
-)
-from fx_approx.passes.flow import Values
+from fx_approx.passes import annotate, decide, find_effects, find_flow
+from fx_approx.pipeline import Prepared, install, prepare, with_shapes
 from fx_approx.plan import Plan, Policy
 from fx_approx.policies import Paper
 from fx_approx.report import Explanation, SavingsReport, build_report
@@ -87,18 +75,11 @@ def transform(
 
 
 def _transform(
-    model: M, policy: Policy | None, prepared_root: tuple[nn.Module, _Prepared], seed: int, every: int, demand: bool
+    model: M, policy: Policy | None, prepared_root: tuple[nn.Module, Prepared], seed: int, every: int, demand: bool
 ) -> M:
     root, prepared = prepared_root
     plan = decide(prepared.candidates, Paper() if policy is None else policy)
-    runtime = Runtime(prepared.captured, prepared.candidates, plan, seed, every)
-    runtime.called = prepared.called
-    runtime.learnt = runtime.shaped = prepared.called is not None
-    _place(runtime, model)
-    runtime.hoisting = demand
-    flow = prepared.flow(root)
-    facts = rewrite(root, runtime, prepared.found, flow, demand)
-    runtime.effects = find_effects(prepared.found, plan, facts, flow, demand)
+    runtime = install(root, prepared, plan, seed, every, demand)
     for part in prepared.captured.opaque:
         warnings.warn(f"not traced, served by module swap: {part}", CaptureWarning, stacklevel=4)
     if not plan.sampled:
@@ -124,34 +105,7 @@ def explain(
     check_model(model)
     root, prepared = _prepare(model, example_inputs)
     plan = decide(prepared.candidates, Paper() if policy is None else policy)
-    flow = prepared.flow(root)
-    facts = find_facts(prepared.captured.graph, prepared.found, plan, flow)
-    report = build_report(
-        type(model).__name__,
-        prepared.candidates,
-        plan,
-        prepared.captured.opaque,
-        tried=prepared.called is not None,
-        effects=find_effects(prepared.found, plan, facts, flow, demand),
-    )
-    return Explanation(plan, report)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prepared:
-    captured: Capture
-    found: list[Found]
-    called: tuple[Any, Any] | None
-    values: Values | None
-
-    def flow(self, root: nn.Module) -> Flow | None:
-        """Which values hold the same channels; None if shapes are not known."""
-        graph = self.captured.graph
-        return None if graph is None or self.values is None else find_flow(root, graph, self.values)
-
-    @property
-    def candidates(self) -> tuple[Candidate, ...]:
-        return tuple(one.candidate for one in self.found)
+    return Explanation(plan, prepared.predicted(root, type(model).__name__, plan, demand))
 
 
 def _prepare(
@@ -159,44 +113,17 @@ def _prepare(
     example_inputs: Any,
     form: CallForm | None = None,
     called: tuple[Any, Any] | None = None,
-) -> tuple[nn.Module, _Prepared]:
+) -> tuple[nn.Module, Prepared]:
     """Capture and annotate: everything before a decision.
 
     ``form`` and ``called`` say how the model is called where there are no example inputs.
     """
     args, kwargs = check_inputs(model, example_inputs)
     root = skeleton(model)
-    captured = unfuse(root, capture(root, call_form(root, args, kwargs) if form is None else form))
-    found, values = annotate(root, captured), None
+    captured = capture(root, call_form(root, args, kwargs) if form is None else form)
     if args is not None:
         called = described(args), described(kwargs)
-    if called is not None:
-        found, values = _with_shapes(root, captured, found, called)
-    return root, _Prepared(captured, found, called, values)
-
-
-def _with_shapes(
-    root: nn.Module, captured: Capture, found: list[Found], called: tuple[Any, Any]
-) -> tuple[list[Found], Values | None]:
-    shapes = propagate(root, captured, found, *called)
-    if shapes.stopped:
-        warnings.warn(f"shapes are known only in part: {shapes.stopped}", CaptureWarning, stacklevel=4)
-    candidates = with_facts(tuple(one.candidate for one in found), shapes.facts)
-    known = [
-        dataclasses.replace(
-            one,
-            candidate=dataclasses.replace(candidate, blocked=candidate.blocked or shapes.blocked.get(candidate.name)),
-        )
-        for one, candidate in zip(found, candidates, strict=True)
-    ]
-    return known, shapes.values
-
-
-def _place(runtime: Runtime, model: nn.Module) -> None:
-    """Puts the random state on the device of the model's first parameter."""
-    first = next(model.parameters(), None)
-    if first is not None:
-        runtime.state = runtime.state.to(first.device)
+    return root, prepare(root, captured, called)
 
 
 def report(model: nn.Module) -> SavingsReport:
@@ -228,7 +155,8 @@ def report(model: nn.Module) -> SavingsReport:
 def _learn(approx: ApproxModule, runtime: Runtime) -> None:
     assert runtime.called is not None
     root, graph = _plain(approx), runtime.capture.graph
-    learnt, values = _with_shapes(root, runtime.capture, annotate(root, runtime.capture), runtime.called)
+    found = annotate(root, runtime.capture)
+    learnt, values = with_shapes(root, runtime.capture, found, runtime.called, stacklevel=4)
     runtime.candidates = tuple(one.candidate for one in learnt)
     flow = None if graph is None or values is None else find_flow(root, graph, values)
     runtime.effects = find_effects(learnt, runtime.plan, runtime.facts, flow, False)

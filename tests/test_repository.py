@@ -31,8 +31,9 @@ LAYERS: dict[str, tuple[int, set[str]]] = {
     "passes": (5, {"passes"}),
     "policies": (5, {"policies"}),
     "surface": (6, {*_REPORTS, "checks", "controls", "verify", "coupling"}),
-    "api": (7, {"api"}),
-    "entry": (8, {"__init__", "__main__", "cli"}),
+    "pipeline": (7, {"pipeline"}),
+    "api": (8, {"api", "backend", "dynamo", "lifted"}),
+    "entry": (9, {"__init__", "__main__", "cli"}),
 }
 
 # A path that exists on one machine only; the look-behind keeps URLs and relative paths out.
