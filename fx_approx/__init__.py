@@ -6,6 +6,7 @@ print(fx_approx.report(approx))               # what each layer saves, and why t
 """
 
 from fx_approx.api import explain, report, restore, transform
+from fx_approx.backend import backend
 from fx_approx.candidate import Candidate, GemmShape, Role
 from fx_approx.controls import (
     hold,
@@ -58,6 +59,7 @@ __all__ = [
     "StaleStatisticsWarning",
     "UnsupportedTransformError",
     "Verification",
+    "backend",
     "coupling_graph",
     "coupling_text",
     "draw_coupling",

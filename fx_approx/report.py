@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 import textwrap
@@ -22,7 +23,7 @@ from fx_approx.sampling import SamplerSpec, get_sampler
 from fx_approx.tables import DEMAND, NARROWER, checked, human, table
 from fx_approx.tracer import Opaque
 
-__all__ = ["Explanation", "Row", "Sample", "SavingsReport", "Totals", "build_report"]
+__all__ = ["Explanation", "Row", "Sample", "SavingsReport", "Totals", "build_report", "merged_reports"]
 
 _SHOWN_STOPS = 10
 
@@ -257,6 +258,20 @@ def build_report(
         why = "fake tensors do not get there" if tried else "give example_inputs, or run one eager forward"
         notes.append(f"{len(rows) - len(known)} of {len(rows)} rows without shapes, not in the totals: {why}.")
     return SavingsReport(model, tuple(rows), totals, tuple(notes), (*effects.stops, *effects.notes))
+
+
+def merged_reports(reports: Sequence[SavingsReport]) -> SavingsReport:
+    """One report of several graphs of a model."""
+    if len(reports) == 1:
+        return reports[0]
+    totals = functools.reduce(Totals.__add__, (report.totals for report in reports))
+    return SavingsReport(
+        " + ".join(dict.fromkeys(report.model for report in reports)),
+        tuple(row for report in reports for row in report.rows),
+        totals,
+        tuple(note for report in reports for note in report.notes),
+        tuple(stop for report in reports for stop in report.stops),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

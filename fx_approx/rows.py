@@ -143,6 +143,14 @@ class Totals:
     memory_exact: int | None = None
     memory: int | None = None
 
+    def __add__(self, other: Totals) -> Totals:
+        """Sums; what is not known of one is not known of both."""
+        values = {}
+        for field in dataclasses.fields(self):
+            ours, theirs = getattr(self, field.name), getattr(other, field.name)
+            values[field.name] = None if ours is None or theirs is None else ours + theirs
+        return Totals(**values)
+
     @property
     def saved(self) -> float:
         """Share of all operations that are not computed, the selection's not counted."""

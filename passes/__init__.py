@@ -2,7 +2,7 @@
 
 from fx_approx.passes.annotate import Found, annotate
 from fx_approx.passes.channelwise import find_flow
-from fx_approx.passes.decide import decide
+from fx_approx.passes.decide import check_policy, decide
 from fx_approx.passes.effects import Effects, find_effects
 from fx_approx.passes.flow import Flow
 from fx_approx.passes.rewrite import Facts, find_facts, rewrite
@@ -16,6 +16,7 @@ __all__ = [
     "Found",
     "Shapes",
     "annotate",
+    "check_policy",
     "decide",
     "find_effects",
     "find_facts",

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from fx_approx.candidate import Candidate
 from fx_approx.errors import ShapesNeededError
 from fx_approx.plan import Plan, Policy, make_plan
+
+
+def check_policy(policy: Any) -> None:
+    """Raises TypeError if ``policy`` is none."""
+    if isinstance(policy, type) or not isinstance(policy, Policy):
+        got = type(policy).__name__ if isinstance(policy, torch.Tensor) else repr(policy)
+        hint = "; example inputs are the third argument" if isinstance(policy, (torch.Tensor, tuple)) else ""
+        raise TypeError(
+            f"policy: expected a policy such as fx_approx.policies.Paper(0.5), or a Plan, got {got[:200]}{hint}"
+        )
 
 
 def decide(candidates: Sequence[Candidate], policy: Policy) -> Plan:
@@ -18,12 +29,7 @@ def decide(candidates: Sequence[Candidate], policy: Policy) -> Plan:
         TypeError: ``policy`` is none.
         ShapesNeededError: The policy reads shapes, and some are not known.
     """
-    if isinstance(policy, type) or not isinstance(policy, Policy):
-        got = type(policy).__name__ if isinstance(policy, torch.Tensor) else repr(policy)
-        hint = "; example inputs are the third argument" if isinstance(policy, (torch.Tensor, tuple)) else ""
-        raise TypeError(
-            f"policy: expected a policy such as fx_approx.policies.Paper(0.5), or a Plan, got {got[:200]}{hint}"
-        )
+    check_policy(policy)
     if policy.needs_shapes:
         unknown = [c.name for c in candidates if c.facts is None and not c.blocked]
         if unknown:

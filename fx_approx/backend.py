@@ -1,0 +1,267 @@
+"""The Dynamo frontend: ``torch.compile(model, backend=fx_approx.backend(policy))``.
+
+For models that torch.fx cannot trace. Dynamo hands over each graph of a frame, functional, with the parameters among
+its inputs; layers are put back at their paths (:mod:`fx_approx.lifted`), the same passes run, and the inner backend
+compiles the result. The model itself is not changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fx_approx.api import report
+from fx_approx.approx import ApproxModule, adopt
+from fx_approx.capture import TensorSpec
+from fx_approx.checks import check_seed
+from fx_approx.dynamo import Frame, current_frame
+from fx_approx.errors import CaptureWarning
+from fx_approx.lifted import Lift, lift, place_of
+from fx_approx.ops import find_op
+from fx_approx.passes import check_policy, decide
+from fx_approx.pipeline import Prepared, install, prepare
+from fx_approx.plan import Plan, Policy
+from fx_approx.policies import Paper
+from fx_approx.report import SavingsReport, merged_reports
+
+_STREAMS = 0x1B873593CC9E2D51  # odd: the seeds of a model's graphs stay apart
+_OUTSIDE = "called outside any module of the frame, so no training flag says when to sample"
+
+
+def backend(
+    policy: Policy | None = None,
+    *,
+    inner: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    seed: int = 0,
+    every: int = 1,
+    demand: bool = True,
+) -> Backend:
+    """A backend of ``torch.compile`` that samples: ``torch.compile(model, backend=fx_approx.backend(policy))``.
+
+    Unlike :func:`fx_approx.transform` it serves models that cannot be traced symbolically, Hugging Face transformers
+    among them, and models with graph breaks: each graph is rewritten by itself, and demand stops between them.
+
+    A layer is sampled if and only if its own ``training`` flag is set; another mode, and another instance of a class,
+    is compiled by itself. Where nothing is sampled, the inner backend gets the very graph that it would get without us.
+
+    Args:
+        policy: As in :func:`fx_approx.transform`; what it calls the first and the last layer is that of each graph. A
+            :class:`fx_approx.Plan` may cover more layers than one graph has.
+        inner: The backend that compiles the rewritten graph, by name or itself.
+        mode: Of the inner backend, as in ``torch.compile``.
+        options: Of the inner backend, as in ``torch.compile``.
+        seed: As in :func:`fx_approx.transform`; every graph has its own stream of random numbers that follows from it.
+        every: As there.
+        demand: As there.
+
+    Raises:
+        TypeError: An argument of a wrong type.
+        ValueError: No backend has that name, or a number is out of range.
+    """
+    check_seed(seed, every)
+    if not isinstance(demand, bool):
+        raise TypeError(f"demand: expected True or False, got {demand!r}")
+    check_policy(Paper() if policy is None else policy)
+    if isinstance(inner, str):
+        known = torch._dynamo.list_backends(exclude_tags=())
+        if inner not in known:
+            raise ValueError(f"inner: no backend {inner!r}; there are: {', '.join(sorted(known))}")
+    elif not callable(inner):
+        raise TypeError(f"inner: expected the name of a backend or a callable, got {inner!r}")
+    return Backend(Paper() if policy is None else policy, inner, mode, options, seed, every, demand)
+
+
+class Backend:
+    """What :func:`backend` returns; ``torch.compile`` calls it with each graph.
+
+    Attributes:
+        policy: What decides.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        inner: str | Callable[..., Any],
+        mode: str | None,
+        options: dict[str, Any] | None,
+        seed: int,
+        every: int,
+        demand: bool,
+    ) -> None:
+        self.policy = policy
+        self._inner, self._how = inner, {"mode": mode, "options": options}
+        self._seed, self._every, self._demand = seed, every, demand
+        self._graphs: list[_Graph] = []
+
+    @property
+    def pieces(self) -> tuple[nn.Module, ...]:
+        """The transformed graphs in the order of their compilation, as modules.
+
+        What takes a transformed model takes each of them: :func:`fx_approx.set_ratio`, :func:`fx_approx.hold`,
+        :func:`fx_approx.sampler_state` and the like. They live as long as the compiled code.
+        """
+        return tuple(approx for graph in self._graphs if graph.approx is not None and (approx := graph.approx()))
+
+    def report(self) -> SavingsReport:
+        """What each layer saves, over all graphs compiled in training mode so far, and why the others are exact.
+
+        Where a graph was compiled again, for other shapes, the last one counts.
+
+        Raises:
+            ValueError: Nothing was compiled yet.
+        """
+        self._graphs = [graph for graph in self._graphs if graph.alive]
+        if not self._graphs:
+            raise ValueError("nothing was compiled in training mode yet: run a training step first")
+        last: dict[frozenset[str], SavingsReport] = {}
+        for graph in self._graphs:
+            report = graph.report()
+            last[frozenset(row.name for row in report.rows)] = report
+        return merged_reports(list(last.values()))
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **how: Any) -> Callable[..., Any]:
+        """Compiles one graph; called by Dynamo.
+
+        Args:
+            gm: The graph.
+            example_inputs: Its inputs, parameters included.
+            how: ``mode`` and ``options`` that were given to ``torch.compile``.
+        """
+        how = {**self._how, **how}
+        exact = functools.partial(self._exact, gm, example_inputs, how)
+        if not any(_multiplies(node) for node in gm.graph.nodes):
+            return exact()
+        frame = current_frame()
+        lifted = lift(gm, frame)
+        if lifted.higher_order:
+            kinds = ", ".join(sorted(lifted.higher_order))
+            warnings.warn(f"a graph stays exact: its multiplies stand inside {kinds}", CaptureWarning, stacklevel=2)
+            return exact()
+        called = tuple(_described(example_inputs[position]) for position in lifted.inputs), {}
+        prepared = _owned(prepare(lifted.root, lifted.captured, called), frame)
+        frame.guard(filter(None, (place_of(frame, one.owner) for one in prepared.found)))
+        if not any(lifted.root.get_submodule(one.owner).training for one in prepared.found):
+            return exact()
+        name = type(frame.roots[0].module).__name__ if frame.roots else "graph"
+        plan = self._plan(prepared)
+        if not plan.sampled:
+            self._graphs.append(_Graph(prepared.predicted(lifted.root, name, plan, self._demand)))
+            return exact()
+        seed = (self._seed + _STREAMS * len(self.pieces) + 2**63) % 2**64 - 2**63
+        runtime = install(lifted.root, prepared, plan, seed, self._every, self._demand)
+        approx = adopt(lifted.root, runtime, _cannot_pickle)
+        self._graphs.append(_Graph(None, weakref.ref(approx), name))
+        return _Compiled(approx, torch.compile(approx, backend=self._inner, fullgraph=True, **how), lifted)
+
+    def _exact(self, gm: fx.GraphModule, example_inputs: Sequence[Any], how: dict[str, Any]) -> Callable[..., Any]:
+        given = {name: value for name, value in how.items() if value is not None}
+        if self._inner == "inductor":
+            wrapper = torch._TorchCompileInductorWrapper(how.get("mode"), how.get("options"), None)
+            return wrapper(gm, list(example_inputs))
+        compiler = torch._dynamo.lookup_backend(self._inner)
+        compiled: Callable[..., Any] = compiler(gm, list(example_inputs), **given)
+        return compiled
+
+    def _plan(self, prepared: Prepared) -> Plan:
+        policy = self.policy
+        if isinstance(policy, Plan):
+            here = {candidate.name for candidate in prepared.candidates}
+            decisions = tuple(decision for decision in policy if decision.name in here)
+            policy = dataclasses.replace(policy, decisions=decisions)
+        return decide(prepared.candidates, policy)
+
+
+@dataclasses.dataclass
+class _Graph:
+    """What is known of a graph compiled in training mode: its report, or the transformed graph that makes one."""
+
+    made: SavingsReport | None
+    approx: weakref.ref[ApproxModule] | None = None
+    name: str = ""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the code that runs it still exists."""
+        return self.approx is None or self.approx() is not None
+
+    def report(self) -> SavingsReport:
+        """Its report, with the ratios as they are now."""
+        approx = None if self.approx is None else self.approx()
+        if approx is None:
+            assert self.made is not None
+            return self.made
+        return dataclasses.replace(report(approx), model=self.name)
+
+
+class _Compiled:
+    """Runs a transformed graph with the inputs of Dynamo's graph."""
+
+    def __init__(self, approx: ApproxModule, run: Callable[..., Any], lifted: Lift) -> None:
+        self.approx, self.run = approx, run
+        self.inputs, self.dynamic = lifted.inputs, lifted.dynamic
+        self.held = [(place, path, _tensor(approx, path)) for place, path in lifted.parameters]
+
+    def __call__(self, *inputs: Any) -> Any:
+        for number, (place, path, tensor) in enumerate(self.held):
+            if inputs[place] is not tensor:  # someone has put another parameter into the model
+                self._replace(path, tensor, inputs[place])
+                self.held[number] = place, path, inputs[place]
+        for place, dim in self.dynamic:
+            torch._dynamo.maybe_mark_dynamic(inputs[place], dim)
+        return self.run(*[inputs[place] for place in self.inputs])
+
+    def _replace(self, path: str, old: Tensor, new: Tensor) -> None:
+        for module in self.approx.modules():
+            for registry in (module._parameters, module._buffers):
+                for name, tensor in registry.items():
+                    if tensor is old:
+                        registry[name] = new
+
+
+def _tensor(root: nn.Module, path: str) -> Tensor:
+    holder, _, name = path.rpartition(".")
+    value: Tensor = getattr(root.get_submodule(holder), name)
+    return value
+
+
+def _multiplies(node: fx.Node) -> bool:
+    higher_order = isinstance(node.target, torch._ops.HigherOrderOperator)
+    return node.op in ("call_function", "call_method") and (higher_order or find_op(node.target) is not None)
+
+
+def _owned(prepared: Prepared, frame: Frame) -> Prepared:
+    """Blocks what stands outside the frame's modules."""
+    if len(frame.roots) == 1:
+        return prepared
+    found = [
+        one
+        if one.owner or one.candidate.blocked
+        else dataclasses.replace(one, candidate=dataclasses.replace(one.candidate, blocked=_OUTSIDE))
+        for one in prepared.found
+    ]
+    return dataclasses.replace(prepared, found=found)
+
+
+def _described(value: Any) -> Any:
+    """A tensor's description, with the sizes that Dynamo has seen in place of symbols."""
+    if not isinstance(value, Tensor):
+        return _size(value)
+    sizes, strides = (tuple(map(_size, numbers)) for numbers in (value.shape, value.stride()))
+    return TensorSpec(sizes, strides, value.dtype, value.device, value.requires_grad)
+
+
+def _size(value: Any) -> Any:
+    return value.node.hint if isinstance(value, torch.SymInt) else value
+
+
+def _cannot_pickle(approx: ApproxModule) -> tuple[Any, ...]:
+    raise TypeError("a graph of torch.compile cannot be pickled; save the model itself, it is not changed")

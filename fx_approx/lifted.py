@@ -1,0 +1,298 @@
+"""The graph of a Dynamo backend as a captured model: layers at their paths again, on the same parameters.
+
+Dynamo writes a layer as the function that it calls, with its parameters among the graph's inputs. The passes know
+layers. So a skeleton of bare modules holds the parameters and buffers at their paths; a call that is exactly what a
+layer there does becomes a call of that layer, and what is left stays a function on a parameter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from fx_approx.capture import CallForm, Capture
+from fx_approx.dynamo import Frame, Root
+from fx_approx.tracer import is_hooked
+
+_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+_CONVOLUTIONS: dict[Any, type[nn.Module]] = {
+    torch.conv1d: nn.Conv1d,
+    torch.conv2d: nn.Conv2d,
+    torch.conv3d: nn.Conv3d,
+}
+_NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class Lifted(nn.Module):
+    """The root of the skeleton; only its graph runs."""
+
+    def forward(self, *values: Any) -> Any:
+        """Nothing that a caller should get at."""
+        raise AssertionError("the graph of a Dynamo frame runs, not this")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lift:
+    """A captured graph of a frame.
+
+    Attributes:
+        root: The skeleton.
+        captured: The graph; its inputs are those of Dynamo's graph that are no parameters or buffers.
+        inputs: Their positions among Dynamo's inputs.
+        parameters: Position among Dynamo's inputs, and path, of the parameters and buffers.
+        dynamic: Position among Dynamo's inputs, and dimension, of the sizes that are not fixed.
+        higher_order: Names of the operators in the graph that hold graphs themselves.
+        frame: The frame.
+    """
+
+    root: Lifted
+    captured: Capture
+    inputs: tuple[int, ...]
+    parameters: tuple[tuple[int, str], ...]
+    dynamic: tuple[tuple[int, int], ...]
+    higher_order: frozenset[str]
+    frame: Frame
+
+
+def prefix_of(frame: Frame, root: Root) -> str:
+    """Where a root stands in the skeleton: at its top if it is the only one."""
+    return "" if len(frame.roots) == 1 else "".join(c if c.isalnum() else "_" for c in root.name).strip("_")
+
+
+def place_of(frame: Frame, path: str) -> tuple[Root, str] | None:
+    """The root that a path of the skeleton is in, and the path there; None for a place outside all roots."""
+    for root in frame.roots:
+        prefix = prefix_of(frame, root)
+        if not prefix or path == prefix or path.startswith(prefix + "."):
+            return root, path[len(prefix) :].removeprefix(".")
+    return None
+
+
+def lift(gm: fx.GraphModule, frame: Frame) -> Lift:
+    """Puts the layers of a frame's modules back into its graph."""
+    return _Lifter(gm, frame).run()
+
+
+class _Lifter:
+    def __init__(self, gm: fx.GraphModule, frame: Frame) -> None:
+        self.gm, self.frame = gm, frame
+        self.root = Lifted()
+        self.graph = fx.Graph()
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.counts: dict[fx.Node, fx.Node] = {}
+        self.inputs: list[int] = []
+        self.names: dict[int, str] = {}
+        for root in frame.roots:
+            prefix = prefix_of(frame, root)
+            for path, tensor in (*root.module.named_parameters(prefix), *root.module.named_buffers(prefix)):
+                self.names.setdefault(id(tensor), path)
+        self.root.training = len(frame.roots) == 1 and frame.roots[0].module.training
+
+    def run(self) -> Lift:
+        """Copies the graph node by node."""
+        nodes = list(self.gm.graph.nodes)
+        given = [node for node in nodes if node.op == "placeholder"]
+        parameters = {position: path for position, node in enumerate(given) if (path := self._path(node))}
+        sizes = {position: node for position, node in enumerate(given) if _symbol(node.meta.get("example_value"))}
+        for position, node in enumerate(given):
+            if position not in parameters and position not in sizes:
+                self._take(position, node)
+        dynamic = [
+            (position, dim, _symbol(size))
+            for position in self.inputs
+            for dim, size in enumerate(getattr(given[position].meta.get("example_value"), "shape", ()))
+            if isinstance(size, torch.SymInt)
+        ]
+        places = {symbol: (position, dim) for position, dim, symbol in reversed(dynamic)}
+        for position, node in sizes.items():
+            if _symbol(node.meta["example_value"]) not in places:
+                self._take(position, node)
+        for position, path in parameters.items():
+            self._hold(path, self.frame.tensors[given[position].name])
+            self.copies[given[position]] = self.graph.create_node("get_attr", path)
+        for node in sizes.values():
+            if node not in self.copies:
+                place, dim = places[_symbol(node.meta["example_value"])]
+                self.copies[node] = self.graph.call_method("size", (self.copies[given[place]], dim))
+        for node in nodes:
+            if node.op != "placeholder":
+                self.copies[node] = self._copy(node)
+        self._sweep()
+        names = tuple(str(node.target) for node in self.graph.find_nodes(op="placeholder"))
+        constants = {
+            str(node.target): value
+            for node in self.graph.find_nodes(op="get_attr")
+            if isinstance(value := getattr(self.gm, str(node.target), None), Tensor)
+        }
+        captured = Capture(self.graph, CallForm(names, names, {}, {}), (), (), constants)
+        higher = frozenset(n.target.name() for n in nodes if isinstance(n.target, torch._ops.HigherOrderOperator))
+        marks = tuple((position, dim) for position, dim, _ in dynamic)
+        return Lift(self.root, captured, tuple(self.inputs), tuple(parameters.items()), marks, higher, self.frame)
+
+    def _path(self, node: fx.Node) -> str | None:
+        """Where the parameter or buffer that an input stands for is in the skeleton; None for another input."""
+        tensor = self.frame.tensors.get(node.name)
+        return None if tensor is None else self.names.get(id(tensor))
+
+    def _take(self, position: int, node: fx.Node) -> None:
+        self.inputs.append(position)
+        self.copies[node] = self.graph.placeholder(node.name)
+
+    def _hold(self, path: str, tensor: Tensor | None) -> None:
+        """Registers a tensor in the skeleton."""
+        holder, _, name = path.rpartition(".")
+        module = self._module(holder)
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(name, tensor)
+        else:
+            module.register_buffer(name, tensor)
+
+    def _module(self, path: str) -> nn.Module:
+        """The module of the skeleton at ``path``, made if it is not there; a copy of a layer, else a bare one."""
+        here: nn.Module = self.root
+        walked = ""
+        for part in path.split(".") if path else ():
+            walked = f"{walked}.{part}" if walked else part
+            if part not in here._modules:
+                here.add_module(part, self._bare(walked))
+            child = here._modules[part]
+            assert child is not None
+            here = child
+        return here
+
+    def _bare(self, path: str) -> nn.Module:
+        """A module for ``path``: a copy of the user's layer on the same parameters, or one without a forward."""
+        made = nn.Module()
+        found = place_of(self.frame, path)
+        real = None if found is None else found[0].module.get_submodule(found[1])
+        if real is not None:
+            made.training = real.training
+            if _is_plain_layer(real):
+                made = type(real).__new__(type(real))
+                made.__dict__.update(vars(real))
+                for registry in ("_parameters", "_buffers", "_modules"):
+                    made.__dict__[registry] = dict(getattr(real, registry))
+        return made
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        copy = self.graph.node_copy(node, lambda other: self.copies[other])
+        copy.meta = {}
+        stack: dict[str, tuple[str, Any]] = {}
+        for name, kind in (node.meta.get("nn_module_stack") or {}).values():
+            found = self.frame.root_of(name)
+            if found is not None:
+                path = ".".join(filter(None, (prefix_of(self.frame, found[0]), found[1])))
+                stack[path] = (path, kind)
+        copy.meta["nn_module_stack"] = stack
+        owner = next(reversed(stack), "")
+        self._module(owner)
+        if node.op == "call_method" and node.target == "add_":
+            self.counts[copy.args[0]] = copy
+        source = self._layer_input(copy, owner)
+        if source is None:
+            return copy
+        with self.graph.inserting_after(copy):
+            call = self.graph.call_module(owner, (source,))
+        call.meta = copy.meta
+        copy.replace_all_uses_with(call)
+        self.graph.erase_node(copy)
+        return call
+
+    def _layer_input(self, node: fx.Node, owner: str) -> fx.Node | None:
+        """What the layer at ``owner`` is called with, if ``node`` is exactly its call."""
+        module = self._module(owner)
+        if node.op != "call_function" or type(module) is nn.Module:
+            return None
+        for function, signature, fits in _CALLS:
+            if node.target is function:
+                given = {**dict(zip(signature, node.args, strict=False)), **node.kwargs}
+                if len(node.args) <= len(signature) and fits(self, module, given):
+                    source = given["input"]
+                    return source if isinstance(source, fx.Node) else None
+        return None
+
+    def is_linear(self, module: nn.Module, given: dict[str, Any]) -> bool:
+        """Whether ``F.linear`` with ``given`` is the call of ``module``."""
+        return type(module) in _LINEAR and self._own(module, given, weight="weight", bias="bias")
+
+    def is_convolution(self, module: nn.Module, given: dict[str, Any]) -> bool:
+        """Whether a convolution with ``given`` is the call of ``module``."""
+        plain = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **given}
+        return (
+            isinstance(module, nn.modules.conv._ConvNd)
+            and module.padding_mode == "zeros"
+            and all(plain[name] == getattr(module, name) for name in ("stride", "padding", "dilation", "groups"))
+            and self._own(module, given, weight="weight", bias="bias")
+        )
+
+    def is_normalisation(self, module: nn.Module, given: dict[str, Any]) -> bool:
+        """Whether ``F.batch_norm`` with ``given`` is the call of ``module``, with the count of its batches before."""
+        if type(module) not in _NORMALISATIONS or not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return False
+        training = given.get("training", False)
+        owned = self._own(
+            module, given, running_mean="running_mean", running_var="running_var", weight="weight", bias="bias"
+        )
+        fits = (
+            owned
+            and module.track_running_stats
+            and module.momentum is not None
+            and (training, given.get("momentum", 0.1), given.get("eps", 1e-5))
+            == (module.training, module.momentum, module.eps)
+        )
+        if not fits or not training:
+            return fits
+        # The layer counts the batch itself.
+        count = next((n for read, n in self.counts.items() if self._is(read, module, "num_batches_tracked")), None)
+        if count is None or count.args[1:] != (1,) or count.kwargs or count.users:
+            return False
+        del self.counts[count.args[0]]
+        self.graph.erase_node(count)
+        return True
+
+    def _own(self, module: nn.Module, given: dict[str, Any], **names: str) -> bool:
+        return all(self._is(given.get(argument), module, name) for argument, name in names.items())
+
+    def _is(self, value: Any, module: nn.Module, name: str) -> bool:
+        """Whether ``value`` reads the module's own tensor of that name (or is None where that is None)."""
+        own = getattr(module, name, None)
+        if own is None or value is None:
+            return own is value
+        if not isinstance(value, fx.Node) or value.op != "get_attr":
+            return False
+        holder, _, attribute = str(value.target).rpartition(".")
+        return getattr(self._module(holder), attribute, None) is own
+
+    def _sweep(self) -> None:
+        """Drops reads of parameters that only the layers themselves need now."""
+        for node in self.graph.find_nodes(op="get_attr"):
+            if not node.users:
+                self.graph.erase_node(node)
+
+
+_Fits = Callable[[_Lifter, nn.Module, dict[str, Any]], bool]
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_NORMALISATION = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_CALLS: tuple[tuple[Any, tuple[str, ...], _Fits], ...] = (
+    (F.linear, ("input", "weight", "bias"), _Lifter.is_linear),
+    *((function, _CONVOLUTION, _Lifter.is_convolution) for function in _CONVOLUTIONS),
+    (F.batch_norm, _NORMALISATION, _Lifter.is_normalisation),
+)
+
+
+def _symbol(size: Any) -> str | None:
+    """The name of a size that is not fixed."""
+    return str(size.node.expr) if isinstance(size, torch.SymInt) else None
+
+
+def _is_plain_layer(module: nn.Module) -> bool:
+    """Whether calling ``module`` is calling torch's layer of its type, and nothing else."""
+    kinds = (*_LINEAR, *_CONVOLUTIONS.values(), *_NORMALISATIONS)
+    changed = is_hooked(module) or "forward" in vars(module) or parametrize.is_parametrized(module)
+    return type(module) in kinds and not changed
