@@ -6,7 +6,6 @@ print(fx_approx.report(approx))               # what each layer saves, and why t
 """
 
 from fx_approx.api import explain, report, restore, transform
-from fx_approx.backend import backend
 from fx_approx.candidate import Candidate, GemmShape, Role
 from fx_approx.controls import (
     hold,
@@ -18,6 +17,7 @@ from fx_approx.controls import (
     synchronize_scores,
 )
 from fx_approx.coupling import coupling_graph, coupling_text, draw_coupling
+from fx_approx.dynamo_backend import backend
 from fx_approx.errors import (
     AlreadyTransformedError,
     CaptureError,

@@ -8,7 +8,9 @@ layer there does becomes a call of that layer, and what is left stays a function
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import inspect
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from fx_approx.capture import CallForm, Capture
-from fx_approx.dynamo import Frame, Root
+from fx_approx.dynamo_frame import Frame, Root
 from fx_approx.tracer import is_hooked
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -62,7 +64,7 @@ class Lift:
 
 def prefix_of(frame: Frame, root: Root) -> str:
     """Where a root stands in the skeleton: at its top if it is the only one."""
-    return "" if len(frame.roots) == 1 else "".join(c if c.isalnum() else "_" for c in root.name).strip("_")
+    return "" if len(frame.roots) == 1 else re.sub(r"\W+", "_", root.name.removeprefix("L")).strip("_")
 
 
 def place_of(frame: Frame, path: str) -> tuple[Root, str] | None:
@@ -87,6 +89,7 @@ class _Lifter:
         self.copies: dict[fx.Node, fx.Node] = {}
         self.counts: dict[fx.Node, fx.Node] = {}
         self.inputs: list[int] = []
+        self.sizes: list[fx.Node] = []
         self.names: dict[int, str] = {}
         for root in frame.roots:
             prefix = prefix_of(frame, root)
@@ -120,6 +123,7 @@ class _Lifter:
             if node not in self.copies:
                 place, dim = places[_symbol(node.meta["example_value"])]
                 self.copies[node] = self.graph.call_method("size", (self.copies[given[place]], dim))
+                self.sizes.append(self.copies[node])
         for node in nodes:
             if node.op != "placeholder":
                 self.copies[node] = self._copy(node)
@@ -176,8 +180,9 @@ class _Lifter:
             if _is_plain_layer(real):
                 made = type(real).__new__(type(real))
                 made.__dict__.update(vars(real))
-                for registry in ("_parameters", "_buffers", "_modules"):
-                    made.__dict__[registry] = dict(getattr(real, registry))
+                made.__dict__.update(_parameters=dict(real._parameters), _buffers=dict(real._buffers), _modules={})
+                if isinstance(made, nn.MultiheadAttention):
+                    made.batch_first = False  # the function takes positions first, and what is before sees to it
         return made
 
     def _copy(self, node: fx.Node) -> fx.Node:
@@ -192,29 +197,32 @@ class _Lifter:
         copy.meta["nn_module_stack"] = stack
         owner = next(reversed(stack), "")
         self._module(owner)
-        if node.op == "call_method" and node.target == "add_":
+        if node.op == "call_method" and node.target == "add_" and isinstance(copy.args[0], fx.Node):
             self.counts[copy.args[0]] = copy
-        source = self._layer_input(copy, owner)
-        if source is None:
+        call = self._layer_call(copy, owner)
+        if call is None:
             return copy
         with self.graph.inserting_after(copy):
-            call = self.graph.call_module(owner, (source,))
-        call.meta = copy.meta
-        copy.replace_all_uses_with(call)
+            made = self.graph.call_module(owner, *call)
+        made.meta = copy.meta
+        copy.replace_all_uses_with(made)
         self.graph.erase_node(copy)
-        return call
+        return made
 
-    def _layer_input(self, node: fx.Node, owner: str) -> fx.Node | None:
+    def _layer_call(self, node: fx.Node, owner: str) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """What the layer at ``owner`` is called with, if ``node`` is exactly its call."""
         module = self._module(owner)
         if node.op != "call_function" or type(module) is nn.Module:
             return None
         for function, signature, fits in _CALLS:
-            if node.target is function:
-                given = {**dict(zip(signature, node.args, strict=False)), **node.kwargs}
-                if len(node.args) <= len(signature) and fits(self, module, given):
-                    source = given["input"]
-                    return source if isinstance(source, fx.Node) else None
+            if node.target is not function or len(node.args) > len(signature):
+                continue
+            given = {**dict(zip(signature, node.args, strict=False)), **node.kwargs}
+            if not fits(self, module, given):
+                return None
+            if function is F.multi_head_attention_forward:
+                return tuple(given[name] for name in _ATTENTION[:3]), {name: given.get(name) for name in _ATTENDING}
+            return (given["input"],), {}
         return None
 
     def is_linear(self, module: nn.Module, given: dict[str, Any]) -> bool:
@@ -249,12 +257,28 @@ class _Lifter:
         if not fits or not training:
             return fits
         # The layer counts the batch itself.
-        count = next((n for read, n in self.counts.items() if self._is(read, module, "num_batches_tracked")), None)
-        if count is None or count.args[1:] != (1,) or count.kwargs or count.users:
+        read = next((read for read in self.counts if self._is(read, module, "num_batches_tracked")), None)
+        count = None if read is None else self.counts[read]
+        if read is None or count is None or count.args[1:] != (1,) or count.kwargs or count.users:
             return False
-        del self.counts[count.args[0]]
-        self.graph.erase_node(count)
+        self.graph.erase_node(self.counts.pop(read))
         return True
+
+    def is_attention(self, module: nn.Module, given: dict[str, Any]) -> bool:
+        """Whether ``F.multi_head_attention_forward`` with ``given`` is the call of ``module`` in training."""
+        if type(module) is not nn.MultiheadAttention or not module.training:
+            return False
+        weights = _SEPARATE if given.get("use_separate_proj_weight") else ("in_proj_weight",)
+        numbers = [given.get(name) for name in ("embed_dim_to_check", "num_heads", "dropout_p", "training")]
+        return (
+            numbers == [module.embed_dim, module.num_heads, module.dropout, True]
+            and not given.get("add_zero_attn")
+            and all(given.get(name) is None for name in ("bias_k", "bias_v", "static_k", "static_v"))
+            and module._qkv_same_embed_dim == (weights is not _SEPARATE)
+            and self._own(module, given, in_proj_bias="in_proj_bias", **dict(zip(weights, weights, strict=True)))
+            and self._is(given.get("out_proj_weight"), module.out_proj, "weight")
+            and self._is(given.get("out_proj_bias"), module.out_proj, "bias")
+        )
 
     def _own(self, module: nn.Module, given: dict[str, Any], **names: str) -> bool:
         return all(self._is(given.get(argument), module, name) for argument, name in names.items())
@@ -270,8 +294,8 @@ class _Lifter:
         return getattr(self._module(holder), attribute, None) is own
 
     def _sweep(self) -> None:
-        """Drops reads of parameters that only the layers themselves need now."""
-        for node in self.graph.find_nodes(op="get_attr"):
+        """Drops reads of parameters that only the layers themselves need now, and of sizes that no one needs."""
+        for node in [*self.graph.find_nodes(op="get_attr"), *self.sizes]:
             if not node.users:
                 self.graph.erase_node(node)
 
@@ -279,10 +303,14 @@ class _Lifter:
 _Fits = Callable[[_Lifter, nn.Module, dict[str, Any]], bool]
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _NORMALISATION = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+_ATTENTION = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+_ATTENDING = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
 _CALLS: tuple[tuple[Any, tuple[str, ...], _Fits], ...] = (
     (F.linear, ("input", "weight", "bias"), _Lifter.is_linear),
     *((function, _CONVOLUTION, _Lifter.is_convolution) for function in _CONVOLUTIONS),
     (F.batch_norm, _NORMALISATION, _Lifter.is_normalisation),
+    (F.multi_head_attention_forward, _ATTENTION, _Lifter.is_attention),
 )
 
 
@@ -293,6 +321,6 @@ def _symbol(size: Any) -> str | None:
 
 def _is_plain_layer(module: nn.Module) -> bool:
     """Whether calling ``module`` is calling torch's layer of its type, and nothing else."""
-    kinds = (*_LINEAR, *_CONVOLUTIONS.values(), *_NORMALISATIONS)
+    kinds = (*_LINEAR, *_CONVOLUTIONS.values(), *_NORMALISATIONS, nn.MultiheadAttention)
     changed = is_hooked(module) or "forward" in vars(module) or parametrize.is_parametrized(module)
     return type(module) in kinds and not changed

@@ -145,11 +145,9 @@ class Totals:
 
     def __add__(self, other: Totals) -> Totals:
         """Sums; what is not known of one is not known of both."""
-        values = {}
-        for field in dataclasses.fields(self):
-            ours, theirs = getattr(self, field.name), getattr(other, field.name)
-            values[field.name] = None if ours is None or theirs is None else ours + theirs
-        return Totals(**values)
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self)}
+        sums: dict[str, Any] = {name: None if None in pair else pair[0] + pair[1] for name, pair in pairs.items()}
+        return Totals(**sums)
 
     @property
     def saved(self) -> float:

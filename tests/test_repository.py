@@ -32,7 +32,7 @@ LAYERS: dict[str, tuple[int, set[str]]] = {
     "policies": (5, {"policies"}),
     "surface": (6, {*_REPORTS, "checks", "controls", "verify", "coupling"}),
     "pipeline": (7, {"pipeline"}),
-    "api": (8, {"api", "backend", "dynamo", "lifted"}),
+    "api": (8, {"api", "dynamo_backend", "dynamo_frame", "lifted"}),
     "entry": (9, {"__init__", "__main__", "cli"}),
 }
 

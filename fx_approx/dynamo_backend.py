@@ -8,20 +8,19 @@ compiles the result. The model itself is not changed.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from fx_approx.api import report
 from fx_approx.approx import ApproxModule, adopt
-from fx_approx.capture import TensorSpec
-from fx_approx.checks import check_seed
-from fx_approx.dynamo import Frame, current_frame
+from fx_approx.capture import TensorSpec, kept_random_state, skeleton
+from fx_approx.checks import check_model, check_seed
+from fx_approx.dynamo_frame import Frame, current_frame
 from fx_approx.errors import CaptureWarning
 from fx_approx.lifted import Lift, lift, place_of
 from fx_approx.ops import find_op
@@ -29,7 +28,9 @@ from fx_approx.passes import check_policy, decide
 from fx_approx.pipeline import Prepared, install, prepare
 from fx_approx.plan import Plan, Policy
 from fx_approx.policies import Paper
-from fx_approx.report import SavingsReport, merged_reports
+from fx_approx.report import Explanation, SavingsReport, merged_reports
+
+_Key = tuple[tuple[int, ...], frozenset[str]]
 
 _STREAMS = 0x1B873593CC9E2D51  # odd: the seeds of a model's graphs stay apart
 _OUTSIDE = "called outside any module of the frame, so no training flag says when to sample"
@@ -66,6 +67,7 @@ def backend(
     Raises:
         TypeError: An argument of a wrong type.
         ValueError: No backend has that name, or a number is out of range.
+        RuntimeError: Inductor knows no such mode or option.
     """
     check_seed(seed, every)
     if not isinstance(demand, bool):
@@ -75,6 +77,8 @@ def backend(
         known = torch._dynamo.list_backends(exclude_tags=())
         if inner not in known:
             raise ValueError(f"inner: no backend {inner!r}; there are: {', '.join(sorted(known))}")
+        if inner == "inductor":
+            torch._TorchCompileInductorWrapper(mode, options, None)
     elif not callable(inner):
         raise TypeError(f"inner: expected the name of a backend or a callable, got {inner!r}")
     return Backend(Paper() if policy is None else policy, inner, mode, options, seed, every, demand)
@@ -100,7 +104,8 @@ class Backend:
         self.policy = policy
         self._inner, self._how = inner, {"mode": mode, "options": options}
         self._seed, self._every, self._demand = seed, every, demand
-        self._graphs: list[_Graph] = []
+        self._graphs: list[_Compilation] = []
+        self._streams: dict[_Key, int] = {}
 
     @property
     def pieces(self) -> tuple[nn.Module, ...]:
@@ -122,11 +127,44 @@ class Backend:
         self._graphs = [graph for graph in self._graphs if graph.alive]
         if not self._graphs:
             raise ValueError("nothing was compiled in training mode yet: run a training step first")
-        last: dict[frozenset[str], SavingsReport] = {}
-        for graph in self._graphs:
-            report = graph.report()
-            last[frozenset(row.name for row in report.rows)] = report
-        return merged_reports(list(last.values()))
+        return merged_reports(list({graph.key: graph.report() for graph in self._graphs}.values()))
+
+    def explain(self, model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+        """What a compiled training step of ``model`` would sample: the plan, and the report it predicts.
+
+        Dynamo captures a copy of the model on the same parameters; the copy runs one exact forward.
+
+        Args:
+            model: The model, not compiled; it is not changed.
+            args: What its forward is called with.
+            kwargs: The same, by keyword.
+
+        Returns:
+            An explanation whose ``plan`` can be edited and given to :func:`backend`.
+
+        Raises:
+            ValueError: Two graphs have layers of one name (blocks that are compiled apart), or none multiplies.
+        """
+        check_model(model)
+        found: list[tuple[Plan, SavingsReport]] = []
+
+        def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            graph = self._analysed(gm, example_inputs)
+            if graph is not None:
+                found.append((graph.plan, graph.predicted(self._demand)))
+            return gm.forward
+
+        copy = skeleton(model)
+        for module in copy.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.clone()
+        with kept_random_state():
+            torch.compile(copy.train(), backend=record)(*args, **kwargs)
+        if not found:
+            raise ValueError(f"model: no graph that Dynamo captures of {type(model).__name__} multiplies")
+        decisions = tuple(decision for plan, _ in found for decision in plan)
+        identities = {name: identity for plan, _ in found for name, identity in plan.identities.items()}
+        return Explanation(Plan(decisions, identities), merged_reports([report for _, report in found]))
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **how: Any) -> Callable[..., Any]:
         """Compiles one graph; called by Dynamo.
@@ -137,37 +175,51 @@ class Backend:
             how: ``mode`` and ``options`` that were given to ``torch.compile``.
         """
         how = {**self._how, **how}
-        exact = functools.partial(self._exact, gm, example_inputs, how)
+        graph = self._analysed(gm, example_inputs)
+        if graph is None:
+            return self._exact(gm, example_inputs, how)
+        if not graph.plan.sampled:
+            self._graphs.append(_Compilation(graph.key, graph.name, graph.predicted(self._demand)))
+            return self._exact(gm, example_inputs, how)
+        root = graph.lifted.root
+        runtime = install(root, graph.prepared, graph.plan, self._seed_of(graph.key), self._every, self._demand)
+        for other in self._graphs:
+            before = other.approx() if other.key == graph.key and other.approx is not None else None
+            if before is not None:
+                runtime.state = before._fx_approx.state  # the same layers at other shapes: they go on counting
+        approx = adopt(root, runtime, _cannot_pickle)
+        self._graphs.append(_Compilation(graph.key, graph.name, None, weakref.ref(approx)))
+        return _Compiled(approx, torch.compile(approx, backend=self._inner, fullgraph=True, **how), graph.lifted)
+
+    def _analysed(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> _Graph | None:
+        """A graph with its plan; None if no layer of it can be sampled now."""
         if not any(_multiplies(node) for node in gm.graph.nodes):
-            return exact()
+            return None
         frame = current_frame()
         lifted = lift(gm, frame)
         if lifted.higher_order:
             kinds = ", ".join(sorted(lifted.higher_order))
             warnings.warn(f"a graph stays exact: its multiplies stand inside {kinds}", CaptureWarning, stacklevel=2)
-            return exact()
-        called = tuple(_described(example_inputs[position]) for position in lifted.inputs), {}
-        prepared = _owned(prepare(lifted.root, lifted.captured, called), frame)
+            return None
+        called = tuple(_described(example_inputs[position]) for position in lifted.inputs)
+        prepared = _owned(prepare(lifted.root, lifted.captured, (called, {})), frame)
         frame.guard(filter(None, (place_of(frame, one.owner) for one in prepared.found)))
         if not any(lifted.root.get_submodule(one.owner).training for one in prepared.found):
-            return exact()
-        name = type(frame.roots[0].module).__name__ if frame.roots else "graph"
-        plan = self._plan(prepared)
-        if not plan.sampled:
-            self._graphs.append(_Graph(prepared.predicted(lifted.root, name, plan, self._demand)))
-            return exact()
-        seed = (self._seed + _STREAMS * len(self.pieces) + 2**63) % 2**64 - 2**63
-        runtime = install(lifted.root, prepared, plan, seed, self._every, self._demand)
-        approx = adopt(lifted.root, runtime, _cannot_pickle)
-        self._graphs.append(_Graph(None, weakref.ref(approx), name))
-        return _Compiled(approx, torch.compile(approx, backend=self._inner, fullgraph=True, **how), lifted)
+            return None
+        return _Graph(lifted, prepared, self._plan(prepared))
+
+    def _seed_of(self, key: _Key) -> int:
+        """Each set of layers has its own stream of random numbers, the first one that of the seed itself."""
+        number = self._streams.setdefault(key, len(self._streams))
+        return (self._seed + _STREAMS * number + 2**63) % 2**64 - 2**63
 
     def _exact(self, gm: fx.GraphModule, example_inputs: Sequence[Any], how: dict[str, Any]) -> Callable[..., Any]:
         given = {name: value for name, value in how.items() if value is not None}
         if self._inner == "inductor":
-            wrapper = torch._TorchCompileInductorWrapper(how.get("mode"), how.get("options"), None)
-            return wrapper(gm, list(example_inputs))
-        compiler = torch._dynamo.lookup_backend(self._inner)
+            compiler: Callable[..., Any] = torch._TorchCompileInductorWrapper(how.get("mode"), how.get("options"), None)
+            given = {}
+        else:
+            compiler = torch._dynamo.lookup_backend(self._inner)
         compiled: Callable[..., Any] = compiler(gm, list(example_inputs), **given)
         return compiled
 
@@ -176,17 +228,43 @@ class Backend:
         if isinstance(policy, Plan):
             here = {candidate.name for candidate in prepared.candidates}
             decisions = tuple(decision for decision in policy if decision.name in here)
-            policy = dataclasses.replace(policy, decisions=decisions)
+            identities = {name: identity for name, identity in policy.identities.items() if name in here}
+            policy = Plan(decisions, identities)
         return decide(prepared.candidates, policy)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Graph:
-    """What is known of a graph compiled in training mode: its report, or the transformed graph that makes one."""
+    """A graph of a frame with what was decided."""
 
+    lifted: Lift
+    prepared: Prepared
+    plan: Plan
+
+    @property
+    def name(self) -> str:
+        """The class of the frame's first module."""
+        return next((type(root.module).__name__ for root in self.lifted.frame.roots), "graph")
+
+    @property
+    def key(self) -> _Key:
+        """What tells the layers of the graph from those of others, however often it is compiled."""
+        roots = tuple(id(root.module) for root in self.lifted.frame.roots)
+        return roots, frozenset(candidate.name for candidate in self.prepared.candidates)
+
+    def predicted(self, demand: bool) -> SavingsReport:
+        """Its report before anything is rewritten."""
+        return self.prepared.predicted(self.lifted.root, self.name, self.plan, demand)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compilation:
+    """A graph that was compiled in training mode: its report, or the transformed graph that makes one."""
+
+    key: _Key
+    name: str
     made: SavingsReport | None
     approx: weakref.ref[ApproxModule] | None = None
-    name: str = ""
 
     @property
     def alive(self) -> bool:
@@ -203,28 +281,40 @@ class _Graph:
 
 
 class _Compiled:
-    """Runs a transformed graph with the inputs of Dynamo's graph."""
+    """Runs a transformed graph with the inputs of Dynamo's graph, as long as the frame's modules live."""
+
+    __slots__ = ("__weakref__", "approx", "dynamic", "held", "inputs", "run")  # Dynamo would copy the __dict__
 
     def __init__(self, approx: ApproxModule, run: Callable[..., Any], lifted: Lift) -> None:
         self.approx, self.run = approx, run
         self.inputs, self.dynamic = lifted.inputs, lifted.dynamic
         self.held = [(place, path, _tensor(approx, path)) for place, path in lifted.parameters]
+        # Dynamo drops its own reference with the modules; but what it notes of the stack while it compiles the inner
+        # graph refers to the outer code, a cycle that no garbage collector sees.
+        for root in lifted.frame.roots:
+            weakref.finalize(root.module, _release, weakref.ref(self))
 
     def __call__(self, *inputs: Any) -> Any:
         for number, (place, path, tensor) in enumerate(self.held):
             if inputs[place] is not tensor:  # someone has put another parameter into the model
-                self._replace(path, tensor, inputs[place])
+                self._replace(tensor, inputs[place])
                 self.held[number] = place, path, inputs[place]
         for place, dim in self.dynamic:
             torch._dynamo.maybe_mark_dynamic(inputs[place], dim)
         return self.run(*[inputs[place] for place in self.inputs])
 
-    def _replace(self, path: str, old: Tensor, new: Tensor) -> None:
+    def _replace(self, old: Tensor, new: Tensor) -> None:
         for module in self.approx.modules():
-            for registry in (module._parameters, module._buffers):
+            for registry in cast(list[dict[str, Any]], [module._parameters, module._buffers]):
                 for name, tensor in registry.items():
                     if tensor is old:
                         registry[name] = new
+
+
+def _release(compiled: weakref.ref[_Compiled]) -> None:
+    gone = compiled()
+    if gone is not None and hasattr(gone, "approx"):
+        del gone.approx, gone.run, gone.held
 
 
 def _tensor(root: nn.Module, path: str) -> Tensor:

@@ -1,0 +1,382 @@
+"""The Dynamo frontend: the samples of the transform, guards on modules and modes, graph breaks, lifetimes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import fx_approx
+from fx_approx.policies import Override, Paper, Uniform
+
+VALUE = Uniform("topk", 0.5, scores="weight", share="value")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.fc3(torch.tanh(self.fc2(torch.tanh(self.fc1(x)))))
+        return result
+
+
+class ConvNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.bn1, self.bn2 = nn.BatchNorm2d(16), nn.BatchNorm2d(24)
+        self.conv = nn.Conv2d(16, 24, 3, stride=2)
+        self.fc = nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.stem(x)))
+        x = torch.relu(self.bn2(self.conv(x)))
+        result: Tensor = self.fc(x.mean((2, 3)))
+        return result
+
+
+def gradients(model: nn.Module, call: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    call(*inputs).square().mean().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def sampled_inputs(layer: nn.Linear) -> int:
+    """How many input features the gradient of a layer's weight has reached."""
+    assert layer.weight.grad is not None
+    return int((layer.weight.grad != 0).any(0).sum())
+
+
+@pytest.mark.parametrize("policy", [VALUE, Uniform("systematic", 0.5, scores="weight", share="group"), Paper(0.5)])
+def test_samples_gradients_and_statistics_are_those_of_the_transform(policy: Any) -> None:
+    model = ConvNet()
+    twin = copy.deepcopy(model)
+    x = torch.randn(4, 3, 12, 12)
+    compiled = torch.compile(model, backend=fx_approx.backend(policy, inner="aot_eager", seed=5), fullgraph=True)
+    approx = fx_approx.transform(twin, policy, x, seed=5)
+    for _ in range(3):
+        ours, theirs = gradients(model, compiled, x), gradients(approx, approx, x)
+        torch.testing.assert_close(ours, theirs)
+        assert [(g == 0).tolist() for g in ours] == [(g == 0).tolist() for g in theirs]
+    torch.testing.assert_close(dict(model.state_dict()), dict(approx.state_dict()))
+
+
+def test_the_report_is_that_of_the_transform() -> None:
+    model, x = ConvNet(), torch.randn(4, 3, 12, 12)
+    approx = fx_approx.transform(copy.deepcopy(model), VALUE, x)
+    backend = fx_approx.backend(VALUE, inner="aot_eager")
+    with pytest.raises(ValueError, match="run a training step first"):
+        backend.report()
+    explained = backend.explain(model, x)
+    gradients(model, torch.compile(model, backend=backend), x)
+    report, expected = backend.report(), fx_approx.report(approx)
+    assert report.model == "ConvNet"
+    assert [row.name for row in report.rows] == ["stem", "conv", "fc"]
+    assert report.totals == expected.totals == explained.report.totals
+    assert "conv" in str(report)
+
+
+def test_explaining_changes_nothing() -> None:
+    model, x = ConvNet(), torch.randn(4, 3, 12, 12)
+    model.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    plan = fx_approx.backend(VALUE).explain(model, x).plan
+    assert [decision.name for decision in plan.sampled] == ["stem", "conv", "fc"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training and not model.conv.training
+
+
+def test_ratio_one_gives_the_inner_backend_the_very_graph() -> None:
+    model, x = ConvNet(), torch.randn(4, 3, 12, 12)
+    twin = copy.deepcopy(model)
+    graphs: list[list[tuple[str, str]]] = []
+
+    def inner(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append([(node.op, str(node.target)) for node in gm.graph.nodes if node.op != "placeholder"])
+        compiled: Callable[..., Any] = torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
+        return compiled
+
+    compiled = torch.compile(model, backend=fx_approx.backend(Uniform("topk", 1.0), inner=inner))
+    exact = torch.compile(twin, backend=inner)
+    assert all(map(torch.equal, gradients(model, compiled, x), gradients(twin, exact, x)))
+    assert len(graphs) == 2 and graphs[0] == graphs[1]
+
+
+def test_evaluation_is_exact_and_each_mode_compiles_once() -> None:
+    model, x = Block(), torch.randn(4, 32)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=fx_approx.backend(VALUE, inner=counter))
+    counts = []
+    for mode in (True, False, True, False):
+        model.train(mode)
+        for _ in range(2):
+            gradients(model, compiled, x)
+        assert sampled_inputs(model.fc3) == (32 if mode else 64)
+        counts.append(counter.frame_count)
+        if not mode:
+            assert torch.equal(compiled(x), model(x))
+    assert counts == [1, 2, 2, 2]
+
+
+def test_a_layer_in_evaluation_mode_is_exact() -> None:
+    model, x = Block(), torch.randn(16, 32)
+    backend = fx_approx.backend(Uniform("topk", 0.5, scores="weight"), inner="aot_eager")
+    compiled = torch.compile(model, backend=backend)
+    gradients(model, compiled, x)
+    assert (sampled_inputs(model.fc2), sampled_inputs(model.fc3)) == (32, 32)
+    model.fc2.eval()
+    gradients(model, compiled, x)
+    assert sampled_inputs(model.fc3) == 32 < sampled_inputs(model.fc2)
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_more_instances_of_a_class_than_the_recompile_limit_are_each_sampled_by_themselves() -> None:
+    blocks = [Block() for _ in range(4)]
+    backend = fx_approx.backend(Uniform("systematic", 0.5, scores="uniform"), inner="aot_eager")
+    for block in blocks:
+        block.compile(backend=backend)
+    x = torch.randn(4, 32)
+    chosen = set()
+    for _ in range(2):
+        for block in blocks:
+            gradients(block, block, x)
+            assert block.fc1.weight.grad is not None
+            assert sampled_inputs(block.fc1) == 16
+            chosen.add(tuple((block.fc1.weight.grad != 0).any(0).tolist()))
+    assert len(backend.pieces) == len(blocks)
+    assert len(chosen) == 2 * len(blocks), "blocks share samples"
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        result: Tensor = self.second(x)
+        return result
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # Dynamo, of what it resumes with
+def test_each_graph_of_a_broken_model_is_rewritten_and_demand_stops_between() -> None:
+    model, x = Broken(), torch.randn(4, 32)
+    backend = fx_approx.backend(VALUE, inner="aot_eager")
+    explained = backend.explain(model, x)
+    ours = gradients(model, torch.compile(model, backend=backend), x)
+    assert len(backend.pieces) == 2
+    report = backend.report()
+    names = [f"{part}.{layer}" for part in ("first", "second") for layer in ("fc1", "fc2", "fc3")]
+    assert [row.name for row in report.rows] == names == [decision.name for decision in explained.plan]
+    assert report["first.fc2"].demanded > 0 and report["first.fc3"].demanded == 0
+    # A plan for the whole serves both.
+    torch._dynamo.reset()
+    again = fx_approx.backend(explained.plan.edit("second.fc2", None), inner="aot_eager")
+    theirs = gradients(model, torch.compile(model, backend=again), x)
+    assert [row.name for row in again.report().rows if not row.samples] == ["second.fc2"]
+    assert not all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_batches_of_any_size_share_one_graph(dynamic: bool | None) -> None:
+    model, twin = Block(), Block()
+    twin.load_state_dict(model.state_dict())
+    policy = Uniform("systematic", 0.5, scores="uniform", share="value")
+    backend = fx_approx.backend(policy, inner="aot_eager")
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+    approx = fx_approx.transform(twin, policy, torch.randn(4, 32))
+    for size in (4, 8, 12, 5, 7):
+        x = torch.randn(size, 32)
+        torch.testing.assert_close(gradients(model, compiled, x), gradients(approx, approx, x))
+    assert len(backend.pieces) == (1 if dynamic else 2)
+
+
+def test_parameters_put_in_later_are_used() -> None:
+    model, x = Block(), torch.randn(4, 32)
+    compiled = torch.compile(model, backend=fx_approx.backend(VALUE, inner="aot_eager"))
+    gradients(model, compiled, x)
+    model.fc2.weight = nn.Parameter(torch.randn(64, 64))
+    approx = fx_approx.transform(copy.deepcopy(model), VALUE, x)
+    torch.testing.assert_close(gradients(model, compiled, x), gradients(approx, approx, x))
+
+
+def test_nothing_is_kept_of_a_model_that_is_gone() -> None:
+    backend = fx_approx.backend(VALUE, inner="aot_eager")
+
+    def step() -> weakref.ref[Tensor]:
+        model = Block()
+        gradients(model, torch.compile(model, backend=backend), torch.randn(4, 32))
+        return weakref.ref(model.fc1.weight)
+
+    parameter = step()
+    gc.collect()
+    assert parameter() is None
+    assert backend.pieces == ()
+
+
+def test_switches_take_the_pieces() -> None:
+    model, x = Block(), torch.randn(4, 32)
+    backend = fx_approx.backend(VALUE, inner="aot_eager", seed=3)
+    compiled = torch.compile(model, backend=backend)
+    gradients(model, compiled, x)
+    (piece,) = backend.pieces
+    fx_approx.set_ratio(piece, 0.25)
+    gradients(model, compiled, x)
+    assert sampled_inputs(model.fc3) == 16
+    assert fx_approx.sampler_state(piece)["seed"] == 3
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        copy.copy(piece).__reduce_ex__(2)
+
+
+def test_a_function_of_two_modules_names_both_and_leaves_its_own_products_exact() -> None:
+    body, head = Block(), nn.Linear(32, 8)
+    backend = fx_approx.backend(VALUE, inner="aot_eager")
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def loss(body: nn.Module, head: nn.Module, x: Tensor) -> Tensor:
+        y = head(body(x))
+        return (y @ y.T).sum()
+
+    loss(body, head, torch.randn(4, 32)).backward()
+    report = backend.report()
+    assert [row.name for row in report.rows] == ["body.fc1", "body.fc2", "body.fc3", "head", "matmul"]
+    assert "outside any module" in report["matmul"].reason
+    assert sampled_inputs(head) == 16
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last = Block(), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(checkpoint(self.body, x, use_reentrant=False))
+        return result
+
+
+def test_a_graph_with_a_checkpoint_stays_exact_and_says_so() -> None:
+    model, x = Checkpointed(), torch.randn(4, 32)
+    expected = gradients(model, model, x)
+    compiled = torch.compile(model, backend=fx_approx.backend(VALUE, inner="aot_eager"))
+    with pytest.warns(fx_approx.CaptureWarning, match="inside tag_activation_checkpoint"):
+        found = gradients(model, compiled, x)
+    torch.testing.assert_close(found, expected)
+
+
+class Switching(nn.Module):
+    """Autocast and no_grad inside the forward, which Dynamo writes as calls that switch the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = Block(), Block()
+        self.seen: torch.dtype | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.low(x)
+        with torch.no_grad():
+            size = y.float().abs().amax(1, keepdim=True)
+        result: Tensor = self.high(y.float() / size)
+        return result
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_modes_inside_the_forward_are_kept(inner: str) -> None:
+    model, x = Switching(), torch.randn(4, 32)
+    found = []
+    for demand in (True, False):
+        torch._dynamo.reset()
+        backend = fx_approx.backend(VALUE, inner=inner, demand=demand)
+        found.append(gradients(model, torch.compile(model, backend=backend, fullgraph=True), x))
+        assert sampled_inputs(model.low.fc2) == sampled_inputs(model.high.fc2) == 32
+    torch.testing.assert_close(*found, rtol=0.02, atol=1e-3)
+
+
+class Attending(nn.Module):
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=batch_first)
+        self.cross = nn.MultiheadAttention(32, 4, kdim=16, vdim=16, batch_first=batch_first)
+        self.last = nn.Linear(32, 8)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        attended, _ = self.cross(self.layer(x), y, y, need_weights=False)
+        result: Tensor = self.last(attended)
+        return result
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_of_torch_is_taken_apart_and_whole_heads_are_left_out(batch_first: bool) -> None:
+    model = Attending(batch_first).double()
+    x, y = torch.randn(3, 5, 32).double(), torch.randn(3, 5, 16).double()
+    found = []
+    for demand in (True, False):
+        torch._dynamo.reset()
+        backend = fx_approx.backend(VALUE, inner="aot_eager", demand=demand)
+        found.append(gradients(model, torch.compile(model, backend=backend, fullgraph=True), x, y))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+    torch._dynamo.reset()
+    backend = fx_approx.backend(VALUE, inner="aot_eager")
+    gradients(model, torch.compile(model, backend=backend, fullgraph=True), x, y)
+    report = backend.report()
+    assert report["layer.self_attn.linear"].demanded > 0
+    assert report["cross.out_proj"].samples[0].unit == 8
+    # With all heads kept the parts are the exact layer.
+    torch._dynamo.reset()
+    ratio = fx_approx.backend(Override({"last": VALUE}, Uniform("topk", 1.0)), inner="aot_eager")
+    compiled = torch.compile(model, backend=ratio)
+    model.last.eval()
+    found = [gradients(model, compiled, x, y), gradients(model, model, x, y)]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"inner": "inductr"}, ValueError, "inner: no backend 'inductr'; there are: .*inductor"),
+        ({"inner": 3}, TypeError, "inner: expected the name of a backend or a callable, got 3"),
+        ({"policy": 0.5}, TypeError, "policy: expected a policy such as"),
+        ({"demand": "yes"}, TypeError, "demand: expected True or False, got 'yes'"),
+        ({"seed": 0.5}, TypeError, "seed: expected an integer"),
+        ({"every": 0}, ValueError, "every: expected an integer from 1"),
+        ({"mode": "fastest"}, RuntimeError, "mode"),
+    ],
+)
+def test_bad_arguments_are_refused_at_construction(arguments: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        fx_approx.backend(**arguments)
+
+
+def test_a_call_by_hand_is_a_clear_error() -> None:
+    gm = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
+    gm.graph.call_function(torch.nn.functional.linear)
+    with pytest.raises(fx_approx.CaptureError, match=r"torch\.compile\(model, backend=fx_approx\.backend\(policy\)\)"):
+        fx_approx.backend(VALUE)(gm, [])
+
+
+def test_a_rule_for_a_layer_that_no_graph_has_is_an_error_with_the_names() -> None:
+    model = Block()
+    compiled = torch.compile(model, backend=fx_approx.backend(Override({"nowhere": VALUE}, VALUE), inner="aot_eager"))
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"'nowhere'; there are: fc1, fc2, fc3"):
+        compiled(torch.randn(4, 32))
