@@ -198,6 +198,11 @@ def _matmul(flow: Flow, node: fx.Node) -> Step | None:
             continue
         if len(shape) != len(result) or layout.dim >= len(shape) - 2 or shape[layout.dim] != result[layout.dim]:
             return None
+        for other in operands:  # fewer heads, each read by a group of others (enable_gqa): which one tells the place
+            sizes = flow.shape(other)
+            place = layout.dim - len(result) + len(sizes) if sizes is not None else -1
+            if sizes is not None and place >= 0 and sizes[place] not in (1, result[layout.dim]):
+                return None
     return combine(flow, node, operands, couples=False)
 
 
