@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import re
 from collections.abc import Sequence
@@ -197,13 +198,39 @@ def _matmul(flow: Flow, node: fx.Node) -> Step | None:
         if layout is None or shape is None or result is None:
             continue
         if len(shape) != len(result) or layout.dim >= len(shape) - 2 or shape[layout.dim] != result[layout.dim]:
-            return None
-        for other in operands:  # fewer heads, each read by a group of others (enable_gqa): which one tells the place
+            return _grouped(flow, node)
+        for other in operands:
             sizes = flow.shape(other)
             place = layout.dim - len(result) + len(sizes) if sizes is not None else -1
             if sizes is not None and place >= 0 and sizes[place] not in (1, result[layout.dim]):
-                return None
+                return _grouped(flow, node)
     return combine(flow, node, operands, couples=False)
+
+
+def _grouped(flow: Flow, node: fx.Node) -> Step | None:
+    """Grouped-query attention: a unit is a head of the keys with all the heads of the queries that read it."""
+    operands = [argument(node, place, name) for place, name in enumerate(("query", "key", "value"))]
+    gqa = node.target is F.scaled_dot_product_attention and node.kwargs.get("enable_gqa") is True
+    mask = argument(node, 3, "attn_mask")
+    if not gqa or not all(isinstance(one, fx.Node) for one in operands):
+        return None
+    layouts, shapes = [flow.layout(one) for one in operands], [flow.shape(one) for one in operands]
+    query, result = layouts[0], flow.shape(node)
+    if query is None or result is None or query.dim != len(result) - 3:
+        return None
+    if mask is not None and (flow.shape(mask) is None or (1, *flow.shape(mask))[-3:][0] != 1):
+        return None  # has an entry for each head of the queries
+    links = [Link(operands[0], 0, 0, len(query.segments))]
+    for operand, layout, shape in zip(operands[1:], layouts[1:], shapes[1:], strict=True):
+        if layout is None or shape is None or layout.dim != query.dim or query.size % layout.size:
+            return None
+        times = query.size // layout.size
+        scaled = [dataclasses.replace(segment, block=segment.block * times) for segment in layout.segments]
+        if not flow.spaces.align(query.segments, scaled):
+            return None
+        flow.spaces.merge(query.segments, layout.segments)
+        links.append(Link(operand, 0, 0, len(layout.segments)))
+    return Step(query, tuple(links), action="plain")
 
 
 def _layer(flow: Flow, node: fx.Node) -> Step | None:

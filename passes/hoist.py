@@ -213,8 +213,9 @@ class Hoist:
         sizes = own.args[1:] if len(own.args) > 1 else (own.kwargs.get("shape", own.kwargs.get("size")),)
         shape = tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else tuple(sizes)
         parts = self.header.parts(step.layout.segments, have)
+        method = str(own.target) if own.op == "call_method" else "reshape"
         with self.graph.inserting_before(own):
-            new = self.graph.call_function(ops.resize, (first(own), shape, step.axis, parts, own.target == "view"))
+            new = self.graph.call_function(ops.resize, (first(own), shape, step.axis, parts, method))
         self._take_over(node, new)
 
     def _split(self, node: fx.Node, have: Sequence[int]) -> None:

@@ -115,6 +115,19 @@ def _unfold(
     return Step(Layout(axis, shrunk), links, action=action, axis=axis)
 
 
+def _expand(flow: Flow, node: fx.Node) -> Step | None:
+    """Repeats along other axes, as heads of keys for the queries that share them."""
+    source = first(node)
+    layout, before, after = flow.layout(source), flow.shape(source), flow.shape(node)
+    if layout is None or before is None or after is None:
+        return None
+    axis = layout.dim + len(after) - len(before)
+    action = _action(flow, node, axis, len(before))
+    if action is None or after[axis] != layout.size:
+        return None
+    return through(source, layout, axis, action=action, axis=axis)
+
+
 def _reorder(flow: Flow, node: fx.Node) -> Step | None:
     """permute, transpose and alike: found by where a marked axis goes."""
     source = first(node)
@@ -148,6 +161,8 @@ def _concatenate(flow: Flow, node: fx.Node) -> Step | None:
     if result is None or not isinstance(dim, int) or not isinstance(operands, (tuple, list)):
         return None
     dim %= len(result)
+    # Key-value caches begin with an empty vector, which adds nothing.
+    operands = [operand for operand in operands if flow.shape(operand) != (0,)]
     if len(set(operands)) != len(operands):  # each place might be demanded differently
         return None
     layouts = [flow.layout(operand) for operand in operands]
@@ -242,7 +257,7 @@ def _item(flow: Flow, node: fx.Node) -> Step | None:
     return through(source, layout, layout.dim - axis + moved)
 
 
-_SIZED = (torch.reshape, "view", "reshape")
+_SIZED = (torch.reshape, "view", "reshape", "expand")
 """What is told the size of every axis of the result."""
 
 RESHAPES: dict[Any, Handler] = {
@@ -254,6 +269,7 @@ RESHAPES: dict[Any, Handler] = {
     **dict.fromkeys((torch.chunk, torch.split, "chunk", "split"), _split),
     **dict.fromkeys((torch.unbind, "unbind"), _unbind),
     **dict.fromkeys((torch.roll, "roll"), _roll),
+    "expand": _expand,
     operator.getitem: _item,
 }
 """By function, or name of a method."""

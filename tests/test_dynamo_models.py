@@ -56,7 +56,7 @@ def gpt2() -> Made:
 
 def llama() -> Made:
     library = transformers()
-    config = library.LlamaConfig(vocab_size=100, num_key_value_heads=2, **_SIZES)
+    config = library.LlamaConfig(vocab_size=100, num_key_value_heads=2, use_cache=False, **_SIZES)
     inputs = tokens()
     return library.LlamaForCausalLM(config), {"input_ids": inputs, "labels": inputs}
 
@@ -82,7 +82,7 @@ def timm_vit() -> Made:
 CASES: list[tuple[Callable[[], Made], str, str | None]] = [
     (bert, "bert.encoder.layer.0.attention.output.dense", "bert.encoder.layer.0.attention.self.query"),
     (gpt2, "transformer.h.0.mlp.c_fc.addmm", None),
-    (llama, "model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj"),
+    (llama, "model.layers.0.self_attn.o_proj", "model.layers.0.self_attn.k_proj"),
     (vit, "vit.layers.0.mlp.fc2", "vit.layers.0.mlp.fc1"),
     (timm_resnet, "layer2.0.conv2", "layer2.0.conv1"),
     (timm_vit, "blocks.0.attn.proj", "blocks.0.attn.qkv"),

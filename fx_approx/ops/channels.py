@@ -137,20 +137,21 @@ def slice_weights(
     return Slices(weight, bias, groups, inputs, outputs)
 
 
-def resize(input: Tensor, shape: Sequence[int], axis: int, parts: Sequence[Part], view: bool) -> Tensor:
-    """``input.reshape(shape)``, where entry ``axis`` of ``shape`` counts the units that are there.
+def resize(input: Tensor, shape: Sequence[int], axis: int, parts: Sequence[Part], method: str) -> Tensor:
+    """``input.reshape(shape)`` or alike, where entry ``axis`` of ``shape`` counts the units that are there.
 
     Args:
         input: Any shape.
         shape: For whole channels; -1 anywhere stays -1.
         axis: Position in ``shape``.
         parts: What stands along that axis of the result.
-        view: ``input.view(shape)`` instead, which never copies.
+        method: ``"reshape"``, ``"view"`` or ``"expand"``.
     """
     sizes = list(shape)
     if sizes[axis] != -1 and any(chosen is not None for chosen, _, _ in parts):
         sizes[axis] = width(parts)
-    return input.view(sizes) if view else input.reshape(sizes)
+    result: Tensor = getattr(input, method)(sizes)
+    return result
 
 
 def split_parts(input: Tensor, sections: Sequence[Sequence[Part]], dim: int) -> tuple[Tensor, ...]:
