@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from fx_approx.approx import ApproxModule, find
 from fx_approx.batchnorm import note_fresh, note_switch, reestimate
 from fx_approx.candidate import Role
 from fx_approx.checks import check_seed
+from fx_approx.errors import RecompilationWarning
 from fx_approx.modules import Selector
 from fx_approx.runtime import Runtime
 from fx_approx.state import EVERY, INCREMENT, SEED, STEP
@@ -40,12 +42,36 @@ def _selected(runtime: Runtime, patterns: Iterable[str], role: Role | str | None
     return found
 
 
+@contextlib.contextmanager
+def _counted(approx: ApproxModule) -> Iterator[None]:
+    """Warns if what changes inside is one more compilation, and ``torch.compile`` will do no more after that."""
+    runtime = approx._fx_approx
+    runtime.settings.add(runtime.setting)
+    yield
+    if runtime.setting in runtime.settings:
+        return
+    runtime.settings.add(runtime.setting)
+    made = len(torch._dynamo.eval_frame._debug_get_cache_entry_list(type(approx).forward.__code__))
+    limit = torch._dynamo.config.recompile_limit
+    if made >= limit - 1:
+        warnings.warn(
+            f"the model was compiled {made} times (every new number of pairs, mode or shape counts) and torch.compile "
+            f"ends at {limit} (torch._dynamo.config.recompile_limit): what comes then runs uncompiled, or is an error "
+            "under fullgraph=True. Raise that limit, or use fewer ratios.",
+            RecompilationWarning,
+            stacklevel=4,
+        )
+
+
 def set_ratio(model: nn.Module, ratio: float | Mapping[str, float], *, role: Role | str | None = None) -> None:
     """Changes the sample ratio of all sampled layers, or by glob on their names, from the next forward on.
 
     Where several globs match a layer, the first decides, as in :class:`fx_approx.policies.Override`.
     Each new number of pairs is one more compilation of a compiled model. ``role`` (``"output"``, ``"grad_input"``,
     ``"grad_weight"``) limits it to that product; by default all sampled products of a layer change.
+
+    Warns:
+        RecompilationWarning: The model is compiled, and this is the last setting that ``torch.compile`` will compile.
 
     Raises:
         ValueError: A ratio outside (0, 1] or a glob that matches no sampled layer; nothing is changed then.
@@ -59,8 +85,9 @@ def set_ratio(model: nn.Module, ratio: float | Mapping[str, float], *, role: Rol
         for pattern, selectors in _selected(runtime, rules, role).items()
         for selector in selectors
     ]
-    for selector, spec in specs:
-        selector.set_spec(spec)
+    with _counted(approx):
+        for selector, spec in specs:
+            selector.set_spec(spec)
     runtime.lay_out()
     note_switch(approx, runtime)
 
@@ -80,9 +107,10 @@ def set_enabled(model: nn.Module, enabled: bool | Mapping[str, bool], *, role: R
     for pattern, value in rules.items():
         if not isinstance(value, bool):
             raise TypeError(f"enabled[{pattern!r}]: expected True or False, got {value!r}")
-    for pattern, selectors in _selected(runtime, rules, role).items():
-        for selector in selectors:
-            selector.enabled = rules[pattern]
+    with _counted(approx):
+        for pattern, selectors in _selected(runtime, rules, role).items():
+            for selector in selectors:
+                selector.enabled = rules[pattern]
     note_switch(approx, runtime)
 
 

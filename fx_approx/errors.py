@@ -40,3 +40,7 @@ class StaleStatisticsWarning(UserWarning):
 
 class CaptureWarning(UserWarning):
     """A part of the model could not be traced and is served by module swap; names module and line."""
+
+
+class RecompilationWarning(UserWarning):
+    """``torch.compile`` is about to give up on a model because it was compiled too often."""

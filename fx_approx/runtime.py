@@ -74,6 +74,7 @@ class Runtime(nn.Module):
         structure: Modules that were traced through, and what their children must be.
         candidates: All candidates.
         plan: What was decided.
+        settings: Ratios and switches that the model has had.
         sampling_swapped: Some layer in an untraced part is sampled.
     """
 
@@ -106,6 +107,7 @@ class Runtime(nn.Module):
         self.facts: Any = None
         self.effects: Any = None
         self.warned: set[str] = set()
+        self.settings: set[tuple[Any, ...]] = set()
         self.stale_from = 0
         self.exact_since: int | None = None
 
@@ -128,6 +130,11 @@ class Runtime(nn.Module):
     def plain(self) -> fx.Graph | None:
         """The graph that computes all channels, under the same selections."""
         return dict(self.stages).get("share", self.graph)
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What compiled code depends on, of what can be set."""
+        return tuple([(one.spec, one.enabled) for one in self.selectors.values()])
 
     @property
     def samples(self) -> bool:

@@ -1,4 +1,4 @@
-"""The Dynamo frontend below DistributedDataParallel: two ranks train as one process with both halves of the data does."""
+"""The Dynamo frontend below DistributedDataParallel: two ranks train as one process with all the data does."""
 
 from __future__ import annotations
 
