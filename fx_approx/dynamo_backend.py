@@ -20,6 +20,7 @@ from fx_approx.api import report
 from fx_approx.approx import ApproxModule, adopt
 from fx_approx.capture import TensorSpec, kept_random_state, skeleton
 from fx_approx.checks import check_model, check_seed
+from fx_approx.controls import load_sampler_state, sampler_state
 from fx_approx.dynamo_frame import Frame, current_frame
 from fx_approx.errors import CaptureWarning
 from fx_approx.lifted import Lift, lift, place_of
@@ -183,11 +184,12 @@ class Backend:
             return self._exact(gm, example_inputs, how)
         root = graph.lifted.root
         runtime = install(root, graph.prepared, graph.plan, self._seed_of(graph.key), self._every, self._demand)
+        approx = adopt(root, runtime, _cannot_pickle)
         for other in self._graphs:
             before = other.approx() if other.key == graph.key and other.approx is not None else None
-            if before is not None:
-                runtime.state = before._fx_approx.state  # the same layers at other shapes: they go on counting
-        approx = adopt(root, runtime, _cannot_pickle)
+            if before is not None:  # the same layers at other shapes: they go on counting, and know what they learnt
+                load_sampler_state(approx, sampler_state(before))
+                runtime.state = before._fx_approx.state
         self._graphs.append(_Compilation(graph.key, graph.name, None, weakref.ref(approx)))
         return _Compiled(approx, torch.compile(approx, backend=self._inner, fullgraph=True, **how), graph.lifted)
 
@@ -283,12 +285,13 @@ class _Compilation:
 class _Compiled:
     """Runs a transformed graph with the inputs of Dynamo's graph, as long as the frame's modules live."""
 
-    __slots__ = ("__weakref__", "approx", "dynamic", "held", "inputs", "run")  # Dynamo would copy the __dict__
+    __slots__ = ("__weakref__", "approx", "cold", "dynamic", "held", "inputs", "run")  # Dynamo would copy the __dict__
 
     def __init__(self, approx: ApproxModule, run: Callable[..., Any], lifted: Lift) -> None:
         self.approx, self.run = approx, run
         self.inputs, self.dynamic = lifted.inputs, lifted.dynamic
         self.held = [(place, path, _tensor(approx, path)) for place, path in lifted.parameters]
+        self.cold = _learns_yet(approx)
         # Dynamo drops its own reference with the modules; but what it notes of the stack while it compiles the inner
         # graph refers to the outer code, a cycle that no garbage collector sees.
         for root in lifted.frame.roots:
@@ -301,7 +304,11 @@ class _Compiled:
                 self.held[number] = place, path, inputs[place]
         for place, dim in self.dynamic:
             torch._dynamo.maybe_mark_dynamic(inputs[place], dim)
-        return self.run(*[inputs[place] for place in self.inputs])
+        values = [inputs[place] for place in self.inputs]
+        if self.cold:  # scores that learn do so from a first step that is not compiled
+            self.cold = False
+            return self.approx(*values)
+        return self.run(*values)
 
     def _replace(self, old: Tensor, new: Tensor) -> None:
         for module in self.approx.modules():
@@ -309,6 +316,12 @@ class _Compiled:
                 for name, tensor in registry.items():
                     if tensor is old:
                         registry[name] = new
+
+
+def _learns_yet(approx: ApproxModule) -> bool:
+    runtime = approx._fx_approx
+    learning = [selector for selector in runtime.selectors.values() if selector.score.learns and not selector.shared]
+    return any(s.running is None for s in learning) or (runtime.resample is not None and not runtime.resample.known)
 
 
 def _release(compiled: weakref.ref[_Compiled]) -> None:

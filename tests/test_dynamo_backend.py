@@ -15,7 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fx_approx
-from fx_approx.policies import Override, Paper, Uniform
+from fx_approx import SamplerSpec
+from fx_approx.policies import Override, Paper, Roles, Uniform
 
 VALUE = Uniform("topk", 0.5, scores="weight", share="value")
 
@@ -210,6 +211,26 @@ def test_batches_of_any_size_share_one_graph(dynamic: bool | None) -> None:
         x = torch.randn(size, 32)
         torch.testing.assert_close(gradients(model, compiled, x), gradients(approx, approx, x))
     assert len(backend.pieces) == (1 if dynamic else 2)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Uniform("topk", 0.5, scores="stale", share="value"), Roles(grad_weight=SamplerSpec("topk", 0.5, scores="stale"))],
+)
+def test_scores_that_learn_begin_with_a_step_that_is_not_compiled(policy: Any) -> None:
+    model, twin = Block(), Block()
+    twin.load_state_dict(model.state_dict())
+    counter = CompileCounterWithBackend("aot_eager")
+    backend = fx_approx.backend(policy, inner=counter)
+    compiled = torch.compile(model, backend=backend)
+    x = torch.randn(8, 32)
+    approx = fx_approx.transform(twin, policy, x)
+    for number in range(3):
+        torch.testing.assert_close(gradients(model, compiled, x), gradients(approx, approx, x))
+        assert (counter.frame_count > 0) == (number > 0)
+    x = torch.randn(4, 32)  # another shape goes on with what was learnt
+    torch.testing.assert_close(gradients(model, compiled, x), gradients(approx, approx, x))
+    assert len(backend.pieces) == 2
 
 
 def test_parameters_put_in_later_are_used() -> None:
