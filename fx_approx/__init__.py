@@ -32,8 +32,9 @@ from fx_approx.errors import (
 )
 from fx_approx.noise import measure_error
 from fx_approx.noise_report import NoiseReport
+from fx_approx.overhead import measure_selection
 from fx_approx.plan import Decision, Plan
-from fx_approx.report import Explanation, SavingsReport
+from fx_approx.report import Explanation, SavingsReport, SelectionTime
 from fx_approx.sampling import SamplerSpec, Selection
 from fx_approx.verify import Verification, verify
 
@@ -57,6 +58,7 @@ __all__ = [
     "SamplerSpec",
     "SavingsReport",
     "Selection",
+    "SelectionTime",
     "ShapesNeededError",
     "StaleStatisticsWarning",
     "UnsupportedTransformError",
@@ -69,6 +71,7 @@ __all__ = [
     "hold",
     "load_sampler_state",
     "measure_error",
+    "measure_selection",
     "recalibrate",
     "report",
     "restore",

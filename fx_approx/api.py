@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
@@ -139,7 +140,7 @@ def report(model: nn.Module) -> SavingsReport:
     resample = runtime.resample
     if runtime.called is not None and not runtime.learnt:
         _learn(approx, runtime)
-    return build_report(
+    built = build_report(
         approx.exact_class.__name__,
         runtime.candidates,
         runtime.plan,
@@ -150,6 +151,7 @@ def report(model: nn.Module) -> SavingsReport:
         runtime.effects,
         coverages(list(resample.each())) if resample is not None and resample.known else None,
     )
+    return dataclasses.replace(built, selection_time=runtime.selection_time)
 
 
 def _learn(approx: ApproxModule, runtime: Runtime) -> None:

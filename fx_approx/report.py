@@ -18,12 +18,12 @@ from fx_approx.modules import Selector
 from fx_approx.passes import Effects
 from fx_approx.plan import Decision, Plan
 from fx_approx.resample import RECENT
-from fx_approx.rows import Row, Sample, Totals, flat_row, row_cells, shape_text, total_cells
+from fx_approx.rows import Row, Sample, SelectionTime, Totals, flat_row, row_cells, shape_text, total_cells
 from fx_approx.sampling import SamplerSpec, get_sampler
 from fx_approx.tables import DEMAND, NARROWER, checked, human, table
 from fx_approx.tracer import Opaque
 
-__all__ = ["Explanation", "Row", "Sample", "SavingsReport", "Totals", "build_report", "merged_reports"]
+__all__ = ["Explanation", "Row", "Sample", "SavingsReport", "SelectionTime", "Totals", "build_report", "merged_reports"]
 
 _SHOWN_STOPS = 10
 
@@ -42,6 +42,7 @@ class SavingsReport:
         notes: Parts that could not be traced, and rows without shapes.
         stops: Where demand or sharing stopped, and why: ``name of the graph's node: reason``, for each value that is
             computed whole although some reader wants a part of it only.
+        selection_time: What choosing costs, where :func:`fx_approx.measure_selection` was called before.
     """
 
     model: str
@@ -49,6 +50,7 @@ class SavingsReport:
     totals: Totals
     notes: tuple[str, ...] = ()
     stops: tuple[str, ...] = ()
+    selection_time: SelectionTime | None = None
 
     def __str__(self) -> str:
         """The table for a terminal."""
@@ -107,7 +109,8 @@ class SavingsReport:
             "saved": self.totals.saved,
             "saved_net": self.totals.saved_net,
         }
-        parts = {"notes": list(self.notes), "stops": list(self.stops)}
+        time = None if self.selection_time is None else dataclasses.asdict(self.selection_time)
+        parts = {"notes": list(self.notes), "stops": list(self.stops), "selection_time": time}
         return {"model": self.model, "rows": rows, "totals": totals, **parts}
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -143,6 +146,8 @@ class SavingsReport:
             f"Bytes that the products keep for backward: {human(totals.kept_exact)} exact, {human(totals.kept)} now.",
         ]
         lines[2:2] = self._demand()
+        if self.selection_time is not None:
+            lines.append(str(self.selection_time))
         return "\n".join([*lines, *self._bytes(), *self._coverage(), *self._stopped(), *self.notes])
 
     def _demand(self) -> list[str]:

@@ -111,6 +111,39 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class SelectionTime:
+    """What :func:`fx_approx.measure_selection` measured.
+
+    Attributes:
+        seconds: All selections of a forward, median.
+        step: The whole training step, median.
+        quartiles: Of the share.
+        compiled: Both were compiled.
+        repeats: How often both were timed.
+    """
+
+    seconds: float
+    step: float
+    quartiles: tuple[float, float]
+    compiled: bool
+    repeats: int
+
+    @property
+    def share(self) -> float:
+        """Of the step."""
+        return self.seconds / self.step
+
+    def __str__(self) -> str:
+        """One line."""
+        low, high = (100 * share for share in self.quartiles)
+        how = "compiled" if self.compiled else "eager"
+        return (
+            f"Selections take {100 * self.share:.1f} % of a training step ({1000 * self.seconds:.2f} of "
+            f"{1000 * self.step:.1f} ms, {how}; quartiles of the share {low:.1f} and {high:.1f} %), measured."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Totals:
     """Sums over the rows whose shapes are known, and what the graph says of the whole training step.
 

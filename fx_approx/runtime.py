@@ -74,6 +74,7 @@ class Runtime(nn.Module):
         structure: Modules that were traced through, and what their children must be.
         candidates: All candidates.
         plan: What was decided.
+        selection_time: What the selections were measured to cost, if they were.
         settings: Ratios and switches that the model has had.
         sampling_swapped: Some layer in an untraced part is sampled.
     """
@@ -108,6 +109,7 @@ class Runtime(nn.Module):
         self.effects: Any = None
         self.warned: set[str] = set()
         self.settings: set[tuple[Any, ...]] = set()
+        self.selection_time: Any = None
         self.stale_from = 0
         self.exact_since: int | None = None
 

@@ -112,13 +112,13 @@ def verify(
     plain = runtime.plain
     hoisted = len(runtime.stages) > 2
     dtype = next((p.dtype for p in approx.parameters() if p.is_floating_point()), torch.float32)
-    with _undone(approx):
+    with undone(approx):
         if runtime.resample is not None and not runtime.resample.known:
             approx(*args, **kwargs)  # the first step of learnt scores is exact
         before = {name: buffer.clone() for name, buffer in approx.named_buffers()}
-        with _undone(approx):
+        with undone(approx):
             ours = _step(approx, runtime, args, kwargs, loss)
-        with _undone(approx):
+        with undone(approx):
             if plain is not None:
                 runtime.function = runtime.compiled(plain)
             theirs = _step(approx, runtime, args, kwargs, loss)
@@ -165,7 +165,7 @@ def _step(
 
 
 @contextlib.contextmanager
-def _undone(approx: ApproxModule) -> Iterator[None]:
+def undone(approx: ApproxModule) -> Iterator[None]:
     """Puts buffers, sampler state, random state, dropout and the graph back."""
     runtime = approx._fx_approx
     buffers = [(buffer, buffer.clone()) for buffer in approx.buffers()]

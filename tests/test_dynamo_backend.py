@@ -370,34 +370,3 @@ def test_attention_of_torch_is_taken_apart_and_whole_heads_are_left_out(batch_fi
     model.last.eval()
     found = [gradients(model, compiled, x, y), gradients(model, model, x, y)]
     torch.testing.assert_close(*found, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "match"),
-    [
-        ({"inner": "inductr"}, ValueError, "inner: no backend 'inductr'; there are: .*inductor"),
-        ({"inner": 3}, TypeError, "inner: expected the name of a backend or a callable, got 3"),
-        ({"policy": 0.5}, TypeError, "policy: expected a policy such as"),
-        ({"demand": "yes"}, TypeError, "demand: expected True or False, got 'yes'"),
-        ({"seed": 0.5}, TypeError, "seed: expected an integer"),
-        ({"every": 0}, ValueError, "every: expected an integer from 1"),
-        ({"mode": "fastest"}, RuntimeError, "mode"),
-    ],
-)
-def test_bad_arguments_are_refused_at_construction(arguments: Any, error: type[Exception], match: str) -> None:
-    with pytest.raises(error, match=match):
-        fx_approx.backend(**arguments)
-
-
-def test_a_call_by_hand_is_a_clear_error() -> None:
-    gm = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
-    gm.graph.call_function(torch.nn.functional.linear)
-    with pytest.raises(fx_approx.CaptureError, match=r"torch\.compile\(model, backend=fx_approx\.backend\(policy\)\)"):
-        fx_approx.backend(VALUE)(gm, [])
-
-
-def test_a_rule_for_a_layer_that_no_graph_has_is_an_error_with_the_names() -> None:
-    model = Block()
-    compiled = torch.compile(model, backend=fx_approx.backend(Override({"nowhere": VALUE}, VALUE), inner="aot_eager"))
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"'nowhere'; there are: fc1, fc2, fc3"):
-        compiled(torch.randn(4, 32))

@@ -30,7 +30,7 @@ LAYERS: dict[str, tuple[int, set[str]]] = {
     "runtime": (4, {"print_passes", "runtime", "approx"}),
     "passes": (5, {"passes"}),
     "policies": (5, {"policies"}),
-    "surface": (6, {*_REPORTS, "checks", "controls", "verify", "coupling"}),
+    "surface": (6, {*_REPORTS, "checks", "controls", "verify", "overhead", "coupling"}),
     "pipeline": (7, {"pipeline"}),
     "api": (8, {"api", "dynamo_backend", "dynamo_frame", "lifted"}),
     "entry": (9, {"__init__", "__main__", "cli"}),

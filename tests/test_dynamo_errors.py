@@ -1,0 +1,55 @@
+"""What the Dynamo frontend refuses, and when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import fx_approx
+from fx_approx.policies import Override, Uniform
+
+VALUE = Uniform("topk", 0.5, scores="weight", share="value")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.fc3(torch.tanh(self.fc2(torch.tanh(self.fc1(x)))))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"inner": "inductr"}, ValueError, "inner: no backend 'inductr'; there are: .*inductor"),
+        ({"inner": 3}, TypeError, "inner: expected the name of a backend or a callable, got 3"),
+        ({"policy": 0.5}, TypeError, "policy: expected a policy such as"),
+        ({"demand": "yes"}, TypeError, "demand: expected True or False, got 'yes'"),
+        ({"seed": 0.5}, TypeError, "seed: expected an integer"),
+        ({"every": 0}, ValueError, "every: expected an integer from 1"),
+        ({"mode": "fastest"}, RuntimeError, "mode"),
+    ],
+)
+def test_bad_arguments_are_refused_at_construction(arguments: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        fx_approx.backend(**arguments)
+
+
+def test_a_call_by_hand_is_a_clear_error() -> None:
+    gm = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
+    gm.graph.call_function(torch.nn.functional.linear)
+    with pytest.raises(fx_approx.CaptureError, match=r"torch\.compile\(model, backend=fx_approx\.backend\(policy\)\)"):
+        fx_approx.backend(VALUE)(gm, [])
+
+
+def test_a_rule_for_a_layer_that_no_graph_has_is_an_error_with_the_names() -> None:
+    model = Block()
+    compiled = torch.compile(model, backend=fx_approx.backend(Override({"nowhere": VALUE}, VALUE), inner="aot_eager"))
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"'nowhere'; there are: fc1, fc2, fc3"):
+        compiled(torch.randn(4, 32))
