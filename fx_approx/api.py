@@ -82,7 +82,8 @@ def _transform(
     plan = decide(prepared.candidates, Paper() if policy is None else policy)
     runtime = install(root, prepared, plan, seed, every, demand)
     for part in prepared.captured.opaque:
-        warnings.warn(f"not traced, served by module swap: {part}", CaptureWarning, stacklevel=4)
+        hint = "" if part.path else ". Where torch.compile can capture it: backend=fx_approx.backend(policy)"
+        warnings.warn(f"not traced, served by module swap: {part}{hint}", CaptureWarning, stacklevel=4)
     if not plan.sampled:
         what = "it has no matrix product or convolution" if not prepared.found else "every layer stays exact"
         warnings.warn(f"transform changed nothing in {type(model).__name__}: {what}", NoEffectWarning, stacklevel=4)
