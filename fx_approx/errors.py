@@ -44,3 +44,7 @@ class CaptureWarning(UserWarning):
 
 class RecompilationWarning(UserWarning):
     """``torch.compile`` is about to give up on a model because it was compiled too often."""
+
+
+class KernelWarning(UserWarning):
+    """A kernel that was asked for cannot be used; the reference computes the same."""

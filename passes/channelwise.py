@@ -212,13 +212,14 @@ def _grouped(flow: Flow, node: fx.Node) -> Step | None:
     operands = [argument(node, place, name) for place, name in enumerate(("query", "key", "value"))]
     gqa = node.target is F.scaled_dot_product_attention and node.kwargs.get("enable_gqa") is True
     mask = argument(node, 3, "attn_mask")
+    masks = None if mask is None else flow.shape(mask)
     if not gqa or not all(isinstance(one, fx.Node) for one in operands):
         return None
     layouts, shapes = [flow.layout(one) for one in operands], [flow.shape(one) for one in operands]
     query, result = layouts[0], flow.shape(node)
     if query is None or result is None or query.dim != len(result) - 3:
         return None
-    if mask is not None and (flow.shape(mask) is None or (1, *flow.shape(mask))[-3:][0] != 1):
+    if mask is not None and (masks is None or (1, *masks)[-3:][0] != 1):
         return None  # has an entry for each head of the queries
     links = [Link(operands[0], 0, 0, len(query.segments))]
     for operand, layout, shape in zip(operands[1:], layouts[1:], shapes[1:], strict=True):

@@ -25,6 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
     define_missing_schemas()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of Triton, so that kernels run on CPUs
     hypothesis.settings.register_profile(
         "fx_approx",
         deadline=None,  # the first call of anything in torch is slow

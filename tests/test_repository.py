@@ -24,16 +24,17 @@ _REPORTS = {"report", "rows", "demand_report", "tables", "noise", "noise_report"
 # rank and of its own layer, so layers of equal rank know nothing of each other. A new module is placed here.
 LAYERS: dict[str, tuple[int, set[str]]] = {
     "foundation": (0, {"errors", "sampling", "flops", "candidate", "plan"}),
-    "ops": (1, {"ops"}),
-    "modules": (2, {"state", "modules", "batchnorm", "channelwise", "resample"}),
-    "capture": (3, {"watch", "tracer", "capture"}),
-    "runtime": (4, {"print_passes", "runtime", "approx"}),
-    "passes": (5, {"passes"}),
-    "policies": (5, {"policies"}),
-    "surface": (6, {*_REPORTS, "checks", "controls", "verify", "overhead", "coupling"}),
-    "pipeline": (7, {"pipeline"}),
-    "api": (8, {"api", "dynamo_backend", "dynamo_frame", "lifted"}),
-    "entry": (9, {"__init__", "__main__", "cli"}),
+    "kernels": (1, {"kernels"}),
+    "ops": (2, {"ops"}),
+    "modules": (3, {"state", "modules", "batchnorm", "channelwise", "resample"}),
+    "capture": (4, {"watch", "tracer", "capture"}),
+    "runtime": (5, {"print_passes", "runtime", "approx"}),
+    "passes": (6, {"passes"}),
+    "policies": (6, {"policies"}),
+    "surface": (7, {*_REPORTS, "checks", "controls", "verify", "overhead", "coupling"}),
+    "pipeline": (8, {"pipeline"}),
+    "api": (9, {"api", "dynamo_backend", "dynamo_frame", "lifted"}),
+    "entry": (10, {"__init__", "__main__", "cli"}),
 }
 
 # A path that exists on one machine only; the look-behind keeps URLs and relative paths out.
