@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +47,15 @@ def _wrn() -> Built:
     return models[0], torch.randn(64, 3, 32, 32).contiguous(memory_format=form), models[1]
 
 
-def _resnet50() -> Built:
+def torchvision_models() -> ModuleType:
+    """torchvision.models, also beside a torch for which torchvision was not built."""
     compat = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "torchvision_compat.py"))
-    models = compat["import_torchvision"]().models
+    models: ModuleType = compat["import_torchvision"]().models
+    return models
+
+
+def _resnet50() -> Built:
+    models = torchvision_models()
     form = torch.channels_last
     exact = models.resnet50().to(memory_format=form)
     narrow = models.ResNet(models.resnet.Bottleneck, [3, 4, 6, 3], width_per_group=32).to(memory_format=form)
@@ -60,9 +67,7 @@ class ViTBlock(nn.Module):
 
     def __init__(self, heads: int = 12, width: int = 768, hidden: int = 3072) -> None:
         super().__init__()
-        compat = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "torchvision_compat.py"))
-        transformer = compat["import_torchvision"]().models.vision_transformer
-        self.block = transformer.EncoderBlock(heads, width, hidden, 0.0, 0.0)
+        self.block = torchvision_models().vision_transformer.EncoderBlock(heads, width, hidden, 0.0, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, tokens, width]``."""
