@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Built = tuple[nn.Module, Tensor, nn.Module | None]
@@ -79,6 +80,32 @@ def _vit_block() -> Built:
     return ViTBlock(), torch.randn(8, 197, 768), ViTBlock(6, 768, 1536)
 
 
+class PlainBlock(nn.Module):
+    """The same block with a linear layer for each projection, which swaps of modules can reach."""
+
+    def __init__(self, heads: int = 12, width: int = 768, hidden: int = 3072) -> None:
+        super().__init__()
+        self.heads, inner = heads, 64 * heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value = (nn.Linear(width, inner) for _ in range(3))
+        self.projection = nn.Linear(inner, width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, tokens, width]``."""
+        h = self.norm1(x)
+        q, k, v = (
+            layer(h).unflatten(-1, (self.heads, 64)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        x = x + self.projection(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        result: Tensor = x + self.mlp(self.norm2(x))
+        return result
+
+
+def _plain_block() -> Built:
+    return PlainBlock(), torch.randn(8, 197, 768), PlainBlock(6, 768, 1536)
+
+
 def _small() -> Built:
     return wide_resnet(10, 2), torch.randn(8, 3, 16, 16), wide_resnet(10, 1)
 
@@ -87,6 +114,7 @@ MODELS: dict[str, Callable[[], Built]] = {
     "wrn_16_4": _wrn,
     "resnet50": _resnet50,
     "vit_b_block": _vit_block,
+    "vit_b_plain": _plain_block,
     "wrn_10_2": _small,
 }
 """By name: the exact model, a batch, and a narrower rival (None where there is no obvious one)."""
