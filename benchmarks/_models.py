@@ -5,8 +5,10 @@ from __future__ import annotations
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Built = tuple[nn.Module, Tensor, nn.Module | None]
@@ -46,9 +48,15 @@ def _wrn() -> Built:
     return models[0], torch.randn(64, 3, 32, 32).contiguous(memory_format=form), models[1]
 
 
-def _resnet50() -> Built:
+def torchvision_models() -> ModuleType:
+    """torchvision.models, also beside a torch for which torchvision was not built."""
     compat = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "torchvision_compat.py"))
-    models = compat["import_torchvision"]().models
+    models: ModuleType = compat["import_torchvision"]().models
+    return models
+
+
+def _resnet50() -> Built:
+    models = torchvision_models()
     form = torch.channels_last
     exact = models.resnet50().to(memory_format=form)
     narrow = models.ResNet(models.resnet.Bottleneck, [3, 4, 6, 3], width_per_group=32).to(memory_format=form)
@@ -60,9 +68,7 @@ class ViTBlock(nn.Module):
 
     def __init__(self, heads: int = 12, width: int = 768, hidden: int = 3072) -> None:
         super().__init__()
-        compat = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "torchvision_compat.py"))
-        transformer = compat["import_torchvision"]().models.vision_transformer
-        self.block = transformer.EncoderBlock(heads, width, hidden, 0.0, 0.0)
+        self.block = torchvision_models().vision_transformer.EncoderBlock(heads, width, hidden, 0.0, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, tokens, width]``."""
@@ -74,6 +80,32 @@ def _vit_block() -> Built:
     return ViTBlock(), torch.randn(8, 197, 768), ViTBlock(6, 768, 1536)
 
 
+class PlainBlock(nn.Module):
+    """The same block with a linear layer for each projection, which swaps of modules can reach."""
+
+    def __init__(self, heads: int = 12, width: int = 768, hidden: int = 3072) -> None:
+        super().__init__()
+        self.heads, inner = heads, 64 * heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value = (nn.Linear(width, inner) for _ in range(3))
+        self.projection = nn.Linear(inner, width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, tokens, width]``."""
+        h = self.norm1(x)
+        q, k, v = (
+            layer(h).unflatten(-1, (self.heads, 64)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        x = x + self.projection(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        result: Tensor = x + self.mlp(self.norm2(x))
+        return result
+
+
+def _plain_block() -> Built:
+    return PlainBlock(), torch.randn(8, 197, 768), PlainBlock(6, 768, 1536)
+
+
 def _small() -> Built:
     return wide_resnet(10, 2), torch.randn(8, 3, 16, 16), wide_resnet(10, 1)
 
@@ -82,6 +114,7 @@ MODELS: dict[str, Callable[[], Built]] = {
     "wrn_16_4": _wrn,
     "resnet50": _resnet50,
     "vit_b_block": _vit_block,
+    "vit_b_plain": _plain_block,
     "wrn_10_2": _small,
 }
 """By name: the exact model, a batch, and a narrower rival (None where there is no obvious one)."""

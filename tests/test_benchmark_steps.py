@@ -21,7 +21,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Scripts are imported as when they are run, and forgotten afterwards."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("_header", "_models", "_peak", "_profile", "train_step", "demand_accuracy"):
+    for name in ("_device", "_header", "_models", "_peak", "_profile", "_steps", "train_step", "demand_accuracy"):
         sys.modules.pop(name, None)
 
 
@@ -61,7 +61,46 @@ def test_other_numbers_stop_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> No
         train_step.main(["--models", "wrn_10_2", "--minimal-k", "4", "--scopes", "value", "--runs", "2", "--no-swap"])
 
 
-@pytest.mark.parametrize("wrong", [["--runs", "1"], ["--ratios", "1.5"], ["--models", "none"]])
+def test_steps_under_autocast_and_in_another_layout(tmp_path: Path) -> None:
+    train_step, steps = (importlib.import_module(name) for name in ("train_step", "_steps"))
+    seen = []
+
+    def remember(name: str, models: dict[str, torch.nn.Module], inputs: torch.Tensor, options: object) -> list[object]:
+        seen.append((models["exact"], inputs))
+        return steps.measure(name, models, inputs, options)
+
+    train_step.measure_all = remember
+    path = tmp_path / "steps.json"
+    small = ["--models", "wrn_10_2", "--minimal-k", "4", "--scopes", "value", "--batch", "2", "--runs", "2"]
+    train_step.main([*small, "--autocast", "bfloat16", "--channels-last", "--json", str(path)])
+    (model, inputs), *_ = seen
+    assert inputs.is_contiguous(memory_format=torch.channels_last) and not inputs.is_contiguous()
+    assert model[1].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert inputs.dtype == model[1].conv1.weight.dtype == torch.float32
+    found = {one["variant"]: one for one in json.loads(path.read_text())["results"]}
+    assert found["demand, value 0.5"]["flops"] > 3.5
+    dtypes: set[torch.dtype] = set()
+    model[1].conv1.register_forward_hook(lambda module, given, output: dtypes.add(output.dtype))
+    steps.Step(model, inputs, False, "bfloat16")()
+    assert dtypes == {torch.bfloat16}
+
+
+def test_precision_is_put_back() -> None:
+    device = importlib.import_module("_device")
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    for tf32 in (True, False):
+        with device.precision(tf32):
+            assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is tf32
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+WRONG = [
+    *(["--runs", "1"], ["--ratios", "1.5"], ["--models", "none"], ["--batch", "0"], ["--tf32", "--device", "cpu"]),
+    *(["--autocast", "float32"], ["--autocast", "bfloat16", "--dtype", "float16"], ["--device", "abacus"]),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_options_are_refused(wrong: list[str]) -> None:
     with pytest.raises(SystemExit):
         importlib.import_module("train_step").main(wrong)
