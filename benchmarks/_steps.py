@@ -31,7 +31,7 @@ class Measured:
     spread: tuple[float, float]
     speedup: Quartiles | None
     of_compiled: Quartiles | None
-    flops: float
+    flops: float | None
     peak: int | None
     profile: dict[str, float] | None
 
@@ -39,9 +39,11 @@ class Measured:
 class Step:
     """A training step of one variant, without the optimiser; the forward pass under autocast where it is asked for."""
 
-    def __init__(self, model: nn.Module, inputs: Any, compiled: bool, autocast: str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Any, compiled: bool, autocast: str | None = None, backend: Any = "inductor"
+    ) -> None:
         self.original, self.inputs = model, inputs
-        self.model = torch.compile(model, dynamic=False) if compiled else model
+        self.model = torch.compile(model, dynamic=False, backend=backend) if compiled else model
         self.autocast = None if autocast is None else getattr(torch, autocast)
 
     def __call__(self) -> None:
@@ -106,14 +108,30 @@ def build(name: str, options: argparse.Namespace) -> tuple[nn.Module, Tensor, nn
     return exact.to(**place), inputs.to(**place), narrow
 
 
-def measure(name: str, models: Mapping[str, nn.Module], inputs: Tensor, options: argparse.Namespace) -> list[Measured]:
-    """Times all ``models``, variants of one of which the first is ``"exact"``, in turn."""
+def measure(
+    name: str,
+    models: Mapping[str, nn.Module],
+    inputs: Tensor,
+    options: argparse.Namespace,
+    backends: Mapping[str, Any] | None = None,
+) -> list[Measured]:
+    """Times all ``models``, variants of one of which the first is ``"exact"``, in turn.
+
+    Those named in ``backends`` are timed compiled only, by that backend.
+    """
+    backends = {} if backends is None else backends
     with precision(options.tf32):
-        flops = {variant: _flops(Step(model, inputs, False, options.autocast)) for variant, model in models.items()}
+        flops = {
+            variant: _flops(Step(model, inputs, False, options.autocast))
+            for variant, model in models.items()
+            if variant not in backends
+        }
         steps: dict[tuple[str, bool], Step] = {}
         for compiled in [False, True] if options.compile else [False]:
             for variant, model in models.items():
-                steps[variant, compiled] = Step(model, inputs, compiled, options.autocast)
+                if compiled or variant not in backends:
+                    backend = backends.get(variant, "inductor")
+                    steps[variant, compiled] = Step(model, inputs, compiled, options.autocast, backend)
         times: dict[tuple[str, bool], list[float]] = {key: [] for key in steps}
         for run in range(options.runs + options.warmup):
             for key, step in steps.items():
@@ -133,7 +151,7 @@ def measure(name: str, models: Mapping[str, nn.Module], inputs: Tensor, options:
                     spread=(low, high),
                     speedup=speedup(times["exact", compiled], taken),
                     of_compiled=speedup(times["exact", True], taken) if options.compile else None,
-                    flops=flops["exact"] / flops[variant],
+                    flops=flops["exact"] / flops[variant] if variant in flops else None,
                     peak=peak_bytes(steps[variant, compiled], options.device) if options.memory else None,
                     profile=milliseconds_by_kind(steps[variant, compiled]) if options.profile else None,
                 )
@@ -168,7 +186,7 @@ def _rows(found: Sequence[Measured]) -> list[list[str]]:
                 one.variant,
                 "compiled" if one.compiled else "eager",
                 f"{1000 * one.seconds:.0f} [{1000 * one.spread[0]:.0f}, {1000 * one.spread[1]:.0f}]",
-                f"{one.flops:.2f}",
+                "" if one.flops is None else f"{one.flops:.2f}",
                 _text(one.speedup),
                 _text(one.of_compiled),
                 "" if one.peak is None or not whole else f"{one.peak / 2**20:.0f} ({one.peak / whole:.2f})",

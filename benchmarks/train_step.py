@@ -3,6 +3,7 @@
     python benchmarks/train_step.py
     python benchmarks/train_step.py --models wrn_16_4 --scopes value group --ratios 0.5 --compile
     python benchmarks/train_step.py --models resnet50 --runs 9 --json resnet50.json
+    python benchmarks/train_step.py --compile --dynamo --no-swap
     python benchmarks/train_step.py --device cuda --autocast bfloat16 --channels-last --compile
 
 All variants take their steps in turn in one process; a ratio above 1 is faster than the exact model, eager or compiled
@@ -64,12 +65,17 @@ def measure(name: str, options: argparse.Namespace) -> list[Measured]:
     models: dict[str, nn.Module] = {"exact": exact}
     if narrow is not None:
         models["narrow"] = narrow
+    backends = {}
     for ratio in options.ratios:
         if not options.no_swap:
             models[f"swap, online TopK {ratio:g}"] = swapped(exact, inputs, ratio, options.minimal_k)
         for scope in options.scopes:
             models[f"demand, {scope} {ratio:g}"] = demanded(exact, inputs, scope, ratio, options)
-    return measure_all(name, models, inputs, options)
+            if options.dynamo and options.compile:
+                variant = f"Dynamo, {scope} {ratio:g}"
+                models[variant] = copy.deepcopy(exact)
+                backends[variant] = fx_approx.backend(policy(scope, ratio, options.scores, options.minimal_k))
+    return measure_all(name, models, inputs, options, backends)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_step_options(parser, ["wrn_16_4"])
     parser.add_argument("--scopes", nargs="+", default=["value", "group"], choices=["site", "value", "group"])
+    parser.add_argument("--dynamo", action="store_true", help="through fx_approx.backend, too (with --compile)")
     parser.add_argument("--no-swap", action="store_true", help="leave out the module swap")
     options = parse_step_options(parser, arguments)
     print(header("Training step"), flush=True)

@@ -54,6 +54,18 @@ def test_steps_are_checked_timed_and_stored(tmp_path: Path, capsys: pytest.Captu
     assert "demand, group 0.5" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_both_frontends_are_timed(tmp_path: Path) -> None:
+    train_step = importlib.import_module("train_step")
+    path = tmp_path / "steps.json"
+    small = ["--models", "wrn_10_2", "--runs", "2", "--warmup", "1", "--no-swap", "--no-narrow", "--scopes", "value"]
+    train_step.main([*small, "--compile", "--dynamo", "--json", str(path)])
+    found = {(one["variant"], one["compiled"]): one for one in json.loads(path.read_text())["results"]}
+    assert ("Dynamo, value 0.5", True) in found and ("Dynamo, value 0.5", False) not in found
+    assert found["Dynamo, value 0.5", True]["of_compiled"][1] > 0
+
+
 def test_other_numbers_stop_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     train_step = importlib.import_module("train_step")
     monkeypatch.setattr(train_step.fx_approx.verify, "__kwdefaults__", {"tolerance": 0.0})
@@ -65,9 +77,9 @@ def test_steps_under_autocast_and_in_another_layout(tmp_path: Path) -> None:
     train_step, steps = (importlib.import_module(name) for name in ("train_step", "_steps"))
     seen = []
 
-    def remember(name: str, models: dict[str, torch.nn.Module], inputs: torch.Tensor, options: object) -> list[object]:
+    def remember(name: str, models: dict[str, torch.nn.Module], inputs: torch.Tensor, *how: object) -> list[object]:
         seen.append((models["exact"], inputs))
-        return steps.measure(name, models, inputs, options)
+        return steps.measure(name, models, inputs, *how)
 
     train_step.measure_all = remember
     path = tmp_path / "steps.json"
