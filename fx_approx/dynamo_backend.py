@@ -7,11 +7,13 @@ compiles the result. The model itself is not changed.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import warnings
+import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from types import CodeType
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,20 +23,24 @@ from fx_approx.approx import ApproxModule, adopt
 from fx_approx.capture import TensorSpec, kept_random_state, skeleton
 from fx_approx.checks import check_model, check_seed
 from fx_approx.controls import load_sampler_state, sampler_state
-from fx_approx.dynamo_frame import Frame, current_frame
-from fx_approx.errors import CaptureWarning
-from fx_approx.lifted import Lift, lift, place_of
+from fx_approx.dynamo_frame import Frame, Known, current_frame
+from fx_approx.dynamo_run import CompiledGraph, left_exact
+from fx_approx.errors import ShapesNeededError
+from fx_approx.lifted import Lift, higher_order, lift, place_of
 from fx_approx.ops import find_op
 from fx_approx.passes import check_policy, decide
 from fx_approx.pipeline import Prepared, install, prepare
 from fx_approx.plan import Plan, Policy
-from fx_approx.policies import Paper
+from fx_approx.policies import Override, Paper
 from fx_approx.report import Explanation, SavingsReport, merged_reports
+from fx_approx.tracer import describe
 
-_Key = tuple[tuple[int, ...], frozenset[str]]
+_Key = tuple[CodeType, tuple[int, ...], frozenset[str]]
 
 _STREAMS = 0x1B873593CC9E2D51  # odd: the seeds of a model's graphs stay apart
 _OUTSIDE = "called outside any module of the frame, so no training flag says when to sample"
+_UNREACHED = "in no registered submodule, so that eval() does not reach it"
+_PARAMETRISATION = "part of a parametrisation: it makes a weight"
 
 
 def backend(
@@ -107,6 +113,9 @@ class Backend:
         self._seed, self._every, self._demand = seed, every, demand
         self._graphs: list[_Compilation] = []
         self._streams: dict[_Key, int] = {}
+        self._numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._known: Known = weakref.WeakKeyDictionary()
+        self._unmatched = list(policy.rules) if isinstance(policy, Override) else []
 
     @property
     def pieces(self) -> tuple[nn.Module, ...]:
@@ -120,7 +129,7 @@ class Backend:
     def report(self) -> SavingsReport:
         """What each layer saves, over all graphs compiled in training mode so far, and why the others are exact.
 
-        Where a graph was compiled again, for other shapes, the last one counts.
+        Where a graph was compiled again, for other shapes or with other layers in it, the last one counts.
 
         Raises:
             ValueError: Nothing was compiled yet.
@@ -128,7 +137,14 @@ class Backend:
         self._graphs = [graph for graph in self._graphs if graph.alive]
         if not self._graphs:
             raise ValueError("nothing was compiled in training mode yet: run a training step first")
-        return merged_reports(list({graph.key: graph.report() for graph in self._graphs}.values()))
+        taken: list[tuple[_Key, SavingsReport]] = []
+        for graph in reversed(self._graphs):
+            code, roots, names = graph.key
+            if not any((code, roots) == key[:2] and names & key[2] for key, _ in taken):
+                taken.append((graph.key, graph.report()))
+        merged = merged_reports([report for _, report in reversed(taken)])
+        notes = [f"No layer of any graph so far matches the rule {rule!r}." for rule in self._unmatched]
+        return dataclasses.replace(merged, notes=(*merged.notes, *notes))
 
     def explain(self, model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         """What a compiled training step of ``model`` would sample: the plan, and the report it predicts.
@@ -144,7 +160,7 @@ class Backend:
             An explanation whose ``plan`` can be edited and given to :func:`backend`.
 
         Raises:
-            ValueError: Two graphs have layers of one name (blocks that are compiled apart), or none multiplies.
+            ValueError: Two graphs multiply by one layer, so that no plan tells them apart; or none multiplies.
         """
         check_model(model)
         found: list[tuple[Plan, SavingsReport]] = []
@@ -164,6 +180,13 @@ class Backend:
         if not found:
             raise ValueError(f"model: no graph that Dynamo captures of {type(model).__name__} multiplies")
         decisions = tuple(decision for plan, _ in found for decision in plan)
+        counts = collections.Counter(decision.name for decision in decisions)
+        twice = [name for name, count in counts.items() if count > 1]
+        if twice:
+            raise ValueError(
+                f"model: several graphs multiply by {', '.join(twice)}, and one plan cannot tell them apart; give the "
+                "backend a policy instead, or remove the graph breaks between"
+            )
         identities = {name: identity for plan, _ in found for name, identity in plan.identities.items()}
         return Explanation(Plan(decisions, identities), merged_reports([report for _, report in found]))
 
@@ -187,28 +210,40 @@ class Backend:
         approx = adopt(root, runtime, _cannot_pickle)
         for other in self._graphs:
             before = other.approx() if other.key == graph.key and other.approx is not None else None
-            if before is not None:  # the same layers at other shapes: they go on counting, and know what they learnt
-                load_sampler_state(approx, sampler_state(before))
-                runtime.state = before._fx_approx.state
+            if before is not None:
+                _take_over(approx, before)
         self._graphs.append(_Compilation(graph.key, graph.name, None, weakref.ref(approx)))
-        return _Compiled(approx, torch.compile(approx, backend=self._inner, fullgraph=True, **how), graph.lifted)
+        # Torch's eager backend would make functions without second derivatives of what has them.
+        run = approx if self._inner == "eager" else torch.compile(approx, backend=self._inner, fullgraph=True, **how)
+        return CompiledGraph(approx, run, graph.lifted, functools.partial(self._exact, gm, list(example_inputs), how))
 
     def _analysed(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> _Graph | None:
         """A graph with its plan; None if no layer of it can be sampled now."""
         if not any(_multiplies(node) for node in gm.graph.nodes):
             return None
-        frame = current_frame()
-        lifted = lift(gm, frame)
-        if lifted.higher_order:
-            kinds = ", ".join(sorted(lifted.higher_order))
-            warnings.warn(f"a graph stays exact: its multiplies stand inside {kinds}", CaptureWarning, stacklevel=2)
+        frame = current_frame(self._known)
+        for root in frame.roots:
+            self._numbers.setdefault(root.module, len(self._numbers))
+        special = higher_order(gm)
+        if special:
+            left_exact(f"it contains {', '.join(sorted(special))}")
             return None
-        called = tuple(_described(example_inputs[position]) for position in lifted.inputs)
-        prepared = _owned(prepare(lifted.root, lifted.captured, (called, {})), frame)
+        try:
+            lifted = lift(gm, frame)
+            called = tuple(_described(example_inputs[p], p in lifted.scalars) for p in lifted.inputs)
+            prepared = _owned(prepare(lifted.root, lifted.captured, (called, {})), frame)
+        except Exception as error:  # whatever a graph may hold: exact training goes on
+            left_exact(describe(error))
+            return None
         frame.guard(filter(None, (place_of(frame, one.owner) for one in prepared.found)))
         if not any(lifted.root.get_submodule(one.owner).training for one in prepared.found):
             return None
-        return _Graph(lifted, prepared, self._plan(prepared))
+        try:
+            plan = self._plan(prepared)
+        except ShapesNeededError as error:
+            left_exact(str(error))
+            return None
+        return _Graph(lifted, prepared, plan, tuple(self._numbers[root.module] for root in frame.roots))
 
     def _seed_of(self, key: _Key) -> int:
         """Each set of layers has its own stream of random numbers, the first one that of the seed itself."""
@@ -227,11 +262,10 @@ class Backend:
 
     def _plan(self, prepared: Prepared) -> Plan:
         policy = self.policy
-        if isinstance(policy, Plan):
-            here = {candidate.name for candidate in prepared.candidates}
-            decisions = tuple(decision for decision in policy if decision.name in here)
-            identities = {name: identity for name, identity in policy.identities.items() if name in here}
-            policy = Plan(decisions, identities)
+        if isinstance(policy, (Plan, Override)):
+            policy = policy.part(prepared.candidates)
+        if isinstance(policy, Override):
+            self._unmatched = [rule for rule in self._unmatched if rule not in policy.rules]
         return decide(prepared.candidates, policy)
 
 
@@ -242,6 +276,7 @@ class _Graph:
     lifted: Lift
     prepared: Prepared
     plan: Plan
+    roots: tuple[int, ...]
 
     @property
     def name(self) -> str:
@@ -251,8 +286,8 @@ class _Graph:
     @property
     def key(self) -> _Key:
         """What tells the layers of the graph from those of others, however often it is compiled."""
-        roots = tuple(id(root.module) for root in self.lifted.frame.roots)
-        return roots, frozenset(candidate.name for candidate in self.prepared.candidates)
+        names = frozenset(candidate.name for candidate in self.prepared.candidates)
+        return self.lifted.frame.code, self.roots, names
 
     def predicted(self, demand: bool) -> SavingsReport:
         """Its report before anything is rewritten."""
@@ -282,58 +317,15 @@ class _Compilation:
         return dataclasses.replace(report(approx), model=self.name)
 
 
-class _Compiled:
-    """Runs a transformed graph with the inputs of Dynamo's graph, as long as the frame's modules live."""
-
-    __slots__ = ("__weakref__", "approx", "cold", "dynamic", "held", "inputs", "run")  # Dynamo would copy the __dict__
-
-    def __init__(self, approx: ApproxModule, run: Callable[..., Any], lifted: Lift) -> None:
-        self.approx, self.run = approx, run
-        self.inputs, self.dynamic = lifted.inputs, lifted.dynamic
-        self.held = [(place, path, _tensor(approx, path)) for place, path in lifted.parameters]
-        self.cold = _learns_yet(approx)
-        # Dynamo drops its own reference with the modules; but what it notes of the stack while it compiles the inner
-        # graph refers to the outer code, a cycle that no garbage collector sees.
-        for root in lifted.frame.roots:
-            weakref.finalize(root.module, _release, weakref.ref(self))
-
-    def __call__(self, *inputs: Any) -> Any:
-        for number, (place, path, tensor) in enumerate(self.held):
-            if inputs[place] is not tensor:  # someone has put another parameter into the model
-                self._replace(tensor, inputs[place])
-                self.held[number] = place, path, inputs[place]
-        for place, dim in self.dynamic:
-            torch._dynamo.maybe_mark_dynamic(inputs[place], dim)
-        values = [inputs[place] for place in self.inputs]
-        if self.cold:  # scores that learn do so from a first step that is not compiled
-            self.cold = False
-            return self.approx(*values)
-        return self.run(*values)
-
-    def _replace(self, old: Tensor, new: Tensor) -> None:
-        for module in self.approx.modules():
-            for registry in cast(list[dict[str, Any]], [module._parameters, module._buffers]):
-                for name, tensor in registry.items():
-                    if tensor is old:
-                        registry[name] = new
-
-
-def _learns_yet(approx: ApproxModule) -> bool:
-    runtime = approx._fx_approx
-    learning = [selector for selector in runtime.selectors.values() if selector.score.learns and not selector.shared]
-    return any(s.running is None for s in learning) or (runtime.resample is not None and not runtime.resample.known)
-
-
-def _release(compiled: weakref.ref[_Compiled]) -> None:
-    gone = compiled()
-    if gone is not None and hasattr(gone, "approx"):
-        del gone.approx, gone.run, gone.held
-
-
-def _tensor(root: nn.Module, path: str) -> Tensor:
-    holder, _, name = path.rpartition(".")
-    value: Tensor = getattr(root.get_submodule(holder), name)
-    return value
+def _take_over(approx: ApproxModule, before: ApproxModule) -> None:
+    """The same layers at other shapes go on with the settings, the count of steps and what was learnt."""
+    runtime, old = approx._fx_approx, before._fx_approx
+    for key, selector in runtime.selectors.items():
+        selector.set_spec(old.selectors[key].spec)
+        selector.enabled = old.selectors[key].enabled
+    runtime.lay_out()
+    load_sampler_state(approx, sampler_state(before))
+    runtime.state = old.state
 
 
 def _multiplies(node: fx.Node) -> bool:
@@ -342,20 +334,25 @@ def _multiplies(node: fx.Node) -> bool:
 
 
 def _owned(prepared: Prepared, frame: Frame) -> Prepared:
-    """Blocks what stands outside the frame's modules."""
-    if len(frame.roots) == 1:
-        return prepared
-    found = [
-        one
-        if one.owner or one.candidate.blocked
-        else dataclasses.replace(one, candidate=dataclasses.replace(one.candidate, blocked=_OUTSIDE))
-        for one in prepared.found
-    ]
+    """Blocks what no training flag speaks for, and what makes weights."""
+    found = []
+    for one in prepared.found:
+        place, reason = place_of(frame, one.owner), None
+        if not one.owner and len(frame.roots) != 1:
+            reason = _OUTSIDE
+        elif place is None or place[0].find(place[1]) is None:
+            reason = _UNREACHED
+        elif "parametrizations" in one.owner.split("."):
+            reason = _PARAMETRISATION
+        blocked = one.candidate.blocked or reason
+        found.append(dataclasses.replace(one, candidate=dataclasses.replace(one.candidate, blocked=blocked)))
     return dataclasses.replace(prepared, found=found)
 
 
-def _described(value: Any) -> Any:
-    """A tensor's description, with the sizes that Dynamo has seen in place of symbols."""
+def _described(value: Any, number: bool) -> Any:
+    """A tensor's description, with the sizes that Dynamo has seen in place of symbols; a number as one."""
+    if number:
+        return 1.0 if value.is_floating_point() else 1
     if not isinstance(value, Tensor):
         return _size(value)
     sizes, strides = (tuple(map(_size, numbers)) for numbers in (value.shape, value.stride()))

@@ -7,7 +7,8 @@ on modules: on their ``training`` flags, and each has its own samples.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
+from types import CodeType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -26,11 +27,20 @@ class Root:
         name: How the frame calls it, such as ``L['self']``.
         module: The user's own module.
         source: Dynamo's word for it.
+        path: Its path in a module of an earlier frame, if it is a part of one, as behind a graph break.
     """
 
     name: str
     module: nn.Module
     source: Any
+    path: str = ""
+
+    def find(self, path: str) -> nn.Module | None:
+        """The submodule at ``path``; None if it is not registered there, so that ``eval()`` does not reach it."""
+        here: nn.Module | None = self.module
+        for part in path.split(".") if path else ():
+            here = None if here is None else here._modules.get(part)
+        return here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +49,13 @@ class Frame:
 
     Attributes:
         roots: Its modules, outermost ones only.
+        code: Its code.
         tensors: What parameters, buffers and other tensors its graph's inputs stand for, by the name of the input.
         sources: Dynamo's word for each module with parameters or buffers, by the module's id.
     """
 
     roots: tuple[Root, ...]
+    code: CodeType
     tensors: dict[str, Tensor]
     sources: dict[int, Any]
 
@@ -64,7 +76,10 @@ class Frame:
         for root in self.roots:
             install_guard(root.source.make_guard(GuardBuilder.ID_MATCH))
         for root, path in modules:
-            source = self.sources.get(id(root.module.get_submodule(path))) or _source(root, path)
+            module = root.find(path)
+            if module is None:
+                continue
+            source = self.sources.get(id(module)) or _source(root, path)
             install_guard(AttrSource(source, "training").make_guard(GuardBuilder.CONSTANT_MATCH))
 
 
@@ -75,8 +90,15 @@ def _source(root: Root, path: str) -> Any:
     return source
 
 
-def current_frame() -> Frame:
+Known = MutableMapping[nn.Module, str]
+"""Paths of the modules that frames have had so far, in the outermost module that held them."""
+
+
+def current_frame(known: Known | None = None) -> Frame:
     """The frame that is being compiled.
+
+    Args:
+        known: Tells the path of a module that the frame has got without what holds it; is added to.
 
     Raises:
         CaptureError: None is: the backend was called by hand.
@@ -106,7 +128,15 @@ def current_frame() -> Frame:
                 outermost = Root(_name(one), found, one)
         if outermost is not None:
             roots.setdefault(id(outermost.module), outermost)
-    return Frame(tuple(roots.values()), tensors, sources)
+    named = [dataclasses.replace(root, path=_path(root, {} if known is None else known)) for root in roots.values()]
+    return Frame(tuple(named), output.root_tx.f_code, tensors, sources)
+
+
+def _path(root: Root, known: Known) -> str:
+    if root.module not in known:
+        for path, module in root.module.named_modules():
+            known.setdefault(module, path)
+    return known.get(root.module, "")
 
 
 def _source_of(node: fx.Node) -> Any:

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,8 @@ class Lift:
         inputs: Their positions among Dynamo's inputs.
         parameters: Position among Dynamo's inputs, and path, of the parameters and buffers.
         dynamic: Position among Dynamo's inputs, and dimension, of the sizes that are not fixed.
-        higher_order: Names of the operators in the graph that hold graphs themselves.
+        scalars: Position among Dynamo's inputs of the tensors that stand for a Python number.
+        higher_order: Names of the operators in the graph that hold graphs themselves, or transform functions.
         frame: The frame.
     """
 
@@ -58,13 +59,20 @@ class Lift:
     inputs: tuple[int, ...]
     parameters: tuple[tuple[int, str], ...]
     dynamic: tuple[tuple[int, int], ...]
+    scalars: frozenset[int]
     higher_order: frozenset[str]
     frame: Frame
 
 
 def prefix_of(frame: Frame, root: Root) -> str:
-    """Where a root stands in the skeleton: at its top if it is the only one."""
-    return "" if len(frame.roots) == 1 else re.sub(r"\W+", "_", root.name.removeprefix("L")).strip("_")
+    """Where a root stands in the skeleton: at its path if that is known, at the top if it is the only one."""
+    if root.path or len(frame.roots) == 1:
+        return root.path
+    name = re.sub(r"\W+", "_", root.name.removeprefix("L")).strip("_")
+    earlier = {prefix_of(frame, one) for one in frame.roots[: frame.roots.index(root)]}
+    while hasattr(nn.Module, name) or name in earlier:  # a module cannot be called as its own methods are
+        name += "_"
+    return name
 
 
 def place_of(frame: Frame, path: str) -> tuple[Root, str] | None:
@@ -95,6 +103,7 @@ class _Lifter:
             prefix = prefix_of(frame, root)
             for path, tensor in (*root.module.named_parameters(prefix), *root.module.named_buffers(prefix)):
                 self.names.setdefault(id(tensor), path)
+        self.top = prefix_of(frame, frame.roots[0]) if len(frame.roots) == 1 else ""
         self.root.training = len(frame.roots) == 1 and frame.roots[0].module.training
 
     def run(self) -> Lift:
@@ -135,9 +144,10 @@ class _Lifter:
             if isinstance(value := getattr(self.gm, str(node.target), None), Tensor)
         }
         captured = Capture(self.graph, CallForm(names, names, {}, {}), (), (), constants)
-        higher = frozenset(n.target.name() for n in nodes if isinstance(n.target, torch._ops.HigherOrderOperator))
         marks = tuple((position, dim) for position, dim, _ in dynamic)
-        return Lift(self.root, captured, tuple(self.inputs), tuple(parameters.items()), marks, higher, self.frame)
+        held = tuple(parameters.items())
+        scalars = frozenset(position for position in self.inputs if _is_number(given[position]))
+        return Lift(self.root, captured, tuple(self.inputs), held, marks, scalars, higher_order(self.gm), self.frame)
 
     def _path(self, node: fx.Node) -> str | None:
         """Where the parameter or buffer that an input stands for is in the skeleton; None for another input."""
@@ -152,7 +162,9 @@ class _Lifter:
         """Registers a tensor in the skeleton."""
         holder, _, name = path.rpartition(".")
         module = self._module(holder)
-        if isinstance(tensor, nn.Parameter):
+        if name in module._parameters:  # of a copied layer: functional_call puts plain tensors there
+            cast(dict[str, Tensor | None], module._parameters)[name] = tensor
+        elif isinstance(tensor, nn.Parameter):
             module.register_parameter(name, tensor)
         else:
             module.register_buffer(name, tensor)
@@ -174,7 +186,8 @@ class _Lifter:
         """A module for ``path``: a copy of the user's layer on the same parameters, or one without a forward."""
         made = nn.Module()
         found = place_of(self.frame, path)
-        real = None if found is None else found[0].module.get_submodule(found[1])
+        real = None if found is None else found[0].find(found[1])
+        made.training = False
         if real is not None:
             made.training = real.training
             if _is_plain_layer(real):
@@ -186,9 +199,14 @@ class _Lifter:
         return made
 
     def _copy(self, node: fx.Node) -> fx.Node:
+        number = node.args[0] if node.op == "call_method" and node.target == "item" else None
+        if isinstance(number, fx.Node) and _is_number(number):
+            return self.copies[number]
         copy = self.graph.node_copy(node, lambda other: self.copies[other])
         copy.meta = {}
         stack: dict[str, tuple[str, Any]] = {}
+        if self.top:
+            stack[self.top] = (self.top, type(self.frame.roots[0].module))
         for name, kind in (node.meta.get("nn_module_stack") or {}).values():
             found = self.frame.root_of(name)
             if found is not None:
@@ -312,6 +330,23 @@ _CALLS: tuple[tuple[Any, tuple[str, ...], _Fits], ...] = (
     (F.batch_norm, _NORMALISATION, _Lifter.is_normalisation),
     (F.multi_head_attention_forward, _ATTENTION, _Lifter.is_attention),
 )
+
+
+def higher_order(gm: fx.GraphModule) -> frozenset[str]:
+    """Names of the operators in a graph that hold graphs themselves, or transform functions (torch.func)."""
+    found = set()
+    for node in gm.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            found.add(node.target.name())
+        elif node.op == "call_function" and "functorch" in str(getattr(node.target, "__module__", "")):
+            found.add(str(getattr(node.target, "__name__", node.target)))
+    return frozenset(found)
+
+
+def _is_number(node: Any) -> bool:
+    """Whether an input is a tensor only because Dynamo made one of a Python number."""
+    readers = list(node.users) if isinstance(node, fx.Node) and node.op == "placeholder" else []
+    return bool(readers) and all(user.op == "call_method" and user.target == "item" for user in readers)
 
 
 def _symbol(size: Any) -> str | None:

@@ -208,6 +208,12 @@ class Plan:
         """The decisions that sample something."""
         return tuple(decision for decision in self.decisions if decision.roles)
 
+    def part(self, candidates: Sequence[Candidate]) -> Plan:
+        """The decisions about some of the candidates, those of one graph of several."""
+        here = {candidate.name for candidate in candidates}
+        identities = {name: identity for name, identity in self.identities.items() if name in here}
+        return Plan(tuple(decision for decision in self.decisions if decision.name in here), identities)
+
     def edit(
         self,
         name: str,

@@ -18,6 +18,11 @@ _IN_PLACE = (
     *(operator.iand, operator.ior, operator.ixor, operator.setitem, F.relu_, torch.relu_),
 )
 
+_MUTATING_METHODS = (
+    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")),
+    *("__ilshift__", "__irshift__", "__setitem__"),
+)
+
 _VIEWS = (
     *("contiguous", "float", "half", "double", "bfloat16", "to", "type", "type_as", "detach", "requires_grad_"),
     *("view_as", "reshape_as", "expand", "expand_as", "narrow", "select", "diagonal", "unfold"),
@@ -37,13 +42,35 @@ def changes_in_place(flow: Flow, node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     if isinstance(node.target, str):
-        return node.target.endswith("_") and not node.target.endswith("__") and node.target != "requires_grad_"
-    if any(node.target is one for one in _IN_PLACE):
+        return _is_mutator(node.target) or node.target in _MUTATING_METHODS
+    if any(node.target is one for one in _IN_PLACE) or _is_mutator(_name(node)):
         return True
     code = getattr(node.target, "__code__", None)
     names = () if code is None else code.co_varnames[: code.co_argcount]
     given = argument(node, names.index("inplace"), "inplace") if "inplace" in names else node.kwargs.get("inplace")
     return given is True
+
+
+def _name(node: fx.Node) -> str:
+    """Of a function, without the overload of an ATen operator."""
+    return str(getattr(node.target, "__name__", "")).partition(".")[0]
+
+
+def _is_mutator(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+
+
+def _elsewhere(node: fx.Node) -> list[fx.Node]:
+    """What ``node`` changes that is not its first operand: ``out=``, and the tensors of a list."""
+    changed = [node.kwargs.get("out")]
+    if (
+        node.op == "call_function"
+        and _is_mutator(_name(node))
+        and node.args
+        and isinstance(node.args[0], (list, tuple))
+    ):
+        changed.append(node.args[0])
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(changed) if isinstance(leaf, fx.Node)]
 
 
 def is_changed(flow: Flow, node: fx.Node) -> bool:
@@ -52,7 +79,7 @@ def is_changed(flow: Flow, node: fx.Node) -> bool:
     while waiting:
         found = waiting.pop()
         readers = [user for user in found.users if first(user) is found]
-        if any(changes_in_place(flow, user) for user in readers):
+        if any(changes_in_place(flow, user) for user in readers) or any(found in _elsewhere(u) for u in found.users):
             return True
         waiting += [user for user in readers if _may_be_view(flow, user)]
     return False
@@ -60,6 +87,8 @@ def is_changed(flow: Flow, node: fx.Node) -> bool:
 
 def changed_for_others(flow: Flow, node: fx.Node) -> set[fx.Node]:
     """What lies in the memory that ``node`` changes, if not only ``node`` reads it; else nothing."""
+    if elsewhere := _elsewhere(node):
+        return {found for changed in elsewhere for found in _same_memory(flow, changed)}
     source: Any = first(node)
     if not isinstance(source, fx.Node) or not changes_in_place(flow, node) or not _is_seen(flow, source):
         return set()

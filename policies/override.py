@@ -43,6 +43,11 @@ class Override:
         """Whether any of the policies needs shapes."""
         return any(policy.needs_shapes for policy in (*self.rules.values(), self.base))
 
+    def part(self, candidates: Sequence[Candidate]) -> Override:
+        """Without the rules that match none of ``candidates``, those of one graph of several."""
+        rules = {p: policy for p, policy in self.rules.items() if any(matches(p, c) for c in candidates)}
+        return Override(rules, self.base)
+
     def decide(self, candidates: Sequence[Candidate]) -> list[Decision]:
         """Each policy sees the candidates that are its own, in order."""
         owners = [self._owner(candidate) for candidate in candidates]

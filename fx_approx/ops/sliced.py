@@ -34,13 +34,12 @@ class _SlicedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, whole, inputs, scale, outputs = ctx.saved_tensors
         to_input, to_weight, to_bias = ctx.needs_input_grad[:3]
-        rows = grad.reshape(-1, grad.shape[-1])
         grad_input = grad_weight = None
         if to_input:
             grad_input = grad @ _slice(whole, inputs, scale, outputs, grad)
         if to_weight:
-            grad_weight = rows.t() @ input.reshape(-1, input.shape[-1])
-        return grad_input, grad_weight, rows.sum(0) if to_bias else None, None, None, None, None
+            grad_weight = grad.t() @ input
+        return grad_input, grad_weight, grad.sum(0) if to_bias else None, None, None, None, None
 
 
 def sliced_linear(input: Tensor, weight: Tensor, bias: Tensor | None, slices: Slices | None) -> Tensor:
@@ -62,10 +61,12 @@ def sliced_linear(input: Tensor, weight: Tensor, bias: Tensor | None, slices: Sl
         return F.linear(input, slices.weight, slices.bias)
     inputs, outputs = (None if chosen is None else chosen.indices[0] for chosen in (slices.inputs, slices.outputs))
     scale = None if slices.inputs is None or slices.inputs.scale is None else slices.inputs.scale[0]
+    # By rows: a product of more axes gives a view on CPUs, which no one behind a Function may change in place.
+    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     result: Tensor = _SlicedLinear.apply(  # type: ignore[no-untyped-call]
-        input, slices.weight, slices.bias, weight, inputs, scale, outputs
+        rows, slices.weight, slices.bias, weight, inputs, scale, outputs
     )
-    return result
+    return result if input.dim() == 2 else result.view(*input.shape[:-1], result.shape[-1])
 
 
 def _slice(whole: Tensor, inputs: Tensor | None, scale: Tensor | None, outputs: Tensor | None, after: Tensor) -> Tensor:
