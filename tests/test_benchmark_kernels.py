@@ -51,3 +51,18 @@ def test_a_wrong_kernel_stops_the_benchmark(kernels: ModuleType, monkeypatch: py
 def test_wrong_options_are_refused(kernels: ModuleType, wrong: list[str]) -> None:
     with pytest.raises(SystemExit):
         kernels.main(wrong)
+
+
+def test_the_share_of_selections_is_timed_and_stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    selection = importlib.import_module("selection")
+    path = tmp_path / "selection.json"
+    selection.main(
+        ["--models", "wrn_10_2", "--scores", "weight", "--repeats", "1", "--no-compile", "--json", str(path)]
+    )
+    (found,) = json.loads(path.read_text())["results"]
+    assert 0 < found["seconds"] < found["step"] and not found["compiled"]
+    with pytest.raises(SystemExit):
+        selection.main(["--repeats", "0"])
+    for name in ("_header", "_models", "selection"):
+        sys.modules.pop(name, None)
