@@ -71,7 +71,8 @@ def prefer(kernels: str) -> bool:
         ValueError: Another name.
 
     Warns:
-        KernelWarning: Triton is absent or too old. Later, once for each type of operands that no kernel takes.
+        KernelWarning: Triton is absent or too old. Later, outside of compiled code, once for each type of
+            operands that no kernel takes.
     """
     global _preferred, _interpreted
     if kernels not in (REFERENCE, TRITON):

@@ -116,7 +116,8 @@ def _size(extent: int) -> int:
 
     A symbolic extent stands for itself: compiled code is tuned once, whatever the key.
     """
-    return extent if isinstance(extent, torch.SymInt) else triton.next_power_of_2(extent)
+    size: int = extent if isinstance(extent, torch.SymInt) else triton.next_power_of_2(extent)
+    return size
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
