@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fx_approx.kernels.table import REFERENCE
+from fx_approx.kernels.table import REFERENCE, operator
 
 
 def gathered_k_matmul(
@@ -42,16 +38,20 @@ def gathered_k_matmul(
         ``[m, n]`` of the type of ``x``.
 
     Raises:
-        ValueError: Shapes do not fit.
+        ValueError: Shapes or types do not fit, or no such kernel.
     """
     _check(x, w, index, scale, count, "w", 1)
     if bias is not None and bias.shape != (w.shape[0],):
         raise ValueError(f"bias: expected shape ({w.shape[0]},), got {tuple(bias.shape)}")
     if kernel == REFERENCE:
-        index, factor = _counted(index, scale, count, x)
-        columns = w.index_select(1, index)
-        return F.linear(x.index_select(1, index), columns if factor is None else columns * factor, bias)
-    result: Tensor = _operator("gathered_k_matmul")(x, w, index, scale, bias, count, uses_tf32())
+        index, counts = _counted(index, count)
+        left, right = x.index_select(1, index), w.index_select(1, index)
+        if scale is not None:
+            right = (right * scale).to(w.dtype)
+        if counts is not None:
+            left, right = left.where(counts, 0), right.where(counts, 0)
+        return F.linear(left, right, bias)
+    result: Tensor = operator("gathered_k_matmul", kernel, x.dtype)(x, w, index, scale, bias, count)
     return result
 
 
@@ -82,20 +82,19 @@ def gathered_rows_matmul(
         ``[n, K]`` of the type of ``grad``.
 
     Raises:
-        ValueError: Shapes do not fit.
+        ValueError: Shapes or types do not fit, or no such kernel.
     """
     _check(grad, x, index, scale, count, "x", 0, kept)
     if kernel == REFERENCE:
-        index, factor = _counted(index, scale, count, x)
-        rows = x if kept else x.index_select(0, index)
-        return grad.index_select(0, index).T @ (rows if factor is None else rows * factor.unsqueeze(1))
-    result: Tensor = _operator("gathered_rows_matmul")(grad, x, index, scale, count, kept, uses_tf32())
+        index, counts = _counted(index, count)
+        left, right = grad.index_select(0, index), x if kept else x.index_select(0, index)
+        if scale is not None:
+            right = (right * scale.unsqueeze(1)).to(x.dtype)
+        if counts is not None:
+            left, right = left.where(counts.unsqueeze(1), 0), right.where(counts.unsqueeze(1), 0)
+        return left.T @ right
+    result: Tensor = operator("gathered_rows_matmul", kernel, grad.dtype)(grad, x, index, scale, count, kept)
     return result
-
-
-def uses_tf32() -> bool:
-    """Whether torch rounds the operands of float32 products on GPUs to TF32."""
-    return torch.get_float32_matmul_precision() != "highest"
 
 
 def _check(
@@ -124,21 +123,9 @@ def _check(
         raise ValueError(f"count: expected one int32 or int64, got {count.dtype} {tuple(count.shape)}")
 
 
-def _counted(index: Tensor, scale: Tensor | None, count: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The reference keeps all entries, and scales those that do not count by zero."""
+def _counted(index: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The reference computes all entries, and which of them count; the others may hold anything."""
     if count is None:
-        return index, None if scale is None else scale.to(like.dtype)
+        return index, None
     counts = torch.arange(index.shape[0], device=index.device) < count.reshape(())
-    factor = counts.to(like.dtype) if scale is None else torch.where(counts, scale, 0.0).to(like.dtype)
-    return torch.where(counts, index, 0), factor
-
-
-@functools.cache
-def _operators() -> dict[str, Callable[..., Any]]:
-    from fx_approx.kernels import triton_ops  # imports Triton, which need not be there
-
-    return triton_ops.OPERATORS
-
-
-def _operator(name: str) -> Callable[..., Any]:
-    return _operators()[name]
+    return torch.where(counts, index, 0), counts

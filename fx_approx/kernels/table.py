@@ -7,7 +7,8 @@ import dataclasses
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -52,6 +53,7 @@ LOWERINGS: tuple[Lowering, ...] = (
 
 _preferred = REFERENCE
 _interpreted = False
+_named: set[torch.dtype] = set()  # the types that the reference computes, of which a warning was given
 
 
 def prefer(kernels: str) -> bool:
@@ -69,7 +71,8 @@ def prefer(kernels: str) -> bool:
         ValueError: Another name.
 
     Warns:
-        KernelWarning: Triton is absent or too old.
+        KernelWarning: Triton is absent or too old. Later, outside of compiled code, once for each type of
+            operands that no kernel takes.
     """
     global _preferred, _interpreted
     if kernels not in (REFERENCE, TRITON):
@@ -80,6 +83,7 @@ def prefer(kernels: str) -> bool:
         kernels = REFERENCE
     _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     _preferred = kernels
+    _named.clear()
     return problem is None
 
 
@@ -105,10 +109,36 @@ def choose(kind: str, role: Role | None, device: str, dtype: torch.dtype) -> str
     """
     if _preferred == REFERENCE or not (device == "cuda" or _interpreted):
         return REFERENCE
-    for row in LOWERINGS:
-        if row.kind == kind and row.role is role and dtype in row.dtypes:
+    rows = [row for row in LOWERINGS if row.kind == kind and row.role is role]
+    for row in rows:
+        if dtype in row.dtypes:
             return row.kernel
+    # Norms go without: scores take some in float64 whatever the operands are.
+    if rows and role is not None and not torch.compiler.is_compiling() and dtype not in _named:
+        _named.add(dtype)
+        warnings.warn(f"no Triton kernel takes {dtype}: the reference is used", KernelWarning, stacklevel=3)
     return REFERENCE
+
+
+def operator(own: str, kernel: str, dtype: torch.dtype) -> Callable[..., Any]:
+    """The operator of torch that runs a Triton kernel.
+
+    Args:
+        own: The kernel that computes what the caller does.
+        kernel: The one that was asked for.
+        dtype: Of the operands.
+
+    Raises:
+        ValueError: They are not the same, or it does not take the type.
+        ImportError: Triton is not installed.
+    """
+    if kernel != own:
+        raise ValueError(f"kernel: expected {REFERENCE!r} or {own!r}, got {kernel!r}")
+    if all(dtype not in row.dtypes for row in LOWERINGS if row.kernel == own):
+        raise ValueError(f"kernel: {own} does not take {dtype}")
+    from fx_approx.kernels import triton_ops  # imports Triton, which need not be there
+
+    return triton_ops.OPERATORS[own]
 
 
 def table_text() -> str:

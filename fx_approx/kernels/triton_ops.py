@@ -6,6 +6,7 @@ their strides. Over in-features, r is a column of both; over rows, a row of both
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 @triton.jit
 def _gathered(
     a, b, out, index, scale, bias, count,
-    m, n, k, stride_am, stride_ar, stride_br, stride_bn, stride_om, stride_on,
+    m, n, k, size_m, size_n, size_k, stride_am, stride_ar, stride_br, stride_bn, stride_om, stride_on,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_COUNT: tl.constexpr, KEPT: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -37,7 +38,7 @@ def _gathered(
     in_m, in_n = row < m, column < n
     total = k
     if HAS_COUNT:
-        total = min(tl.load(count).to(tl.int32), k)
+        total = min(tl.load(count).to(tl.int64), k).to(tl.int32)
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, total, BLOCK_K):
         places = start + tl.arange(0, BLOCK_K)
@@ -100,8 +101,34 @@ _CONFIGURATIONS = (
         _configuration(64, 32, 64, 2, 5),
     ]
 )
-_KEY = ["m", "n", "k", "stride_ar", "stride_bn", "HAS_COUNT", "KEPT", "PRECISION"]
+_KEY = ["size_m", "size_n", "size_k", "stride_ar", "stride_bn", "HAS_COUNT", "KEPT", "PRECISION"]
 _tuned = _gathered if INTERPRETED else triton.autotune(_CONFIGURATIONS, key=_KEY)(_gathered)
+
+
+def uses_tf32() -> bool:
+    """Whether torch rounds the operands of float32 products on GPUs to TF32."""
+    # `get_float32_matmul_precision` is an error once this was set by the newer interface; either sets this.
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def _size(extent: int) -> int:
+    """The next power of two: what was tuned for one number of pairs serves those near it, as the number may be random.
+
+    A symbolic extent stands for itself: compiled code is tuned once, whatever the key.
+    """
+    size: int = extent if isinstance(extent, torch.SymInt) else triton.next_power_of_2(extent)
+    return size
+
+
+def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return (
+        torch.cuda.device(tensor.device) if tensor.is_cuda and torch.cuda.is_available() else contextlib.nullcontext()
+    )
+
+
+def _traceable(kernel: Any) -> Any:
+    return kernel if INTERPRETED else wrap_triton(kernel)
 
 
 def _multiply(
@@ -112,7 +139,6 @@ def _multiply(
     bias: Tensor | None,
     count: Tensor | None,
     kept: bool,
-    tf32: bool,
 ) -> Tensor:
     """``a[:, index] @ (scale * b[index])``, ``[m, n]``, for ``a`` and ``b`` of any strides; ``kept``: b holds these."""
     m, n, k = a.shape[0], b.shape[1], index.shape[0]
@@ -123,38 +149,46 @@ def _multiply(
     def grid(blocks: dict[str, int]) -> tuple[int]:
         return (triton.cdiv(m, blocks["BLOCK_M"]) * triton.cdiv(n, blocks["BLOCK_N"]),)
 
+    # The kernel reads vectors as if they were contiguous.
+    index, scale, bias = index.contiguous(), _contiguous(scale), _contiguous(bias)
     given: dict[str, Any] = {
         "HAS_SCALE": scale is not None,
         "HAS_BIAS": bias is not None,
         "HAS_COUNT": count is not None,
         "KEPT": kept,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": "tf32" if uses_tf32() else "ieee",
         "WIDEN": INTERPRETED,
     }
     if INTERPRETED:
         given.update(_CONFIGURATIONS[0].kwargs)
-    wrap_triton(_tuned)[grid](
-        a, b, out, index,
-        index if scale is None else scale, out if bias is None else bias, index if count is None else count,
-        m, n, k, a.stride(0), a.stride(1), b.stride(0), b.stride(1), out.stride(0), out.stride(1), **given,
-    )  # fmt: skip
+    with _on_device_of(a):
+        _traceable(_tuned)[grid](
+            a, b, out, index,
+            index if scale is None else scale, out if bias is None else bias, index if count is None else count,
+            m, n, k, _size(m), _size(n), _size(k),
+            a.stride(0), a.stride(1), b.stride(0), b.stride(1), out.stride(0), out.stride(1), **given,
+        )  # fmt: skip
     return out
+
+
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 @triton_op("fx_approx::gathered_k_matmul", mutates_args={})
 def gathered_k_matmul(
-    x: Tensor, w: Tensor, index: Tensor, scale: Tensor | None, bias: Tensor | None, count: Tensor | None, tf32: bool
+    x: Tensor, w: Tensor, index: Tensor, scale: Tensor | None, bias: Tensor | None, count: Tensor | None
 ) -> Tensor:
     """See :func:`fx_approx.kernels.gathered_k_matmul`."""
-    return _multiply(x, w.T, index, scale, bias, count, False, tf32)
+    return _multiply(x, w.T, index, scale, bias, count, False)
 
 
 @triton_op("fx_approx::gathered_rows_matmul", mutates_args={})
 def gathered_rows_matmul(
-    grad: Tensor, x: Tensor, index: Tensor, scale: Tensor | None, count: Tensor | None, kept: bool, tf32: bool
+    grad: Tensor, x: Tensor, index: Tensor, scale: Tensor | None, count: Tensor | None, kept: bool
 ) -> Tensor:
     """See :func:`fx_approx.kernels.gathered_rows_matmul`."""
-    return _multiply(grad.T, x, index, scale, None, count, kept, tf32)
+    return _multiply(grad.T, x, index, scale, None, count, kept)
 
 
 @triton_op("fx_approx::column_norms", mutates_args={})
@@ -168,14 +202,15 @@ def column_norms(x: Tensor) -> Tensor:
     sums = torch.zeros((parts, k), dtype=torch.float32, device=x.device)
     if x.numel():
         grid = (triton.cdiv(k, block_k), parts)
-        wrap_triton(_squares)[grid](
-            x, sums, m, k, x.stride(0), x.stride(1), max(rows, 1), BLOCK_M=block_m, BLOCK_K=block_k
-        )
+        with _on_device_of(x):
+            _traceable(_squares)[grid](
+                x, sums, m, k, x.stride(0), x.stride(1), max(rows, 1), BLOCK_M=block_m, BLOCK_K=block_k
+            )
     return sums.sum(0).sqrt()
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, w, index, scale, _, count, _ = inputs
+    x, w, index, scale, _, count = inputs
     if count is not None and any(ctx.needs_input_grad):
         raise NotImplementedError("gathered_k_matmul: no gradient is defined with a count on the device")
     ctx.save_for_backward(x, w, index, scale)
@@ -184,19 +219,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """In plain torch, so that it can be differentiated again."""
     x, w, index, scale = ctx.saved_tensors
-    needs_x, needs_w, _, _, needs_bias, *_ = ctx.needs_input_grad
+    needs_x, needs_w, _, _, needs_bias, _ = ctx.needs_input_grad
     grad_x = grad_w = grad_bias = None
     if needs_x:
         columns = w.index_select(1, index)
-        part = grad @ (columns if scale is None else columns * scale.to(w.dtype))
+        part = grad @ (columns if scale is None else (columns * scale).to(w.dtype))
         grad_x = torch.zeros_like(x).index_copy(1, index.long(), part)
     if needs_w:
         part = grad.T @ x.index_select(1, index)
-        part = part if scale is None else part * scale.to(w.dtype)
+        part = part if scale is None else (part * scale).to(w.dtype)
         grad_w = torch.zeros_like(w).index_copy(1, index.long(), part)
     if needs_bias:
         grad_bias = grad.sum(0)
-    return grad_x, grad_w, None, None, grad_bias, None, None
+    return grad_x, grad_w, None, None, grad_bias, None
 
 
 gathered_k_matmul.register_autograd(_backward, setup_context=_setup)

@@ -91,6 +91,87 @@ def test_any_strides(kernel: str, layout: str, other: str) -> None:
     assert_near(found, x.double().norm(dim=0), torch.float32)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_vectors_of_any_strides(kernel: str) -> None:
+    x, w, index = torch.randn(8, 12), torch.randn(4, 12), torch.randperm(12)[::3]
+    scale, bias = torch.rand(8)[::2] + 0.5, torch.randn(1).expand(4)
+    found = kernels.gathered_k_matmul(x, w, index, scale, bias, kernel=name(kernel, "gathered_k_matmul"))
+    assert_near(found, x.double()[:, index] @ (w.double()[:, index] * scale).T + bias, torch.float32)
+    index = torch.randperm(8)[::2]
+    found = kernels.gathered_rows_matmul(x, x, index, scale, kernel=name(kernel, "gathered_rows_matmul"))
+    assert_near(found, x.double()[index].T @ (x.double()[index] * scale.unsqueeze(1)), torch.float32)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("count", "used"), [(-1, 0), (0, 0), (1, 1), (3, 3), (2**32, 3)])
+def test_what_is_beyond_the_count_may_be_anything(count: int, used: int, kernel: str) -> None:
+    """A buffer is longer than what was drawn; its rest is never read, or read and left out."""
+    x, index = torch.randn(5, 5), torch.tensor([3, 1, 4])
+    x[:, 0] = x[0] = torch.inf
+    index[used:], scale = 10**6, torch.rand(3)
+    scale[used:] = torch.nan
+    chosen, factor, number = index[:used], scale[:used].double(), torch.tensor(count)
+    own = name(kernel, "gathered_k_matmul")
+    found = kernels.gathered_k_matmul(x[1:], x[1:], index, scale, count=number, kernel=own)
+    columns = x.double()[1:, chosen]
+    assert_near(found, (columns * factor) @ columns.T, torch.float32)
+    own = name(kernel, "gathered_rows_matmul")
+    found = kernels.gathered_rows_matmul(x[:, 1:], x[:, 1:], index, scale, number, kernel=own)
+    rows = x.double()[chosen, 1:]
+    assert_near(found, (rows * factor.unsqueeze(1)).T @ rows, torch.float32)
+
+
+def test_norms_of_columns_in_float64() -> None:
+    x = torch.randn(6, 3, dtype=torch.float64)
+    torch.testing.assert_close(kernels.column_norms(x), x.norm(dim=0))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [("allow_tf32", True, True), ("allow_tf32", False, False), ("fp32_precision", "tf32", True)],
+)
+def test_tf32_is_used_where_torch_uses_it(setting: str, value: object, expected: bool) -> None:
+    """Torch has two interfaces for it, and an error where the older one is asked about what the newer one has set."""
+    pytest.importorskip("triton")
+    from fx_approx.kernels.triton_ops import uses_tf32
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        setattr(matmul, setting, value)
+        assert uses_tf32() == expected
+    finally:
+        matmul.allow_tf32 = False
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("own", ["gathered_k_matmul", "gathered_rows_matmul", "column_norms"])
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "match"),
+    [
+        ("triton", torch.float32, "kernel: expected 'reference' or '{own}', got 'triton'"),
+        (None, torch.float64, "kernel: {own} does not take torch.float64"),
+        (None, torch.complex64, "kernel: {own} does not take torch.complex64"),
+    ],
+)
+def test_a_kernel_of_another_name_or_type(kernel: str | None, dtype: torch.dtype, match: str, own: str) -> None:
+    x = torch.randn(4, 4, dtype=dtype)
+    operands = (x,) if own == "column_norms" else (x, x, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=match.format(own=own)):
+        getattr(kernels, own)(*operands, kernel=kernel or own)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bad_input_over_rows(kernel: str) -> None:
+    own, grad, index = name(kernel, "gathered_rows_matmul"), torch.randn(4, 3), torch.tensor([1, 2])
+    with pytest.raises(ValueError, match=r"x: expected a matrix with 4 entries along axis 0, got \(3, 6\)"):
+        kernels.gathered_rows_matmul(grad, torch.randn(3, 6), index, kernel=own)
+    with pytest.raises(ValueError, match=r"x: expected a matrix with 2 entries along axis 0, got \(4, 6\)"):
+        kernels.gathered_rows_matmul(grad, torch.randn(4, 6), index, kept=True, kernel=own)
+    with pytest.raises(ValueError, match=r"scale: expected shape \(2,\), got \(4,\)"):
+        kernels.gathered_rows_matmul(grad, torch.randn(4, 6), index, torch.ones(4), kernel=own)
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("shape", [(64, 32), (37, 29), (1, 5), (300, 1), (0, 4), (4, 0)], ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -134,8 +215,8 @@ def test_the_operators_are_sound_for_torch(operator: str) -> None:
 
     x, w, index, scale = torch.randn(8, 6), torch.randn(8, 6), torch.tensor([5, 2]), torch.rand(2)
     arguments = {
-        "gathered_k_matmul": (x.requires_grad_(), w.requires_grad_(), index, scale, None, None, False),
-        "gathered_rows_matmul": (torch.randn(8, 3), x.detach(), index, scale, None, False, False),
+        "gathered_k_matmul": (x.requires_grad_(), w.requires_grad_(), index, scale, None, None),
+        "gathered_rows_matmul": (torch.randn(8, 3), x.detach(), index, scale, None, False),
         "column_norms": (x.detach(),),
     }
     # Interpreted kernels cannot be traced on fake tensors, which have no memory to read.

@@ -42,7 +42,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     replaced = {name: counted(name, operator) for name, operator in operators.items()}
-    monkeypatch.setattr("fx_approx.kernels.gathered._operators", lambda: replaced)
+    monkeypatch.setattr("fx_approx.kernels.triton_ops.OPERATORS", replaced)
     return seen
 
 
@@ -59,8 +59,7 @@ def test_the_reference_is_the_default_everywhere() -> None:
         ("linear", Role.GRAD_WEIGHT, torch.bfloat16, "gathered_rows_matmul"),
         ("linear", None, torch.float16, "column_norms"),
         ("linear", Role.GRAD_INPUT, torch.float32, "reference"),
-        ("linear", Role.OUTPUT, torch.float64, "reference"),
-        ("linear", Role.OUTPUT, torch.complex64, "reference"),
+        ("linear", None, torch.float64, "reference"),
         ("conv2d", Role.OUTPUT, torch.float32, "reference"),
     ],
 )
@@ -72,6 +71,17 @@ def test_what_is_chosen(kind: str, role: Role | None, dtype: torch.dtype, expect
         assert kernels.choose(kind, role, "cpu", dtype) == expected  # by the interpreter
         assert kernels.choose(kind, role, "mps", dtype) == "reference" or expected != "reference"
     assert kernels.choose(kind, role, "cuda", dtype) == "reference"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_a_type_that_no_kernel_takes_is_the_references_and_named_once(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    with kernels.preferring("triton"):
+        with pytest.warns(fx_approx.KernelWarning, match=f"no Triton kernel takes {dtype}: the reference is used"):
+            assert kernels.choose("linear", Role.OUTPUT, "cuda", dtype) == "reference"
+        assert kernels.choose("linear", Role.OUTPUT, "cuda", dtype) == "reference"
+        assert kernels.choose("linear", Role.GRAD_WEIGHT, "cuda", dtype) == "reference"
+    assert kernels.choose("linear", Role.OUTPUT, "cuda", dtype) == "reference"
 
 
 def test_the_table_is_printed() -> None:
