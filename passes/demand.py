@@ -143,9 +143,12 @@ def _for_nothing(flow: Flow, demand: Demand, node: fx.Node) -> bool:
     place would change a copy instead.
     """
     step = flow.steps[node]
-    changed = [link for link in step.links if link.source is first(node)] if changes_in_place(flow, node) else []
-    if not all(_agree(demand, node, link) for link in changed):
-        return True
+    if changes_in_place(flow, node):
+        changed = [link for link in step.links if link.source is first(node)]
+        if not all(_agree(demand, node, link) for link in changed):
+            return True
+        if not changed and any(have != FULL for have in demand.have[node]):  # of an operand that is always whole
+            return True
     operands = len(step.links) + sum(other not in flow.constants for other, _ in step.follow)
     if operands < 2 or len({link.source for link in step.links}) != len(step.links) or len(step.links) < 1:
         return False

@@ -299,3 +299,25 @@ def test_an_activation_in_place_behind_a_layer_that_stays_whole(size: int, memor
     spec = fx_approx.SamplerSpec("topk", 0.5, scores="weight")
     plan = plan.edit("1", spec, straight_through=True, share="value")
     assert_hoisting_changes_nothing(model, plan, x, steps=1)
+
+
+class ChangedCopy(nn.Module):
+    """Changes in place a value whose channels no one can follow, by one whose channels are demanded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = (nn.Conv2d(8, 8, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        copy = self.stem(x) * 1.0
+        copy += self.one(x)
+        return self.two(copy)
+
+
+def test_what_is_changed_in_place_is_not_a_part_of_what_is_always_whole() -> None:
+    """A layer with hooks computes all, and so its copy is whole: autograd forbids adding to a gathered part of it."""
+    torch.manual_seed(0)
+    model, x = ChangedCopy().double(), torch.randn(2, 8, 3, 3, dtype=torch.float64)
+    model.stem.register_forward_hook(lambda module, args, output: None)
+    hoisted = assert_hoisting_changes_nothing(model, Layers(share="value"), x, steps=1)
+    assert narrow_producers(hoisted) == set()

@@ -145,20 +145,21 @@ def find_op(target: Any) -> ProductOp | None:
 
 
 _LONG = 32  # entries that lie together, from which on their norms are worth a pass of their own
+_STRETCHES = 64  # of the rows of a matrix, whose columns are summed up in two steps
 
 
 def norm(operand: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Euclidean norms over ``dims``, accumulated in float32, or in float64 for float64 operands.
 
     On CPUs ``vector_norm`` is slow unless what it reduces lies together in memory: there the norms over the last axes
-    come first, or else the squares are added up.
+    come first, or else the squares are added up. Compiled code adds up the columns of a matrix at half the speed of the
+    memory, unless it is done in two steps.
     """
     dtype = torch.float64 if operand.dtype == torch.float64 else torch.float32
+    columns = operand.dim() > 1 and {axis % operand.dim() for axis in dims} == set(range(operand.dim() - 1))
     kernel = choose("linear", None, operand.device.type, operand.dtype)
-    if kernel != REFERENCE and not (operand.requires_grad and torch.is_grad_enabled()):
-        columns = {axis % operand.dim() for axis in dims} == set(range(operand.dim() - 1))
-        if columns:
-            return column_norms(operand.reshape(-1, operand.shape[-1]), kernel=kernel)
+    if columns and kernel != REFERENCE and not (operand.requires_grad and torch.is_grad_enabled()):
+        return column_norms(operand.reshape(-1, operand.shape[-1]), kernel=kernel)
     if operand.device.type == "cpu" and not torch.compiler.is_compiling():
         count = operand.dim()
         rest, last = [axis % count for axis in dims], count
@@ -172,6 +173,11 @@ def norm(operand: Tensor, dims: tuple[int, ...]) -> Tensor:
             return operand.to(dtype).square().sum(dims).sqrt()
         if rest and math.prod(operand.shape[last:]) >= _LONG:
             return norm(torch.linalg.vector_norm(operand, dim=tuple(range(last, count)), dtype=dtype), tuple(rest))
+    if operand.device.type == "cpu" and columns and operand.is_contiguous():
+        rows = operand.reshape(-1, operand.shape[-1])
+        if rows.shape[0] % _STRETCHES == 0:
+            squares = rows.to(dtype).square().view(_STRETCHES, -1, rows.shape[1])
+            return squares.sum(1).sum(0).sqrt()
     result: Tensor = torch.linalg.vector_norm(operand, dim=dims, dtype=dtype)
     return result
 
