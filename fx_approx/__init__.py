@@ -20,6 +20,7 @@ from fx_approx.coupling import coupling_graph, coupling_text, draw_coupling
 from fx_approx.dynamo_backend import backend
 from fx_approx.errors import (
     AlreadyTransformedError,
+    CacheWarning,
     CaptureError,
     CaptureWarning,
     KernelWarning,
@@ -37,12 +38,14 @@ from fx_approx.overhead import measure_selection
 from fx_approx.plan import Decision, Plan
 from fx_approx.report import Explanation, SavingsReport, SelectionTime
 from fx_approx.sampling import SamplerSpec, Selection
+from fx_approx.sensitivity import measure_sensitivity
 from fx_approx.verify import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyTransformedError",
+    "CacheWarning",
     "Candidate",
     "CaptureError",
     "CaptureWarning",
@@ -74,6 +77,7 @@ __all__ = [
     "load_sampler_state",
     "measure_error",
     "measure_selection",
+    "measure_sensitivity",
     "recalibrate",
     "report",
     "restore",

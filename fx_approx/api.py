@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,11 +20,12 @@ from fx_approx.errors import CaptureWarning, NoEffectWarning
 from fx_approx.modules import unswap
 from fx_approx.passes import annotate, decide, find_effects, find_flow
 from fx_approx.pipeline import Prepared, install, prepare, with_shapes
-from fx_approx.plan import Plan, Policy
+from fx_approx.plan import Decision, Plan, Policy, make_plan
 from fx_approx.policies import Paper
 from fx_approx.report import Explanation, SavingsReport, build_report
 from fx_approx.resample import coverages
 from fx_approx.runtime import Runtime
+from fx_approx.whole import Whole
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -72,14 +74,22 @@ def transform(
     check_seed(seed, every)
     if not isinstance(demand, bool):
         raise TypeError(f"demand: expected True or False, got {demand!r}")
-    return _transform(model, policy, _prepare(model, example_inputs), seed, every, demand)
+    prepared = _prepare(model, example_inputs)
+    view = functools.partial(_view, model, example_inputs, prepared, demand)
+    return _transform(model, policy, prepared, seed, every, demand, view)
 
 
 def _transform(
-    model: M, policy: Policy | None, prepared_root: tuple[nn.Module, Prepared], seed: int, every: int, demand: bool
+    model: M,
+    policy: Policy | None,
+    prepared_root: tuple[nn.Module, Prepared],
+    seed: int,
+    every: int,
+    demand: bool,
+    view: Callable[[], Whole] | None = None,
 ) -> M:
     root, prepared = prepared_root
-    plan = decide(prepared.candidates, Paper() if policy is None else policy)
+    plan = decide(prepared.candidates, Paper() if policy is None else policy, view)
     runtime = install(root, prepared, plan, seed, every, demand)
     for part in prepared.captured.opaque:
         hint = "" if part.path else ". Where torch.compile can capture it: backend=fx_approx.backend(policy)"
@@ -106,8 +116,23 @@ def explain(
     """
     check_model(model)
     root, prepared = _prepare(model, example_inputs)
-    plan = decide(prepared.candidates, Paper() if policy is None else policy)
+    view = functools.partial(_view, model, example_inputs, (root, prepared), demand)
+    plan = decide(prepared.candidates, Paper() if policy is None else policy, view)
     return Explanation(plan, prepared.predicted(root, type(model).__name__, plan, demand))
+
+
+def _view(model: nn.Module, example_inputs: Any, prepared: tuple[nn.Module, Prepared], demand: bool) -> Whole:
+    """What a policy for the whole graph is shown; it times models with the example inputs, if there are any."""
+
+    def build(decisions: Mapping[str, Decision]) -> nn.Module:
+        if not decisions:
+            return skeleton(model)
+        candidates = prepared[1].candidates
+        plan = make_plan(candidates, [decisions.get(one.name, Decision(one.name)) for one in candidates])
+        return _transform(model, plan, _prepare(model, example_inputs), 0, 1, demand)
+
+    args, kwargs = check_inputs(model, example_inputs)
+    return Whole(*prepared, demand, build, None if args is None else (args, kwargs))
 
 
 def _prepare(

@@ -90,6 +90,23 @@ class RoleFlops:
 
 
 @dataclasses.dataclass(frozen=True)
+class Call:
+    """The operands of a product, as far as its time depends on them.
+
+    Attributes:
+        lhs: Shape of the left operand.
+        rhs: Shape of the right operand.
+        static: The plain arguments that are not operands, such as ``("stride", (2, 2))``.
+        channels_last: The left operand lies in memory with its channels last.
+    """
+
+    lhs: tuple[int, ...]
+    rhs: tuple[int, ...]
+    static: tuple[tuple[str, Any], ...] = ()
+    channels_last: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class ProductFacts:
     """What is known of a product once shapes are known.
 
@@ -103,6 +120,7 @@ class ProductFacts:
         lhs_kept: The left operand is kept for backward: the right one needs a gradient (or either, for a convolution).
         rhs_kept: The right operand is kept for backward: the left one needs a gradient (or either, for a convolution).
         rhs_is_parameter: The right operand is a parameter, whose bytes exist anyway.
+        call: The operands; None where several calls are counted together, or where there is no single product.
     """
 
     shape: GemmShape | None
@@ -114,6 +132,7 @@ class ProductFacts:
     lhs_kept: bool = False
     rhs_kept: bool = False
     rhs_is_parameter: bool = True
+    call: Call | None = None
 
 
 @dataclasses.dataclass(frozen=True)

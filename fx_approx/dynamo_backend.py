@@ -34,6 +34,7 @@ from fx_approx.plan import Plan, Policy
 from fx_approx.policies import Override, Paper
 from fx_approx.report import Explanation, SavingsReport, merged_reports
 from fx_approx.tracer import describe
+from fx_approx.whole import Whole
 
 _Key = tuple[CodeType, tuple[int, ...], frozenset[str]]
 
@@ -239,7 +240,7 @@ class Backend:
         if not any(lifted.root.get_submodule(one.owner).training for one in prepared.found):
             return None
         try:
-            plan = self._plan(prepared)
+            plan = self._plan(prepared, lifted.root)
         except ShapesNeededError as error:
             left_exact(str(error))
             return None
@@ -260,13 +261,13 @@ class Backend:
         compiled: Callable[..., Any] = compiler(gm, list(example_inputs), **given)
         return compiled
 
-    def _plan(self, prepared: Prepared) -> Plan:
+    def _plan(self, prepared: Prepared, root: nn.Module) -> Plan:
         policy = self.policy
         if isinstance(policy, (Plan, Override)):
             policy = policy.part(prepared.candidates)
         if isinstance(policy, Override):
             self._unmatched = [rule for rule in self._unmatched if rule not in policy.rules]
-        return decide(prepared.candidates, policy)
+        return decide(prepared.candidates, policy, lambda: Whole(root, prepared, self._demand))
 
 
 @dataclasses.dataclass(frozen=True)

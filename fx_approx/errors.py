@@ -48,3 +48,7 @@ class RecompilationWarning(UserWarning):
 
 class KernelWarning(UserWarning):
     """A kernel that was asked for cannot be used; the reference computes the same."""
+
+
+class CacheWarning(UserWarning):
+    """Measurements cannot be read from, or kept in, the user's cache folder; they are made anew."""

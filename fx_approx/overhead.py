@@ -68,7 +68,7 @@ def measure_selection(
 
         choose = torch.compile(select, fullgraph=True, dynamic=False) if compiled else select
         device = approx._fx_approx.state.device
-        times = [(_seconds(step, device), _seconds(choose, device)) for _ in range(_WARM + repeats)][_WARM:]
+        times = [(seconds(step, device), seconds(choose, device)) for _ in range(_WARM + repeats)][_WARM:]
     shares = [choice / whole for whole, choice in times]
     low, _, high = statistics.quantiles(shares, n=4) if repeats > 1 else shares * 3
     whole, choice = (statistics.median(values) for values in zip(*times, strict=True))
@@ -102,7 +102,8 @@ def _calls(approx: ApproxModule, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return found
 
 
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """How long ``call`` takes, on ``device`` to its end."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     start = time.perf_counter()

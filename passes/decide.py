@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from fx_approx.candidate import Candidate
 from fx_approx.errors import ShapesNeededError
 from fx_approx.plan import Plan, Policy, make_plan
+from fx_approx.work import Model, is_whole
 
 
 def check_policy(policy: Any) -> None:
@@ -22,8 +23,13 @@ def check_policy(policy: Any) -> None:
         )
 
 
-def decide(candidates: Sequence[Candidate], policy: Policy) -> Plan:
+def decide(candidates: Sequence[Candidate], policy: Policy, model: Callable[[], Model] | None = None) -> Plan:
     """The policy's plan for ``candidates``; blocked ones stay exact with the reason that blocks them.
+
+    Args:
+        candidates: All of the model.
+        policy: What decides.
+        model: Makes the view of the whole graph, for policies that decide about it; None where there is none.
 
     Raises:
         TypeError: ``policy`` is none.
@@ -37,4 +43,6 @@ def decide(candidates: Sequence[Candidate], policy: Policy) -> Plan:
                 f"policy: {type(policy).__name__} decides by shapes, which are not known for {len(unknown)} of "
                 f"{len(candidates)} candidates ({', '.join(unknown[:3])}...): give example_inputs"
             )
+    if model is not None and is_whole(policy):
+        return make_plan(candidates, policy.decide_whole(model()))
     return make_plan(candidates, policy.decide(candidates))

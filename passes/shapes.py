@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from fx_approx.candidate import GemmShape, ProductFacts, RoleFlops
+from fx_approx.candidate import Call, GemmShape, ProductFacts, RoleFlops
 from fx_approx.capture import Capture, TensorSpec, kept_random_state
 from fx_approx.flops import measured_flops, role_flops
 from fx_approx.ops import Unsupported
@@ -309,6 +309,7 @@ class _Recorder:
             lhs_kept=rhs.requires_grad or (one.op.keeps_both and lhs.requires_grad),
             rhs_kept=lhs.requires_grad or (one.op.keeps_both and rhs.requires_grad),
             rhs_is_parameter=isinstance(rhs, nn.Parameter),
+            call=Call(tuple(lhs.shape), tuple(rhs.shape), tuple(sorted(static.items())), _is_channels_last(lhs)),
         )
         before = self.facts.get(name)
         self.facts[name] = facts if before is None else _summed(before, facts)
@@ -365,4 +366,9 @@ def _summed(one: ProductFacts, other: ProductFacts) -> ProductFacts:
     if one.shape is not None and other.shape is not None:
         shape = dataclasses.replace(one.shape, m=one.shape.m + other.shape.m)
     flops: RoleFlops = one.flops + other.flops
-    return dataclasses.replace(one, shape=shape, flops=flops, lhs_bytes=one.lhs_bytes + other.lhs_bytes)
+    return dataclasses.replace(one, shape=shape, flops=flops, lhs_bytes=one.lhs_bytes + other.lhs_bytes, call=None)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    return form is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=form)

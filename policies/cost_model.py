@@ -9,6 +9,7 @@ from fx_approx.candidate import Candidate, Role
 from fx_approx.flops import executed_flops, kept_pairs, selection_flops
 from fx_approx.plan import Cost, CostEstimate
 from fx_approx.sampling import SamplerSpec
+from fx_approx.work import Model, Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,13 @@ class FlopModel:
         sampled += sum(
             selection_flops(candidate, role, spec) for role, spec in roles.items() if kept.of(role) is not None
         )
-        return CostEstimate(
-            Cost(flops=exact), Cost(flops=sampled), omits="time: memory traffic, gathers, sorting, kernel launches"
-        )
+        return CostEstimate(Cost(flops=exact), Cost(flops=sampled), omits=self.omits)
+
+    @property
+    def omits(self) -> str:
+        """What it does not model."""
+        return "time: memory traffic, gathers, sorting, kernel launches"
+
+    def step(self, work: Work, model: Model) -> Cost:
+        """Operations of a whole training step, what demand spares included; no time."""
+        return Cost(flops=work.flops + work.selection_flops)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fx_approx.candidate import Candidate
 from fx_approx.plan import Decision, Policy
+from fx_approx.policies.part import Part
+from fx_approx.work import Model, is_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,21 @@ class Override:
 
     def decide(self, candidates: Sequence[Candidate]) -> list[Decision]:
         """Each policy sees the candidates that are its own, in order."""
+        return self._decide(candidates, lambda policy, own, decided: policy.decide(own))
+
+    def decide_whole(self, model: Model) -> list[Decision]:
+        """The same; policies for a whole graph come last, and see what the others decided."""
+
+        def ask(policy: Policy, own: Sequence[Candidate], decided: Mapping[str, Decision]) -> Sequence[Decision]:
+            return policy.decide_whole(Part(model, own, decided)) if is_whole(policy) else policy.decide(own)
+
+        return self._decide(model.candidates, ask)
+
+    def _decide(
+        self,
+        candidates: Sequence[Candidate],
+        ask: Callable[[Policy, Sequence[Candidate], Mapping[str, Decision]], Sequence[Decision]],
+    ) -> list[Decision]:
         owners = [self._owner(candidate) for candidate in candidates]
         unused = [pattern for pattern in self.rules if not any(matches(pattern, c) for c in candidates)]
         if unused:
@@ -59,11 +76,11 @@ class Override:
         if shadowed:
             raise ValueError(f"rules: {', '.join(map(repr, shadowed))} decides nothing: rules before it match first")
         decided: dict[str, Decision] = {}
-        for pattern in (*self.rules, None):
+        policies = {**self.rules, None: self.base}
+        for pattern, policy in sorted(policies.items(), key=lambda one: is_whole(one[1])):
             own = [candidate for candidate, owner in zip(candidates, owners, strict=True) if owner == pattern]
-            policy = self.base if pattern is None else self.rules[pattern]
             if own:
-                decided.update((decision.name, decision) for decision in policy.decide(own))
+                decided.update((decision.name, decision) for decision in ask(policy, own, decided))
         return [decided[candidate.name] for candidate in candidates]
 
     def _owner(self, candidate: Candidate) -> str | None:

@@ -23,7 +23,7 @@ _REPORTS = {"report", "rows", "demand_report", "tables", "noise", "noise_report"
 # Layer -> (rank, its modules and packages, named below fx_approx). A module may import modules of a lower
 # rank and of its own layer, so layers of equal rank know nothing of each other. A new module is placed here.
 LAYERS: dict[str, tuple[int, set[str]]] = {
-    "foundation": (0, {"errors", "sampling", "flops", "candidate", "plan"}),
+    "foundation": (0, {"errors", "sampling", "flops", "candidate", "plan", "work", "disk_cache"}),
     "kernels": (1, {"kernels"}),
     "ops": (2, {"ops"}),
     "modules": (3, {"state", "modules", "batchnorm", "channelwise", "resample"}),
@@ -32,8 +32,8 @@ LAYERS: dict[str, tuple[int, set[str]]] = {
     "passes": (6, {"passes"}),
     "policies": (6, {"policies"}),
     "surface": (7, {*_REPORTS, "checks", "controls", "verify", "overhead", "coupling"}),
-    "pipeline": (8, {"pipeline"}),
-    "api": (9, {"api", "dynamo_backend", "dynamo_frame", "dynamo_run", "lifted"}),
+    "pipeline": (8, {"pipeline", "whole"}),
+    "api": (9, {"api", "dynamo_backend", "dynamo_frame", "dynamo_run", "lifted", "sensitivity"}),
     "entry": (10, {"__init__", "__main__", "cli"}),
 }
 

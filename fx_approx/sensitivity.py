@@ -1,0 +1,137 @@
+"""Measures which layers the gradient is sensitive to, for policies that weigh layers against each other."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fx_approx.api import transform
+from fx_approx.approx import ApproxModule
+from fx_approx.checks import check_model
+from fx_approx.controls import set_enabled
+from fx_approx.errors import NoEffectWarning
+from fx_approx.plan import Decision
+from fx_approx.policies.graph import GraphPolicy
+from fx_approx.policies.sensitivity import Sensitivity
+from fx_approx.state import EVERY, STEP
+from fx_approx.verify import undone
+from fx_approx.work import Model
+
+
+class _Groups(GraphPolicy):
+    """All layers that may be sampled, at one ratio; remembers which share a selection."""
+
+    def __init__(self, ratio: float, options: dict[str, Any]) -> None:
+        super().__init__(**options)
+        object.__setattr__(self, "ratio", ratio)
+        object.__setattr__(self, "found", [])
+
+    def decide_whole(self, model: Model) -> Sequence[Decision]:
+        ratio: float = vars(self)["ratio"]
+        groups, refused = self.groups(model, ratio)
+        vars(self)["found"].extend(groups)
+        return self.final(model, groups, [ratio] * len(groups), refused, {}, {})
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    example_inputs: Any,
+    *,
+    ratio: float = 0.5,
+    draws: int = 1,
+    **options: Any,
+) -> Sensitivity:
+    """What sampling each selection alone does to the gradient of the whole step, and how much batches differ.
+
+    For each of the layers that a :class:`fx_approx.policies.FlopBudget` with the same ``options`` would choose from,
+    those together that share a selection: the squared error of the gradient by all parameters when only they are
+    sampled, as a share of its squared size, averaged over batches and draws. Dropout is switched off meanwhile. Nothing
+    of ``model`` changes.
+
+    It costs ``len(batches) * (1 + draws * selections)`` training steps.
+
+    Args:
+        model: The exact model, on its device, as it is trained (some steps in, rather than at its initialisation).
+        batches: Training batches, as ``loss`` takes them. Two or more tell the noise of the gradient over batches, too.
+        loss: Called with a model and a batch, returns a scalar.
+        example_inputs: As in :func:`fx_approx.transform`.
+        ratio: At which each is sampled, in (0, 1).
+        draws: How often, for random samplers.
+        **options: ``sampler``, ``scores``, ``share``, ``minimal_k``, ``granularity``, ``keep_first``, ``keep_last`` of
+            the policy.
+
+    Returns:
+        To be given to ``FlopBudget(..., sensitivity=...)`` and alike.
+
+    Raises:
+        TypeError: An argument of the wrong type, or an unknown option.
+        ValueError: No batch, ``ratio`` or ``draws`` out of range, or a loss that is no scalar.
+    """
+    check_model(model)
+    if not isinstance(batches, Sequence) or isinstance(batches, (str, bytes)) or not batches:
+        raise ValueError(f"batches: expected a sequence of at least one batch, got {batches!r:.100}")
+    if not callable(loss):
+        raise TypeError(f"loss: expected a function of a model and a batch, got {loss!r}")
+    if isinstance(draws, bool) or not isinstance(draws, int):
+        raise TypeError(f"draws: expected an integer, got {draws!r}")
+    if draws < 1:
+        raise ValueError(f"draws: expected at least 1, got {draws}")
+    if not 0 < ratio < 1:
+        raise ValueError(f"ratio: expected a number in (0, 1), got {ratio!r}")
+    policy = _Groups(ratio, options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        approx: Any = transform(model, policy, example_inputs)
+    flags = [(module, module.training) for module in approx.modules()]
+    approx.train()
+    groups: list[tuple[str, ...]] = vars(policy)["found"]
+    exact = [_gradient(approx, batch, loss, (), 0) for batch in batches]
+    errors: dict[str, float] = {}
+    for names in groups:
+        shares = [
+            float((_gradient(approx, batch, loss, names, number) - whole).square().sum() / whole.square().sum())
+            for batch, whole in zip(batches, exact, strict=True)
+            for number in range(draws)
+        ]
+        errors.update(dict.fromkeys(names, sum(shares) / len(shares)))
+    for module, training in flags:
+        module.training = training
+    return Sensitivity(ratio, errors, _noise(exact))
+
+
+def _gradient(
+    approx: ApproxModule, batch: Any, loss: Callable[[nn.Module, Any], Tensor], names: Sequence[str], number: int
+) -> Tensor:
+    """By all parameters in one vector, with only ``names`` sampled, as in the ``number``-th step from now."""
+    parameters = [p for p in approx.parameters() if p.requires_grad]
+    runtime = approx._fx_approx
+    with undone(approx), torch.enable_grad():
+        if runtime.selectors:
+            set_enabled(approx, {**dict.fromkeys(names, True), "*": False})
+        try:
+            runtime.state[STEP] += number * int(runtime.state[EVERY])
+            value = loss(approx, batch)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise ValueError(f"loss: expected a scalar tensor, got {value!r:.100}")
+            found = torch.autograd.grad(value, parameters, allow_unused=True)
+        finally:
+            if runtime.selectors:
+                set_enabled(approx, True)
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
+    )
+
+
+def _noise(gradients: Sequence[Tensor]) -> float | None:
+    """Variance over batches as a share of the mean squared size; None of one batch."""
+    if len(gradients) < 2:
+        return None
+    together = torch.stack(tuple(gradients))
+    spread = (together - together.mean(0)).square().sum() / (len(gradients) - 1)
+    return float(spread / together.square().sum(1).mean())

@@ -1,0 +1,263 @@
+"""Budgets: a goal for the whole step, and the ratios that meet it with the least predicted error."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fx_approx.plan import Decision
+from fx_approx.policies.cost_model import FlopModel
+from fx_approx.policies.graph import EIGHTHS, GraphPolicy
+from fx_approx.policies.optimise import Levels, Problem, cheapest, least_cost, least_error
+from fx_approx.policies.roofline import RooflineModel
+from fx_approx.policies.sensitivity import Sensitivity
+from fx_approx.work import Model, WholeCostModel, Work
+
+_CLOSE = 40
+
+
+def _fraction(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number in (0, 1], got {value!r}")
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}: expected a number in (0, 1], got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Ladder(GraphPolicy):
+    """Adds a ladder of ratios to :class:`GraphPolicy`.
+
+    Attributes:
+        ratios: The ratios to choose from, beside exact.
+        sensitivity: Measured errors by layer, from :func:`fx_approx.measure_sensitivity`; None: predicted from the
+            norms of the weights, layers weighed alike.
+    """
+
+    ratios: tuple[float, ...] = EIGHTHS
+    sensitivity: Sensitivity | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        super().__post_init__()
+        if not self.ratios:
+            raise ValueError("ratios: expected at least one number in (0, 1), got none")
+        for ratio in self.ratios:
+            _fraction("ratios", ratio)
+        if self.sensitivity is not None and not isinstance(self.sensitivity, Sensitivity):
+            raise TypeError(f"sensitivity: expected a Sensitivity or None, got {self.sensitivity!r}")
+
+    @property
+    def _levels(self) -> list[float]:
+        return [1.0, *sorted({float(ratio) for ratio in self.ratios if ratio < 1}, reverse=True)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Budget(_Ladder):
+    def _share(self, work: Work, model: Model) -> float:
+        """Of the exact step's cost."""
+        raise NotImplementedError
+
+    def _needs_memory(self) -> bool:
+        return True
+
+    def _limit(self) -> float:
+        raise NotImplementedError
+
+    def decide_whole(self, model: Model) -> Sequence[Decision]:
+        """The plan of least predicted error within the budget.
+
+        Raises:
+            ValueError: No plan meets it; the message says what is the least.
+        """
+        levels, limit = self._levels, self._limit()
+        groups, refused = self.groups(model, levels[-1])
+        share = functools.lru_cache(maxsize=None)(functools.partial(self._at, model, groups))
+        problem = Problem(
+            self.errors(model, groups, levels, self.sensitivity),
+            lambda chosen: share(tuple(levels[level] for level in chosen)),
+        )
+        found = least_error(problem, limit)
+        if found is None:
+            least = problem.price(cheapest(problem))
+            what = (
+                f"{len(groups)} selections can be sampled, at {levels[-1]:g} or more" if groups else "no layer can be"
+            )
+            raise ValueError(
+                f"budget: {limit:g} of the exact step cannot be met; the least is {least:.3f} ({what}). Expected a "
+                "larger budget, smaller ratios, share='group', or a smaller minimal_k"
+            )
+        ratios = _filled(problem, found, levels, share, limit)
+        spent = share(tuple(ratios))
+        left = "within the budget without it"
+        reasons = {
+            name: f"predicted error {own[level]:.3g}; the step {spent:.3f} of exact, asked {limit:g}"
+            for names, own, level in zip(groups, problem.errors, found, strict=True)
+            for name in names
+        }
+        return self.final(model, groups, ratios, refused, reasons, dict.fromkeys(reasons, left))
+
+    def _at(self, model: Model, groups: Sequence[Sequence[str]], ratios: tuple[float, ...]) -> float:
+        return self._share(model.work(self.decisions(groups, ratios), self._needs_memory()), model)
+
+
+def _filled(
+    problem: Problem,
+    levels: Levels,
+    ladder: Sequence[float],
+    share: Callable[[tuple[float, ...]], float],
+    limit: float,
+) -> list[float]:
+    """The ratios of ``levels``, one of them raised between two rungs to use up what is left of the budget."""
+    ratios = [ladder[level] for level in levels]
+    best, spent = ratios, share(tuple(ratios))
+    for place, level in enumerate(levels):
+        if level == 0 or limit - spent < 1e-4:
+            continue
+        low, high = ratios[place], ladder[level - 1]
+        for _ in range(_CLOSE):
+            middle = (low + high) / 2
+            tried = [*ratios[:place], middle, *ratios[place + 1 :]]
+            low, high = (middle, high) if share(tuple(tried)) <= limit else (low, middle)
+        tried = [*ratios[:place], low, *ratios[place + 1 :]]
+        if spent < share(tuple(tried)) <= limit:
+            best, spent = tried, share(tuple(tried))
+    return best
+
+
+@dataclasses.dataclass(frozen=True)
+class FlopBudget(_Budget):
+    """At most ``budget`` of the exact step's operations, those for the scores included, at the least predicted error.
+
+    Operations are not time: see :class:`TimeBudget`.
+
+    Attributes:
+        budget: Share of the operations of all products in a training step, in (0, 1].
+    """
+
+    budget: float
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        super().__post_init__()
+        _fraction("budget", self.budget)
+
+    def _limit(self) -> float:
+        return float(self.budget)
+
+    def _needs_memory(self) -> bool:
+        return False
+
+    def _share(self, work: Work, model: Model) -> float:
+        return (FlopModel().step(work, model).flops or 0) / max(1, work.flops_exact)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryBudget(_Budget):
+    """At most ``budget`` of the bytes that the exact step keeps for backward, at the least predicted error.
+
+    What it does not know: see :func:`fx_approx.demand_report.memory`.
+
+    Attributes:
+        budget: Share of the bytes kept, parameters and buffers left out, in (0, 1].
+    """
+
+    budget: float
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        super().__post_init__()
+        _fraction("budget", self.budget)
+
+    def _limit(self) -> float:
+        return float(self.budget)
+
+    def _share(self, work: Work, model: Model) -> float:
+        return work.memory / work.memory_exact if work.memory_exact else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeBudget(_Budget):
+    """At most ``budget`` of the exact step's time, as a cost model predicts it, at the least predicted error.
+
+    Attributes:
+        budget: Share of the time of a training step without the optimiser, in (0, 1].
+        cost: The model; with :class:`MeasuredModel` give few ``ratios``, since each layer is timed at each pair of its
+            own ratio and of its readers'.
+    """
+
+    budget: float
+    cost: WholeCostModel = dataclasses.field(default_factory=RooflineModel)
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        super().__post_init__()
+        _fraction("budget", self.budget)
+
+    def _limit(self) -> float:
+        return float(self.budget)
+
+    def _share(self, work: Work, model: Model) -> float:
+        exact = self.cost.step(work.exact, model).seconds
+        now = self.cost.step(work, model).seconds
+        if exact is None or now is None:
+            raise TypeError(
+                f"cost: {type(self.cost).__name__} estimates no time; expected RooflineModel, MeasuredModel"
+            )
+        return now / exact if exact else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorBudget(_Ladder):
+    """The least time whose sampling noise stays within ``noise`` of the noise that the batches make anyway.
+
+    Noise is the variance of the gradient of the whole step; that of sampling is taken to add up over the layers. Source
+    of the criterion: VCAS (Wang et al., ICLR 2024).
+
+    Attributes:
+        noise: Squared error by sampling as a share of the variance of the gradient over batches, above 0.
+        cost: The cost model whose time is to be small; one without times is asked for operations.
+        sensitivity: Must be given, with ``sgd_noise``.
+    """
+
+    noise: float
+    cost: WholeCostModel = dataclasses.field(default_factory=RooflineModel)
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        super().__post_init__()
+        if isinstance(self.noise, bool) or not isinstance(self.noise, numbers.Real):
+            raise TypeError(f"noise: expected a number above 0, got {self.noise!r}")
+        if not self.noise > 0:
+            raise ValueError(f"noise: expected a number above 0, got {self.noise!r}")
+        if self.sensitivity is None or self.sensitivity.sgd_noise is None:
+            raise ValueError(
+                "sensitivity: expected one with sgd_noise, as fx_approx.measure_sensitivity gives it of two batches or "
+                "more"
+            )
+
+    def decide_whole(self, model: Model) -> Sequence[Decision]:
+        """The cheapest plan within the noise."""
+        assert self.sensitivity is not None and self.sensitivity.sgd_noise is not None
+        levels, allowed = self._levels, self.noise * self.sensitivity.sgd_noise
+        groups, refused = self.groups(model, levels[-1])
+
+        def price(chosen: Levels) -> float:
+            work = model.work(self.decisions(groups, [levels[level] for level in chosen]))
+            now, before = self.cost.step(work, model), self.cost.step(work.exact, model)
+            if now.seconds is not None and before.seconds:
+                return now.seconds / before.seconds
+            return (now.flops or 0) / max(1, before.flops or 0)
+
+        problem = Problem(self.errors(model, groups, levels, self.sensitivity), price)
+        found = least_cost(problem, allowed)
+        error, spent = problem.error(found), problem.price(found)
+        reasons = {
+            name: f"error {own[level]:.3g} of {error:.3g} in all, allowed {allowed:.3g}; the step {spent:.3f} of exact"
+            for names, own, level in zip(groups, problem.errors, found, strict=True)
+            for name in names
+        }
+        left = dict.fromkeys(reasons, f"its error would exceed {allowed:.3g} in all, or it saves nothing")
+        return self.final(model, groups, [levels[level] for level in found], refused, reasons, left)

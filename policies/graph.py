@@ -1,0 +1,168 @@
+"""What policies that decide about the graph as a whole have in common: which layers, which ratios, at what error."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from fx_approx.candidate import Candidate, Role
+from fx_approx.plan import Decision, check_share
+from fx_approx.policies.base import decision, exact
+from fx_approx.policies.predicted_error import predicted_error
+from fx_approx.policies.sensitivity import Sensitivity
+from fx_approx.sampling import SamplerSpec, get_sampler
+from fx_approx.work import Model
+
+EIGHTHS = tuple(place / 8 for place in range(1, 8))
+_LEAST_LEFT = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraphPolicy:
+    """Samples linear and convolution layers in forward mode, with selections that are made ahead and shared.
+
+    Attributes:
+        sampler: Name of the sampler.
+        scores: ``weight``, ``stale`` or ``uniform``.
+        share: ``site``, ``value`` or ``group``: which readers share a selection.
+        minimal_k: Keep at least so many pairs; layers with no more stay exact.
+        granularity: Round the number of pairs to a multiple of this, for the device's matrix units.
+        keep_first: The first convolution stays exact.
+        keep_last: Layers with no layer after them stay exact, such as the classifier.
+
+    Raises:
+        TypeError: At construction, a field of the wrong type.
+        ValueError: At construction, a value out of range or an unknown name.
+    """
+
+    sampler: str = "topk"
+    scores: str = "weight"
+    share: str = "value"
+    minimal_k: int = 16
+    granularity: int = 8
+    keep_first: bool = True
+    keep_last: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        self.spec(0.5)
+        check_share(self.share)
+        if self.scores not in ("weight", "stale", "uniform"):
+            raise ValueError(
+                f"scores: expected weight, stale or uniform, which are known before a layer runs, got {self.scores!r}"
+            )
+        for name in ("keep_first", "keep_last"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+
+    @property
+    def needs_shapes(self) -> bool:
+        """Costs are told by shapes."""
+        return True
+
+    def spec(self, ratio: float) -> SamplerSpec:
+        """How a layer is sampled at ``ratio``."""
+        return SamplerSpec(self.sampler, ratio, self.minimal_k, self.scores, self.granularity)
+
+    def decide(self, candidates: Sequence[Candidate]) -> Sequence[Decision]:
+        """Refuses: without the graph there is nothing to decide by."""
+        raise TypeError(
+            f"policy: {type(self).__name__} decides about a graph as a whole; give it to transform, explain or "
+            "backend, by itself or in an Override"
+        )
+
+    def refusal(self, candidate: Candidate, lowest: float) -> str | None:
+        """Why ``candidate`` stays exact whatever it costs; None if it may be sampled."""
+        if candidate.blocked is not None:
+            return candidate.blocked
+        if candidate.facts is None or candidate.facts.shape is None:
+            return "its shapes are not known"
+        if not candidate.kind.startswith(("linear", "conv")):
+            return "a product of activations"
+        if self.keep_last and candidate.last:
+            return "no layer after it"
+        if self.keep_first and candidate.first and candidate.kind.startswith("conv"):
+            return "first convolution"
+        if candidate.pairs is None or self.spec(lowest).count(candidate.pairs) >= candidate.pairs:
+            return f"only {candidate.pairs} pairs"
+        return None
+
+    def sampled(self, name: str, ratio: float) -> Decision:
+        """``name`` sampled, without a reason."""
+        return Decision(name, {Role.OUTPUT: self.spec(ratio)}, share=self.share)
+
+    def groups(self, model: Model, lowest: float) -> tuple[list[tuple[str, ...]], dict[str, str]]:
+        """The layers that may be sampled, those with one selection together; and why the others may not be."""
+        refused = {c.name: why for c in model.candidates if (why := self.refusal(c, lowest)) is not None}
+        free = [c.name for c in model.candidates if c.name not in refused]
+        return model.tied({name: self.sampled(name, lowest) for name in free}), refused
+
+    def decisions(self, groups: Sequence[Sequence[str]], ratios: Sequence[float]) -> dict[str, Decision]:
+        """Each group at its ratio; 1 is exact, but keeps its place among those that share."""
+        return {name: self.sampled(name, ratio) for names, ratio in zip(groups, ratios, strict=True) for name in names}
+
+    def final(
+        self,
+        model: Model,
+        groups: Sequence[Sequence[str]],
+        ratios: Sequence[float],
+        refused: Mapping[str, str],
+        sampled: Mapping[str, str],
+        left: Mapping[str, str],
+    ) -> list[Decision]:
+        """All decisions with their reasons; those at ratio 1 are exact.
+
+        Args:
+            model: The graph.
+            groups: Layers with one selection.
+            ratios: Of each group.
+            refused: Reasons of the layers in no group.
+            sampled: Reasons of the sampled layers.
+            left: Reasons of those that could have been.
+        """
+        source, ratio_of = type(self).__name__, {}
+        for names, ratio in zip(groups, ratios, strict=True):
+            ratio_of.update(dict.fromkeys(names, ratio))
+        found = []
+        for one in model.candidates:
+            ratio = ratio_of.get(one.name, 1.0)
+            if one.name in refused:
+                found.append(exact(one, refused[one.name], source))
+            elif ratio >= 1 or one.pairs is None or self.spec(ratio).count(one.pairs) >= one.pairs:
+                found.append(exact(one, left.get(one.name, "exact"), source))
+            else:
+                roles = {Role.OUTPUT: self.spec(ratio)}
+                found.append(decision(one, roles, sampled.get(one.name, ""), source, share=self.share))
+        return found
+
+    def errors(
+        self, model: Model, groups: Sequence[Sequence[str]], ratios: Sequence[float], measured: Sensitivity | None
+    ) -> list[list[float]]:
+        """Predicted error of each group at each ratio; the sum over the groups is what is to be small.
+
+        A layer's squared error as a share of its size, e, comes from the variance formulas on the norms of its weights.
+        Biased samplers shrink what passes through, and the shares that are left multiply along the layers, so it counts
+        as -log(1 - e); noise that unbiased ones add counts as log(1 + e). Where sensitivities were measured, they give
+        the size of a group's error, and the formulas how it depends on the ratio.
+        """
+        pairs = {c.name: c.pairs or 1 for c in model.candidates}
+        unbiased = get_sampler(self.sampler).unbiased
+        found = []
+        for names in groups:
+            norms = [(model.weight_norms(name), pairs[name]) for name in names]
+            own = [self._formula(norms, ratio, unbiased) for ratio in ratios]
+            if measured is not None:
+                size, there = measured.error_of(names), self._formula(norms, measured.ratio, unbiased)
+                own = [size * value / there if there else 0.0 for value in own]
+            found.append(own)
+        return found
+
+    def _formula(self, norms: Sequence[tuple[Tensor | None, int]], ratio: float, unbiased: bool) -> float:
+        total = 0.0
+        for scores, pairs in norms:
+            error = predicted_error(scores, self.spec(ratio), pairs)
+            total += math.log1p(error) if unbiased else -math.log(max(1 - error, _LEAST_LEFT))
+        return total
