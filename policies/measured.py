@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -113,7 +114,8 @@ class MeasuredModel:
             together = products[start : start + _TOGETHER]
             run = functools.cache(functools.partial(self._run, [product for _, product in together]))
             for place, (key, product) in enumerate(together):
-                found[key] = self._cache.get(self._disk_key(product), lambda place=place, run=run: run()[place])
+                one = functools.partial(_one_of, run, place)
+                found[key] = self._cache.get(self._disk_key(product), one)
         return found
 
     def _run(self, products: Sequence[ProductWork]) -> list[float]:
@@ -131,10 +133,14 @@ class MeasuredModel:
     def _bar(self, batches: range) -> Iterable[int]:
         if not self.progress or len(batches) < 2 or importlib.util.find_spec("tqdm") is None:
             return batches
-        from tqdm import tqdm
-
+        tqdm = importlib.import_module("tqdm").tqdm
         bar: Iterable[int] = tqdm(batches, desc="products", leave=False, disable=None)
         return bar
+
+
+def _one_of(run: Callable[[], list[float]], place: int) -> float:
+    """Of what was timed together, which is run once, and only if some of it is not known."""
+    return run()[place]
 
 
 def _key(product: ProductWork) -> Any:

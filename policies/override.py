@@ -76,7 +76,7 @@ class Override:
         if shadowed:
             raise ValueError(f"rules: {', '.join(map(repr, shadowed))} decides nothing: rules before it match first")
         decided: dict[str, Decision] = {}
-        policies = {**self.rules, None: self.base}
+        policies: dict[str | None, Policy] = {**self.rules, None: self.base}
         for pattern, policy in sorted(policies.items(), key=lambda one: is_whole(one[1])):
             own = [candidate for candidate, owner in zip(candidates, owners, strict=True) if owner == pattern]
             if own:

@@ -176,8 +176,8 @@ class RooflineModel:
         if facts is None:
             return 0.0
         flops = executed_flops(facts, product.kept).total
-        rate = device.peak * getattr(device, _kind(product.candidate))
-        return max(flops / rate, _bytes(product) / device.bandwidth)
+        share: float = getattr(device, _kind(product.candidate))
+        return max(flops / (device.peak * share), _bytes(product) / device.bandwidth)
 
 
 _devices: dict[tuple[str, str], Device] = {}
