@@ -76,8 +76,8 @@ class Override:
         if shadowed:
             raise ValueError(f"rules: {', '.join(map(repr, shadowed))} decides nothing: rules before it match first")
         decided: dict[str, Decision] = {}
-        policies: dict[str | None, Policy] = {**self.rules, None: self.base}
-        for pattern, policy in sorted(policies.items(), key=lambda one: is_whole(one[1])):
+        policies: list[tuple[str | None, Policy]] = [*self.rules.items(), (None, self.base)]
+        for pattern, policy in sorted(policies, key=lambda one: is_whole(one[1])):
             own = [candidate for candidate, owner in zip(candidates, owners, strict=True) if owner == pattern]
             if own:
                 decided.update((decision.name, decision) for decision in ask(policy, own, decided))
