@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,12 @@ def _plain_block() -> Built:
     return PlainBlock(), torch.randn(8, 197, 768), PlainBlock(6, 768, 1536)
 
 
+def _torchvision(name: str, batch: int, size: int = 224) -> Built:
+    form = torch.channels_last
+    made = getattr(torchvision_models(), name)().to(memory_format=form)
+    return made, torch.randn(batch, 3, size, size).contiguous(memory_format=form), None
+
+
 def _small() -> Built:
     return wide_resnet(10, 2), torch.randn(8, 3, 16, 16), wide_resnet(10, 1)
 
@@ -116,5 +123,8 @@ MODELS: dict[str, Callable[[], Built]] = {
     "vit_b_block": _vit_block,
     "vit_b_plain": _plain_block,
     "wrn_10_2": _small,
+    "vgg11_bn": functools.partial(_torchvision, "vgg11_bn", 4),
+    "mobilenet_v2": functools.partial(_torchvision, "mobilenet_v2", 8),
+    "vit_b_16": functools.partial(_torchvision, "vit_b_16", 2),
 }
 """By name: the exact model, a batch, and a narrower rival (None where there is no obvious one)."""

@@ -36,6 +36,7 @@ from fx_approx.noise import measure_error
 from fx_approx.noise_report import NoiseReport
 from fx_approx.overhead import measure_selection
 from fx_approx.plan import Decision, Plan
+from fx_approx.prediction import Prediction, predict
 from fx_approx.report import Explanation, SavingsReport, SelectionTime
 from fx_approx.sampling import SamplerSpec, Selection
 from fx_approx.sensitivity import measure_sensitivity
@@ -57,6 +58,7 @@ __all__ = [
     "NoiseReport",
     "Plan",
     "PlanMismatchError",
+    "Prediction",
     "RecompilationWarning",
     "RecomputationError",
     "Role",
@@ -78,6 +80,7 @@ __all__ = [
     "measure_error",
     "measure_selection",
     "measure_sensitivity",
+    "predict",
     "recalibrate",
     "report",
     "restore",

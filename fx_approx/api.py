@@ -121,6 +121,14 @@ def explain(
     return Explanation(plan, prepared.predicted(root, type(model).__name__, plan, demand))
 
 
+def view_of(model: nn.Module, policy: Policy, example_inputs: Any, demand: bool = True) -> tuple[Whole, Plan]:
+    """The graph as policies see it, and the plan that ``policy`` makes of it."""
+    check_model(model)
+    prepared = _prepare(model, example_inputs)
+    view = _view(model, example_inputs, prepared, demand)
+    return view, decide(prepared[1].candidates, policy, lambda: view)
+
+
 def _view(model: nn.Module, example_inputs: Any, prepared: tuple[nn.Module, Prepared], demand: bool) -> Whole:
     """What a policy for the whole graph is shown; it times models with the example inputs, if there are any."""
 

@@ -25,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
     define_missing_schemas()
+    os.environ["FX_APPROX_CACHE"] = ""  # tests read and leave nothing in the user's cache
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of Triton, so that kernels run on CPUs
     hypothesis.settings.register_profile(

@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[int, set[str]]] = {
     "policies": (6, {"policies"}),
     "surface": (7, {*_REPORTS, "checks", "controls", "verify", "overhead", "coupling"}),
     "pipeline": (8, {"pipeline", "whole"}),
-    "api": (9, {"api", "dynamo_backend", "dynamo_frame", "dynamo_run", "lifted", "sensitivity"}),
+    "api": (9, {"api", "dynamo_backend", "dynamo_frame", "dynamo_run", "lifted", "sensitivity", "prediction"}),
     "entry": (10, {"__init__", "__main__", "cli"}),
 }
 

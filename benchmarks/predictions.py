@@ -1,0 +1,74 @@
+"""Cost models against the clock: the speed-up of whole training steps as predicted and as measured.
+
+python benchmarks/predictions.py --json predictions.json
+python benchmarks/predictions.py --models wrn_16_4 --ratios 0.5 --compile
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import warnings
+from collections.abc import Sequence
+
+import torch
+from _header import add_json_option, header, store
+from _models import MODELS
+from tabulate import tabulate
+
+import fx_approx
+from fx_approx.policies import MeasuredModel, RooflineModel, Uniform, calibrate
+
+NAMES = ["resnet50", "wrn_16_4", "vgg11_bn", "mobilenet_v2", "vit_b_16"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=NAMES, choices=list(MODELS), help="which models")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5, 0.75], help="sample ratios")
+    parser.add_argument("--runs", type=int, default=7, help="steps of each (7)")
+    parser.add_argument("--minimal-k", type=int, default=16, help="layers with fewer pairs stay exact (16)")
+    parser.add_argument("--compile", action="store_true", help="compiled steps, and not eager ones")
+    add_json_option(parser)
+    options = parser.parse_args(arguments)
+    if options.runs < 1 or not all(0 < ratio < 1 for ratio in options.ratios):
+        parser.error("--runs: expected 1 or more; --ratios: expected numbers in (0, 1)")
+    print(header("Predicted and measured speed-ups"), f"\n{calibrate()}\n", flush=True)
+    costs = {"roofline": RooflineModel(options.compile), "measured": MeasuredModel(options.compile)}
+    found = []
+    for name in options.models:
+        torch.manual_seed(0)
+        model, inputs, _ = MODELS[name]()
+        for ratio in options.ratios:
+            policy = Uniform("topk", ratio, minimal_k=options.minimal_k, scores="weight", share="value")
+            one: dict[str, object] = {"model": name, "ratio": ratio, "compiled": options.compile}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for label, cost in costs.items():
+                    check = label == "measured"
+                    made = fx_approx.predict(
+                        model, policy, inputs, cost=cost, check=check, compiled=options.compile, repeats=options.runs
+                    )
+                    one[label] = made.speedup
+                    if made.measured is not None:
+                        one["clock"] = made.measured.speedup
+            found.append(one)
+            torch._dynamo.reset()
+            print(".", end="", flush=True)
+    lines, errors = [], {label: [] for label in costs}
+    for one in found:
+        low, middle, high = one["clock"]
+        cells = []
+        for label in costs:
+            errors[label].append(abs(one[label] / middle - 1))
+            cells.append(f"{one[label]:.2f} ({100 * (one[label] / middle - 1):+.0f} %)")
+        lines.append([one["model"], f"{one['ratio']:g}", f"{middle:.2f} [{low:.2f}, {high:.2f}]", *cells])
+    print(f"\n{tabulate(lines, ['model', 'ratio', 'clock', 'RooflineModel', 'MeasuredModel'], disable_numparse=True)}")
+    for label, own in errors.items():
+        print(f"{label}: median error {100 * statistics.median(own):.1f} %, largest {100 * max(own):.1f} %")
+    store(options.json, found)
+
+
+if __name__ == "__main__":
+    main()

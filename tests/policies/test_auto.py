@@ -1,0 +1,124 @@
+"""Auto samples what pays, and nothing where it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fx_approx
+from fx_approx.plan import Cost
+from fx_approx.policies import Auto, FlopModel, RooflineModel
+from fx_approx.policies.roofline import Device
+from fx_approx.whole import Whole
+from fx_approx.work import Model, StepTime, Work
+
+from .test_budget import IMAGES, network
+
+SMALL: dict[str, Any] = {"minimal_k": 4, "granularity": 4}
+FAST = Device("many operations pay", "torch.float32", 1e9, 1e12, 1e-9, 1.0, 1.0, 1.0, 1.0)
+SLOW_MEMORY = Device("only bytes count", "torch.float32", 1e18, 1e6, 1e-3, 1.0, 1.0, 1.0, 1.0)
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, low: float, middle: float) -> list[bool]:
+    asked: list[bool] = []
+
+    def time(self: Whole, plans: Any, *, compiled: bool = False, repeats: int = 7) -> list[StepTime]:
+        asked.append(compiled)
+        assert len(plans) == 1 and all(decision.spec.ratio == 0.5 for decision in plans[0].values())
+        return [StepTime(1.0, (1.0, 1.0, 1.0)), StepTime(1 / middle, (low, middle, middle))]
+
+    monkeypatch.setattr(Whole, "time", time)
+    return asked
+
+
+def test_where_operations_count_all_that_may_be_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = clock(monkeypatch, 1.5, 1.6)
+    plan = fx_approx.explain(network(), Auto(cost=RooflineModel(device=FAST), **SMALL), IMAGES).plan
+    assert [d.name for d in plan if not d.roles] == ["0", "8"]
+    assert asked == [False]
+    assert all("measured 1.60 [1.50, 1.60]" in d.reason and "saves" in d.reason for d in plan.sampled)
+
+
+def test_a_plan_that_the_clock_does_not_confirm_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock(monkeypatch, 1.01, 1.3)
+    plan = fx_approx.explain(network(), Auto(cost=RooflineModel(device=FAST), **SMALL), IMAGES).plan
+    assert not plan.sampled
+    assert "but measured 1.30 [1.01, 1.30], below 1.02" in plan["3.conv1"].reason
+    with pytest.warns(fx_approx.NoEffectWarning):
+        fx_approx.transform(network(), Auto(cost=RooflineModel(device=FAST), **SMALL), IMAGES)
+
+
+def test_without_a_check_the_prediction_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = clock(monkeypatch, 0.5, 0.5)
+    cost = RooflineModel(device=FAST)
+    assert fx_approx.explain(network(), Auto(cost=cost, check=False, **SMALL), IMAGES).plan.sampled
+    plan = fx_approx.explain(network(), Auto(cost=cost, check=False, margin=100, **SMALL), IMAGES).plan
+    assert not plan.sampled and "below 100" in plan["3.conv1"].reason and not asked
+
+
+class Penalty:
+    """Operations, but sampling ``name`` costs as much as the whole step."""
+
+    omits = "all but operations"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def step(self, work: Work, model: Model) -> Cost:
+        own = any(product.candidate.name == self.name and product.roles for product in work.products)
+        return Cost(seconds=work.flops + own * work.flops_exact)
+
+
+@pytest.mark.parametrize("name", ["3.conv2", "5.conv1"])
+def test_what_does_not_pay_is_left_out(name: str) -> None:
+    plan = fx_approx.explain(network(), Auto(cost=Penalty(name), check=False, **SMALL), IMAGES).plan
+    assert not plan[name].roles and "saves -" in plan[name].reason
+    assert len(plan.sampled) >= 4
+
+
+def test_where_nothing_pays_nothing_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slicing weights costs more bytes than narrow activations save at two pixels."""
+    asked = clock(monkeypatch, 9.0, 9.0)
+    policy = Auto(cost=RooflineModel(device=SLOW_MEMORY), **SMALL)
+    plan = fx_approx.explain(torch.nn.Sequential(*list(network())[3:6]), policy, torch.randn(2, 32, 1, 1)).plan
+    assert not plan.sampled and not asked
+
+
+def test_the_compiled_step_is_what_is_timed_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = clock(monkeypatch, 1.5, 1.6)
+    fx_approx.explain(network(), Auto(cost=RooflineModel(device=FAST), compiled=True, **SMALL), IMAGES)
+    assert asked == [True]
+
+
+def test_counts_are_aligned() -> None:
+    policy = Auto(0.4, cost=RooflineModel(device=FAST), check=False, minimal_k=4, granularity=8)
+    rows = fx_approx.explain(network(), policy, IMAGES).report.rows
+    assert {sample.k % 8 for row in rows for sample in row.samples if sample.k is not None} == {0}
+
+
+def test_a_network_that_cannot_be_sampled() -> None:
+    plan = fx_approx.explain(torch.nn.Sequential(torch.nn.Linear(4, 4)), Auto(), torch.randn(2, 4)).plan
+    assert not plan.sampled and plan["0"].reason == "no layer after it"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"ratio": 1.0}, ValueError, r"ratio: expected a number in \(0, 1\), got 1.0"),
+        ({"ratio": 0}, ValueError, "ratio"),
+        ({"check": 1}, TypeError, "check: expected True or False"),
+        ({"margin": 0.5}, ValueError, "margin: expected a number of at least 1"),
+        ({"repeats": 2}, ValueError, "repeats: expected an integer of at least 3"),
+        ({"scores": "online"}, ValueError, "scores: expected weight"),
+    ],
+)
+def test_bad_input(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Auto(**options)
+
+
+def test_a_cost_model_without_times() -> None:
+    with pytest.raises(TypeError, match="cost: FlopModel estimates no time"):
+        fx_approx.explain(network(), Auto(cost=FlopModel(), **SMALL), IMAGES)

@@ -1,0 +1,219 @@
+"""Budgets are met by the plan as the report counts it, and say what is feasible where they cannot be."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fx_approx
+from fx_approx import Plan
+from fx_approx.api import view_of
+from fx_approx.policies import (
+    ErrorBudget,
+    Exact,
+    FlopBudget,
+    FlopModel,
+    MemoryBudget,
+    Override,
+    RooflineModel,
+    Sensitivity,
+    TimeBudget,
+    Uniform,
+)
+from fx_approx.policies.roofline import Device
+
+from ..demand_nets import BasicBlock
+
+IMAGES = torch.randn(4, 3, 16, 16)
+DEVICE = Device("made up", "torch.float32", 1e11, 1e10, 1e-6, 0.8, 0.7, 0.5, 0.1)
+SMALL: dict[str, Any] = {"minimal_k": 4, "granularity": 4}
+
+
+def network(width: int = 32) -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)),
+        *(BasicBlock(width, width), BasicBlock(width, 2 * width, 2), BasicBlock(2 * width, 2 * width)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 5)),
+    )
+
+
+def totals(policy: Any, model: nn.Module | None = None) -> Any:
+    return fx_approx.explain(network() if model is None else model, policy, IMAGES).report.totals
+
+
+@pytest.mark.parametrize("budget", [0.35, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("share", ["site", "value", "group"])
+def test_flops_are_within_two_per_cent_of_the_budget(budget: float, share: str) -> None:
+    found = totals(FlopBudget(budget, share=share, **SMALL))
+    spent = (found.executed.total + found.selection) / found.exact.total
+    assert 0.98 * budget <= spent <= budget
+
+
+@pytest.mark.parametrize("budget", [0.75, 0.9])
+def test_memory_is_within_the_budget(budget: float) -> None:
+    found = totals(MemoryBudget(budget, **SMALL))
+    assert 0.95 * budget <= found.memory / found.memory_exact <= budget
+
+
+@pytest.mark.parametrize("budget", [0.6, 0.8])
+def test_predicted_time_is_within_the_budget(budget: float) -> None:
+    cost = RooflineModel(device=DEVICE)
+    policy = TimeBudget(budget, cost, **SMALL)
+    made = fx_approx.predict(network(), policy, IMAGES, cost=cost)
+    assert made.speedup is not None and 0.95 * budget <= 1 / made.speedup <= budget
+
+
+def test_the_whole_budget_leaves_all_exact() -> None:
+    plan = fx_approx.explain(network(), FlopBudget(1.0, **SMALL), IMAGES).plan
+    assert not plan.sampled
+    assert plan["3.conv1"].reason == "within the budget without it"
+
+
+@pytest.mark.parametrize(
+    "policy", [FlopBudget(0.05), MemoryBudget(0.1), TimeBudget(0.05, RooflineModel(device=DEVICE))]
+)
+def test_what_cannot_be_met_says_what_can(policy: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"budget: 0.\d+ of the exact step cannot be met; the least is (0\.\d+)"
+    ) as caught:
+        fx_approx.explain(network(), policy, IMAGES)
+    least = float(str(caught.value).partition("the least is ")[2].split()[0])
+    again = type(policy)(least + 0.001, *([policy.cost] if isinstance(policy, TimeBudget) else []))
+    fx_approx.explain(network(), again, IMAGES)
+
+
+def test_a_network_without_layers_to_sample() -> None:
+    with pytest.raises(ValueError, match="no layer can be"):
+        fx_approx.explain(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), FlopBudget(0.5), IMAGES)
+
+
+def test_reasons_and_kept_layers() -> None:
+    plan = fx_approx.explain(network(), FlopBudget(0.5, **SMALL), IMAGES).plan
+    assert plan["0"].reason == "first convolution" and plan["8"].reason == "no layer after it"
+    assert all(d.source == "FlopBudget" and "predicted error" in d.reason for d in plan.sampled)
+    assert all("asked 0.5" in decision.reason for decision in plan.sampled)
+    everything = fx_approx.explain(
+        network(), FlopBudget(0.3, keep_first=False, keep_last=False, minimal_k=1, granularity=1), IMAGES
+    ).plan
+    assert not {"first convolution", "no layer after it"} & {decision.reason for decision in everything}
+
+
+def test_readers_of_one_value_get_one_ratio() -> None:
+    plan = fx_approx.explain(network(), FlopBudget(0.4, **SMALL), IMAGES).plan
+    assert plan["4.conv1"].spec == plan["4.shortcut.0"].spec
+
+
+def test_a_sensitive_layer_is_kept_and_an_insensitive_one_is_not() -> None:
+    view, _ = view_of(network(), Exact(), IMAGES)
+    names = [name for group in FlopBudget(0.5, **SMALL).groups(view, 0.125)[0] for name in group]
+    for spared in ("3.conv1", "5.conv2"):
+        measured = Sensitivity(0.5, {name: 10.0 if name == spared else 0.01 for name in names})
+        plan = fx_approx.explain(network(), FlopBudget(0.6, sensitivity=measured, **SMALL), IMAGES).plan
+        assert spared not in [decision.name for decision in plan.sampled]
+    with pytest.raises(ValueError, match=r"sensitivity: measured for another model .* nothing is known of 3\.conv1"):
+        fx_approx.explain(network(), FlopBudget(0.6, sensitivity=Sensitivity(0.5, {"x": 1.0}), **SMALL), IMAGES)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.1, 1.0])
+def test_the_error_budget_holds(noise: float) -> None:
+    view, _ = view_of(network(), Exact(), IMAGES)
+    base = FlopBudget(0.5, **SMALL)
+    groups, _ = base.groups(view, 0.125)
+    measured = Sensitivity(0.5, {name: 0.1 for names in groups for name in names}, sgd_noise=2.0)
+    policy = ErrorBudget(noise, RooflineModel(device=DEVICE), sensitivity=measured, **SMALL)
+    plan = fx_approx.explain(network(), policy, IMAGES).plan
+    ratios = [plan[names[0]].spec.ratio if plan[names[0]].spec is not None else 1.0 for names in groups]
+    errors = policy.errors(view, groups, [*sorted(set(ratios))], measured)
+    spent = sum(own[sorted(set(ratios)).index(ratio)] for own, ratio in zip(errors, ratios, strict=True))
+    assert spent <= noise * 2.0
+    assert bool(plan.sampled) == (noise > 0.01)
+
+
+def test_more_noise_allowed_is_less_time() -> None:
+    view, _ = view_of(network(), Exact(), IMAGES)
+    groups, _ = FlopBudget(0.5, **SMALL).groups(view, 0.125)
+    measured = Sensitivity(0.5, {name: 0.1 for names in groups for name in names}, sgd_noise=1.0)
+    flops = [
+        totals(ErrorBudget(noise, FlopModel(), sensitivity=measured, **SMALL)).executed.total
+        for noise in (0.05, 0.3, 1.0)
+    ]
+    assert flops[0] > flops[1] > flops[2]
+
+
+def test_inside_an_override_the_whole_step_counts() -> None:
+    """The budget is of the whole graph, with what the other rules do."""
+    policy = Override({"5.*": Uniform("topk", 0.25, scores="weight", share="value")}, FlopBudget(0.6, **SMALL))
+    plan = fx_approx.explain(network(), policy, IMAGES).plan
+    assert plan["5.conv1"].source == "Uniform" and plan["3.conv1"].source == "FlopBudget"
+    found = fx_approx.explain(network(), plan, IMAGES).report.totals
+    assert (found.executed.total + found.selection) / found.exact.total <= 0.6
+
+
+def test_plans_go_through_json_and_train() -> None:
+    plan = fx_approx.explain(network(), FlopBudget(0.5, **SMALL), IMAGES).plan
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    approx = fx_approx.transform(network(), again, IMAGES)
+    approx(IMAGES).sum().backward()
+    assert fx_approx.report(approx).totals.executed == fx_approx.explain(network(), plan, IMAGES).report.totals.executed
+
+
+def test_through_the_dynamo_frontend() -> None:
+    torch._dynamo.reset()
+    model, backend = network(), fx_approx.backend(FlopBudget(0.6, **SMALL), inner="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
+        torch.compile(model, backend=backend)(IMAGES).sum().backward()
+    found = backend.report().totals
+    assert 0.58 <= (found.executed.total + found.selection) / found.exact.total <= 0.6
+
+
+def test_without_example_inputs() -> None:
+    with pytest.raises(fx_approx.ShapesNeededError, match="FlopBudget decides by shapes"):
+        fx_approx.transform(network(), FlopBudget(0.5))
+    with pytest.raises(TypeError, match="FlopBudget decides about a graph as a whole"):
+        FlopBudget(0.5).decide([])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: FlopBudget(0.0), ValueError, r"budget: expected a number in \(0, 1\], got 0.0"),
+        (lambda: FlopBudget(1.5), ValueError, r"budget: expected a number in \(0, 1\], got 1.5"),
+        (lambda: TimeBudget(float("nan")), ValueError, "budget: expected a number"),
+        (lambda: MemoryBudget("half"), TypeError, "budget: expected a number"),
+        (lambda: FlopBudget(True), TypeError, "budget: expected a number"),
+        (lambda: FlopBudget(0.5, ratios=()), ValueError, "ratios: expected at least one"),
+        (lambda: FlopBudget(0.5, ratios=(0.5, 2)), ValueError, "ratios: expected a number"),
+        (lambda: FlopBudget(0.5, scores="online"), ValueError, "scores: expected weight, stale or uniform"),
+        (lambda: FlopBudget(0.5, share="all"), ValueError, "share: expected one of"),
+        (lambda: FlopBudget(0.5, sampler="best"), ValueError, "best"),
+        (lambda: FlopBudget(0.5, keep_first=1), TypeError, "keep_first: expected True or False"),
+        (lambda: FlopBudget(0.5, sensitivity={"a": 1}), TypeError, "sensitivity: expected a Sensitivity"),
+        (lambda: ErrorBudget(0.1), ValueError, "sensitivity: expected one with sgd_noise"),
+        (lambda: ErrorBudget(0.1, sensitivity=Sensitivity(0.5, {})), ValueError, "sensitivity: expected one with sgd"),
+        (lambda: ErrorBudget(0, sensitivity=Sensitivity(0.5, {}, 1.0)), ValueError, "noise: expected a number above 0"),
+        (lambda: Sensitivity(1.0, {}), ValueError, r"ratio: expected a number in \(0, 1\)"),
+        (lambda: Sensitivity(0.5, {"a": -1.0}), ValueError, "errors: expected numbers of at least 0"),
+        (lambda: Sensitivity.from_json('{"format": "x"}'), ValueError, "format: expected"),
+    ],
+)
+def test_bad_input_at_construction(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_cost_model_without_times() -> None:
+    with pytest.raises(TypeError, match="cost: FlopModel estimates no time"):
+        fx_approx.explain(network(), TimeBudget(0.5, FlopModel()), IMAGES)
+
+
+def test_sensitivity_goes_through_json() -> None:
+    one = Sensitivity(0.5, {"a": 0.25, "b": 1e-9}, 0.125)
+    assert Sensitivity.from_json(one.to_json()) == one
+    assert json.loads(one.to_json())["format"] == "fx_approx.sensitivity/1"

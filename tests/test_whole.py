@@ -1,0 +1,121 @@
+"""What policies for a whole graph are shown: the same numbers as the report's, and the clock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fx_approx
+from fx_approx import Decision, Plan, SamplerSpec
+from fx_approx.api import view_of
+from fx_approx.policies import Exact, Override, Paper, Roles, Uniform
+from fx_approx.whole import Whole
+
+from .demand_nets import post_activation
+from .models import Cnn
+
+IMAGES = torch.randn(2, 3, 8, 8)
+POLICIES = [
+    Uniform("topk", 0.5, scores="weight", share="value"),
+    Uniform("topk", 0.25, scores="stale", share="group"),
+    Uniform("systematic", 0.5),
+    Roles.backward(0.5),
+    Roles.straight(0.5),
+    Override(
+        {"4.conv1": Exact(), "5.*": Uniform("topk", 0.25, scores="weight")}, Uniform("topk", 0.75, scores="weight")
+    ),
+]
+
+
+def viewed(model: nn.Module, policy: Any = None, x: Tensor = IMAGES) -> tuple[Whole, dict[str, Decision], Plan]:
+    view, plan = view_of(model, Exact() if policy is None else policy, x)
+    return view, {decision.name: decision for decision in plan.sampled}, plan
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize("ratio", [None, 0.3])
+def test_work_is_that_of_the_report(policy: Any, ratio: float | None) -> None:
+    """Also at other ratios, for which sharing and demand are not found anew."""
+    view, decisions, plan = viewed(post_activation(), policy)
+    if ratio is not None:
+        view.work(decisions)
+        for name, decision in decisions.items():
+            roles = {role: spec.replace(ratio=ratio) for role, spec in decision.roles.items()}
+            plan = plan.edit(name, roles, straight_through=decision.straight_through, share=decision.share)
+        decisions = {decision.name: decision for decision in plan.sampled}
+    work, totals = view.work(decisions), fx_approx.explain(post_activation(), plan, IMAGES).report.totals
+    assert (work.flops_exact, work.flops) == (totals.exact.total, totals.executed.total)
+    assert work.selection_flops == totals.selection
+    assert (work.moved_exact, work.moved, work.gathered) == (totals.moved_exact, totals.moved, totals.gathered)
+    assert (work.memory_exact, work.memory, work.slicing) == (totals.memory_exact, totals.memory, totals.slicing)
+    assert work.flops < work.flops_exact
+
+
+def test_readers_of_one_value_at_different_ratios() -> None:
+    """They do not share then, which no work found for equal ratios says."""
+    view, decisions, plan = viewed(post_activation(), Uniform("topk", 0.5, scores="weight", share="value"))
+    view.work(decisions)
+    plan = plan.edit("4.conv1", SamplerSpec("topk", 0.25, scores="weight"), share="value")
+    other = view.work({decision.name: decision for decision in plan.sampled})
+    assert other.flops == fx_approx.explain(post_activation(), plan, IMAGES).report.totals.executed.total
+
+
+def test_nothing_sampled_is_the_exact_step() -> None:
+    view, decisions, _ = viewed(Cnn(), Uniform("topk", 0.5, scores="weight", share="value"))
+    work = view.work({})
+    assert work == view.work(decisions).exact
+    assert work.flops == work.flops_exact and work.moved == work.moved_exact > 0 and work.slicing == 0
+
+
+def test_the_products_alone() -> None:
+    view, decisions, _ = viewed(post_activation(), Uniform("topk", 0.5, scores="weight", share="value"))
+    work, short = view.work(decisions), view.work(decisions, memory=False)
+    assert short.products == work.products and short.slicing == work.slicing and short.memory == short.moved == 0
+
+
+def test_what_shares_a_selection_is_tied() -> None:
+    view, decisions, _ = viewed(post_activation(), Uniform("topk", 0.5, scores="weight", share="value"))
+    tied = [set(names) for names in view.tied(decisions)]
+    assert {"5.conv1", "5.shortcut.0"} in tied
+    assert sorted(name for names in tied for name in names) == sorted(decisions)
+    view, decisions, _ = viewed(post_activation(), Uniform("topk", 0.5))
+    assert all(len(names) == 1 for names in view.tied(decisions))
+
+
+def test_weight_norms() -> None:
+    model = Cnn()
+    view, _, _ = viewed(model)
+    torch.testing.assert_close(view.weight_norms("fc"), model.fc.weight.detach().norm(dim=0)[None])
+    grouped = model.grouped.weight.detach().view(2, 4, 4, 9).square().sum((1, 3)).sqrt()
+    torch.testing.assert_close(view.weight_norms("grouped"), grouped)
+
+
+def test_fingerprint() -> None:
+    one, other, wider = (viewed(Cnn(), x=x)[0] for x in (IMAGES, IMAGES + 1, torch.randn(2, 3, 9, 9)))
+    assert one.fingerprint == other.fingerprint != wider.fingerprint
+    assert viewed(post_activation())[0].fingerprint != one.fingerprint
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_timing_leaves_the_model_as_it_was(compiled: bool) -> None:
+    model = Cnn().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    view, decisions, _ = viewed(model, Paper(0.5))
+    state = torch.get_rng_state()
+    exact, sampled = view.time([decisions], compiled=compiled, repeats=3)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters()) and not model.training
+    assert exact.speedup == (1.0, 1.0, 1.0) and exact.seconds > 0
+    low, middle, high = sampled.speedup
+    assert 0 < low <= middle <= high
+
+
+def test_without_inputs_there_is_nothing_to_time() -> None:
+    view, _ = view_of(Cnn(), Exact(), None)
+    assert not view.runs
+    with pytest.raises(ValueError, match="example_inputs: none were given"):
+        view.time([])
