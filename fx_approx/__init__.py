@@ -7,6 +7,7 @@ print(fx_approx.report(approx))               # what each layer saves, and why t
 
 from fx_approx.api import explain, report, restore, transform
 from fx_approx.candidate import Candidate, GemmShape, Role
+from fx_approx.controller import AdaptiveRatios, NoiseRecord
 from fx_approx.controls import (
     hold,
     load_sampler_state,
@@ -39,12 +40,15 @@ from fx_approx.plan import Decision, Plan
 from fx_approx.prediction import Prediction, predict
 from fx_approx.report import Explanation, SavingsReport, SelectionTime
 from fx_approx.sampling import SamplerSpec, Selection
+from fx_approx.scalars import ScalarLogger
+from fx_approx.scheduler import RatioScheduler
 from fx_approx.sensitivity import measure_sensitivity
 from fx_approx.verify import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveRatios",
     "AlreadyTransformedError",
     "CacheWarning",
     "Candidate",
@@ -55,15 +59,18 @@ __all__ = [
     "GemmShape",
     "KernelWarning",
     "NoEffectWarning",
+    "NoiseRecord",
     "NoiseReport",
     "Plan",
     "PlanMismatchError",
     "Prediction",
+    "RatioScheduler",
     "RecompilationWarning",
     "RecomputationError",
     "Role",
     "SamplerSpec",
     "SavingsReport",
+    "ScalarLogger",
     "Selection",
     "SelectionTime",
     "ShapesNeededError",

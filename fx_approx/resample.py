@@ -111,7 +111,8 @@ class Shared(nn.Module):
     @property
     def active(self) -> bool:
         """Whether the next call samples: all readers are enabled and in training mode."""
-        return not self.exact and all([selector.active for selector in self.selectors])
+        # Switches first: where they are off, compiled code does not depend on the ratio.
+        return all([selector.active for selector in self.selectors]) and not self.exact
 
     @property
     def learns(self) -> bool:
@@ -246,7 +247,7 @@ class Resample(nn.Module):
             own = weights[start : start + len(one.members)]
             start += len(one.members)
             # What is kept is kept of all, so that a layer that is switched on again reads the same sample.
-            if not one.active and (one.exact or not self.held or given is None):
+            if not one.active and (not self.held or given is None or one.exact):
                 continue
             selector, scores = one.selectors[0], one.scores(own)
             alone = None if selector.sampler.fixed_size else place  # a random count is each one's own

@@ -10,15 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx.api import transform
-from fx_approx.approx import ApproxModule
 from fx_approx.checks import check_model
-from fx_approx.controls import set_enabled
 from fx_approx.errors import NoEffectWarning
+from fx_approx.gradients import sampled_gradient
 from fx_approx.plan import Decision
 from fx_approx.policies.graph import GraphPolicy
 from fx_approx.policies.sensitivity import Sensitivity
-from fx_approx.state import EVERY, STEP
-from fx_approx.verify import undone
 from fx_approx.work import Model
 
 
@@ -91,11 +88,11 @@ def measure_sensitivity(
     flags = [(module, module.training) for module in approx.modules()]
     approx.train()
     groups: list[tuple[str, ...]] = vars(policy)["found"]
-    exact = [_gradient(approx, batch, loss, (), 0) for batch in batches]
+    exact = [sampled_gradient(approx, batch, loss, (), 0) for batch in batches]
     errors: dict[str, float] = {}
     for names in groups:
         shares = [
-            float((_gradient(approx, batch, loss, names, number) - whole).square().sum() / whole.square().sum())
+            float((sampled_gradient(approx, batch, loss, names, number) - whole).square().sum() / whole.square().sum())
             for batch, whole in zip(batches, exact, strict=True)
             for number in range(draws)
         ]
@@ -103,29 +100,6 @@ def measure_sensitivity(
     for module, training in flags:
         module.training = training
     return Sensitivity(ratio, errors, _noise(exact))
-
-
-def _gradient(
-    approx: ApproxModule, batch: Any, loss: Callable[[nn.Module, Any], Tensor], names: Sequence[str], number: int
-) -> Tensor:
-    """By all parameters in one vector, with only ``names`` sampled, as in the ``number``-th step from now."""
-    parameters = [p for p in approx.parameters() if p.requires_grad]
-    runtime = approx._fx_approx
-    with undone(approx), torch.enable_grad():
-        if runtime.selectors:
-            set_enabled(approx, {**dict.fromkeys(names, True), "*": False})
-        try:
-            runtime.state[STEP] += number * int(runtime.state[EVERY])
-            value = loss(approx, batch)
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                raise ValueError(f"loss: expected a scalar tensor, got {value!r:.100}")
-            found = torch.autograd.grad(value, parameters, allow_unused=True)
-        finally:
-            if runtime.selectors:
-                set_enabled(approx, True)
-    return torch.cat(
-        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
-    )
 
 
 def _noise(gradients: Sequence[Tensor]) -> float | None:

@@ -22,6 +22,7 @@ _REPORTS = {"report", "rows", "demand_report", "tables", "noise", "noise_report"
 
 # Layer -> (rank, its modules and packages, named below fx_approx). A module may import modules of a lower
 # rank and of its own layer, so layers of equal rank know nothing of each other. A new module is placed here.
+_TRAINING = {"gradients", "schedules", "scheduler", "scalars", "controller"}
 LAYERS: dict[str, tuple[int, set[str]]] = {
     "foundation": (0, {"errors", "sampling", "flops", "candidate", "plan", "work", "disk_cache"}),
     "kernels": (1, {"kernels"}),
@@ -31,7 +32,7 @@ LAYERS: dict[str, tuple[int, set[str]]] = {
     "runtime": (5, {"print_passes", "runtime", "approx"}),
     "passes": (6, {"passes"}),
     "policies": (6, {"policies"}),
-    "surface": (7, {*_REPORTS, "checks", "controls", "verify", "overhead", "coupling"}),
+    "surface": (7, {*_REPORTS, "checks", "controls", "verify", "overhead", "coupling", *_TRAINING}),
     "pipeline": (8, {"pipeline", "whole"}),
     "api": (9, {"api", "dynamo_backend", "dynamo_frame", "dynamo_run", "lifted", "sensitivity", "prediction"}),
     "entry": (10, {"__init__", "__main__", "cli"}),

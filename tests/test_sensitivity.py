@@ -88,7 +88,7 @@ def test_it_serves_a_budget() -> None:
     [
         ({"batches": []}, ValueError, "batches: expected a sequence of at least one batch"),
         ({"loss": None}, TypeError, "loss: expected a function of a model and a batch"),
-        ({"loss": lambda model, batch: model(batch[0])}, ValueError, "loss: expected a scalar tensor"),
+        ({"loss": lambda model, batch: model(batch[0])}, ValueError, "loss: expected it to return a scalar tensor"),
         ({"ratio": 1.0}, ValueError, r"ratio: expected a number in \(0, 1\)"),
         ({"draws": 0}, ValueError, "draws: expected at least 1"),
         ({"draws": 1.5}, TypeError, "draws: expected an integer"),

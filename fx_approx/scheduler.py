@@ -1,0 +1,161 @@
+"""Sets the ratios of a model by schedules, as torch's learning-rate schedulers set rates."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from fx_approx.approx import find
+from fx_approx.controls import set_enabled, set_ratio
+from fx_approx.modules import Selector
+from fx_approx.scalars import ScalarLogger
+from fx_approx.schedules import Schedule
+
+
+class RatioScheduler:
+    """Drives the sample ratios of a transformed model: call :meth:`step` after each step, or each epoch.
+
+    The ratio of step 0 is set at once. Exact steps switch sampling off and leave the ratio as it is, so that a compiled
+    model has one graph for exact steps, whatever the ratios, and one for each distinct ratio.
+
+    There is no method ``approx.step()``: the transformed model is an instance of the user's own class, which may have
+    one.
+
+    Attributes:
+        schedules: By glob on the names of the layers.
+        last_step: The step that the ratios are set for.
+    """
+
+    def __init__(
+        self, model: nn.Module, schedule: Schedule | Mapping[str, Schedule], *, log: ScalarLogger | None = None
+    ) -> None:
+        """Sets the ratios of step 0.
+
+        Args:
+            model: A transformed model, or what wraps it.
+            schedule: For all layers, or by glob on their names; the first that matches decides.
+            log: Told the ratios whenever they change.
+
+        Raises:
+            TypeError: ``schedule`` is none.
+            ValueError: ``model`` is not transformed, or a glob matches no sampled layer, or none that an earlier one
+                does not match.
+        """
+        rules = dict(schedule) if isinstance(schedule, Mapping) else {"*": schedule}
+        for pattern, one in rules.items():
+            if not isinstance(one, Schedule):
+                raise TypeError(f"schedule[{pattern!r}]: expected a schedule such as Constant(0.5), got {one!r}")
+        if log is not None and not isinstance(log, ScalarLogger):
+            raise TypeError(f"log: expected a ScalarLogger or None, got {log!r}")
+        self._runtime = find(model)._fx_approx
+        self._model, self._log = model, log
+        self.schedules: dict[str, Schedule] = rules
+        self._layers = self._matched()
+        self._planned = {selector: selector.spec.ratio for selector in self._selectors}
+        self.last_step = 0
+        self._set()
+
+    @property
+    def _selectors(self) -> dict[Selector, str]:
+        return {selector: name for (name, _), selector in self._runtime.selectors.items()}
+
+    def _matched(self) -> dict[str, str]:
+        """Layer -> its pattern."""
+        fqn = {candidate.name: candidate.fqn for candidate in self._runtime.candidates}
+        names = list(dict.fromkeys(name for name, _ in self._runtime.selectors))
+        found: dict[str, str] = {}
+        for name in names:
+            for pattern in self.schedules:
+                if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(fqn[name], pattern):
+                    found[name] = pattern
+                    break
+        unused = [pattern for pattern in self.schedules if pattern not in found.values()]
+        if unused:
+            there = ", ".join(names) or "none, nothing is sampled"
+            raise ValueError(
+                f"schedule: {', '.join(map(repr, unused))} decides about no sampled layer; there are: {there}"
+            )
+        return found
+
+    def step(self) -> None:
+        """Goes on to the next step."""
+        self.last_step += 1
+        self._set()
+
+    def get_last_ratio(self) -> dict[str, float]:
+        """The ratio in force by layer; 1 where sampling is off. Of a layer with several samplers, the first."""
+        found: dict[str, float] = {}
+        for (name, _), selector in self._runtime.selectors.items():
+            found.setdefault(name, selector.spec.ratio if selector.enabled else 1.0)
+        return found
+
+    def _set(self) -> None:
+        ratios: dict[Selector, float] = {}
+        enabled: dict[str, bool] = {}
+        for selector, name in self._selectors.items():
+            pattern = self._layers.get(name)
+            if pattern is None:
+                continue
+            ratio = self.schedules[pattern].ratio(self.last_step)
+            ratio = self._planned[selector] if ratio is None else ratio
+            enabled[name] = ratio < 1
+            if ratio < 1 and selector.spec.ratio != ratio:
+                ratios[selector] = ratio
+        changed = [name for name, on in enabled.items() if any(s.enabled != on for s in self._of(name))]
+        if ratios:
+            self._apply(ratios)
+        if changed:
+            set_enabled(self._model, {literal(name): enabled[name] for name in changed})
+        if self._log is not None and (ratios or changed or self.last_step == 0):
+            self._log.ratios(self.get_last_ratio(), self.last_step)
+
+    def _of(self, name: str) -> list[Selector]:
+        return [selector for (own, _), selector in self._runtime.selectors.items() if own == name]
+
+    def _apply(self, ratios: Mapping[Selector, float]) -> None:
+        for role in dict.fromkeys(selector.role for selector in ratios):
+            rules = {literal(self._selectors[s]): ratio for s, ratio in ratios.items() if s.role is role}
+            set_ratio(self._model, rules, role=role)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: the step and the schedules. Ratios and switches follow from them."""
+        return {
+            "last_step": self.last_step,
+            "schedules": {pattern: schedule.to_dict() for pattern, schedule in self.schedules.items()},
+            "planned": {
+                f"{name}/{selector.role.value}": self._planned[selector] for selector, name in self._selectors.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where another one was, with its schedules.
+
+        Raises:
+            ValueError: That is no such state, or of another model; nothing is changed then.
+        """
+        if set(state) != {"last_step", "schedules", "planned"}:
+            raise ValueError(f"state: expected last_step, schedules and planned, got {sorted(state)}")
+        sites = {f"{name}/{selector.role.value}": selector for selector, name in self._selectors.items()}
+        if set(state["planned"]) != set(sites):
+            raise ValueError(f"state: of another model: it has {sorted(state['planned'])}, this one {sorted(sites)}")
+        step = state["last_step"]
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"last_step: expected an integer of at least 0, got {step!r}")
+        schedules = {pattern: Schedule.from_dict(data) for pattern, data in state["schedules"].items()}
+        before, self.schedules = self.schedules, schedules
+        try:
+            self._layers = self._matched()
+        except ValueError:
+            self.schedules = before
+            raise
+        self._planned = {sites[site]: ratio for site, ratio in state["planned"].items()}
+        self.last_step = step
+        self._set()
+
+
+def literal(name: str) -> str:
+    """A glob that matches ``name`` and nothing else."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
