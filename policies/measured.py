@@ -63,7 +63,7 @@ class MeasuredModel:
         exact = work.exact
         times = self._products([*work.products, *exact.products])
         own, before = (sum(times[_key(p)] for p in one.products if _key(p) in times) for one in (work, exact))
-        bandwidth = self._rest._device(work).bandwidth
+        device = self._rest.device_of(work)
         whole = self.exact_step(model)
         if whole is None:
             unmeasured = dataclasses.replace(exact, products=())
@@ -73,7 +73,7 @@ class MeasuredModel:
         share = work.moved / work.moved_exact if work.moved_exact else 1.0
         chosen = sum(1 for product in work.products if product.roles)
         seconds = own + rest * share + chosen * _CHOICE[self.compiled]
-        seconds += (4 * work.gathered + 2 * work.slicing + 2 * work.selection_flops) / bandwidth
+        seconds += (4 * work.gathered + 2 * work.selection_flops) / device.bandwidth + work.slicing / device.slicing
         return Cost(flops=work.flops + work.selection_flops, seconds=seconds)
 
     def exact_step(self, model: Model) -> float | None:

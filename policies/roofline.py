@@ -13,11 +13,12 @@ from torch import Tensor
 from fx_approx.candidate import Candidate, GemmShape, Role
 from fx_approx.disk_cache import DiskCache, cache_folder
 from fx_approx.flops import Kept, executed_flops
+from fx_approx.ops.gather import gather
 from fx_approx.plan import Cost
 from fx_approx.policies.timing import device_key, time_calls
 from fx_approx.work import Model, ProductWork, Work
 
-_VERSION = 2
+_VERSION = 3
 _PASSES = {False: 5.0, True: 3.0}
 """Times that a training step moves the output of an operation that multiplies nothing: forward it is read and written,
 backward a gradient is read and written and something kept is read. Compiled, neighbours do it together."""
@@ -32,6 +33,8 @@ class Device:
         dtype: Data type of the operands.
         peak: Operations a second of a large square matrix product.
         bandwidth: Bytes a second of an element-wise operation on a large tensor, read and written.
+        slicing: Bytes a second of taking half of the columns of a large weight and writing its gradient back, as
+            :func:`fx_approx.flops.slicing_bytes` counts them.
         launch: Seconds of the smallest operation.
         linear: Share of ``peak`` that forward and backward of a linear layer reach.
         conv: Share of ``peak`` of a 3 x 3 convolution of 64 channels, likewise.
@@ -43,6 +46,7 @@ class Device:
     dtype: str
     peak: float
     bandwidth: float
+    slicing: float
     launch: float
     linear: float
     conv: float
@@ -54,7 +58,8 @@ class Device:
         shares = ", ".join(f"{n} {100 * getattr(self, n):.0f} %" for n in ("linear", "conv", "pointwise", "depthwise"))
         return (
             f"{self.name}, {self.dtype}: {self.peak / 1e12:.3g} TFLOP/s, {self.bandwidth / 1e9:.3g} GB/s, "
-            f"{1e6 * self.launch:.3g} us a launch; reached of the peak: {shares}"
+            f"{self.slicing / 1e9:.3g} GB/s in slices of weights, {1e6 * self.launch:.3g} us a launch; "
+            f"reached of the peak: {shares}"
         )
 
 
@@ -104,13 +109,15 @@ def _measure(device: torch.device, dtype: torch.dtype, name: str) -> Device:
             6 * batch * 28 * 28 * 128 * 9,
         ),
     }
-    plain = [lambda: square @ square, lambda: big * 1.5, lambda: small * 1.5]
+    weight, half = random(4096, 4096), torch.arange(0, 4096, 2, device=device)
+    sliced = _training(lambda w, _: gather(w, 1, half), weight, small)
+    plain = [lambda: square @ square, lambda: big * 1.5, lambda: small * 1.5, sliced]
     times = [one.seconds for one in time_calls([*plain, *(call for call, _ in products.values())], device)]
     peak = 2 * size**3 / times[0]
     reached = {
-        kind: flops / spent / peak for (kind, (_, flops)), spent in zip(products.items(), times[3:], strict=True)
+        kind: flops / spent / peak for (kind, (_, flops)), spent in zip(products.items(), times[4:], strict=True)
     }
-    return Device(name, str(dtype), peak, 2 * big.nbytes / times[1], times[2], **reached)
+    return Device(name, str(dtype), peak, 2 * big.nbytes / times[1], 2 * weight.nbytes / times[3], times[2], **reached)
 
 
 def _last(x: Tensor) -> Tensor:
@@ -121,7 +128,7 @@ def _training(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor
     """Forward and both gradients."""
     x.requires_grad_(), w.requires_grad_()
     grad = torch.ones_like(function(x, w))
-    return lambda: torch.autograd.grad(function(x, w), (x, w), grad)
+    return lambda: torch.autograd.grad(function(x, w), (x, w), grad, allow_unused=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,19 +157,22 @@ class RooflineModel:
 
     def step(self, work: Work, model: Model) -> Cost:
         """Operations, bytes, launches and seconds of a training step."""
-        device = self._device(work)
+        device = self.device_of(work)
         seconds, moved, launches = 0.0, 0.0, 0
         for product in work.products:
             seconds += self.product(product, device)
             launches += 3 * (product.candidate.facts is not None)
         moved += _PASSES[self.compiled] * work.moved
-        moved += 4 * work.gathered + 2 * work.slicing + 2 * work.selection_flops
+        moved += 4 * work.gathered + 2 * work.selection_flops
+        seconds += work.slicing / device.slicing
         others = max(0, work.operations - len(work.products))
         launches += (1 if self.compiled else 3) * others
         seconds += moved / device.bandwidth + launches * device.launch
+        moved += work.slicing
         return Cost(flops=work.flops + work.selection_flops, bytes=int(moved), seconds=seconds, launches=launches)
 
-    def _device(self, work: Work) -> Device:
+    def device_of(self, work: Work) -> Device:
+        """The constants of the device that ``work`` is for."""
         if self.device is not None:
             return self.device
         facts = next((p.candidate.facts for p in work.products if p.candidate.facts is not None), None)

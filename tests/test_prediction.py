@@ -11,7 +11,7 @@ from fx_approx.policies.roofline import Device
 
 from .policies.test_budget import IMAGES, network
 
-COST = RooflineModel(device=Device("made up", "torch.float32", 1e11, 1e10, 1e-6, 0.8, 0.7, 0.5, 0.1))
+COST = RooflineModel(device=Device("made up", "torch.float32", 1e11, 1e10, 1e10, 1e-6, 0.8, 0.7, 0.5, 0.1))
 VALUE = Uniform("topk", 0.5, scores="weight", share="value")
 
 

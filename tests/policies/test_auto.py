@@ -17,8 +17,8 @@ from fx_approx.work import Model, StepTime, Work
 from .test_budget import IMAGES, network
 
 SMALL: dict[str, Any] = {"minimal_k": 4, "granularity": 4}
-FAST = Device("many operations pay", "torch.float32", 1e9, 1e12, 1e-9, 1.0, 1.0, 1.0, 1.0)
-SLOW_MEMORY = Device("only bytes count", "torch.float32", 1e18, 1e6, 1e-3, 1.0, 1.0, 1.0, 1.0)
+FAST = Device("many operations pay", "torch.float32", 1e9, 1e12, 1e12, 1e-9, 1.0, 1.0, 1.0, 1.0)
+SLOW_MEMORY = Device("only bytes count", "torch.float32", 1e18, 1e6, 1e6, 1e-3, 1.0, 1.0, 1.0, 1.0)
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, low: float, middle: float) -> list[bool]:
