@@ -79,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sweep", action="store_true", help="one ratio for all layers beside it")
     add_json_option(parser)
     options = parser.parse_args(arguments)
-    if min(options.batches) < 2 or options.runs < 2:
-        parser.error("--batches: expected 2 or more, for BatchNorm; --runs: expected 2 or more")
+    if min(options.batches) < 2 or options.runs < 2 or not 0 < options.ratio < 1:
+        parser.error("--batches: expected 2 or more, for BatchNorm; --runs: 2 or more; --ratio: a number in (0, 1)")
     print(header("Auto"), flush=True)
     found, lines = [], []
     for name in options.models:

@@ -13,7 +13,18 @@ import torch
 import fx_approx
 from fx_approx import Candidate, Decision, Plan, Role, SamplerSpec
 from fx_approx.plan import Policy
-from fx_approx.policies import Exact, FlopModel, Override, Paper, Uniform, parse_policy
+from fx_approx.policies import (
+    Auto,
+    Exact,
+    FlopBudget,
+    FlopModel,
+    MemoryBudget,
+    Override,
+    Paper,
+    TimeBudget,
+    Uniform,
+    parse_policy,
+)
 
 from ..models import Attention, CalledTwice, Cnn, NestedDropout, PlainCnn, mlp, same, train_step
 
@@ -119,6 +130,10 @@ def test_override_checks_its_types(rules: Any, base: Any) -> None:
         ("systematic:0.5:weight", Uniform("systematic", 0.5, scores="weight")),
         ("topk:0.5:stale:group", Uniform("topk", 0.5, scores="stale", share="group")),
         ("crs", Uniform("crs", 0.5)),
+        ("auto:0.25", Auto(0.25, check=False)),
+        ("flops:0.4", FlopBudget(0.4)),
+        ("memory:0.8", MemoryBudget(0.8)),
+        ("time:0.7", TimeBudget(0.7)),
     ],
 )
 def test_policies_as_text(text: str, policy: Policy) -> None:
@@ -133,6 +148,8 @@ def test_policies_as_text(text: str, policy: Policy) -> None:
         ("exact:0.5", "exact"),
         ("paper:0.5:online", "paper"),
         ("topk:half", "'half'"),
+        ("flops", "flops, memory, time with :budget"),
+        ("flops:0", "budget"),
         ("topk:0", "ratio"),
         ("topk:nan", "ratio"),
         ("topk:0.5:norms", "online"),
