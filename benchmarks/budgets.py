@@ -159,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = []
     for name in options.models:
         found.append(compare(name, options))
+        store(options.json, found)
         print(".", end="", flush=True)
     lines = []
     for one in found:
@@ -173,7 +174,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for label in ("predicted", "measured"):
         better = sum(one[label]["error"] < one["uniform"]["error"] for one in found)
         print(f"{label}: less error than uniform on {better} of {len(found)}")
-    store(options.json, found)
 
 
 if __name__ == "__main__":
