@@ -43,6 +43,8 @@ from fx_approx.sampling import SamplerSpec, Selection
 from fx_approx.scalars import ScalarLogger
 from fx_approx.scheduler import RatioScheduler
 from fx_approx.sensitivity import measure_sensitivity
+from fx_approx.sweep import sweep
+from fx_approx.sweep_report import SweepResult, SweepRun, SweepTime
 from fx_approx.verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -75,6 +77,9 @@ __all__ = [
     "SelectionTime",
     "ShapesNeededError",
     "StaleStatisticsWarning",
+    "SweepResult",
+    "SweepRun",
+    "SweepTime",
     "UnsupportedTransformError",
     "Verification",
     "backend",
@@ -94,6 +99,7 @@ __all__ = [
     "sampler_state",
     "set_enabled",
     "set_ratio",
+    "sweep",
     "synchronize_scores",
     "transform",
     "verify",
