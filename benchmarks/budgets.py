@@ -5,7 +5,7 @@
 
 Each network is trained for some exact steps on scikit-learn's digits (scaled up to its size). Then all layers that may
 be sampled are, at one ratio; FlopBudget gets just as many operations, once with errors predicted from the weights, once
-with measured sensitivities (two batches). The error is that of the gradient by all parameters, ‖ĝ - g‖² / ‖g‖², over
+with measured sensitivities (four batches, at that ratio). The error is that of the gradient by all parameters, ‖ĝ - g‖² / ‖g‖², over
 batches that neither saw.
 """
 
@@ -109,13 +109,13 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    data = batches(options.steps + 6, 32 if name.startswith("wrn") else 64, options.batch)
+    data = batches(options.steps + 8, 32 if name.startswith("wrn") else 64, options.batch)
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
     for batch in data[: options.steps]:
         optimizer.zero_grad()
         loss(model, batch).backward()
         optimizer.step()
-    seen, unseen, inputs = data[options.steps : options.steps + 2], data[-4:], data[0][0]
+    seen, unseen, inputs = data[options.steps : options.steps + 4], data[-4:], data[0][0]
     free = FlopBudget(1.0)
     plan = fx_approx.explain(model, free, inputs).plan
     kept = [d.name for d in plan if d.reason != "within the budget without it"]
@@ -125,7 +125,7 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
     totals = uniform.report.totals
     budget = (totals.executed.total + totals.selection) / totals.exact.total
     start = time.perf_counter()
-    sensitivity = fx_approx.measure_sensitivity(model, seen, loss, inputs, **_options(free))
+    sensitivity = fx_approx.measure_sensitivity(model, seen, loss, inputs, ratio=options.ratio, **_options(free))
     measured = time.perf_counter() - start
     found: dict[str, Any] = {"model": name, "budget": budget, "sensitivity_seconds": measured}
     policies = {"predicted": FlopBudget(budget), "measured": FlopBudget(budget, sensitivity=sensitivity)}
