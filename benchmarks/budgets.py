@@ -5,8 +5,8 @@
 
 Each network is trained for some exact steps on scikit-learn's digits (scaled up to its size). Then all layers that may
 be sampled are, at one ratio; FlopBudget gets just as many operations, once with errors predicted from the weights, once
-with measured sensitivities (four batches, at that ratio). The error is that of the gradient by all parameters, ‖ĝ - g‖² / ‖g‖², over
-batches that neither saw.
+with measured sensitivities (four batches, at that ratio). The error is that of the gradient by all parameters,
+‖ĝ - g‖² / ‖g‖², over batches that neither saw.
 """
 
 from __future__ import annotations
