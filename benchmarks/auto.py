@@ -35,19 +35,22 @@ FAMILIES = {
 }
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, size: int) -> nn.Module:
     """The network, in training mode; auxiliary classifiers are left out."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    if options:
+    if name in ("googlenet", "inception_v3"):
         options["aux_logits"] = False
+    if name == "vit_b_16":
+        options["image_size"] = size
     made: nn.Module = getattr(torchvision_models(), name)(**options)
     return made.to(memory_format=torch.channels_last).train()
 
 
 def measure(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """One network at one batch size."""
-    model, size = build(name), FAMILIES[name]
+    size = options.size or FAMILIES[name]
+    model = build(name, size)
     inputs = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     start = time.perf_counter()
     auto = fx_approx.explain(model, Auto(options.ratio, compiled=options.compile), inputs).plan
@@ -73,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--batches", nargs="+", type=int, default=[2, 8], help="batch sizes (2 8)")
+    parser.add_argument("--size", type=int, help="of the images (224 or 299, by network)")
     parser.add_argument("--ratio", type=float, default=0.5, help="of Auto (0.5)")
     parser.add_argument("--runs", type=int, default=11, help="steps of each (11)")
     parser.add_argument("--compile", action="store_true", help="compiled steps, and not eager ones")
