@@ -17,7 +17,7 @@ from fx_approx.disk_cache import DiskCache, cache_folder
 from fx_approx.flops import Kept, executed_flops
 from fx_approx.ops import OPS
 from fx_approx.plan import Cost
-from fx_approx.policies.roofline import RooflineModel
+from fx_approx.policies.roofline import RooflineModel, slicing_seconds
 from fx_approx.policies.timing import device_key, time_calls
 from fx_approx.sampling import Selection
 from fx_approx.work import Model, ProductWork, Work
@@ -73,7 +73,7 @@ class MeasuredModel:
         share = work.moved / work.moved_exact if work.moved_exact else 1.0
         chosen = sum(1 for product in work.products if product.roles)
         seconds = own + rest * share + chosen * _CHOICE[self.compiled]
-        seconds += (4 * work.gathered + 2 * work.selection_flops) / device.bandwidth + work.slicing / device.slicing
+        seconds += (4 * work.gathered + 2 * work.selection_flops) / device.bandwidth + slicing_seconds(work, device)
         return Cost(flops=work.flops + work.selection_flops, seconds=seconds)
 
     def exact_step(self, model: Model) -> float | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fx_approx.candidate import Candidate, GemmShape, Role
 from fx_approx.disk_cache import DiskCache, cache_folder
-from fx_approx.flops import Kept, executed_flops
+from fx_approx.flops import Kept, executed_flops, sliced_bytes
 from fx_approx.ops.gather import gather
 from fx_approx.plan import Cost
 from fx_approx.policies.timing import device_key, time_calls
@@ -164,7 +164,7 @@ class RooflineModel:
             launches += 3 * (product.candidate.facts is not None)
         moved += _PASSES[self.compiled] * work.moved
         moved += 4 * work.gathered + 2 * work.selection_flops
-        seconds += work.slicing / device.slicing
+        seconds += slicing_seconds(work, device)
         others = max(0, work.operations - len(work.products))
         launches += (1 if self.compiled else 3) * others
         seconds += moved / device.bandwidth + launches * device.launch
@@ -188,6 +188,16 @@ class RooflineModel:
         flops = executed_flops(facts, product.kept).total
         share: float = getattr(device, _kind(product.candidate))
         return max(flops / (device.peak * share), _bytes(product) / device.bandwidth)
+
+
+def slicing_seconds(work: Work, device: Device) -> float:
+    """Slices of weights; those of hoisted linear layers are taken again in the backward pass."""
+    again = 0
+    for product in work.products:
+        facts = product.candidate.facts
+        if product.hoisted and product.candidate.kind == "linear" and facts is not None:
+            again += 2 * sliced_bytes(facts, product.kept)
+    return (work.slicing + again) / device.slicing
 
 
 _devices: dict[tuple[str, str], Device] = {}

@@ -240,3 +240,13 @@ def test_timing_goes_on_until_the_clock_is_sure(monkeypatch: pytest.MonkeyPatch)
 def test_what_a_time_depends_on() -> None:
     key = timing.device_key(torch.device("cpu"))
     assert key["threads"] == torch.get_num_threads() and key["torch"] == torch.__version__ and key["name"]
+
+
+def test_slices_of_linear_layers_are_taken_twice() -> None:
+    """Forward and, where the layer is hoisted, backward again: three times the slice, and the whole gradient."""
+    view, plan = view_of(two_layers(64), Exact(), torch.randn(8, 64))
+    spec = SamplerSpec("topk", 0.5, scores="weight")
+    work = view.work({"2": dataclasses.replace(plan["2"], roles={"output": spec}, share="value")})
+    whole, half = 64 * 64 * 4, 64 * 32 * 4
+    assert work.slicing == 2 * (2 * half + whole)
+    assert roofline.slicing_seconds(work, DEVICE) == pytest.approx(2 * (4 * half + whole) / 1e8)
