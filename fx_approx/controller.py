@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fx_approx.approx import find
-from fx_approx.controls import set_ratio
+from fx_approx.controls import set_each
 from fx_approx.gradients import Loss, sampled_gradient
 from fx_approx.scalars import ScalarLogger
-from fx_approx.scheduler import literal
 from fx_approx.schedules import EIGHTHS, check_ratio, check_step
 
 _RECENT = 12  # measurements that decide
@@ -61,8 +60,9 @@ class AdaptiveRatios:
 
     A measurement costs ``2 + draws`` training steps; ``every`` keeps that below ``overhead`` of the steps. They are
     counted, and no seconds, so that all ranks decide alike and a resumed run decides as before. With
-    torch.distributed the numbers are averaged over the ranks; it is to be called by all of them. Each rung that is new
-    is one more compilation of a compiled model.
+    torch.distributed the gradients are averaged over all ranks, as data-parallel training does it, and both kinds of
+    noise are those of that average; it is to be called by all ranks. Each rung that is new is one more compilation of a
+    compiled model.
 
     Where the parts of a batch go through BatchNorm, their statistics are noisier than those of the whole: the noise of
     SGD is overestimated by that.
@@ -126,6 +126,8 @@ class AdaptiveRatios:
             raise TypeError(f"ladder: expected at least two ratios, got {ladder!r}")
         for ratio in ladder:
             check_ratio("ladder", ratio)
+        if len(set(ladder)) < 2:
+            raise ValueError(f"ladder: expected at least two different ratios, got {ladder!r}")
         if log is not None and not isinstance(log, ScalarLogger):
             raise TypeError(f"log: expected a ScalarLogger or None, got {log!r}")
         self._groups = _groups(self._approx)
@@ -158,7 +160,7 @@ class AdaptiveRatios:
             batch: As ``loss`` takes it; all its tensors of one length along their first axis are cut into parts.
 
         Returns:
-            The measurement, if there was one.
+            The measurement, if there was one. One that is not finite says nothing: it is left out, and nothing moves.
 
         Raises:
             ValueError: The batch cannot be cut, or the loss is no scalar; nothing has moved then.
@@ -167,8 +169,10 @@ class AdaptiveRatios:
             self._steps += 1
             return None
         pieces = cut(batch, self.parts)
-        sgd, sampling = self._averaged(*self._measure(batch, pieces))
+        sgd, sampling = self._measure(batch, pieces)
         self._steps += 1
+        if not (math.isfinite(sgd) and math.isfinite(sampling)):
+            return None
         before = self.position
         self.history.append(NoiseRecord(self._steps, sgd, sampling, before, before))
         self.position = self._moved()
@@ -190,30 +194,21 @@ class AdaptiveRatios:
     def _measure(self, batch: Any, pieces: Sequence[Any]) -> tuple[float, float]:
         approx, loss = self._approx, self._loss
         names = [name for group in self._groups for name in group]
-        total, squares, count = None, 0.0, len(pieces)
+        total, squares = torch.zeros(()), torch.zeros((), dtype=torch.float64)
         for piece in pieces:
             own = sampled_gradient(approx, piece, loss, ())
-            total = own if total is None else total + own
-            squares += float(own.square().sum())
-        assert total is not None
-        # The variance of a part's gradient is that of the whole batch's times the number of parts.
-        spread = max(0.0, squares - float(total.square().sum()) / count) / (count - 1) / count
+            total, squares = total.to(own) + own, squares.to(own.device) + own.square().sum().double()
+        ranks = _summed(total, squares)
+        count = len(pieces) * ranks
+        # The variance of a part's gradient is that of the whole step's times the number of parts.
+        spread = max(0.0, float(squares) - float(total.square().sum()) / count) / (count - 1) / count
         exact = sampled_gradient(approx, batch, loss, ())
-        errors = [
-            float((sampled_gradient(approx, batch, loss, names, number) - exact).square().sum())
-            for number in range(self.draws)
-        ]
+        errors = []
+        for number in range(self.draws):
+            error = sampled_gradient(approx, batch, loss, names, number) - exact
+            _summed(error)
+            errors.append(float(error.square().sum()) / ranks**2)
         return spread, sum(errors) / len(errors)
-
-    def _averaged(self, sgd: float, sampling: float) -> tuple[float, float]:
-        """Over the ranks."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return sgd, sampling
-        device = next(self._approx.parameters()).device
-        both = torch.tensor([sgd, sampling], dtype=torch.float64, device=device)
-        torch.distributed.all_reduce(both)
-        mean = (both / torch.distributed.get_world_size()).tolist()
-        return float(mean[0]), float(mean[1])
 
     def _moved(self) -> int:
         """Where to go: to where the line through what was measured lately and nearby, in logarithms, meets the target.
@@ -250,7 +245,8 @@ class AdaptiveRatios:
         return min(range(self.last + 1), key=distance)
 
     def _apply(self) -> None:
-        set_ratio(self._approx, {literal(name): ratio for name, ratio in self.ratios(self.position).items()})
+        ratios, selectors = self.ratios(self.position), self._approx._fx_approx.selectors
+        set_each(self._approx, {one: (ratios[name], one.enabled) for (name, _), one in selectors.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for JSON, for exact resume."""
@@ -335,3 +331,12 @@ def _slope(known: Sequence[tuple[float, float, float]], expected: float) -> floa
     spread = sum(weight * (place - middle) ** 2 for place, _, weight in known)
     found = sum(weight * (place - middle) * (noise - level) for place, noise, weight in known)
     return min(12 * expected, max(expected / 4, (found + expected) / (spread + 1)))
+
+
+def _summed(*tensors: Tensor) -> int:
+    """Adds up each of ``tensors`` over all ranks, in place; returns how many ranks there are."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    for tensor in tensors:
+        torch.distributed.all_reduce(tensor)
+    return torch.distributed.get_world_size()

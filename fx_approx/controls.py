@@ -92,6 +92,19 @@ def set_ratio(model: nn.Module, ratio: float | Mapping[str, float], *, role: Rol
     note_switch(approx, runtime)
 
 
+def set_each(model: nn.Module, settings: Mapping[Selector, tuple[float, bool]]) -> None:
+    """Ratio and switch of single selectors of ``model``, all at once; for names that globs cannot tell apart."""
+    approx = find(model)
+    runtime = approx._fx_approx
+    with _counted(approx):
+        for selector, (ratio, enabled) in settings.items():
+            if selector.spec.ratio != ratio:
+                selector.set_spec(selector.spec.replace(ratio=ratio))
+            selector.enabled = enabled
+    runtime.lay_out()
+    note_switch(approx, runtime)
+
+
 def set_enabled(model: nn.Module, enabled: bool | Mapping[str, bool], *, role: Role | str | None = None) -> None:
     """Switches sampling on or off, for all sampled layers or by glob on their names, from the next forward on.
 

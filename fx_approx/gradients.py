@@ -37,6 +37,11 @@ def sampled_gradient(approx: ApproxModule, batch: Any, loss: Loss, names: Collec
         try:
             for (name, _), selector in runtime.selectors.items():
                 selector.enabled = selector.enabled and name in names
+            resample = runtime.resample
+            if resample is not None and any(
+                one.running is not None and one.running.max() >= 0 for one in resample.each()
+            ):
+                resample.known = True  # compiled steps do not note it
             runtime.state[STEP] += number * int(runtime.state[EVERY])
             value = loss(approx, batch)
             if not isinstance(value, Tensor) or value.numel() != 1:

@@ -135,8 +135,8 @@ class Runtime(nn.Module):
 
     @property
     def setting(self) -> tuple[Any, ...]:
-        """What compiled code depends on, of what can be set."""
-        return tuple([(one.spec, one.enabled) for one in self.selectors.values()])
+        """What compiled code depends on, of what can be set: where sampling is off, not on the ratio."""
+        return tuple([one.spec if one.enabled else None for one in self.selectors.values()])
 
     @property
     def samples(self) -> bool:

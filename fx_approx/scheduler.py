@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from fx_approx.approx import find
-from fx_approx.controls import set_enabled, set_ratio
+from fx_approx.controls import set_each
 from fx_approx.modules import Selector
 from fx_approx.scalars import ScalarLogger
-from fx_approx.schedules import Schedule
+from fx_approx.schedules import Schedule, check_ratio, check_step
 
 
 class RatioScheduler:
@@ -93,32 +93,20 @@ class RatioScheduler:
         return found
 
     def _set(self) -> None:
-        ratios: dict[Selector, float] = {}
-        enabled: dict[str, bool] = {}
+        settings: dict[Selector, tuple[float, bool]] = {}
         for selector, name in self._selectors.items():
             pattern = self._layers.get(name)
             if pattern is None:
                 continue
             ratio = self.schedules[pattern].ratio(self.last_step)
             ratio = self._planned[selector] if ratio is None else ratio
-            enabled[name] = ratio < 1
-            if ratio < 1 and selector.spec.ratio != ratio:
-                ratios[selector] = ratio
-        changed = [name for name, on in enabled.items() if any(s.enabled != on for s in self._of(name))]
-        if ratios:
-            self._apply(ratios)
-        if changed:
-            set_enabled(self._model, {literal(name): enabled[name] for name in changed})
-        if self._log is not None and (ratios or changed or self.last_step == 0):
+            setting = (ratio, True) if ratio < 1 else (selector.spec.ratio, False)
+            if setting != (selector.spec.ratio, selector.enabled):
+                settings[selector] = setting
+        if settings:
+            set_each(self._model, settings)
+        if self._log is not None and (settings or self.last_step == 0):
             self._log.ratios(self.get_last_ratio(), self.last_step)
-
-    def _of(self, name: str) -> list[Selector]:
-        return [selector for (own, _), selector in self._runtime.selectors.items() if own == name]
-
-    def _apply(self, ratios: Mapping[Selector, float]) -> None:
-        for role in dict.fromkeys(selector.role for selector in ratios):
-            rules = {literal(self._selectors[s]): ratio for s, ratio in ratios.items() if s.role is role}
-            set_ratio(self._model, rules, role=role)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for JSON: the step and the schedules. Ratios and switches follow from them."""
@@ -134,6 +122,7 @@ class RatioScheduler:
         """Goes on where another one was, with its schedules.
 
         Raises:
+            TypeError: A value of the wrong type; nothing is changed then.
             ValueError: That is no such state, or of another model; nothing is changed then.
         """
         if set(state) != {"last_step", "schedules", "planned"}:
@@ -141,9 +130,10 @@ class RatioScheduler:
         sites = {f"{name}/{selector.role.value}": selector for selector, name in self._selectors.items()}
         if set(state["planned"]) != set(sites):
             raise ValueError(f"state: of another model: it has {sorted(state['planned'])}, this one {sorted(sites)}")
+        for site, ratio in state["planned"].items():
+            check_ratio(f"planned[{site!r}]", ratio)
         step = state["last_step"]
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"last_step: expected an integer of at least 0, got {step!r}")
+        check_step("last_step", step)
         schedules = {pattern: Schedule.from_dict(data) for pattern, data in state["schedules"].items()}
         before, self.schedules = self.schedules, schedules
         try:
@@ -154,8 +144,3 @@ class RatioScheduler:
         self._planned = {sites[site]: ratio for site, ratio in state["planned"].items()}
         self.last_step = step
         self._set()
-
-
-def literal(name: str) -> str:
-    """A glob that matches ``name`` and nothing else."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

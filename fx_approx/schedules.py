@@ -36,7 +36,8 @@ class Schedule(abc.ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         """Registers the class by its name, for JSON."""
         super().__init_subclass__(**options)
-        _KINDS[cls.__name__] = cls
+        if not cls.__name__.startswith("_"):
+            _KINDS[cls.__name__] = cls
 
     @abc.abstractmethod
     def ratio(self, step: int) -> float | None:
@@ -62,11 +63,14 @@ class Schedule(abc.ABC):
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Schedule:
-        """The inverse of :meth:`to_dict`; ValueError for an unknown kind."""
+        """The inverse of :meth:`to_dict`; ValueError for an unknown kind, or other fields than it has."""
         values = dict(data)
         kind = values.pop("kind", None)
         if kind not in _KINDS:
             raise ValueError(f"kind: expected one of {', '.join(sorted(_KINDS))}, got {kind!r}")
+        fields: list[str] = [field.name for field in dataclasses.fields(_KINDS[kind])]  # type: ignore[arg-type]
+        if set(values) != set(fields):
+            raise ValueError(f"{kind}: expected the fields {', '.join(fields) or 'none'}, got {sorted(values)}")
         for name, value in values.items():
             if isinstance(value, Mapping):
                 values[name] = Schedule.from_dict(value)
@@ -132,22 +136,25 @@ class _Moving(Schedule):
         start: Ratio at step 0.
         end: Ratio from step ``steps`` on.
         steps: How long it moves.
-        levels: The ratios that it may take, beside ``start`` and ``end``: the nearest one, the larger half way. Each
-            is one more compilation of a compiled model.
+        levels: The ratios that it may take, beside ``start`` and ``end``: the nearest one, the larger half way. Or how
+            many it takes in all, at even distances. Each is one more compilation of a compiled model.
     """
 
     start: float
     end: float
     steps: int
-    levels: tuple[float, ...] = EIGHTHS
+    levels: tuple[float, ...] | int = EIGHTHS
 
     def __post_init__(self) -> None:
         """Checks the fields."""
         check_ratio("start", self.start)
         check_ratio("end", self.end)
         check_step("steps", self.steps, 1)
+        if isinstance(self.levels, int):
+            check_step("levels", self.levels, 2)
+            return
         if not isinstance(self.levels, tuple) or not self.levels:
-            raise TypeError(f"levels: expected a tuple of ratios, got {self.levels!r}")
+            raise TypeError(f"levels: expected a tuple of ratios, or how many, got {self.levels!r}")
         for level in self.levels:
             check_ratio("levels", level)
 
@@ -163,8 +170,11 @@ class _Moving(Schedule):
 
     @property
     def _rungs(self) -> list[float]:
-        low, high = sorted((self.start, self.end))
-        return sorted({float(low), float(high), *(float(level) for level in self.levels if low <= level <= high)})
+        low, high = sorted((float(self.start), float(self.end)))
+        if isinstance(self.levels, int):
+            pace = (high - low) / (self.levels - 1)
+            return sorted({low, high, *(low + pace * place for place in range(1, self.levels - 1))})
+        return sorted({low, high, *(float(level) for level in self.levels if low <= level <= high)})
 
     @property
     def ratios(self) -> frozenset[float | None]:
@@ -187,8 +197,8 @@ class Cosine(_Moving):
         start: Ratio at step 0, in (0, 1].
         end: Ratio from step ``steps`` on, in (0, 1].
         steps: How long it moves, at least 1.
-        levels: The ratios that it may take, beside ``start`` and ``end``: the nearest one, the larger half way. Each
-            is one more compilation of a compiled model.
+        levels: The ratios that it may take, beside ``start`` and ``end``: the nearest one, the larger half way. Or how
+            many it takes in all, at even distances. Each is one more compilation of a compiled model.
     """
 
     _share: ClassVar[Any] = staticmethod(lambda share: (1 - math.cos(math.pi * share)) / 2)
@@ -218,6 +228,7 @@ class Stairs(Schedule):
 
     def ratio(self, step: int) -> float | None:
         """Of the last of the steps that is not after ``step``."""
+        check_step("step", step)
         return next(ratio for first, ratio in reversed(self.ratios_by_step.items()) if first <= step)
 
     @property

@@ -18,7 +18,7 @@ from fx_approx.controller import cut
 from fx_approx.policies import Uniform
 
 from .policies.test_budget import network
-from .test_scheduler import Writer
+from .test_scheduler import Twice, Writer
 
 VALUE = Uniform("topk", 0.5, minimal_k=4, scores="weight", share="value")
 SHAPE = (16, 3, 8, 8)
@@ -153,6 +153,48 @@ def test_it_begins_near_the_ratios_of_the_model() -> None:
     assert set(controller.ratios(controller.position).values()) <= {0.375, 0.5, 0.625}
 
 
+def test_calls_of_one_layer_move_apart() -> None:
+    model = fx_approx.transform(Twice(), Uniform("topk", 0.5, minimal_k=1), torch.randn(4, 32))
+    controller = AdaptiveRatios(model, lambda model, batch: model(batch).square().mean(), every=3, overhead=1.0)
+    state = controller.state_dict()
+    for position in range(controller.last + 1):
+        controller.load_state_dict({**state, "position": position})
+        found = {name: selector.spec.ratio for (name, _), selector in model._fx_approx.selectors.items()}
+        assert found == controller.ratios(position)
+
+
+def test_learnt_scores_of_a_compiled_model_are_measured() -> None:
+    """Compiled steps learn running norms too; an eager model measures exactly what they choose."""
+    torch._dynamo.reset()
+    policy = Uniform("topk", 0.5, minimal_k=4, scores="stale", share="value")
+    (one, first, eager), (other, second, compiled) = started(policy, every=3), started(policy, every=3)
+    call = torch.compile(other, backend="aot_eager")
+    eager_steps = ((one, one, first, eager), (call, other, second, compiled))
+    for place, (run, model, optimizer, controller) in enumerate(eager_steps):
+        if not place:  # a compiled model samples from the first step on
+            model._fx_approx.resample.known = True
+        for step in range(3):
+            batch = batch_of(step)
+            optimizer.zero_grad()
+            loss(run, batch).backward()
+            optimizer.step()
+            controller.step(batch)
+    assert compiled.history[0].sampling == pytest.approx(eager.history[0].sampling, rel=1e-2)
+    assert compiled.history[0].sampling > 0 and not other._fx_approx.resample.known
+
+
+def test_a_measurement_that_is_not_finite_says_nothing() -> None:
+    model, _, controller = started(every=3)
+    broken = AdaptiveRatios(model, lambda m, b: loss(m, b) * math.nan, every=3, overhead=1.0)
+    before = broken.ratios(broken.position)
+    assert [broken.step(batch_of(step)) for step in range(6)] == [None] * 6
+    assert broken.history == [] and broken.ratios(broken.position) == before
+    state = broken.state_dict()
+    assert state["steps"] == 6
+    controller.load_state_dict(state)
+    assert [controller.step(batch_of(step)) is None for step in range(3)] == [True, True, False]
+
+
 def test_the_overhead_is_bounded() -> None:
     model = fx_approx.transform(network(16), VALUE, torch.randn(SHAPE))
     assert AdaptiveRatios(model, loss).every == 150
@@ -193,6 +235,7 @@ def test_cutting_a_batch() -> None:
         ({"parts": 1}, ValueError, "parts: expected an integer of at least 2"),
         ({"every": 0}, ValueError, "every: expected an integer of at least 1"),
         ({"ladder": (0.5,)}, TypeError, "ladder: expected at least two ratios"),
+        ({"ladder": (0.5, 0.5)}, ValueError, "ladder: expected at least two different ratios"),
         ({"ladder": (0.5, 2.0)}, ValueError, "ladder: expected a number"),
         ({"log": print}, TypeError, "log: expected a ScalarLogger"),
     ],

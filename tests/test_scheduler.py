@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fx_approx
 from fx_approx import RatioScheduler, ScalarLogger
@@ -74,6 +76,27 @@ def test_by_layer_and_first_match() -> None:
     assert (found["5.conv1"], found["5.conv2"], found["3.conv1"]) == (0.25, 0.75, 0.5)
 
 
+class Twice(nn.Module):
+    """Calls one layer twice: two products of one path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(self.fc(F.relu(self.fc(x)))))
+
+
+def test_calls_of_one_layer_are_told_apart() -> None:
+    model = fx_approx.transform(Twice(), Uniform("topk", 0.5, minimal_k=1), torch.randn(4, 32))
+    scheduler = RatioScheduler(model, {"fc#2": Stairs({0: 0.25, 1: 1.0}), "*": Constant(0.75)})
+    assert scheduler.get_last_ratio() == {"fc": 0.75, "fc#2": 0.25, "out": 0.75}
+    scheduler.step()
+    assert scheduler.get_last_ratio() == {"fc": 0.75, "fc#2": 1.0, "out": 0.75}
+    RatioScheduler(model, {"fc": Constant(0.5), "out": Planned()})
+    assert scheduler.get_last_ratio() == {"fc": 0.5, "fc#2": 0.5, "out": 0.75}
+
+
 def test_all_roles_of_a_layer_follow() -> None:
     model = transformed(Roles.backward(0.5))
     RatioScheduler(model, Constant(0.25))
@@ -104,6 +127,36 @@ def test_compilations_are_the_distinct_ratios() -> None:
         compiled(IMAGES)
         scheduler.step()
     assert schedule.ratios == {1.0, 0.75, 0.5} and count == 3
+
+
+@pytest.mark.parametrize("policy", [VALUE, Uniform("systematic", 0.5)], ids=["ahead", "late"])
+def test_exact_steps_are_one_graph_whatever_the_ratio_between_them(policy: Uniform) -> None:
+    """And up to the limit of torch.compile without a warning, which the tests would raise."""
+    torch._dynamo.reset()
+    model, counter = transformed(policy), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    ratios = [0.25, 0.375, 0.5, 0.625, 0.75]
+    schedule = Stairs(dict(enumerate(ratio for one in [*ratios, *ratios] for ratio in (1.0, one))))
+    scheduler = RatioScheduler(compiled, schedule)
+    for _ in range(20):
+        compiled(IMAGES).sum().backward()
+        scheduler.step()
+    assert counter.frame_count == len(schedule.ratios) == 6 == torch._dynamo.config.recompile_limit - 2
+
+
+def test_the_last_compilation_is_announced_once() -> None:
+    torch._dynamo.reset()
+    model = transformed()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    limit = torch._dynamo.config.recompile_limit
+    new = [(place + 1) / 16 for place in range(1, limit)]
+    order = [1.0, *new[:-1], 1.0, new[0], 1.0, new[3], new[-1]]
+    scheduler = RatioScheduler(compiled, Stairs(dict(enumerate(order))))
+    for _ in order[:-2]:
+        compiled(IMAGES)
+        scheduler.step()
+    with pytest.warns(fx_approx.RecompilationWarning):
+        scheduler.step()
 
 
 def test_it_resumes_from_json() -> None:
@@ -161,6 +214,10 @@ def test_bad_states_change_nothing() -> None:
     for wrong, message in (
         ({"last_step": 1}, "expected last_step, schedules and planned"),
         ({**state, "last_step": -1}, "last_step: expected"),
+        (
+            {**state, "last_step": 3, "planned": dict.fromkeys(state["planned"], 7.0)},
+            r"planned\['3.conv1/output'\]: exp",
+        ),
         ({**state, "schedules": {"x": Constant(0.5).to_dict()}}, "'x' decides about no sampled layer"),
         (other.state_dict(), "state: of another model"),
     ):
