@@ -149,7 +149,7 @@ def test_the_last_compilation_is_announced_once() -> None:
     model = transformed()
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     limit = torch._dynamo.config.recompile_limit
-    new = [(place + 1) / 16 for place in range(1, limit)]
+    new = [(place + 1) / 20 for place in range(1, limit)]
     order = [1.0, *new[:-1], 1.0, new[0], 1.0, new[3], new[-1]]
     scheduler = RatioScheduler(compiled, Stairs(dict(enumerate(order))))
     for _ in order[:-2]:
