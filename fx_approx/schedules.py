@@ -229,7 +229,7 @@ class Stairs(Schedule):
     def ratio(self, step: int) -> float | None:
         """Of the last of the steps that is not after ``step``."""
         check_step("step", step)
-        return self.ratios_by_step[max(first for first in self.ratios_by_step if first <= step)]
+        return next(self.ratios_by_step[first] for first in reversed(list(self.ratios_by_step)) if first <= step)
 
     @property
     def ratios(self) -> frozenset[float | None]:

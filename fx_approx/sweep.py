@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -114,11 +115,11 @@ def sweep(
                 "steps": steps,
                 "again": recalibration,
             }
-            found = cache.get(key, lambda policy=policy, seed=seed: job.train(policy, seed))
+            found = cache.get(key, functools.partial(job.train, policy, seed))
             runs.append(SweepRun(name, seed, **found))
         for name, policy in todo:
             key = {**base, "what": "time", "policy": _named(policy), "repeats": repeats}
-            times.append(SweepTime(name, **_tuples(cache.get(key, lambda policy=policy: job.time(policy)))))
+            times.append(SweepTime(name, **_tuples(cache.get(key, functools.partial(job.time, policy)))))
     return SweepResult(tuple(runs), tuple(times))
 
 
@@ -272,7 +273,7 @@ class _Job:
         }
 
     def _stepper(self, model: nn.Module) -> Callable[[Any], float]:
-        called = torch.compile(model, dynamic=False) if self.compile else model
+        called: Any = torch.compile(model, dynamic=False) if self.compile else model
         optimizer = self.optimizer(model.parameters())
 
         def step(batch: Any) -> float:

@@ -9,6 +9,7 @@ from fx_approx.policies.measured import MeasuredModel
 from fx_approx.policies.override import Override
 from fx_approx.policies.paper import Paper
 from fx_approx.policies.parse import parse_policy
+from fx_approx.policies.per_layer import PerLayer
 from fx_approx.policies.roles import Roles
 from fx_approx.policies.roofline import Device, RooflineModel, calibrate
 from fx_approx.policies.sensitivity import Sensitivity
@@ -25,6 +26,7 @@ __all__ = [
     "MemoryBudget",
     "Override",
     "Paper",
+    "PerLayer",
     "Policy",
     "Roles",
     "RooflineModel",

@@ -43,6 +43,8 @@ class Auto(GraphPolicy):
     def __post_init__(self) -> None:
         """Checks the fields."""
         super().__post_init__()
+        if self.mode != "forward":
+            raise ValueError(f"mode: expected forward, where the steps of neighbours shrink too, got {self.mode!r}")
         if not 0 < self.spec(self.ratio).ratio < 1:
             raise ValueError(f"ratio: expected a number in (0, 1), got {self.ratio!r}")
         for name in ("compiled", "check"):

@@ -48,6 +48,8 @@ class _Ladder(GraphPolicy):
             _fraction("ratios", ratio)
         if self.sensitivity is not None and not isinstance(self.sensitivity, Sensitivity):
             raise TypeError(f"sensitivity: expected a Sensitivity or None, got {self.sensitivity!r}")
+        if self.sensitivity is not None and self.mode != "forward":
+            raise ValueError("sensitivity: measured for outputs only; expected None, or mode='forward'")
 
     @property
     def _levels(self) -> list[float]:

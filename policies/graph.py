@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from fx_approx.candidate import Candidate, Role
-from fx_approx.plan import Decision, check_share
+from fx_approx.flops import role_pairs
+from fx_approx.plan import Decision, check_roles, check_share
 from fx_approx.policies.base import decision, exact
 from fx_approx.policies.predicted_error import predicted_error
 from fx_approx.policies.sensitivity import Sensitivity
@@ -18,15 +19,22 @@ from fx_approx.work import Model
 
 EIGHTHS = tuple(place / 8 for place in range(1, 8))
 _LEAST_LEFT = 1e-6
+_GRADIENTS = (Role.GRAD_INPUT, Role.GRAD_WEIGHT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphPolicy:
-    """Samples linear and convolution layers in forward mode, with selections that are made ahead and shared.
+    """Samples linear and convolution layers, in forward mode with selections that are made ahead and shared.
+
+    What it decides about are *sites*: a layer's name for its output, ``name/grad_input`` and ``name/grad_weight`` for
+    its gradients.
 
     Attributes:
         sampler: Name of the sampler.
-        scores: ``weight``, ``stale`` or ``uniform``.
+        scores: ``weight``, ``stale`` or ``uniform``; for gradients any that both have, such as ``uniform`` or
+            ``online``.
+        mode: ``forward``: outputs are sampled, and gradients follow. ``backward``: outputs are exact, and the two
+            gradients of each layer are sampled, each at its own ratio.
         share: ``site``, ``value`` or ``group``: which readers share a selection.
         minimal_k: Keep at least so many pairs; layers with no more stay exact.
         granularity: Round the number of pairs to a multiple of this, for the device's matrix units.
@@ -45,12 +53,17 @@ class GraphPolicy:
     granularity: int = 8
     keep_first: bool = True
     keep_last: bool = True
+    mode: str = "forward"
 
     def __post_init__(self) -> None:
         """Checks the fields."""
         self.spec(0.5)
         check_share(self.share)
-        if self.scores not in ("weight", "stale", "uniform"):
+        if self.mode not in ("forward", "backward"):
+            raise ValueError(f"mode: expected forward or backward, got {self.mode!r}")
+        if self.mode == "backward":
+            check_roles(dict.fromkeys(_GRADIENTS, self.spec(0.5)), False)
+        elif self.scores not in ("weight", "stale", "uniform"):
             raise ValueError(
                 f"scores: expected weight, stale or uniform, which are known before a layer runs, got {self.scores!r}"
             )
@@ -86,23 +99,43 @@ class GraphPolicy:
             return "no layer after it"
         if self.keep_first and candidate.first and candidate.kind.startswith("conv"):
             return "first convolution"
+        if self.mode == "backward":
+            return None if self._gradients(candidate, lowest) else "its gradients have too few pairs"
         if candidate.pairs is None or self.spec(lowest).count(candidate.pairs) >= candidate.pairs:
             return f"only {candidate.pairs} pairs"
         return None
 
-    def sampled(self, name: str, ratio: float) -> Decision:
-        """``name`` sampled, without a reason."""
-        return Decision(name, {Role.OUTPUT: self.spec(ratio)}, share=self.share)
+    def _gradients(self, candidate: Candidate, lowest: float) -> list[str]:
+        """The sites of those gradients that are computed at all and have pairs to choose from."""
+        found, facts, spec = [], candidate.facts, self.spec(lowest)
+        for role in _GRADIENTS:
+            pairs = role_pairs(candidate, role, spec)
+            if (
+                facts is not None
+                and getattr(facts.flops, role.value)
+                and pairs is not None
+                and spec.count(pairs) < pairs
+            ):
+                found.append(f"{candidate.name}/{role.value}")
+        return found
 
     def groups(self, model: Model, lowest: float) -> tuple[list[tuple[str, ...]], dict[str, str]]:
-        """The layers that may be sampled, those with one selection together; and why the others may not be."""
+        """The sites that may be sampled, those with one selection together; and why other layers may not be."""
         refused = {c.name: why for c in model.candidates if (why := self.refusal(c, lowest)) is not None}
-        free = [c.name for c in model.candidates if c.name not in refused]
-        return model.tied({name: self.sampled(name, lowest) for name in free}), refused
+        free = [c for c in model.candidates if c.name not in refused]
+        if self.mode == "backward":
+            return [(site,) for c in free for site in self._gradients(c, lowest)], refused
+        names = tuple((c.name,) for c in free)
+        return model.tied(self.decisions(names, [lowest] * len(names))), refused
 
     def decisions(self, groups: Sequence[Sequence[str]], ratios: Sequence[float]) -> dict[str, Decision]:
         """Each group at its ratio; 1 is exact, but keeps its place among those that share."""
-        return {name: self.sampled(name, ratio) for names, ratio in zip(groups, ratios, strict=True) for name in names}
+        roles: dict[str, dict[Role, SamplerSpec]] = {}
+        for sites, ratio in zip(groups, ratios, strict=True):
+            for name, role in map(_split, sites):
+                roles.setdefault(name, {})[role] = self.spec(ratio)
+        share = "site" if self.mode == "backward" else self.share
+        return {name: Decision(name, own, share=share) for name, own in roles.items()}
 
     def final(
         self,
@@ -117,25 +150,29 @@ class GraphPolicy:
 
         Args:
             model: The graph.
-            groups: Layers with one selection.
+            groups: Sites with one selection.
             ratios: Of each group.
             refused: Reasons of the layers in no group.
-            sampled: Reasons of the sampled layers.
+            sampled: Reasons of the sampled sites.
             left: Reasons of those that could have been.
         """
-        source, ratio_of = type(self).__name__, {}
-        for names, ratio in zip(groups, ratios, strict=True):
-            ratio_of.update(dict.fromkeys(names, ratio))
-        found = []
+        source, found = type(self).__name__, []
+        decided = self.decisions(groups, ratios)
         for one in model.candidates:
-            ratio = ratio_of.get(one.name, 1.0)
+            roles = {
+                role: spec
+                for role, spec in (decided[one.name].roles.items() if one.name in decided else ())
+                if spec.ratio < 1 and (pairs := role_pairs(one, role, spec)) is not None and spec.count(pairs) < pairs
+            }
+            sites = [f"{one.name}/{role.value}" if role in _GRADIENTS else one.name for role in roles]
             if one.name in refused:
                 found.append(exact(one, refused[one.name], source))
-            elif ratio >= 1 or one.pairs is None or self.spec(ratio).count(one.pairs) >= one.pairs:
-                found.append(exact(one, left.get(one.name, "exact"), source))
+            elif not roles:
+                sites = [one.name, *(f"{one.name}/{role.value}" for role in _GRADIENTS)]
+                found.append(exact(one, next((left[site] for site in sites if site in left), "exact"), source))
             else:
-                roles = {Role.OUTPUT: self.spec(ratio)}
-                found.append(decision(one, roles, sampled.get(one.name, ""), source, share=self.share))
+                reason = "; ".join(sampled[site] for site in sites if site in sampled)
+                found.append(decision(one, roles, reason, source, share=decided[one.name].share))
         return found
 
     def errors(
@@ -148,11 +185,14 @@ class GraphPolicy:
         as -log(1 - e); noise that unbiased ones add counts as log(1 + e). Where sensitivities were measured, they give
         the size of a group's error, and the formulas how it depends on the ratio.
         """
-        pairs = {c.name: c.pairs or 1 for c in model.candidates}
+        candidates = {c.name: c for c in model.candidates}
         unbiased = get_sampler(self.sampler).unbiased
         found = []
         for names in groups:
-            norms = [(model.weight_norms(name), pairs[name]) for name in names]
+            norms = []
+            for name, role in map(_split, names):
+                scores = model.weight_norms(name) if role is Role.OUTPUT else None
+                norms.append((scores, role_pairs(candidates[name], role, self.spec(0.5)) or 1))
             own = [self._formula(norms, ratio, unbiased) for ratio in ratios]
             if measured is not None:
                 size, there = measured.error_of(names), self._formula(norms, measured.ratio, unbiased)
@@ -166,3 +206,9 @@ class GraphPolicy:
             error = predicted_error(scores, self.spec(ratio), pairs)
             total += math.log1p(error) if unbiased else -math.log(max(1 - error, _LEAST_LEFT))
         return total
+
+
+def _split(site: str) -> tuple[str, Role]:
+    """Name and product of a site."""
+    name, _, role = site.rpartition("/")
+    return (name, Role(role)) if name else (site, Role.OUTPUT)

@@ -78,7 +78,7 @@ def test_processes_at_the_same_time(tmp_path: Path) -> None:
         "    DiskCache(folder).get({'number': place}, lambda: [place] * 1000, again=True)\n"
     )
     command = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
-    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) for _ in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], errors
     assert len(list(tmp_path.glob("*.json"))) == 3 and not list(tmp_path.glob("*.tmp"))

@@ -209,3 +209,19 @@ def test_transform_time(transform_time: ModuleType, tmp_path: Path, capsys: pyte
     stored = json.loads(target.read_text(encoding="utf-8"))
     assert [each["products"] for each in stored["results"]] == [2, 5]
     assert {"processor", "cores", "torch", "fx_approx"} <= set(stored["environment"])
+
+
+# ---- sweep
+
+
+def test_sweep(
+    data: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for (module,) in scripts("examples", ("sweep",), monkeypatch):
+        figure = tmp_path / "front.png"
+        module.main(["--steps", "2", "--seeds", "0", "--figure", str(figure), "--directory", str(tmp_path / "runs")])
+        assert figure.stat().st_size > 1000 and len(list((tmp_path / "runs").iterdir())) == 2 * 6
+        names = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[2:8]]
+        assert [name.removesuffix(" *") for name in names] == [
+            *("exact", "paper 0.5", "value 0.75", "value 0.5", "value 0.25", "half of the FLOPs")
+        ]

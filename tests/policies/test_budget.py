@@ -14,6 +14,7 @@ import fx_approx
 from fx_approx import Plan
 from fx_approx.api import view_of
 from fx_approx.policies import (
+    Auto,
     ErrorBudget,
     Exact,
     FlopBudget,
@@ -217,3 +218,47 @@ def test_sensitivity_goes_through_json() -> None:
     one = Sensitivity(0.5, {"a": 0.25, "b": 1e-9}, 0.125)
     assert Sensitivity.from_json(one.to_json()) == one
     assert json.loads(one.to_json())["format"] == "fx_approx.sensitivity/1"
+
+
+BACKWARD: dict[str, Any] = {
+    "mode": "backward",
+    "sampler": "systematic",
+    "scores": "uniform",
+    "minimal_k": 1,
+    "granularity": 1,
+}
+
+
+@pytest.mark.parametrize("budget", [0.6, 0.75, 0.9])
+def test_gradients_each_at_its_own_ratio(budget: float) -> None:
+    """Outputs stay exact, so a third of the operations stays; the two gradients of a layer may differ."""
+    made = fx_approx.explain(network(), FlopBudget(budget, **BACKWARD), IMAGES)
+    spent = (made.report.totals.executed.total + made.report.totals.selection) / made.report.totals.exact.total
+    assert 0.98 * budget <= spent <= budget
+    assert all(set(d.roles) <= {fx_approx.Role.GRAD_INPUT, fx_approx.Role.GRAD_WEIGHT} for d in made.plan.sampled)
+    ratios = {(d.name, role): spec.ratio for d in made.plan.sampled for role, spec in d.roles.items()}
+    assert len(set(ratios.values())) > 1
+    approx = fx_approx.transform(network(), made.plan, IMAGES)
+    exact = network()
+    exact.load_state_dict(approx.state_dict())
+    assert torch.equal(approx(IMAGES), exact(IMAGES))
+
+
+def test_a_backward_budget_below_the_outputs() -> None:
+    with pytest.raises(ValueError, match=r"the least is 0\.[34]"):
+        fx_approx.explain(network(), FlopBudget(0.3, **BACKWARD), IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "sideways"}, "mode: expected forward or backward"),
+        ({"mode": "backward"}, "grad_weight: scores 'weight' say nothing of it"),
+        ({**BACKWARD, "sensitivity": Sensitivity(0.5, {})}, "sensitivity: measured for outputs only"),
+    ],
+)
+def test_bad_modes(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FlopBudget(0.7, **options)
+    with pytest.raises(ValueError, match="mode: expected forward"):
+        Auto(**{**BACKWARD, "scores": "uniform"})
