@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,9 @@ def _rank(rank: int, folder: str) -> None:
         optimizer.step()
     result: dict[str, Any] = {"state": controller.state_dict(), "ratios": ratios}
     Path(folder, f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    # Now and then gloo hangs when a process group that DistributedDataParallel still holds is taken down.
+    os._exit(0)
 
 
 def _gradient(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
