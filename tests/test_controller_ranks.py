@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,9 @@ def _rank(rank: int, folder: str) -> None:
         optimizer.step()
     result: dict[str, Any] = {"state": controller.state_dict(), "ratios": ratios}
     Path(folder, f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    # Now and then gloo hangs when a process group that DistributedDataParallel still holds is taken down.
+    os._exit(0)
 
 
 def _gradient(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -69,7 +72,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks left."""
     folder = tmp_path_factory.mktemp("ranks")
     ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:  # those that wait for one that failed
+            rank.kill()
+            rank.wait()
     return folder
 
 

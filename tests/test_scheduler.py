@@ -87,8 +87,12 @@ class Twice(nn.Module):
         return self.out(F.relu(self.fc(F.relu(self.fc(x)))))
 
 
+def twice(policy: Uniform) -> nn.Module:
+    return fx_approx.transform(Twice(), policy, torch.randn(4, 32))
+
+
 def test_calls_of_one_layer_are_told_apart() -> None:
-    model = fx_approx.transform(Twice(), Uniform("topk", 0.5, minimal_k=1), torch.randn(4, 32))
+    model = twice(Uniform("topk", 0.5, minimal_k=1))
     scheduler = RatioScheduler(model, {"fc#2": Stairs({0: 0.25, 1: 1.0}), "*": Constant(0.75)})
     assert scheduler.get_last_ratio() == {"fc": 0.75, "fc#2": 0.25, "out": 0.75}
     scheduler.step()
@@ -129,31 +133,34 @@ def test_compilations_are_the_distinct_ratios() -> None:
     assert schedule.ratios == {1.0, 0.75, 0.5} and count == 3
 
 
-@pytest.mark.parametrize("policy", [VALUE, Uniform("systematic", 0.5)], ids=["ahead", "late"])
-def test_exact_steps_are_one_graph_whatever_the_ratio_between_them(policy: Uniform) -> None:
+@pytest.mark.parametrize("scores", ["weight", "online"])
+def test_exact_steps_are_one_graph_whatever_the_ratio_between_them(scores: str) -> None:
     """And up to the limit of torch.compile without a warning, which the tests would raise."""
     torch._dynamo.reset()
-    model, counter = transformed(policy), CompileCounterWithBackend("aot_eager")
+    model = twice(
+        Uniform("systematic", 0.5, minimal_k=1, scores=scores, share="value" if scores == "weight" else "site")
+    )
+    counter, x = CompileCounterWithBackend("aot_eager"), torch.randn(4, 32)
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     ratios = [0.25, 0.375, 0.5, 0.625, 0.75]
     schedule = Stairs(dict(enumerate(ratio for one in [*ratios, *ratios] for ratio in (1.0, one))))
     scheduler = RatioScheduler(compiled, schedule)
     for _ in range(20):
-        compiled(IMAGES).sum().backward()
+        compiled(x).sum().backward()
         scheduler.step()
     assert counter.frame_count == len(schedule.ratios) == 6 == torch._dynamo.config.recompile_limit - 2
 
 
 def test_the_last_compilation_is_announced_once() -> None:
     torch._dynamo.reset()
-    model = transformed()
+    model = twice(Uniform("topk", 0.5, minimal_k=1, scores="weight", share="value"))
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     limit = torch._dynamo.config.recompile_limit
     new = [(place + 1) / 20 for place in range(1, limit)]
     order = [1.0, *new[:-1], 1.0, new[0], 1.0, new[3], new[-1]]
     scheduler = RatioScheduler(compiled, Stairs(dict(enumerate(order))))
     for _ in order[:-2]:
-        compiled(IMAGES)
+        compiled(torch.randn(4, 32))
         scheduler.step()
     with pytest.warns(fx_approx.RecompilationWarning):
         scheduler.step()
