@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
-import itertools
-import math
-import random
-import statistics
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
-from fx_approx.api import report, transform
 from fx_approx.capture import kept_random_state
-from fx_approx.checks import check_model
-from fx_approx.controls import recalibrate
+from fx_approx.checks import check_seed
 from fx_approx.disk_cache import DiskCache
-from fx_approx.errors import NoEffectWarning
 from fx_approx.gradients import Loss
-from fx_approx.overhead import seconds
 from fx_approx.passes import check_policy
 from fx_approx.plan import Plan, Policy
 from fx_approx.schedules import check_step
+from fx_approx.sweep_job import ADDRESS, Job
 from fx_approx.sweep_report import EXACT, SweepResult, SweepRun, SweepTime
 
-_VERSION = 1
-_WARM = 3
+_FORMAT = 2
 
 
 def sweep(
@@ -46,7 +35,7 @@ def sweep(
     *,
     loss: Loss,
     evaluate: Callable[[nn.Module], float],
-    example_inputs: Any,
+    example_inputs: Any = None,
     steps: int,
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
     seeds: Sequence[int] = (0,),
@@ -60,12 +49,14 @@ def sweep(
     """Trains a model exactly and with each policy, and times a step of each in turn with the exact one.
 
     Every run starts from the same parameters (or from what the factory makes under the run's seed). Times are measured
-    apart from the trainings: steps of one policy and of the exact model in turn, in one process, with the optimiser and
-    without compilation. Where the model has BatchNorm, a sampled run is evaluated after :func:`fx_approx.recalibrate`.
-    The model given and all random states are as before afterwards.
+    apart from the trainings: steps of one policy and of the exact model in turn, in one process, on the first batch,
+    with the optimiser and without compilation. Where layers are sampled and the model has BatchNorm, a run is evaluated
+    after :func:`fx_approx.recalibrate`. Before the first training, each policy makes one step and ``evaluate`` is
+    called once, so that errors come early. The model given and all random states are as before afterwards.
 
     Args:
-        model: The exact model on its device, or a function that makes one.
+        model: The exact model on its device, or a function that makes one. Parts in evaluation mode stay so, unless
+            all of it is.
         data: Training batches, which can be gone through again and again; or a function that gives them for a seed.
         policies: By name.
         loss: Called with a model and a batch; returns the scalar to train on.
@@ -73,57 +64,69 @@ def sweep(
         example_inputs: As in :func:`fx_approx.transform`.
         steps: Of each training.
         optimizer: Called with the parameters; SGD with rate 0.05 and momentum 0.9 by default.
-        seeds: One training each; for random numbers of torch, Python and the samplers.
+        seeds: One training each; for random numbers of torch, Python, numpy and the samplers.
         compile: Train and time models under ``torch.compile``.
         recalibration: Batches for ``recalibrate``; 0: leave it out.
         repeats: Steps that are timed, of each.
         directory: Where finished runs are kept, so that a sweep that was interrupted goes on with what is missing. Runs
-            are told apart by policy, seed, steps, model (class, names and shapes of the parameters), ``compile`` and
-            ``tag``.
-        tag: Names what these do not tell apart: data, loss, optimiser.
+            are told apart by policy, seed, steps, model (its ``repr``, the first values of parameters and buffers),
+            optimiser (its ``repr``), ``example_inputs`` (their shapes), ``recalibration``, ``compile``, the versions of
+            torch and fx_approx, and ``tag``; times by the number of threads, too.
+        tag: Names what these do not tell apart: data, loss, evaluation.
         progress: Show a bar (with tqdm, if it is there; else a line for each run).
 
     Returns:
         ``print`` it, ``plot()`` it.
 
     Raises:
-        TypeError: An argument of the wrong type.
+        TypeError: An argument of the wrong type, or a function that returns something else than it should.
         ValueError: No policies, one called ``exact``, no seeds, numbers out of range, no batches, a loss that is no
-            scalar, or an evaluation that gives no number.
+            scalar, an evaluation that gives no number, or, with ``directory``, a policy without a ``repr`` of its own.
         OSError: ``directory`` cannot be written to.
     """
-    _check(policies, loss, evaluate, seeds)
+    _check_policies(policies, directory is not None)
+    _check_functions(model, data, loss=loss, evaluate=evaluate, optimizer=_sgd if optimizer is None else optimizer)
+    _check_seeds(seeds)
     for name, value, least in (("steps", steps, 1), ("recalibration", recalibration, 0), ("repeats", repeats, 2)):
         check_step(name, value, least)
-    if not isinstance(model, nn.Module) and not callable(model):
-        raise TypeError(f"model: expected a module or a function that makes one, got {model!r}")
-    if not callable(data) and not isinstance(data, Iterable):
-        raise TypeError(f"data: expected batches, or a function of a seed that gives them, got {data!r}")
-    made = optimizer if optimizer is not None else _sgd
-    job = _Job(model, data, loss, evaluate, example_inputs, steps, made, compile, recalibration, repeats)
-    cache = DiskCache(None if directory is None else _writable(Path(directory)))
-    todo: list[tuple[str, Policy | None]] = [(EXACT, None), *policies.items()]
+    for name, given, kind in (("compile", compile, bool), ("progress", progress, bool), ("tag", tag, str)):
+        if not isinstance(given, kind):
+            what = "True or False" if kind is bool else "a string"
+            raise TypeError(f"{name}: expected {what}, got {given!r}")
+    made = _sgd if optimizer is None else optimizer
+    job = Job(model, data, loss, evaluate, example_inputs, steps, made, compile, recalibration, repeats)
+    cache = DiskCache(None if directory is None else _writable(directory))
+    todo: dict[str, Policy | None] = {EXACT: None, **policies}
     with kept_random_state():
-        base = {"version": _VERSION, "model": job.described(), "compile": compile, "tag": tag}
+        base = {
+            "format": _FORMAT,
+            "versions": [importlib.metadata.version("fx_approx"), torch.__version__],
+            "job": job.described(),
+            "compile": compile,
+            "tag": tag,
+        }
+        rehearse = functools.cache(functools.partial(job.rehearse, seeds[0], todo))
+
+        def kept(make: Callable[[], Any], **key: Any) -> Any:
+            def fresh() -> Any:
+                rehearse()
+                return make()
+
+            return cache.get({**base, **key}, fresh)
+
         runs, times = [], []
-        for (name, policy), seed in _shown([(one, seed) for one in todo for seed in seeds], progress):
-            key = {
-                **base,
-                "what": "run",
-                "policy": _named(policy),
-                "seed": seed,
-                "steps": steps,
-                "again": recalibration,
-            }
-            found = cache.get(key, functools.partial(job.train, policy, seed))
+        for name, seed in _shown([(name, seed) for name in todo for seed in seeds], progress):
+            policy, key = todo[name], {"seed": seed, "steps": steps, "recalibration": recalibration}
+            found = kept(functools.partial(job.train, policy, seed), what="run", policy=_named(policy), **key)
             runs.append(SweepRun(name, seed, **found))
-        for name, policy in todo:
-            key = {**base, "what": "time", "policy": _named(policy), "repeats": repeats}
-            times.append(SweepTime(name, **_tuples(cache.get(key, functools.partial(job.time, policy)))))
+        for name, policy in todo.items():
+            key = {"repeats": repeats, "threads": torch.get_num_threads()}
+            found = kept(functools.partial(job.time, policy), what="time", policy=_named(policy), **key)
+            times.append(SweepTime(name, **{**found, "speedup": tuple(found["speedup"])}))
     return SweepResult(tuple(runs), tuple(times))
 
 
-def _check(policies: Any, loss: Any, evaluate: Any, seeds: Any) -> None:
+def _check_policies(policies: Any, kept: bool) -> None:
     if not isinstance(policies, Mapping):
         raise TypeError(f"policies: expected names with policies, got {policies!r}")
     if not policies:
@@ -137,13 +140,31 @@ def _check(policies: Any, loss: Any, evaluate: Any, seeds: Any) -> None:
             check_policy(policy)
         except TypeError as error:
             raise TypeError(f"policies[{name!r}]: {error}") from None
-    for name, function in (("loss", loss), ("evaluate", evaluate)):
+        if kept and ADDRESS.search(_named(policy)):
+            raise ValueError(
+                f"policies[{name!r}]: its runs cannot be known again in directory by {_named(policy)}; expected a "
+                "policy whose repr tells all its settings, such as a dataclass"
+            )
+
+
+def _check_functions(model: Any, data: Any, **functions: Any) -> None:
+    if not isinstance(model, nn.Module) and not callable(model):
+        raise TypeError(f"model: expected a module or a function that makes one, got {model!r}")
+    if not callable(data) and not isinstance(data, Iterable):
+        raise TypeError(f"data: expected batches, or a function of a seed that gives them, got {data!r}")
+    if isinstance(data, Iterator):
+        raise ValueError(f"data: it can be gone through once only; expected a list or a DataLoader, got {data!r}")
+    for name, function in functions.items():
         if not callable(function):
             raise TypeError(f"{name}: expected a function, got {function!r}")
+
+
+def _check_seeds(seeds: Any) -> None:
     if not isinstance(seeds, Sequence) or isinstance(seeds, (str, bytes)) or not seeds:
         raise ValueError(f"seeds: expected at least one integer, got {seeds!r}")
     for seed in seeds:
         check_step("seeds", seed)
+        check_seed(seed, 1)
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds: expected different ones, got {list(seeds)}")
 
@@ -152,11 +173,18 @@ def _sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, 0.05, momentum=0.9)
 
 
-def _writable(folder: Path) -> Path:
-    """OSError if nothing can be kept there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        return folder
+def _writable(directory: Any) -> Path:
+    """The folder, made if it is not there; OSError if nothing can be kept in it."""
+    if not isinstance(directory, (str, Path)):
+        raise TypeError(f"directory: expected a folder's path or None, got {directory!r}")
+    folder = Path(directory)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        what = f"directory: expected a folder that can be written to, got {str(folder)!r} ({error.strerror})"
+        raise OSError(error.errno, what) from None
 
 
 def _named(policy: Policy | None) -> str:
@@ -165,125 +193,12 @@ def _named(policy: Policy | None) -> str:
     return repr(policy)
 
 
-def _tuples(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {**found, "speedup": tuple(found["speedup"])}
-
-
-def _shown(todo: Sequence[tuple[Any, int]], progress: bool) -> Iterator[tuple[Any, int]]:
+def _shown(todo: Sequence[tuple[str, int]], progress: bool) -> Iterator[tuple[str, int]]:
     if not progress:
         yield from todo
     elif importlib.util.find_spec("tqdm") is not None:
         yield from importlib.import_module("tqdm").tqdm(todo, desc="runs")
     else:
-        for number, one in enumerate(todo):
-            print(f"run {number + 1} of {len(todo)}: {one[0][0]}, seed {one[1]}", flush=True)
-            yield one
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """All that the runs have in common; the fields are those of :func:`sweep`."""
-
-    model: nn.Module | Callable[[], nn.Module]
-    data: Any
-    loss: Loss
-    evaluate: Callable[[nn.Module], float]
-    example_inputs: Any
-    steps: int
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-    compile: bool
-    recalibration: int
-    repeats: int
-
-    def build(self, seed: int) -> nn.Module:
-        """A fresh exact model, in training mode, the random states those of ``seed``."""
-        torch.manual_seed(seed)
-        random.seed(seed)
-        if isinstance(self.model, nn.Module):
-            return copy.deepcopy(self.model).train()
-        made: Any = self.model()
-        if not isinstance(made, nn.Module):
-            raise TypeError(f"model: expected the function to make a module, got {made!r}")
-        return made.train()
-
-    def described(self) -> str:
-        """What tells models apart."""
-        model = self.build(0)
-        check_model(model)
-        shapes = [(name, tuple(p.shape), str(p.dtype), str(p.device)) for name, p in model.named_parameters()]
-        return hashlib.sha256(repr((type(model).__qualname__, shapes)).encode()).hexdigest()
-
-    def batches(self, seed: int) -> Iterator[Any]:
-        """The training batches, round and round."""
-        source = self.data(seed) if callable(self.data) else self.data
-        for turn in itertools.count():
-            count = 0
-            for batch in source:
-                yield batch
-                count += 1
-            if not count:
-                what = "it gives no batches" if turn == 0 else "it can be gone through once only; give a list"
-                raise ValueError(f"data: {what}")
-
-    def approximate(self, model: nn.Module, policy: Policy | None, seed: int) -> nn.Module:
-        """``model`` transformed by ``policy``; itself without one."""
-        if policy is None:
-            return model
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NoEffectWarning)
-            return transform(model, policy, self.example_inputs, seed=seed)
-
-    def train(self, policy: Policy | None, seed: int) -> dict[str, Any]:
-        """One training: accuracy, loss, and whether it diverged."""
-        model = self.approximate(self.build(seed), policy, seed)
-        step, value = self._stepper(model), math.nan
-        for batch in itertools.islice(self.batches(seed), self.steps):
-            value = step(batch)
-            if not math.isfinite(value):
-                return {"accuracy": None, "loss": value, "diverged": True}
-        if policy is not None and self.recalibration and any(isinstance(m, _BatchNorm) for m in model.modules()):
-            recalibrate(model, itertools.islice(self.batches(seed), self.recalibration))
-        with torch.no_grad():
-            accuracy = self.evaluate(model.eval())
-        if isinstance(accuracy, Tensor) and accuracy.numel() == 1:
-            accuracy = accuracy.item()
-        if isinstance(accuracy, bool) or not isinstance(accuracy, (int, float)):
-            raise ValueError(f"evaluate: expected it to return a number, got {accuracy!r}")
-        return {"accuracy": float(accuracy), "loss": value, "diverged": False}
-
-    def time(self, policy: Policy | None) -> dict[str, Any]:
-        """Steps in turn with exact ones."""
-        models = [self.build(0), self.approximate(self.build(0), policy, 0)]
-        steppers = [self._stepper(model) for model in models]
-        source, device = self.batches(0), next(models[0].parameters()).device
-        times: list[list[float]] = [[], []]
-        for number in range(_WARM + self.repeats):
-            batch = next(source)
-            for place, step in enumerate(steppers):
-                spent = seconds(lambda step=step, batch=batch: step(batch), device)  # type: ignore[misc]
-                if number >= _WARM:
-                    times[place].append(spent)
-        speedup = statistics.quantiles([one / other for one, other in zip(*times, strict=True)], n=4)
-        totals = None if policy is None else report(models[1])
-        return {
-            "seconds": statistics.median(times[1]),
-            "speedup": [1.0] * 3 if policy is None else speedup,
-            "saved": 0.0 if totals is None else totals.totals.saved_net,
-            "sampled": 0 if totals is None else sum(1 for row in totals.rows if row.samples),
-        }
-
-    def _stepper(self, model: nn.Module) -> Callable[[Any], float]:
-        called: Any = torch.compile(model, dynamic=False) if self.compile else model
-        optimizer = self.optimizer(model.parameters())
-
-        def step(batch: Any) -> float:
-            optimizer.zero_grad()
-            value = self.loss(called, batch)
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-                raise ValueError(f"loss: expected it to return a scalar tensor, got {what}")
-            value.backward()
-            optimizer.step()
-            return float(value.detach())
-
-        return step
+        for number, (name, seed) in enumerate(todo):
+            print(f"run {number + 1} of {len(todo)}: {name}, seed {seed}", flush=True)
+            yield name, seed

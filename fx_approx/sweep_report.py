@@ -29,14 +29,14 @@ class SweepRun:
         policy: Its name, or ``exact``.
         seed: Of the run.
         accuracy: What ``evaluate`` gave; None if it diverged.
-        loss: Of the last step.
-        diverged: The loss became NaN or infinite; the run ended there.
+        loss: Of the last step; None if it is not finite.
+        diverged: The loss became NaN or infinite, and the run ended there; or what ``evaluate`` gave was.
     """
 
     policy: str
     seed: int
     accuracy: float | None
-    loss: float
+    loss: float | None
     diverged: bool
 
 
@@ -108,7 +108,7 @@ class SweepResult:
         front, lines = self.front(), []
         for one in self.times:
             mean, runs = self.accuracy(one.policy), [run for run in self.runs if run.policy == one.policy]
-            diverged = sum(run.diverged for run in runs)
+            diverged, losses = sum(run.diverged for run in runs), [run.loss for run in runs if run.loss is not None]
             accuracy = (
                 "diverged" if mean is None else f"{mean[0]:.4g} ± {mean[1]:.2g}" if len(runs) > 1 else f"{mean[0]:.4g}"
             )
@@ -119,7 +119,7 @@ class SweepResult:
                 [
                     one.policy + (" *" if one.policy in front else ""),
                     accuracy,
-                    f"{statistics.mean(run.loss for run in runs):.4g}",
+                    f"{statistics.mean(losses):.4g}" if losses else "",
                     f"{1000 * one.seconds:.2f}",
                     f"{middle:.2f} [{low:.2f}, {high:.2f}]",
                     f"{100 * one.saved:.1f}",
@@ -142,7 +142,7 @@ class SweepResult:
 
     def to_json(self) -> str:
         """All of it."""
-        return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=2)
+        return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> SweepResult:
@@ -194,7 +194,7 @@ class SweepResult:
             )
         front = [places[name] for name in self.front()]
         if front:
-            axes.plot(*zip(*front, strict=True), color="#888888", linewidth=1, zorder=0, label="front")
+            axes.plot(*zip(*front, strict=True), color="#888888", linewidth=1, zorder=1, label="front")
         axes.axvline(1.0, color="#cccccc", linewidth=0.8, zorder=0)
         axes.set_xlabel("speed-up of a training step over exact (median, quartiles)")
         axes.set_ylabel("accuracy (mean, standard deviation)")

@@ -23,6 +23,7 @@ _REPORTS = {"report", "rows", "demand_report", "tables", "noise", "noise_report"
 # Layer -> (rank, its modules and packages, named below fx_approx). A module may import modules of a lower
 # rank and of its own layer, so layers of equal rank know nothing of each other. A new module is placed here.
 _TRAINING = {"gradients", "schedules", "scheduler", "scalars", "controller", "sweep_report"}
+_SWEEP = {"sweep", "sweep_job"}
 LAYERS: dict[str, tuple[int, set[str]]] = {
     "foundation": (0, {"errors", "sampling", "flops", "candidate", "plan", "work", "disk_cache"}),
     "kernels": (1, {"kernels"}),
@@ -34,7 +35,7 @@ LAYERS: dict[str, tuple[int, set[str]]] = {
     "policies": (6, {"policies"}),
     "surface": (7, {*_REPORTS, "checks", "controls", "verify", "overhead", "coupling", *_TRAINING}),
     "pipeline": (8, {"pipeline", "whole"}),
-    "api": (9, {"api", "dynamo_backend", "dynamo_frame", "dynamo_run", "lifted", "sensitivity", "prediction", "sweep"}),
+    "api": (9, {"api", "dynamo_backend", "dynamo_frame", "dynamo_run", "lifted", "sensitivity", "prediction", *_SWEEP}),
     "entry": (10, {"__init__", "__main__", "cli"}),
 }
 
