@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fx_approx.approx import find
+from fx_approx.approx import ApproxModule, find
 from fx_approx.controls import set_each
 from fx_approx.gradients import Loss, sampled_gradient
+from fx_approx.passes import tied
 from fx_approx.scalars import ScalarLogger
 from fx_approx.schedules import EIGHTHS, check_ratio, check_step
 
@@ -297,25 +298,10 @@ def cut(batch: Any, parts: int) -> list[Any]:
     return [piece(start, end) for start, end in itertools.pairwise(edges)]
 
 
-def _groups(approx: Any) -> list[tuple[str, ...]]:
+def _groups(approx: ApproxModule) -> list[tuple[str, ...]]:
     """Sampled layers, those with one selection together, in the order of the model."""
     runtime = approx._fx_approx
-    names = list(dict.fromkeys(name for name, _ in runtime.selectors))
-    owner = {name: name for name in names}
-
-    def root(name: str) -> str:
-        while owner[name] != name:
-            name = owner[name]
-        return name
-
-    for one in runtime.effects.classes if runtime.effects is not None else ():
-        readers = [reading.name for reading in one.readings if reading.name in owner]
-        for name in readers[1:]:
-            owner[root(name)] = root(readers[0])
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(root(name), []).append(name)
-    return [tuple(group) for group in found.values()]
+    return tied(runtime.effects, list(dict.fromkeys(name for name, _ in runtime.selectors)))
 
 
 def _slope(known: Sequence[tuple[float, float, float]], expected: float) -> float:

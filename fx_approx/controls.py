@@ -59,7 +59,7 @@ def _counted(approx: ApproxModule) -> Iterator[None]:
             f"ends at {limit} (torch._dynamo.config.recompile_limit): what comes then runs uncompiled, or is an error "
             "under fullgraph=True. Raise that limit, or use fewer ratios.",
             RecompilationWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -77,30 +77,21 @@ def set_ratio(model: nn.Module, ratio: float | Mapping[str, float], *, role: Rol
         ValueError: A ratio outside (0, 1] or a glob that matches no sampled layer; nothing is changed then.
         TypeError: A ratio that is no number.
     """
-    approx = find(model)
-    runtime = approx._fx_approx
     rules = dict(ratio) if isinstance(ratio, Mapping) else {"*": ratio}
-    specs = [
-        (selector, selector.spec.replace(ratio=rules[pattern]))
-        for pattern, selectors in _selected(runtime, rules, role).items()
-        for selector in selectors
-    ]
-    with _counted(approx):
-        for selector, spec in specs:
-            selector.set_spec(spec)
-    runtime.lay_out()
-    note_switch(approx, runtime)
+    selected = _selected(find(model)._fx_approx, rules, role)
+    set_each(model, {one: (rules[pattern], one.enabled) for pattern, own in selected.items() for one in own})
 
 
 def set_each(model: nn.Module, settings: Mapping[Selector, tuple[float, bool]]) -> None:
     """Ratio and switch of single selectors of ``model``, all at once; for names that globs cannot tell apart."""
     approx = find(model)
     runtime = approx._fx_approx
+    specs = {selector: selector.spec.replace(ratio=ratio) for selector, (ratio, _) in settings.items()}
     with _counted(approx):
-        for selector, (ratio, enabled) in settings.items():
-            if selector.spec.ratio != ratio:
-                selector.set_spec(selector.spec.replace(ratio=ratio))
-            selector.enabled = enabled
+        for selector, spec in specs.items():
+            if selector.spec != spec:
+                selector.set_spec(spec)
+            selector.enabled = settings[selector][1]
     runtime.lay_out()
     note_switch(approx, runtime)
 
@@ -114,17 +105,12 @@ def set_enabled(model: nn.Module, enabled: bool | Mapping[str, bool], *, role: R
         TypeError: A value that is no bool.
         ValueError: A glob that matches no sampled layer; nothing is changed then.
     """
-    approx = find(model)
-    runtime = approx._fx_approx
     rules = dict(enabled) if isinstance(enabled, Mapping) else {"*": enabled}
     for pattern, value in rules.items():
         if not isinstance(value, bool):
             raise TypeError(f"enabled[{pattern!r}]: expected True or False, got {value!r}")
-    with _counted(approx):
-        for pattern, selectors in _selected(runtime, rules, role).items():
-            for selector in selectors:
-                selector.enabled = rules[pattern]
-    note_switch(approx, runtime)
+    selected = _selected(find(model)._fx_approx, rules, role)
+    set_each(model, {one: (one.spec.ratio, rules[pattern]) for pattern, own in selected.items() for one in own})
 
 
 @contextlib.contextmanager

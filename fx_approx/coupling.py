@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import Any
 
 import networkx as nx
 from torch import nn
 
 from fx_approx.approx import find
+from fx_approx.figures import load_matplotlib
 
 
 def coupling_graph(model: nn.Module) -> nx.Graph:
@@ -67,10 +66,7 @@ def draw_coupling(model: nn.Module, path: str | Path) -> None:
         ImportError: Without matplotlib.
     """
     graph = coupling_graph(model)
-    try:
-        figures: Any = importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise ImportError("draw_coupling needs matplotlib: pip install 'fx_approx[figures]'") from error
+    figures = load_matplotlib("figure", "draw_coupling")
     groups = [group for group in _groups(graph) if len(group) > 1 or graph.nodes[group[0]]["readers"]]
     longest = max((len(group) for group in groups), default=1)
     figure = figures.Figure(figsize=(2.6 * max(longest, 2), 1.1 * max(len(groups), 1) + 0.6), layout="constrained")

@@ -15,6 +15,21 @@ from fx_approx.verify import undone
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
+def scalar(loss: Loss, model: Any, batch: Any) -> Tensor:
+    """``loss(model, batch)``.
+
+    Raises:
+        ValueError: It is no scalar, or depends on no parameter.
+    """
+    value: Any = loss(model, batch)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"loss: expected it to return a scalar tensor, got {what}")
+    if not value.requires_grad:
+        raise ValueError("loss: it depends on no parameter that requires a gradient")
+    return value
+
+
 def sampled_gradient(approx: ApproxModule, batch: Any, loss: Loss, names: Collection[str], number: int = 0) -> Tensor:
     """The gradient of ``loss(approx, batch)`` by all parameters, in one vector, zeros where the loss depends on none.
 
@@ -43,13 +58,7 @@ def sampled_gradient(approx: ApproxModule, batch: Any, loss: Loss, names: Collec
             ):
                 resample.known = True  # compiled steps do not note it
             runtime.state[STEP] += number * int(runtime.state[EVERY])
-            value = loss(approx, batch)
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"loss: expected it to return a scalar tensor, got {what}")
-            if not value.requires_grad:
-                raise ValueError("loss: it depends on no parameter that requires a gradient")
-            found = torch.autograd.grad(value, parameters, allow_unused=True)
+            found = torch.autograd.grad(scalar(loss, approx, batch), parameters, allow_unused=True)
         finally:
             for selector, on in enabled:
                 selector.enabled = on

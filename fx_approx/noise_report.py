@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from fx_approx.candidate import Role
+from fx_approx.figures import load_matplotlib
 from fx_approx.sampling import SamplerSpec
 
 _BEYOND_CHANCE = 3.0
@@ -283,13 +283,7 @@ class NoiseReport:
         Raises:
             ImportError: matplotlib is not installed; says how to get it.
         """
-        try:
-            figures: Any = importlib.import_module("matplotlib.figure")
-            lines: Any = importlib.import_module("matplotlib.lines")
-        except ImportError as error:
-            raise ImportError(
-                "NoiseReport.plot needs matplotlib, which fx_approx does not install: pip install matplotlib"
-            ) from error
+        figures, lines = (load_matplotlib(module, "NoiseReport.plot") for module in ("figure", "lines"))
         count = len(self.rows)
         figure = figures.Figure(figsize=(8, 2.1 + (0.34 if count <= 60 else 0.2) * max(count, 1)), layout="constrained")
         axes = figure.subplots()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fx_approx.approx import ApproxModule, find
 from fx_approx.checks import check_inputs
+from fx_approx.policies.timing import seconds
 from fx_approx.rows import SelectionTime
-from fx_approx.verify import undone
+from fx_approx.verify import mean_square, undone
 
 _WARM = 3
 
@@ -57,8 +57,7 @@ def measure_selection(
 
     def step() -> None:
         result = model(*args, **kwargs)
-        squares = [t.square().mean() for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
-        torch.autograd.grad(torch.stack(squares).sum() if loss is None else loss(result), wanted, allow_unused=True)
+        torch.autograd.grad((mean_square if loss is None else loss)(result), wanted, allow_unused=True)
 
     with undone(approx):
         calls = _calls(approx, args, dict(kwargs))
@@ -100,14 +99,3 @@ def _calls(approx: ApproxModule, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if not any(module is not runtime for module, _ in found):
         raise ValueError("model: nothing is selected in its forward, so there is nothing to time")
     return found
-
-
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """How long ``call`` takes, on ``device`` to its end."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,19 +20,17 @@ from fx_approx.policies.sensitivity import Sensitivity
 from fx_approx.work import Model
 
 
+@dataclasses.dataclass(frozen=True)
 class _Groups(GraphPolicy):
-    """All layers that may be sampled, at one ratio; remembers which share a selection."""
+    """All layers that may be sampled, at one ratio; writes down which share a selection."""
 
-    def __init__(self, ratio: float, options: dict[str, Any]) -> None:
-        super().__init__(**options)
-        object.__setattr__(self, "ratio", ratio)
-        object.__setattr__(self, "found", [])
+    ratio: float
+    found: list[tuple[str, ...]]
 
     def decide_whole(self, model: Model) -> Sequence[Decision]:
-        ratio: float = vars(self)["ratio"]
-        groups, refused = self.groups(model, ratio)
-        vars(self)["found"].extend(groups)
-        return self.final(model, groups, [ratio] * len(groups), refused, {}, {})
+        groups, refused = self.groups(model, self.ratio)
+        self.found.extend(groups)
+        return self.final(model, groups, [self.ratio] * len(groups), refused, {}, {})
 
 
 def measure_sensitivity(
@@ -81,13 +80,13 @@ def measure_sensitivity(
         raise ValueError(f"draws: expected at least 1, got {draws}")
     if not 0 < ratio < 1:
         raise ValueError(f"ratio: expected a number in (0, 1), got {ratio!r}")
-    policy = _Groups(ratio, options)
+    groups: list[tuple[str, ...]] = []
+    policy = _Groups(ratio, groups, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)
         approx: Any = transform(model, policy, example_inputs)
     flags = [(module, module.training) for module in approx.modules()]
     approx.train()
-    groups: list[tuple[str, ...]] = vars(policy)["found"]
     exact = [sampled_gradient(approx, batch, loss, (), 0) for batch in batches]
     errors: dict[str, float] = {}
     for names in groups:

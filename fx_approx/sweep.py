@@ -85,7 +85,8 @@ def sweep(
         OSError: ``directory`` cannot be written to.
     """
     _check_policies(policies, directory is not None)
-    _check_functions(model, data, loss=loss, evaluate=evaluate, optimizer=_sgd if optimizer is None else optimizer)
+    made = _sgd if optimizer is None else optimizer
+    _check_functions(model, data, loss=loss, evaluate=evaluate, optimizer=made)
     _check_seeds(seeds)
     for name, value, least in (("steps", steps, 1), ("recalibration", recalibration, 0), ("repeats", repeats, 2)):
         check_step(name, value, least)
@@ -93,7 +94,6 @@ def sweep(
         if not isinstance(given, kind):
             what = "True or False" if kind is bool else "a string"
             raise TypeError(f"{name}: expected {what}, got {given!r}")
-    made = _sgd if optimizer is None else optimizer
     job = Job(model, data, loss, evaluate, example_inputs, steps, made, compile, recalibration, repeats)
     cache = DiskCache(None if directory is None else _writable(directory))
     todo: dict[str, Policy | None] = {EXACT: None, **policies}

@@ -26,9 +26,9 @@ from fx_approx.batchnorm import tracked
 from fx_approx.checks import check_model
 from fx_approx.controls import recalibrate
 from fx_approx.errors import NoEffectWarning
-from fx_approx.gradients import Loss
-from fx_approx.overhead import seconds
+from fx_approx.gradients import Loss, scalar
 from fx_approx.plan import Policy
+from fx_approx.policies.timing import seconds
 
 ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
 """What Python writes for an object that has no ``repr`` of its own; another in each process."""
@@ -177,12 +177,7 @@ class Job:
 
         def step(batch: Any) -> float:
             optimizer.zero_grad()
-            value = self.loss(called, batch)
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-                raise ValueError(f"loss: expected it to return a scalar tensor, got {what}")
-            if not value.requires_grad:
-                raise ValueError("loss: it depends on no parameter that requires a gradient")
+            value = scalar(self.loss, called, batch)
             value.backward()
             optimizer.step()
             return float(value.detach())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib
 import io
 import json
 import os
@@ -13,6 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tabulate import tabulate
+
+from fx_approx.figures import load_matplotlib
 
 EXACT = "exact"
 """Name of the baseline."""
@@ -165,12 +166,7 @@ class SweepResult:
         Raises:
             ImportError: matplotlib is not installed; says how to get it.
         """
-        try:
-            figures: Any = importlib.import_module("matplotlib.figure")
-        except ImportError as error:
-            raise ImportError(
-                "SweepResult.plot needs matplotlib, which fx_approx does not install: pip install matplotlib"
-            ) from error
+        figures = load_matplotlib("figure", "SweepResult.plot")
         figure = figures.Figure(figsize=(8, 4.5), layout="constrained")
         axes, places = figure.subplots(), {}
         for number, one in enumerate(self.times):

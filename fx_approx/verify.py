@@ -142,6 +142,12 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return float(torch.where(same, 0.0, (one.double() - other.double()).abs()).nan_to_num(nan=math.inf).max())
 
 
+def mean_square(result: Any) -> Tensor:
+    """A scalar of a model's output: the mean of the squares of each of its tensors, added up."""
+    squares = [t.square().mean() for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
+    return torch.stack(squares).sum()
+
+
 def _step(
     approx: ApproxModule, runtime: Runtime, args: tuple[Any, ...], kwargs: Any, loss: Callable[[Any], Tensor] | None
 ) -> dict[str, dict[str, Tensor]]:
@@ -149,8 +155,7 @@ def _step(
     with torch.enable_grad():
         result = approx(*args, **kwargs)
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        squares = [t.square().mean() for t in outputs if t.is_floating_point()]
-        scalar = torch.stack(squares).sum() if loss is None else loss(result)
+        scalar = (mean_square if loss is None else loss)(result)
         wanted = {name: p for name, p in approx.named_parameters() if p.requires_grad}
         grads = torch.autograd.grad(scalar, list(wanted.values()), allow_unused=True)
     return {

@@ -12,18 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fx_approx.candidate import Candidate, Role
 from fx_approx.capture import kept_random_state
 from fx_approx.demand_report import Counts, Product, memory
 from fx_approx.flops import slicing_bytes
 from fx_approx.ops import OPS
-from fx_approx.overhead import seconds
-from fx_approx.passes import Effects, Flow, find_effects, find_facts
+from fx_approx.passes import Effects, Flow, find_effects, find_facts, tied
 from fx_approx.pipeline import Prepared
 from fx_approx.plan import Decision, make_plan
+from fx_approx.policies.timing import seconds
 from fx_approx.sampling import SamplerSpec, get_score
+from fx_approx.verify import mean_square
 from fx_approx.work import ProductWork, StepTime, Work
 
 _WARM = 2
@@ -88,22 +88,7 @@ class Whole:
 
     def tied(self, decisions: Mapping[str, Decision]) -> list[tuple[str, ...]]:
         """The sampled candidates, those together whose selections are one."""
-        sampled = [name for name, decision in decisions.items() if decision.roles]
-        owner = {name: name for name in sampled}
-
-        def find(name: str) -> str:
-            while owner[name] != name:
-                name = owner[name]
-            return name
-
-        for one in self._effects_of(decisions).classes:
-            names = [reading.name for reading in one.readings]
-            for name in names[1:]:
-                owner[find(name)] = find(names[0])
-        groups: dict[str, list[str]] = {}
-        for name in sampled:
-            groups.setdefault(find(name), []).append(name)
-        return [tuple(group) for group in groups.values()]
+        return tied(self._effects_of(decisions), [name for name, decision in decisions.items() if decision.roles])
 
     def weight_norms(self, name: str) -> Tensor | None:
         """``[groups, pairs]``, or None without a weight."""
@@ -204,9 +189,7 @@ def _alternate(
     device = next((p.device for p in models[0].parameters()), torch.device("cpu"))
 
     def step(place: int) -> None:
-        result = calls[place](*args, **kwargs)
-        squares = [t.square().mean() for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
-        torch.autograd.grad(torch.stack(squares).sum(), wanted[place], allow_unused=True)
+        torch.autograd.grad(mean_square(calls[place](*args, **kwargs)), wanted[place], allow_unused=True)
 
     times: list[list[float]] = [[] for _ in calls]
     for number in range(_WARM + repeats):

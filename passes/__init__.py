@@ -3,7 +3,7 @@
 from fx_approx.passes.annotate import Found, annotate
 from fx_approx.passes.channelwise import find_flow
 from fx_approx.passes.decide import check_policy, decide
-from fx_approx.passes.effects import Effects, find_effects
+from fx_approx.passes.effects import Effects, find_effects, tied
 from fx_approx.passes.flow import Flow
 from fx_approx.passes.rewrite import Facts, find_facts, rewrite
 from fx_approx.passes.shapes import Shapes, propagate
@@ -23,5 +23,6 @@ __all__ = [
     "find_flow",
     "propagate",
     "rewrite",
+    "tied",
     "unfuse",
 ]

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import fx
 
@@ -208,6 +209,15 @@ def _wants_less(
         if link.source is node
         for place in demand.have[user][link.place : link.place + link.count]
     )
+
+
+def tied(effects: Effects, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """``names`` of readers, those together whose selections are one; in order."""
+    graph = nx.Graph()
+    graph.add_nodes_from(names)
+    for one in effects.classes:
+        nx.add_path(graph, [reading.name for reading in one.readings if reading.name in graph])
+    return [tuple(name for name in names if name in group) for group in nx.connected_components(graph)]
 
 
 def entries(axis: Axis, kept: Sequence[int] | None = None) -> int:

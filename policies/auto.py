@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 
 from fx_approx.plan import Decision
-from fx_approx.policies.graph import GraphPolicy
+from fx_approx.policies.graph import GraphPolicy, step_seconds
 from fx_approx.policies.roofline import RooflineModel
 from fx_approx.work import Model, WholeCostModel
 
@@ -61,8 +61,8 @@ class Auto(GraphPolicy):
         if not groups:
             return self.final(model, [], [], refused, {}, {})
         cost = RooflineModel(self.compiled) if self.cost is None else self.cost
-        chosen, gains = self._chosen(model, cost, groups)
-        whole = _exact(model, cost)
+        whole = step_seconds(cost, model.work({}), model)
+        chosen, gains = self._chosen(model, cost, groups, whole)
         predicted = self._predicted(model, cost, groups, chosen)
         step = f"the step {whole / predicted:.2f} times as fast, predicted"
         sampled = {name: f"saves {100 * gains[names]:.1f} % of the step; {step}" for names in groups for name in names}
@@ -82,10 +82,10 @@ class Auto(GraphPolicy):
         return self.final(model, groups, ratios, refused, sampled, left)
 
     def _chosen(
-        self, model: Model, cost: WholeCostModel, groups: Sequence[tuple[str, ...]]
+        self, model: Model, cost: WholeCostModel, groups: Sequence[tuple[str, ...]], whole: float
     ) -> tuple[list[bool], Mapping[tuple[str, ...], float]]:
         """Which groups are sampled, and what each saves with those, or would save with them."""
-        chosen, whole = [True] * len(groups), _exact(model, cost)
+        chosen = [True] * len(groups)
         while True:
             now = self._predicted(model, cost, groups, chosen)
             gains = {}
@@ -103,11 +103,4 @@ class Auto(GraphPolicy):
         self, model: Model, cost: WholeCostModel, groups: Sequence[tuple[str, ...]], chosen: Sequence[bool]
     ) -> float:
         decisions = self.decisions(groups, [self.ratio if one else 1.0 for one in chosen])
-        seconds = cost.step(model.work(decisions), model).seconds
-        if seconds is None:
-            raise TypeError(f"cost: {type(cost).__name__} estimates no time; expected RooflineModel or MeasuredModel")
-        return seconds
-
-
-def _exact(model: Model, cost: WholeCostModel) -> float:
-    return cost.step(model.work({}), model).seconds or 0.0
+        return step_seconds(cost, model.work(decisions), model)

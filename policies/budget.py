@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-import functools
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from fx_approx.plan import Decision
 from fx_approx.policies.cost_model import FlopModel
-from fx_approx.policies.graph import EIGHTHS, GraphPolicy
+from fx_approx.policies.graph import EIGHTHS, GraphPolicy, step_seconds
 from fx_approx.policies.optimise import Levels, Problem, cheapest, least_cost, least_error
 from fx_approx.policies.roofline import RooflineModel
 from fx_approx.policies.sensitivity import Sensitivity
@@ -56,17 +56,31 @@ class _Ladder(GraphPolicy):
         return [1.0, *sorted({float(ratio) for ratio in self.ratios if ratio < 1}, reverse=True)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Budget(_Ladder):
-    def _share(self, work: Work, model: Model) -> float:
-        """Of the exact step's cost."""
-        raise NotImplementedError
+@dataclasses.dataclass(frozen=True)
+class _Budget(_Ladder, abc.ABC):
+    """A limit on some cost of the step, as a share of the exact step's.
 
-    def _needs_memory(self) -> bool:
-        return True
+    Attributes:
+        budget: In (0, 1].
+    """
 
-    def _limit(self) -> float:
-        raise NotImplementedError
+    budget: float
+
+    _moves: ClassVar[bool] = True
+    """Whether the cost reads the bytes moved and kept."""
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        super().__post_init__()
+        _fraction("budget", self.budget)
+
+    @abc.abstractmethod
+    def _cost(self, work: Work, model: Model) -> float:
+        """Of a step, in any unit."""
+
+    def _share(self, cost: float, whole: float) -> float:
+        """``cost`` as a share of the exact step's; all of it where that is not known."""
+        return cost / whole if whole else 1.0
 
     def decide_whole(self, model: Model) -> Sequence[Decision]:
         """The plan of least predicted error within the budget.
@@ -74,9 +88,13 @@ class _Budget(_Ladder):
         Raises:
             ValueError: No plan meets it; the message says what is the least.
         """
-        levels, limit = self._levels, self._limit()
+        levels, limit = self._levels, float(self.budget)
         groups, refused = self.groups(model, levels[-1])
-        share = functools.lru_cache(maxsize=None)(functools.partial(self._at, model, groups))
+        whole = self._cost(model.work({}, self._moves), model)
+
+        def share(ratios: tuple[float, ...]) -> float:
+            return self._share(self._cost(model.work(self.decisions(groups, ratios), self._moves), model), whole)
+
         problem = Problem(
             self.errors(model, groups, levels, self.sensitivity),
             lambda chosen: share(tuple(levels[level] for level in chosen)),
@@ -101,9 +119,6 @@ class _Budget(_Ladder):
         }
         return self.final(model, groups, ratios, refused, reasons, dict.fromkeys(reasons, left))
 
-    def _at(self, model: Model, groups: Sequence[Sequence[str]], ratios: tuple[float, ...]) -> float:
-        return self._share(model.work(self.decisions(groups, ratios), self._needs_memory()), model)
-
 
 def _filled(
     problem: Problem,
@@ -124,8 +139,9 @@ def _filled(
             tried = [*ratios[:place], middle, *ratios[place + 1 :]]
             low, high = (middle, high) if share(tuple(tried)) <= limit else (low, middle)
         tried = [*ratios[:place], low, *ratios[place + 1 :]]
-        if spent < share(tuple(tried)) <= limit:
-            best, spent = tried, share(tuple(tried))
+        now = share(tuple(tried))
+        if spent < now <= limit:
+            best, spent = tried, now
     return best
 
 
@@ -139,21 +155,13 @@ class FlopBudget(_Budget):
         budget: Share of the operations of all products in a training step, in (0, 1].
     """
 
-    budget: float
+    _moves: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        super().__post_init__()
-        _fraction("budget", self.budget)
+    def _cost(self, work: Work, model: Model) -> float:
+        return FlopModel().step(work, model).flops or 0
 
-    def _limit(self) -> float:
-        return float(self.budget)
-
-    def _needs_memory(self) -> bool:
-        return False
-
-    def _share(self, work: Work, model: Model) -> float:
-        return (FlopModel().step(work, model).flops or 0) / max(1, work.flops_exact)
+    def _share(self, cost: float, whole: float) -> float:
+        return cost / max(1.0, whole)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,18 +174,8 @@ class MemoryBudget(_Budget):
         budget: Share of the bytes kept, parameters and buffers left out, in (0, 1].
     """
 
-    budget: float
-
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        super().__post_init__()
-        _fraction("budget", self.budget)
-
-    def _limit(self) -> float:
-        return float(self.budget)
-
-    def _share(self, work: Work, model: Model) -> float:
-        return work.memory / work.memory_exact if work.memory_exact else 1.0
+    def _cost(self, work: Work, model: Model) -> float:
+        return work.memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,25 +188,10 @@ class TimeBudget(_Budget):
             own ratio and of its readers'.
     """
 
-    budget: float
     cost: WholeCostModel = dataclasses.field(default_factory=RooflineModel)
 
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        super().__post_init__()
-        _fraction("budget", self.budget)
-
-    def _limit(self) -> float:
-        return float(self.budget)
-
-    def _share(self, work: Work, model: Model) -> float:
-        exact = self.cost.step(work.exact, model).seconds
-        now = self.cost.step(work, model).seconds
-        if exact is None or now is None:
-            raise TypeError(
-                f"cost: {type(self.cost).__name__} estimates no time; expected RooflineModel, MeasuredModel"
-            )
-        return now / exact if exact else 1.0
+    def _cost(self, work: Work, model: Model) -> float:
+        return step_seconds(self.cost, work, model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,9 +229,10 @@ class ErrorBudget(_Ladder):
         levels, allowed = self._levels, self.noise * self.sensitivity.sgd_noise
         groups, refused = self.groups(model, levels[-1])
 
+        before = self.cost.step(model.work({}), model)
+
         def price(chosen: Levels) -> float:
-            work = model.work(self.decisions(groups, [levels[level] for level in chosen]))
-            now, before = self.cost.step(work, model), self.cost.step(work.exact, model)
+            now = self.cost.step(model.work(self.decisions(groups, [levels[level] for level in chosen])), model)
             if now.seconds is not None and before.seconds:
                 return now.seconds / before.seconds
             return (now.flops or 0) / max(1, before.flops or 0)

@@ -15,7 +15,7 @@ from fx_approx.policies.base import decision, exact
 from fx_approx.policies.predicted_error import predicted_error
 from fx_approx.policies.sensitivity import Sensitivity
 from fx_approx.sampling import SamplerSpec, get_sampler
-from fx_approx.work import Model
+from fx_approx.work import Model, WholeCostModel, Work
 
 EIGHTHS = tuple(place / 8 for place in range(1, 8))
 _LEAST_LEFT = 1e-6
@@ -206,6 +206,14 @@ class GraphPolicy:
             error = predicted_error(scores, self.spec(ratio), pairs)
             total += math.log1p(error) if unbiased else -math.log(max(1 - error, _LEAST_LEFT))
         return total
+
+
+def step_seconds(cost: WholeCostModel, work: Work, model: Model) -> float:
+    """Seconds of a step; TypeError for a cost model without times."""
+    found = cost.step(work, model).seconds
+    if found is None:
+        raise TypeError(f"cost: {type(cost).__name__} estimates no time; expected RooflineModel or MeasuredModel")
+    return found
 
 
 def _split(site: str) -> tuple[str, Role]:

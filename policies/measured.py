@@ -52,6 +52,7 @@ class MeasuredModel:
         self._cache = DiskCache(cache_folder())
         self._rest = RooflineModel(self.compiled)
         self._whole: dict[str, float | None] = {}
+        self._times: dict[Any, float] = {}
 
     @property
     def omits(self) -> str:
@@ -93,30 +94,26 @@ class MeasuredModel:
     def _products(self, products: Iterable[ProductWork]) -> dict[Any, float]:
         """Seconds of each, by what it is."""
         wanted = {key: product for product in products if (key := _key(product)) is not None}
-        found: dict[Any, float] = {}
-        missing: list[tuple[Any, ProductWork]] = []
+        missing = []
         for key, product in wanted.items():
-            facts = product.candidate.facts
-            assert facts is not None
-            reduced = _operands(product)
-            if reduced is None:  # as its operations
+            if key not in self._times and _operands(product) is None:  # as its operations
+                facts = product.candidate.facts
+                assert facts is not None
                 whole = ProductWork(product.candidate, Kept(), {})
-                flops = executed_flops(facts, product.kept).total / max(1, facts.flops.total)
-                found[key] = flops * self._products([whole]).get(_key(whole), 0.0)
-            else:
+                share = executed_flops(facts, product.kept).total / max(1, facts.flops.total)
+                self._times[key] = share * self._products([whole])[_key(whole)]
+            elif key not in self._times:
                 missing.append((key, product))
-        found.update(self._timed(missing))
-        return found
+        self._time(missing)
+        return {key: self._times[key] for key in wanted}
 
-    def _timed(self, products: Sequence[tuple[Any, ProductWork]]) -> dict[Any, float]:
-        found: dict[Any, float] = {}
+    def _time(self, products: Sequence[tuple[Any, ProductWork]]) -> None:
         for start in self._bar(range(0, len(products), _TOGETHER)):
             together = products[start : start + _TOGETHER]
             run = functools.cache(functools.partial(self._run, [product for _, product in together]))
             for place, (key, product) in enumerate(together):
                 one = functools.partial(_one_of, run, place)
-                found[key] = self._cache.get(self._disk_key(product), one)
-        return found
+                self._times[key] = self._cache.get(self._disk_key(product), one)
 
     def _run(self, products: Sequence[ProductWork]) -> list[float]:
         made = [_training(product, self.compiled) for product in products]
@@ -152,7 +149,7 @@ def _key(product: ProductWork) -> Any:
     gathers = product.kept.output is not None and not product.hoisted
     need = facts.flops.grad_input > 0, facts.flops.grad_weight > 0
     apart = roles if set(product.roles) - {Role.OUTPUT} or product.kept.straight_through else ()
-    return product.candidate.kind, facts.call, facts.dtype, need, product.kept, gathers, apart
+    return product.candidate.kind, facts.call, facts.dtype, facts.device, need, product.kept, gathers, apart
 
 
 def _channels_last(facts: ProductFacts, compiled: bool) -> bool:

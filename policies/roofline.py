@@ -227,10 +227,9 @@ def _bytes(product: ProductWork) -> float:
     if shape is None:
         return 0.0
     left, right, result = _parts(shape, product.kept)
-    size = facts.lhs_bytes + facts.rhs_bytes
-    out = facts.rhs_bytes / max(1, shape.k) * shape.m if facts.rhs_bytes else 0.0
+    out = facts.rhs_bytes / max(1, shape.k) * shape.m
     products = 1 + sum(getattr(facts.flops, role.value) > 0 for role in (Role.GRAD_INPUT, Role.GRAD_WEIGHT))
-    return products * (facts.lhs_bytes * left + facts.rhs_bytes * right + out * result) if size else 0.0
+    return products * (facts.lhs_bytes * left + facts.rhs_bytes * right + out * result)
 
 
 def _parts(shape: GemmShape, kept: Kept) -> tuple[float, float, float]:

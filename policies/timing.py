@@ -37,12 +37,12 @@ def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device) -> list
     counts = []
     for call in calls:
         call()
-        once = min(_seconds(call, 1, device) for _ in range(2))
+        once = min(seconds(call, device) for _ in range(2))
         counts.append(max(1, min(1000, int(_BLOCK / max(once, 1e-7)))))
     taken: list[list[float]] = [[] for _ in calls]
     while True:
         for call, count, own in zip(calls, counts, taken, strict=True):
-            own.append(_seconds(call, count, device))
+            own.append(seconds(call, device, count))
         if len(taken[0]) >= _FEW:
             found = [_timing(own) for own in taken]
             if len(taken[0]) >= _MANY or all(one.spread < _SPREAD for one in found):
@@ -54,7 +54,8 @@ def _timing(values: Sequence[float]) -> Timing:
     return Timing(middle, (high - low) / (2 * middle))
 
 
-def _seconds(call: Callable[[], Any], count: int, device: torch.device) -> float:
+def seconds(call: Callable[[], Any], device: torch.device, count: int = 1) -> float:
+    """How long ``call`` takes, on ``device`` to its end; the mean of ``count`` calls in a row."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     start = time.perf_counter()

@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[int, set[str]]] = {
     "runtime": (5, {"print_passes", "runtime", "approx"}),
     "passes": (6, {"passes"}),
     "policies": (6, {"policies"}),
-    "surface": (7, {*_REPORTS, "checks", "controls", "verify", "overhead", "coupling", *_TRAINING}),
+    "surface": (7, {*_REPORTS, "checks", "controls", "verify", "overhead", "coupling", "figures", *_TRAINING}),
     "pipeline": (8, {"pipeline", "whole"}),
     "api": (9, {"api", "dynamo_backend", "dynamo_frame", "dynamo_run", "lifted", "sensitivity", "prediction", *_SWEEP}),
     "entry": (10, {"__init__", "__main__", "cli"}),
