@@ -16,5 +16,6 @@ def load_matplotlib(module: str, what: str) -> Any:
         return importlib.import_module(f"matplotlib.{module}")
     except ImportError as error:
         raise ImportError(
-            f"{what} needs matplotlib, which fx_approx does not install: pip install matplotlib"
+            f"{what} needs matplotlib, which fx_approx does not install by itself: pip install matplotlib, or "
+            "'fx_approx[figures]'"
         ) from error
