@@ -228,8 +228,8 @@ def _bytes(product: ProductWork) -> float:
         return 0.0
     left, right, result = _parts(shape, product.kept)
     out = facts.rhs_bytes / max(1, shape.k) * shape.m
-    products = 1 + sum(getattr(facts.flops, role.value) > 0 for role in (Role.GRAD_INPUT, Role.GRAD_WEIGHT))
-    return products * (facts.lhs_bytes * left + facts.rhs_bytes * right + out * result)
+    gradients = sum(bool(getattr(facts.flops, role.value)) for role in (Role.GRAD_INPUT, Role.GRAD_WEIGHT))
+    return (1 + gradients) * (facts.lhs_bytes * left + facts.rhs_bytes * right + out * result)
 
 
 def _parts(shape: GemmShape, kept: Kept) -> tuple[float, float, float]:
