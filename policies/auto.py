@@ -6,31 +6,37 @@ import dataclasses
 import numbers
 from collections.abc import Mapping, Sequence
 
-from fx_approx.plan import Decision
-from fx_approx.policies.graph import GraphPolicy, step_seconds
+from fx_approx.plan import SCOPES, Decision
+from fx_approx.policies.drafts import Draft, drafts, first_of_the_fastest, worth_trying
+from fx_approx.policies.graph import GraphPolicy
 from fx_approx.policies.roofline import RooflineModel
-from fx_approx.work import Model, WholeCostModel
+from fx_approx.work import Model, StepTime, WholeCostModel
 
-_LEAST = 1e-3
-"""Of the exact step: a selection that saves less is not worth its error."""
+_FASTEST = ("value", "group")
 
 
 @dataclasses.dataclass(frozen=True)
 class Auto(GraphPolicy):
-    """Samples the layers for which a cost model says that the whole step gets faster, all at one ratio.
+    """Samples the layers for which the whole step gets faster, all at one ratio, and finds out which those are.
 
-    From all layers that may be sampled, it leaves out those without which the step is predicted to be no slower, one
-    selection after the other, since each changes what its neighbours save. Then the plan is timed against the exact
-    step on the example inputs, unless ``check`` is off; where its lower quartile gains less than ``margin``, all layers
-    stay exact.
+    For each scope it drafts two plans by a cost model: all layers that may be sampled, and what is left of them after
+    leaving out, one after the other, the selections without which the step is predicted to be no slower (each changes
+    what its neighbours save). The drafts that are predicted to be the fastest are timed in turn with the exact step, on
+    the example inputs, unless ``check`` is off. The fastest becomes the plan; if others are within 3 per cent of it,
+    the one of least error: scope ``value`` before ``group``, the last layer exact, fewer layers. Where its lower
+    quartile gains less than ``margin``, all layers stay exact.
 
     Attributes:
         ratio: Sample ratio, in (0, 1).
-        cost: The cost model.
-        compiled: The model is to be compiled; timed as such it takes the time of two compilations.
-        check: Time the plan. Needs example inputs with values, which the Dynamo frontend does not have.
+        cost: The cost model that drafts; by default :class:`RooflineModel`.
+        compiled: The model is to be compiled. Timed as such, the exact step and each draft take a compilation.
+        check: Time the drafts. Needs example inputs with values, which the Dynamo frontend does not have.
         margin: The least speed-up.
         repeats: Steps that are timed, of each.
+        tries: Drafts that are timed, at most.
+        share: ``fastest``: ``value`` or ``group``, whichever is faster; otherwise one scope, see :class:`GraphPolicy`.
+        keep_last: True: layers with no layer after them stay exact. None: unless the step is faster otherwise, as it
+            can be at scope ``group``, where a classifier that reads all channels keeps all of them alive.
     """
 
     ratio: float = 0.5
@@ -39,9 +45,17 @@ class Auto(GraphPolicy):
     check: bool = True
     margin: float = 1.02
     repeats: int = 9
+    tries: int = 4
+    share: str = dataclasses.field(default="fastest", kw_only=True)
+    keep_last: bool | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Checks the fields."""
+        if self.share != "fastest" and self.share not in SCOPES:
+            raise ValueError(f"share: expected fastest or one of {', '.join(SCOPES)}, got {self.share!r}")
+        if self.share == "fastest" or self.keep_last is None:
+            self._variants()
+            return
         super().__post_init__()
         if self.mode != "forward":
             raise ValueError(f"mode: expected forward, where the steps of neighbours shrink too, got {self.mode!r}")
@@ -52,55 +66,43 @@ class Auto(GraphPolicy):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if isinstance(self.margin, bool) or not isinstance(self.margin, numbers.Real) or not self.margin >= 1:
             raise ValueError(f"margin: expected a number of at least 1, got {self.margin!r}")
-        if isinstance(self.repeats, bool) or not isinstance(self.repeats, int) or self.repeats < 3:
-            raise ValueError(f"repeats: expected an integer of at least 3, got {self.repeats!r}")
+        for name, least in (("repeats", 3), ("tries", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+
+    def _variants(self) -> list[Auto]:
+        """This policy at one scope, with one rule for the last layer; those of less error first."""
+        shares = _FASTEST if self.share == "fastest" else (self.share,)
+        lasts = (True, False) if self.keep_last is None else (self.keep_last,)
+        return [dataclasses.replace(self, share=share, keep_last=last) for share in shares for last in lasts]
 
     def decide_whole(self, model: Model) -> Sequence[Decision]:
         """The plan, with numbers in its reasons."""
-        groups, refused = self.groups(model, self.ratio)
-        if not groups:
-            return self.final(model, [], [], refused, {}, {})
         cost = RooflineModel(self.compiled) if self.cost is None else self.cost
-        whole = step_seconds(cost, model.work({}), model)
-        chosen, gains = self._chosen(model, cost, groups, whole)
-        predicted = self._predicted(model, cost, groups, chosen)
-        step = f"the step {whole / predicted:.2f} times as fast, predicted"
-        sampled = {name: f"saves {100 * gains[names]:.1f} % of the step; {step}" for names in groups for name in names}
-        left = {name: f"saves {100 * gains[names]:.1f} % of the step, predicted" for names in groups for name in names}
-        ratios = [self.ratio if one else 1.0 for one in chosen]
-        if any(chosen) and self.check and model.runs:
-            decisions = {n: d for n, d in self.decisions(groups, ratios).items() if d.spec and d.spec.ratio < 1}
-            low, middle, high = model.time([decisions], compiled=self.compiled, repeats=self.repeats)[1].speedup
-            measured = f"measured {middle:.2f} [{low:.2f}, {high:.2f}]"
-            if low < self.margin:
-                left = dict.fromkeys(left, f"{step}, but {measured}, below {self.margin:g}")
-                ratios = [1.0] * len(groups)
-            sampled = {name: f"{reason}, {measured}" for name, reason in sampled.items()}
-        elif any(chosen) and whole / predicted < self.margin:
-            left = dict.fromkeys(left, f"{step}, below {self.margin:g}")
-            ratios = [1.0] * len(groups)
-        return self.final(model, groups, ratios, refused, sampled, left)
+        found = [one for variant in self._variants() for one in drafts(variant, variant.ratio, model, cost)]
+        tried = worth_trying(found, self.tries)
+        if not tried or not self.check or not model.runs:
+            best = first_of_the_fastest(found, [one.speedup for one in found])
+            return self._final(model, best, "", enough=not best.decisions or best.speedup >= self.margin)
+        times = model.time([one.decisions for one in tried], compiled=self.compiled, repeats=self.repeats)[1:]
+        best = first_of_the_fastest(tried, [time.speedup[1] for time in times])
+        measured = times[tried.index(best)]
+        return self._final(model, best, _told(measured), enough=measured.speedup[0] >= self.margin)
 
-    def _chosen(
-        self, model: Model, cost: WholeCostModel, groups: Sequence[tuple[str, ...]], whole: float
-    ) -> tuple[list[bool], Mapping[tuple[str, ...], float]]:
-        """Which groups are sampled, and what each saves with those, or would save with them."""
-        chosen = [True] * len(groups)
-        while True:
-            now = self._predicted(model, cost, groups, chosen)
-            gains = {}
-            for place, names in enumerate(groups):
-                other = self._predicted(model, cost, groups, [*chosen[:place], not chosen[place], *chosen[place + 1 :]])
-                gains[names] = (other - now if chosen[place] else now - other) / whole
-            worst = min(
-                (names for names, one in zip(groups, chosen, strict=True) if one), key=gains.__getitem__, default=None
-            )
-            if worst is None or gains[worst] >= _LEAST:
-                return chosen, gains
-            chosen[groups.index(worst)] = False
+    def _final(self, model: Model, best: Draft, measured: str, *, enough: bool) -> list[Decision]:
+        """All decisions of the draft, or none if it does not save ``enough``."""
+        step = f"the step {best.speedup:.2f} times as fast, predicted"
+        saves = {name: f"saves {100 * gain:.1f} % of the step" for names, gain in best.gains.items() for name in names}
+        sampled = {name: f"{own}; {step}{measured and ', ' + measured}" for name, own in saves.items()}
+        left: Mapping[str, str] = {name: f"{own}, predicted" for name, own in saves.items()}
+        ratios = best.ratios
+        if not enough:
+            why = f"{step}, but {measured}" if measured else step
+            left, ratios = dict.fromkeys(saves, f"{why}, below {self.margin:g}"), [1.0] * len(best.groups)
+        return best.policy.final(model, best.groups, ratios, best.refused, sampled, left)
 
-    def _predicted(
-        self, model: Model, cost: WholeCostModel, groups: Sequence[tuple[str, ...]], chosen: Sequence[bool]
-    ) -> float:
-        decisions = self.decisions(groups, [self.ratio if one else 1.0 for one in chosen])
-        return step_seconds(cost, model.work(decisions), model)
+
+def _told(time: StepTime) -> str:
+    low, middle, high = time.speedup
+    return f"measured {middle:.2f} [{low:.2f}, {high:.2f}]"

@@ -52,7 +52,7 @@ class GraphPolicy:
     minimal_k: int = 16
     granularity: int = 8
     keep_first: bool = True
-    keep_last: bool = True
+    keep_last: bool | None = True
     mode: str = "forward"
 
     def __post_init__(self) -> None:

@@ -26,8 +26,8 @@ def clock(monkeypatch: pytest.MonkeyPatch, low: float, middle: float) -> list[bo
 
     def time(self: Whole, plans: Any, *, compiled: bool = False, repeats: int = 7) -> list[StepTime]:
         asked.append(compiled)
-        assert len(plans) == 1 and all(decision.spec.ratio == 0.5 for decision in plans[0].values())
-        return [StepTime(1.0, (1.0, 1.0, 1.0)), StepTime(1 / middle, (low, middle, middle))]
+        assert all(decision.spec.ratio == 0.5 for plan in plans for decision in plan.values())
+        return [StepTime(1.0, (1.0, 1.0, 1.0)), *[StepTime(1 / middle, (low, middle, middle))] * len(plans)]
 
     monkeypatch.setattr(Whole, "time", time)
     return asked
