@@ -14,6 +14,10 @@ import torch
 
 import fx_approx
 
+# Read by oneDNN when it first runs. It keeps 1024 primitives by default, more than any one network needs, but fewer
+# than several do that are timed in turn: each would make its own anew in every step, which none does in training.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
+
 
 def environment() -> dict[str, Any]:
     """Hardware, versions and date, as plain values."""
