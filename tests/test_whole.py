@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -112,6 +113,29 @@ def test_timing_leaves_the_model_as_it_was(compiled: bool) -> None:
     assert exact.speedup == (1.0, 1.0, 1.0) and exact.seconds > 0
     low, middle, high = sampled.speedup
     assert 0 < low <= middle <= high
+
+
+class SlowAfterOthers(nn.Module):
+    """Its step takes long if another one ran before, as if caches had been emptied."""
+
+    last = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(32, 32), [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls[0] += 1
+        if SlowAfterOthers.last != id(self):
+            time.sleep(0.2)
+        SlowAfterOthers.last = id(self)
+        return self.linear(x)
+
+
+def test_the_first_step_after_another_models_is_not_counted() -> None:
+    """Training repeats one model's step; what taking turns costs is none of its time."""
+    times = viewed(SlowAfterOthers(), x=torch.randn(4, 32))[0].time([{}, {}], repeats=3)
+    assert len(times) == 3 and max(one.seconds for one in times) < 0.1
 
 
 def test_without_inputs_there_is_nothing_to_time() -> None:

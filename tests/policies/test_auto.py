@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
 import fx_approx
+from fx_approx.api import view_of
 from fx_approx.plan import Cost
-from fx_approx.policies import Auto, FlopModel, RooflineModel
+from fx_approx.policies import Auto, Exact, FlopModel, RooflineModel
+from fx_approx.policies.drafts import drafts
 from fx_approx.policies.roofline import Device
 from fx_approx.whole import Whole
 from fx_approx.work import Model, StepTime, Work
@@ -58,17 +61,103 @@ def test_without_a_check_the_prediction_decides(monkeypatch: pytest.MonkeyPatch)
     assert not plan.sampled and "below 100" in plan["3.conv1"].reason and not asked
 
 
+def clock_by_plan(monkeypatch: pytest.MonkeyPatch, speedups: dict[tuple[str, bool], float]) -> list[tuple[str, bool]]:
+    """Times told by scope and by whether the last layer is sampled; returns what was timed."""
+    asked: list[tuple[str, bool]] = []
+
+    def time(self: Whole, plans: Any, **options: Any) -> list[StepTime]:
+        asked.extend((next(iter(plan.values())).share, "8" in plan) for plan in plans)
+        return [StepTime(1 / s, (s, s, s)) for s in (1.0, *(speedups[kind] for kind in asked))]
+
+    monkeypatch.setattr(Whole, "time", time)
+    return asked
+
+
+ALL = [("value", False), ("value", True), ("group", False), ("group", True)]
+
+
+@pytest.mark.parametrize(
+    ("times", "share", "last"),
+    [
+        ((1.5, 1.6, 1.7, 1.8), "group", True),
+        ((1.5, 1.6, 1.8, 1.8), "group", False),
+        ((1.5, 1.8, 1.7, 1.8), "value", True),
+        ((1.76, 1.8, 1.7, 1.8), "value", False),
+        ((1.74, 1.7, 1.76, 1.8), "group", False),
+    ],
+)
+def test_the_fastest_draft_is_taken_and_of_equals_the_one_of_least_error(
+    monkeypatch: pytest.MonkeyPatch, times: tuple[float, ...], share: str, last: bool
+) -> None:
+    asked = clock_by_plan(monkeypatch, dict(zip(ALL, times, strict=True)))
+    plan = fx_approx.explain(network(), Auto(cost=RooflineModel(device=FAST), **SMALL), IMAGES).plan
+    assert asked == ALL
+    assert {decision.share for decision in plan.sampled} == {share}
+    assert bool(plan["8"].roles) == last
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"share": "value"}, ALL[:2]),
+        ({"keep_last": True}, [ALL[0], ALL[2]]),
+        ({"keep_last": False, "share": "group"}, ALL[3:]),
+        ({"tries": 1}, ALL[3:]),
+        ({"tries": 2}, [ALL[1], ALL[3]]),
+    ],
+)
+def test_what_is_tried(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], expected: list[tuple[str, bool]]
+) -> None:
+    """Operations are all that counts here: the fewest are left where the last layer is sampled, at group scope."""
+    asked = clock_by_plan(monkeypatch, dict.fromkeys(ALL, 1.5))
+    fx_approx.explain(network(), Auto(cost=RooflineModel(device=FAST), **SMALL, **options), IMAGES)
+    assert asked == expected
+
+
+def test_both_drafts_of_a_scope_are_timed_where_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = clock_by_plan(monkeypatch, {("value", False): 1.5})
+    auto = Auto(cost=Penalty("3.conv2"), share="value", keep_last=True, **SMALL)
+    plan = fx_approx.explain(network(), auto, IMAGES).plan
+    assert asked == [("value", False)], "all at once is predicted to be much slower than exact"
+    assert not plan["3.conv2"].roles
+    asked.clear()
+    auto = dataclasses.replace(auto, cost=Penalty("3.conv2", 0.2))
+    assert not fx_approx.explain(network(), auto, IMAGES).plan["3.conv2"].roles
+    assert asked == [("value", False)] * 2
+
+
+@pytest.mark.parametrize("share", ["value", "group"])
+@pytest.mark.parametrize("slicing", [2e8, 5e8])
+def test_no_selection_is_left_that_does_not_pay_and_none_is_missing_that_would(share: str, slicing: float) -> None:
+    """The pruned draft is a local optimum, by the cost model itself."""
+    device = Device("in between", "torch.float32", 1e11, 1e10, slicing, 1e-6, 0.8, 0.7, 0.5, 0.1)
+    cost, policy = RooflineModel(device=device), Auto(share=share, keep_last=True, **SMALL)
+    view = view_of(network(), Exact(), IMAGES)[0]
+    pruned, everything = drafts(policy, 0.5, view, cost)
+    assert 0 < len(pruned.decisions) < len(everything.decisions)
+    assert pruned.speedup > everything.speedup
+    whole, now = cost.step(view.work({}), view).seconds, cost.step(pruned.work, view).seconds
+    assert whole is not None and now is not None and pruned.speedup == pytest.approx(whole / now)
+    for place, ratio in enumerate(pruned.ratios):
+        if ratio < 1:
+            ratios = [*pruned.ratios[:place], 1.0, *pruned.ratios[place + 1 :]]
+            other = cost.step(view.work(policy.decisions(pruned.groups, ratios)), view).seconds
+            assert other is not None and other - now >= 1e-3 * whole
+            assert pruned.gains[pruned.groups[place]] == pytest.approx((other - now) / whole)
+
+
 class Penalty:
-    """Operations, but sampling ``name`` costs as much as the whole step."""
+    """Operations, but sampling ``name`` costs as much as a share of the whole step."""
 
     omits = "all but operations"
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, share: float = 1) -> None:
+        self.name, self.share = name, share
 
     def step(self, work: Work, model: Model) -> Cost:
         own = any(product.candidate.name == self.name and product.roles for product in work.products)
-        return Cost(seconds=work.flops + own * work.flops_exact)
+        return Cost(seconds=work.flops + own * self.share * work.flops_exact)
 
 
 @pytest.mark.parametrize("name", ["3.conv2", "5.conv1"])
@@ -111,6 +200,9 @@ def test_a_network_that_cannot_be_sampled() -> None:
         ({"check": 1}, TypeError, "check: expected True or False"),
         ({"margin": 0.5}, ValueError, "margin: expected a number of at least 1"),
         ({"repeats": 2}, ValueError, "repeats: expected an integer of at least 3"),
+        ({"tries": 0}, ValueError, "tries: expected an integer of at least 1, got 0"),
+        ({"share": "all"}, ValueError, "share: expected fastest or one of site, value, group, got 'all'"),
+        ({"keep_last": "no"}, TypeError, "keep_last: expected True or False, got 'no'"),
         ({"scores": "online"}, ValueError, "scores: expected weight"),
     ],
 )
