@@ -5,6 +5,7 @@ approx = torch.compile(approx)
 print(fx_approx.report(approx))               # what each layer saves, and why the others were left exact
 """
 
+from fx_approx import distributed
 from fx_approx.api import explain, report, restore, transform
 from fx_approx.candidate import Candidate, GemmShape, Role
 from fx_approx.controller import AdaptiveRatios, NoiseRecord
@@ -24,6 +25,7 @@ from fx_approx.errors import (
     CacheWarning,
     CaptureError,
     CaptureWarning,
+    DisagreementError,
     KernelWarning,
     NoEffectWarning,
     PlanMismatchError,
@@ -57,6 +59,7 @@ __all__ = [
     "CaptureError",
     "CaptureWarning",
     "Decision",
+    "DisagreementError",
     "Explanation",
     "GemmShape",
     "KernelWarning",
@@ -85,6 +88,7 @@ __all__ = [
     "backend",
     "coupling_graph",
     "coupling_text",
+    "distributed",
     "draw_coupling",
     "explain",
     "hold",

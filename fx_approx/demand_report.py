@@ -8,7 +8,9 @@ from typing import Any
 
 from fx_approx.candidate import Candidate, Role
 from fx_approx.flops import Kept, kept_bytes, kept_pairs, sliced_bytes
+from fx_approx.modules import Selector
 from fx_approx.passes.effects import Axis, Effects, Operation, entries, nbytes
+from fx_approx.resample import Shared
 from fx_approx.rows import Demanded
 from fx_approx.sampling import SamplerSpec, get_sampler, get_score
 
@@ -294,3 +296,9 @@ class _Walk:
         """What was kept of the input, of which a copy made inside holds the selected part."""
         for place in saved:
             self._hold(seen.get(place, ((one.name, place), self.values.bytes[place] * some // of)))
+
+
+def coverages(shared: Sequence[Shared]) -> dict[Selector, float]:
+    """By selector, the share of its units chosen in the last steps, where that is recorded."""
+    known = [(one, one.coverage) for one in shared]
+    return {selector: share for one, share in known if share is not None for selector in one.selectors}

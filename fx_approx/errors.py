@@ -26,6 +26,13 @@ class RecomputationError(RuntimeError):
     """
 
 
+class DisagreementError(RuntimeError):
+    """Ranks of data-parallel training do not hold the same plan, seed, step or selections.
+
+    Adding up gradients by different selections would mix channels silently, so this is an error, on every rank.
+    """
+
+
 class UnsupportedTransformError(RuntimeError):
     """A function transform of torch.func that sampling does not support, such as vmap over a model in training."""
 

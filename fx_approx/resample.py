@@ -21,6 +21,7 @@ from fx_approx.modules import Selector
 from fx_approx.ops import OPS, new_running
 from fx_approx.ops.base import norm
 from fx_approx.ops.observed import aged, observe
+from fx_approx.published import Published
 from fx_approx.sampling import SamplerSpec, Selection, get_score
 from fx_approx.state import Draw, draw, in_backward, keep, recall_selection, remember_selection
 
@@ -162,11 +163,13 @@ class Resample(nn.Module):
         held_key: ``[2]``, the random key of the kept selections.
         held_indices: The kept selections, one behind the other.
         held_scale: Their scales, those without left out.
+        published: Records what is selected, for data-parallel training; None if no one asks.
     """
 
     held_key: Tensor
     held_indices: Tensor
     held_scale: Tensor
+    published: Published | None
 
     def __init__(self, shared: Sequence[Shared]) -> None:
         super().__init__()
@@ -176,6 +179,7 @@ class Resample(nn.Module):
         for name in ("held_key", "held_indices"):
             self.register_buffer(name, torch.full((2,), -1), persistent=False)
         self.register_buffer("held_scale", torch.zeros(0), persistent=False)
+        self.add_module("published", None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Resample:
         new = type(self).__new__(type(self))
@@ -236,6 +240,8 @@ class Resample(nn.Module):
                         result[place] = None
         if not compiling and self.remembers and given is not None:
             remember_selection(self.number, given.key, tuple(result))
+        if self.published is not None:
+            self.published(result, list(self.each()))
         return tuple(result)
 
     def _choose(
@@ -388,9 +394,3 @@ class Observer(nn.Module):
                     starts = torch.arange(shared.groups, device=own.device).unsqueeze(1) * shared.pairs
                     index = (selection.indices + starts).flatten()
                 observe(shared.running, shared.age, own.float(), index, place)
-
-
-def coverages(shared: Sequence[Shared]) -> dict[Selector, float]:
-    """By selector, the share of its units chosen in the last steps, where that is recorded."""
-    known = [(one, one.coverage) for one in shared]
-    return {selector: share for one, share in known if share is not None for selector in one.selectors}

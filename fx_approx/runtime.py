@@ -264,6 +264,8 @@ class Runtime(nn.Module):
         reason: str | None,
     ) -> Any:
         self.drawn = self._next(_detached((args, kwargs))) if self.draws else None
+        if self.resample is not None and self.resample.published is not None:
+            self.resample.published.fill()
         self.inside, self.calls = True, {}
         try:
             result = exact(root, *args, **kwargs)

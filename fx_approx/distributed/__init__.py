@@ -1,0 +1,97 @@
+"""Data-parallel training that sends the sampled part of each gradient only."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from fx_approx.approx import ApproxModule, find
+from fx_approx.distributed.agreement import check_plans
+from fx_approx.distributed.hook import InnerHook, SliceHook
+from fx_approx.distributed.slices import find_slices
+from fx_approx.distributed.traffic import Traffic
+from fx_approx.errors import NoEffectWarning
+from fx_approx.published import Published
+
+__all__ = ["Traffic", "register"]
+
+
+def register(ddp_model: Any, *, inner: InnerHook = allreduce_hook, check_every: int = 100) -> Traffic:
+    """Makes DistributedDataParallel reduce only the slices of gradients that the selections of the step made non-zero.
+
+    A weight that reads selected channels gets a gradient in those columns only, and, where what no one reads is not
+    computed, in the selected rows only. All ranks make the same selections, from weights, from running norms that are
+    averaged over the ranks after each step, or from the seed; so no indices are sent. All other gradients, and all
+    gradients of a step in which a layer is exact, are reduced whole. Over micro-batches in ``no_sync``, the union of
+    their selections is sent.
+
+    Call it by all ranks alike, after ``DistributedDataParallel`` and before the first step. ``torch.compile`` can be
+    around the model or around DistributedDataParallel.
+
+    Args:
+        ddp_model: DistributedDataParallel around a transformed model whose shapes are known (``example_inputs``).
+        inner: A stateless communication hook that averages the packed slices, such as ``fp16_compress_hook``; none that
+            keeps state for each position, such as PowerSGD, since positions change from step to step.
+        check_every: Every so many backward passes, beginning with the first, the ranks compare random state and
+            selections, and each looks whether what it leaves out is zero.
+
+    Returns:
+        What is sent, as a report that follows the training.
+
+    Raises:
+        TypeError: ``ddp_model`` is no DistributedDataParallel, or ``inner`` cannot be called.
+        ValueError: It holds no transformed model, or ``check_every`` is below 1.
+        DisagreementError: Plans, seeds or steps differ between the ranks, on every rank; also from the backward pass.
+
+    Warns:
+        NoEffectWarning: Some sampled layers are reduced whole, with the reason; or all are.
+    """
+    if not isinstance(ddp_model, DistributedDataParallel):
+        raise TypeError(
+            f"ddp_model: expected a DistributedDataParallel around a transformed model, got {type(ddp_model).__name__}"
+        )
+    if not callable(inner):
+        raise TypeError(f"inner: expected a communication hook, got {inner!r}")
+    if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 1:
+        raise ValueError(f"check_every: expected an integer of at least 1, got {check_every!r}")
+    model = find(ddp_model)
+    group = ddp_model.process_group
+    check_plans(model, group)
+    sliced, whole = find_slices(model)
+    if whole:
+        name, reason = next(iter(whole.items()))
+        warnings.warn(
+            f"{len(whole)} sampled layers are reduced whole, such as {name}: {reason}", NoEffectWarning, stacklevel=2
+        )
+    if not sliced:
+        warnings.warn("no gradient has a slice: all are reduced whole", NoEffectWarning, stacklevel=2)
+    resample = model._fx_approx.resample
+    if resample is not None:
+        resample.published = Published(resample)
+    hook = SliceHook(model, sliced, inner, check_every, group)
+    ddp_model.register_comm_hook(hook, lambda state, bucket: state.reduce(bucket))
+    _guard_no_sync(ddp_model, model)
+    return Traffic(model, sliced, whole, hook)
+
+
+def _guard_no_sync(ddp_model: DistributedDataParallel, model: ApproxModule) -> None:
+    """Refuses to let ranks choose apart: running norms are averaged with the gradients only."""
+    plain = ddp_model.no_sync
+
+    @contextlib.contextmanager
+    def no_sync() -> Iterator[None]:
+        resample = model._fx_approx.resample
+        if resample is not None and not resample.held and any(one.learns for one in resample.each()):
+            raise RuntimeError(
+                "no_sync: stale scores follow each rank's own micro-batches, so that the ranks would choose different "
+                "channels; hold one selection over them: with fx_approx.hold(model): ..."
+            )
+        with plain():
+            yield
+
+    ddp_model.no_sync = no_sync  # type: ignore[method-assign]

@@ -1,0 +1,94 @@
+"""Ranks make sure that they hold the same selections, before they add up gradients by them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fx_approx.approx import ApproxModule
+from fx_approx.errors import DisagreementError
+
+_STATE = ("step", "increment", "every", "seed")
+
+
+def check_plans(model: ApproxModule, group: dist.ProcessGroup | None) -> None:
+    """All ranks sample the same layers in the same way, from the same seed, at the same step.
+
+    Raises:
+        DisagreementError: On every rank; names ranks and the first layer or setting that differs.
+    """
+    own = _described(model)
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, digest, group)
+    if len(set(gathered)) == 1:
+        return
+    whole: list[Any] = [None] * len(gathered)
+    dist.all_gather_object(whole, own, group)
+    for key in sorted({key for one in whole for key in one}):
+        values = [one.get(key) for one in whole]
+        odd = _odd(values)
+        if odd:
+            usual = next(value for rank, value in enumerate(values) if rank not in odd)
+            raise DisagreementError(
+                f"{_ranks(odd)}: {key} is {values[odd[0]]!r}, and {usual!r} on the others; all ranks must "
+                "transform the same model by the same plan with the same seed, and resume from the same checkpoint"
+            )
+
+
+def _described(model: ApproxModule) -> dict[str, str]:
+    runtime = model._fx_approx
+    found = {f"layer {one.name}": repr((dict(one.roles), one.share, one.straight_through)) for one in runtime.plan}
+    for (name, role), selector in runtime.selectors.items():
+        found[f"layer {name}, {role.value}"] = repr((selector.spec, selector.enabled))
+    found.update({name: repr(value) for name, value in zip(_STATE, runtime.state.tolist(), strict=True)})
+    found["demand"] = repr(runtime.hoisting)
+    return found
+
+
+def digest_of(mask: Tensor, slices: Sequence[slice], state: Tensor) -> Tensor:
+    """``[4 + selections]`` int64: the random state, and a hash of each selection's units."""
+    units = torch.arange(1, mask.shape[0] + 1, device=mask.device)
+    mixed = (units * 0x5851F42D4C957F2D) ^ (units << 17)
+    hashes = [(mixed[own] * mask[own]).sum() for own in slices]
+    return torch.cat((state.to(mask.device), torch.stack(hashes) if hashes else state.new_empty(0)))
+
+
+def check_selections(digest: Tensor, layers: Sequence[str], group: dist.ProcessGroup | None) -> None:
+    """The random state and every selection are the same on all ranks; one small all-gather.
+
+    Raises:
+        DisagreementError: On every rank; names ranks and layer.
+    """
+    size = dist.get_world_size(group)
+    gathered = [torch.empty_like(digest) for _ in range(size)]
+    dist.all_gather(gathered, digest, group)
+    for place, values in enumerate(torch.stack(gathered).t().tolist()):
+        odd = _odd(values)
+        if not odd:
+            continue
+        if place < len(_STATE):
+            usual = next(value for rank, value in enumerate(values) if rank not in odd)
+            what = f"{_STATE[place]} is {values[odd[0]]}, and {usual} on the others"
+            hint = "resume all ranks from the same checkpoint"
+        else:
+            what = f"the selection of layer {layers[place - len(_STATE)]} is another one than on the others"
+            hint = "weights, running norms or training flags differ between the ranks"
+        raise DisagreementError(f"{_ranks(odd)}: {what}; {hint}")
+
+
+def _odd(values: Sequence[Any]) -> list[int]:
+    """Ranks whose value is not the most frequent one."""
+    usual = Counter(map(repr, values)).most_common(1)[0][0]
+    return [rank for rank, value in enumerate(values) if repr(value) != usual]
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

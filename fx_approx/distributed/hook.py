@@ -1,0 +1,200 @@
+"""The communication hook: packs the slices of a bucket, reduces them, and puts them back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fx_approx.approx import ApproxModule
+from fx_approx.controls import synchronize_scores
+from fx_approx.distributed.agreement import check_selections, digest_of
+from fx_approx.distributed.slices import Sliced, indices
+from fx_approx.errors import DisagreementError
+from fx_approx.passes.effects import Axis
+from fx_approx.published import Published
+
+InnerHook = Callable[[Any, Any], torch.futures.Future[Any]]
+_WORTH = 0.9
+"""Share of a parameter's gradient above which it is not worth packing."""
+
+
+class Packed:
+    """What of a bucket is sent: as much of :class:`torch.distributed.GradBucket` as stateless hooks read."""
+
+    def __init__(self, buffer: Tensor, index: int, last: bool) -> None:
+        """A bucket of one flat gradient."""
+        self._buffer, self._index, self._last = buffer, index, last
+
+    def buffer(self) -> Tensor:
+        """``[n]``."""
+        return self._buffer
+
+    def set_buffer(self, buffer: Tensor) -> None:
+        """Replaces it."""
+        self._buffer = buffer
+
+    def gradients(self) -> list[Tensor]:
+        """All of it as one."""
+        return [self._buffer]
+
+    def index(self) -> int:
+        """Of the bucket."""
+        return self._index
+
+    def is_last(self) -> bool:
+        """Whether it is the last one of the backward pass."""
+        return self._last
+
+
+class Part:
+    """The slice of one gradient that is sent."""
+
+    def __init__(self, gradient: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
+        """``gradient`` is a view into the bucket, ``[O, I, ...]``."""
+        self.gradient, self.rows, self.columns = gradient, rows, columns
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the gradient."""
+        return self.rows is None and self.columns is None
+
+    @property
+    def size(self) -> int:
+        """Numbers that are sent."""
+        rows, columns, *rest = *self.gradient.shape, 1
+        if self.rows is not None:
+            rows = self.rows.shape[0]
+        if self.columns is not None:
+            columns = self.columns.shape[0]
+        return int(rows * columns * math.prod(rest))
+
+    def take(self) -> Tensor:
+        """A copy of the slice, flat."""
+        part = self.gradient
+        if self.rows is not None:
+            part = part.index_select(0, self.rows)
+        if self.columns is not None:
+            part = part.index_select(1, self.columns)
+        return part.reshape(-1)
+
+    def put(self, flat: Tensor) -> None:
+        """Writes the slice back; all else is zero already."""
+        target, shape = self.gradient, list(self.gradient.shape)
+        if self.rows is not None:
+            shape[0] = self.rows.shape[0]
+        if self.columns is not None:
+            shape[1] = self.columns.shape[0]
+        value = flat.view(shape)
+        if self.rows is not None and self.columns is not None:
+            target[self.rows.unsqueeze(1), self.columns] = value
+        elif self.rows is not None:
+            target.index_copy_(0, self.rows, value)
+        elif self.columns is not None:
+            target.index_copy_(1, self.columns, value)
+        else:
+            target.copy_(value)
+
+
+class SliceHook:
+    """Reduces the buckets of one model; counts what it sends.
+
+    Attributes:
+        steps: Backward passes that were reduced.
+        dense: Bytes of the gradients, of the last one.
+        sent: Bytes that were handed to the inner hook for it.
+        by_layer: Likewise, of each layer with a slice.
+    """
+
+    def __init__(
+        self,
+        model: ApproxModule,
+        sliced: Mapping[nn.Parameter, Sliced],
+        inner: InnerHook,
+        check_every: int,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        """State of the hook; see :func:`fx_approx.distributed.register` for the arguments."""
+        self._model, self._sliced, self._inner = model, sliced, inner
+        self._check_every, self._group = check_every, group
+        self.steps = self.dense = self.sent = 0
+        self.by_layer: dict[str, int] = {}
+        self._counting: tuple[int, int, dict[str, int]] | None = None
+        self._found: dict[Axis, Tensor | None] = {}
+
+    @property
+    def _published(self) -> Published:
+        resample = self._model._fx_approx.resample
+        assert resample is not None and resample.published is not None
+        return resample.published
+
+    def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """Reduces one bucket; the future's value is the whole bucket, averaged."""
+        checking = self.steps % self._check_every == 0
+        if self._counting is None:
+            self._counting = 0, 0, {}
+            self._found = {}
+            if checking:
+                self._check()
+        buffer, last = bucket.buffer(), bucket.is_last()
+        parts = [self._part(g, p, checking) for g, p in zip(bucket.gradients(), bucket.parameters(), strict=True)]
+        plain = all(part.whole for part in parts)
+        flat = buffer if plain else torch.cat([part.take() for part in parts])
+        dense, sent, layers = self._counting
+        self._counting = dense + buffer.nbytes, sent + flat.nbytes, layers
+        future = self._inner(self._group, Packed(flat, bucket.index(), last))
+        if last:
+            self._end()
+
+        def unpack(done: torch.futures.Future[Any]) -> Tensor:
+            value = done.value()
+            value = value[0] if isinstance(value, (list, tuple)) else value
+            if plain:
+                return buffer if value is buffer else buffer.copy_(value)
+            for part, own in zip(parts, value.split([part.size for part in parts]), strict=True):
+                part.put(own)
+            return buffer
+
+        return future.then(unpack)
+
+    def _check(self) -> None:
+        classes = self._model._fx_approx.effects.classes
+        layers = [", ".join(dict.fromkeys(reading.name for reading in one.readings)) for one in classes]
+        published = self._published
+        check_selections(digest_of(published.mask, published.slices, self._model._fx_approx.state), layers, self._group)
+
+    def _part(self, gradient: Tensor, parameter: Tensor, checking: bool) -> Part:
+        own = self._sliced.get(parameter)  # type: ignore[call-overload]
+        if own is None:
+            return Part(gradient, None, None)
+        part = Part(gradient, self._entries(own.rows), self._entries(own.columns))
+        if checking and not part.whole and gradient.count_nonzero() != part.take().count_nonzero():
+            raise DisagreementError(
+                f"the gradient of {own.name} is not zero outside of its selection: the weight is used elsewhere, or "
+                "the model was changed since the transform"
+            )
+        if part.size > _WORTH * gradient.numel():
+            part = Part(gradient, None, None)
+        assert self._counting is not None
+        self._counting[2][own.layer] = part.size * gradient.itemsize
+        return part
+
+    def _entries(self, axis: Axis) -> Tensor | None:
+        if axis not in self._found:
+            self._found[axis] = indices(axis, self._published)
+        return self._found[axis]
+
+    def _end(self) -> None:
+        """The last bucket is on its way."""
+        assert self._counting is not None
+        self.dense, self.sent, self.by_layer = self._counting
+        self._counting = None
+        self.steps += 1
+        self._published.clear()
+        resample = self._model._fx_approx.resample
+        if resample is not None and any(one.learns for one in resample.each()):
+            synchronize_scores(self._model, self._group)

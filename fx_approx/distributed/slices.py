@@ -1,0 +1,109 @@
+"""Which part of each parameter's gradient the selections of a step can make non-zero."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fx_approx.approx import ApproxModule
+from fx_approx.candidate import Role
+from fx_approx.passes.demand import FULL
+from fx_approx.passes.effects import Axis, Effects
+from fx_approx.published import Published
+
+_WEIGHTED = ("linear", "conv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sliced:
+    """A weight of which only a slice can get a gradient.
+
+    Attributes:
+        name: Path of the parameter.
+        layer: Name of the candidate.
+        rows: Outputs that are computed; empty for all.
+        columns: Inputs that are read; empty for all.
+    """
+
+    name: str
+    layer: str
+    rows: Axis
+    columns: Axis
+
+
+def find_slices(model: ApproxModule) -> tuple[dict[nn.Parameter, Sliced], dict[str, str]]:
+    """The sliced weights of a transformed model; and, for the other sampled layers, why theirs are reduced whole."""
+    runtime = model._fx_approx
+    effects: Effects = runtime.effects
+    candidates = {one.name: one for one in runtime.candidates}
+    found, whole = {}, {}
+    uses = _uses(model, effects)
+    paths = {one.candidate: one.weight for one in effects.operations if one.candidate is not None}
+    shared = {reading.name for one in effects.classes for reading in one.readings}
+    for name, candidate in candidates.items():
+        decision, path = runtime.plan[name], paths.get(name)
+        if path is None or not candidate.kind.startswith(_WEIGHTED):
+            if decision.roles:
+                whole[name] = "its shapes are not known" if not effects.operations else "it has no weight of its own"
+            continue
+        parameter = model.get_parameter(path)
+        rows, columns = _axes(name, effects, candidate.groups)
+        if decision.roles and name not in shared:
+            whole[name] = "its selection is not made ahead (scores read activations), and ranks may differ"
+        elif decision.roles and (set(decision.roles) != {Role.OUTPUT} or decision.straight_through):
+            whole[name] = "its weight's gradient does not follow the selection of its output"
+        if name in whole:
+            columns = ()
+        if not rows and not columns:
+            continue
+        if uses[parameter] > 1:
+            whole[name] = f"{path} is used {uses[parameter]} times"
+            continue
+        found[parameter] = Sliced(path, name, rows, columns)
+    return found, whole
+
+
+def _axes(name: str, effects: Effects, groups: int) -> tuple[Axis, Axis]:
+    """Rows and columns of a weight; empty where all of them are there."""
+    operation = next(one for one in effects.operations if one.candidate == name)
+    rows = operation.axis if effects.hoisted and operation.action in ("produce", "depthwise") else ()
+    columns = effects.reads.get(name, ()) if groups == 1 else ()
+    return _narrow(rows), _narrow(columns)
+
+
+def _narrow(axis: Axis) -> Axis:
+    return axis if any(part.place != FULL for part in axis) else ()
+
+
+def _uses(model: ApproxModule, effects: Effects) -> Mapping[nn.Parameter, int]:
+    """How often the graph reads each weight."""
+    uses: collections.Counter[nn.Parameter] = collections.Counter()
+    graph = model._fx_approx.capture.graph
+    nodes = {} if graph is None else {node.name: node for node in graph.nodes}
+    for one in effects.operations:
+        if one.weight is not None and nodes[one.name].op == "call_module":
+            uses[model.get_parameter(one.weight)] += 1
+    known = dict(model.named_parameters(remove_duplicate=False))
+    for node in nodes.values():
+        if node.op == "get_attr" and str(node.target) in known:
+            uses[known[str(node.target)]] += len(node.users)
+    return uses
+
+
+def indices(axis: Axis, published: Published) -> Tensor | None:
+    """Entries of an axis that are selected, as a tensor on the device; None for all of them."""
+    if not axis:
+        return None
+    flags = []
+    for part in axis:
+        own = (
+            torch.ones(part.count, dtype=torch.bool, device=published.mask.device)
+            if part.place == FULL
+            else published.mask[published.slices[part.place]]
+        )
+        flags.append(own if part.block == 1 else own.repeat_interleave(part.block))
+    return (flags[0] if len(flags) == 1 else torch.cat(flags)).nonzero().flatten()
