@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import fx_approx
@@ -77,9 +77,10 @@ def made(name: str, sampler: str = "topk", scores: str = "weight", share: str = 
     return fx_approx.transform(MODELS[name](), policy, batch(0, 0)[0], **options)
 
 
-def train(model: nn.Module, rank: int, steps: int = STEPS, first: int = 0, micro: int = 1) -> list[float]:
+def train(model: nn.Module, rank: int, steps: int = STEPS, first: int = 0, micro: int = 1, **given: Any) -> list[float]:
     """Losses of plain SGD with momentum."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    after, optimizer = given.get("after"), given.get("optimizer")
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9) if optimizer is None else optimizer
     losses = []
     for step in range(first, first + steps):
         optimizer.zero_grad()
@@ -93,6 +94,8 @@ def train(model: nn.Module, rank: int, steps: int = STEPS, first: int = 0, micro
                 loss.backward()
         losses.append(loss.item())
         optimizer.step()
+        if after is not None:
+            after()
     return losses
 
 
@@ -102,16 +105,25 @@ def parameters(model: nn.Module) -> list[Tensor]:
 
 
 def both(
-    rank: int, name: str, micro: int = 1, inner: Any = None, wrap: Any = None, **options: Any
+    rank: int,
+    name: str,
+    micro: int = 1,
+    inner: Any = None,
+    wrap: Any = None,
+    inside: Any = None,
+    kept: Any = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Trained with dense reduction and with slices."""
     model = made(name, **options)
     other = copy.deepcopy(model)
-    dense = DistributedDataParallel(model, find_unused_parameters=False)
+    dense = DistributedDataParallel(model)
     if inner is not None:
         dense.register_comm_hook(None, inner)
-    plain = train(dense, rank, micro=micro)
-    ours = DistributedDataParallel(other, bucket_cap_mb=0.01)
+    plain = train(dense, rank, micro=micro, after=lambda: fx_approx.synchronize_scores(model))
+    inner_model = other if inside is None else inside(other)
+    small = {} if wrap or inside else {"bucket_cap_mb": 0.01}  # several buckets; Dynamo refuses so small ones
+    ours = DistributedDataParallel(inner_model, **small, **(kept or {}))
     traffic = distributed.register(ours, check_every=5, **({} if inner is None else {"inner": inner}))
     sliced = train(ours if wrap is None else wrap(ours), rank, micro=micro)
     return {
@@ -181,25 +193,95 @@ def micro_batches(rank: int) -> dict[str, Any]:
     return {"message": message, "parameters": parameters(model)}
 
 
+def scaled(rank: int) -> dict[str, Any]:
+    """Mixed precision with a scaler, one step of which overflows on one rank."""
+    model = made("cnn")
+    wrapped = DistributedDataParallel(model)
+    distributed.register(wrapped, check_every=1)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.05), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scales = []
+    for step in range(4):
+        x, y = batch(rank, step)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(wrapped(x), y)
+        if step == 1 and rank == 1:
+            loss = loss * float("inf")
+        scaler.scale(loss).backward()
+        before = parameters(model)
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        skipped = all(torch.equal(a, b) for a, b in zip(before, parameters(model), strict=True))
+        assert skipped == (step == 1), step
+    return {"scales": scales, "parameters": parameters(model)}
+
+
+def resumed(rank: int, folder: str) -> dict[str, Any]:
+    """Six steps at once, and three, a checkpoint, and three by new objects."""
+    model = made("cnn", "systematic", scores="stale")
+    wrapped = DistributedDataParallel(model)
+    distributed.register(wrapped)
+    whole = train(wrapped, rank, 6)
+    model = made("cnn", "systematic", scores="stale")
+    wrapped = DistributedDataParallel(model)
+    distributed.register(wrapped)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    train(wrapped, rank, 3, optimizer=optimizer)
+    if rank == 0:
+        state = model.state_dict(), optimizer.state_dict(), fx_approx.sampler_state(model)
+        torch.save(state, f"{folder}/checkpoint")
+    torch.distributed.barrier()
+    weights, moments, sampling = torch.load(f"{folder}/checkpoint")
+    model = made("cnn", "systematic", scores="stale")
+    model.load_state_dict(weights)
+    fx_approx.load_sampler_state(model, sampling)
+    wrapped = DistributedDataParallel(model)
+    distributed.register(wrapped)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    optimizer.load_state_dict(moments)
+    return {"losses": (whole[3:], train(wrapped, rank, 3, 3, optimizer=optimizer)), "parameters": parameters(model)}
+
+
+def killed(rank: int) -> str:
+    """The second rank dies within a step."""
+    model = made("mlp")
+    wrapped = DistributedDataParallel(model)
+    distributed.register(wrapped)
+    train(wrapped, rank, 1)
+    if rank == 1:
+        os._exit(0)
+    return failing(lambda: train(wrapped, rank, 2))
+
+
 def compiled(call: nn.Module) -> nn.Module:
     """Around DistributedDataParallel."""
     return torch.compile(call, backend="aot_eager")  # type: ignore[return-value]
 
 
 SCENARIOS: dict[str, Callable[[int], Any]] = {
-    **{f"{name} {s}": lambda rank, name=name, s=s: both(rank, name, share=s) for name in MODELS for s in ("value", "group")},
+    **{
+        f"{name} {s}": lambda rank, name=name, s=s: both(rank, name, share=s)
+        for name in MODELS
+        for s in ("value", "group")
+    },
     "cnn stale": lambda rank: both(rank, "cnn", scores="stale"),
     "mlp systematic": lambda rank: both(rank, "mlp", sampler="systematic"),
     "cnn bernoulli": lambda rank: both(rank, "cnn", sampler="bernoulli"),
     "mlp systematic, micro": lambda rank: both(rank, "mlp", micro=3, sampler="systematic"),
     "cnn fp16": lambda rank: both(rank, "cnn", inner=fp16_compress_hook),
-    "cnn bf16": lambda rank: both(rank, "cnn", inner=bf16_compress_hook),
     "cnn compiled": lambda rank: both(rank, "cnn", wrap=compiled),
+    "cnn compiled inside": lambda rank: both(rank, "cnn", inside=compiled),
+    "cnn unused": lambda rank: both(rank, "cnn", kept={"find_unused_parameters": True}),
+    "cnn static": lambda rank: both(rank, "cnn", kept={"static_graph": True}),
+    "cnn views": lambda rank: both(rank, "cnn", kept={"gradient_as_bucket_view": True}),
+    "scaled": scaled,
     "other seed": other_seed,
     "other plan": other_plan,
     "other weights": other_weights,
     "older step": older_step,
     "micro batches": micro_batches,
+    "killed": killed,
 }
 
 
@@ -210,9 +292,10 @@ def main(rank: int, size: int, folder: str, names: list[str]) -> None:
     for name in names:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            result = SCENARIOS[name](rank)
+            result = resumed(rank, folder) if name == "resumed" else SCENARIOS[name](rank)
         torch.save((result, [str(one.message) for one in warned]), f"{folder}/{name}.{rank}.pt")
-        torch.distributed.barrier()
+        if name != "killed":
+            torch.distributed.barrier()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from fx_approx.approx import ApproxModule, find
+from fx_approx.controls import synchronize_scores
 from fx_approx.distributed.agreement import check_plans
 from fx_approx.distributed.hook import InnerHook, SliceHook
 from fx_approx.distributed.slices import find_slices
@@ -28,7 +29,8 @@ def register(ddp_model: Any, *, inner: InnerHook = allreduce_hook, check_every: 
     computed, in the selected rows only. All ranks make the same selections, from weights, from running norms that are
     averaged over the ranks after each step, or from the seed; so no indices are sent. All other gradients, and all
     gradients of a step in which a layer is exact, are reduced whole. Over micro-batches in ``no_sync``, the union of
-    their selections is sent.
+    their selections is sent; with ``stale`` scores they need one held selection (:func:`fx_approx.hold`) and, as
+    long as they have not seen a batch, a ``no_sync`` for each.
 
     Call it by all ranks alike, after ``DistributedDataParallel`` and before the first step. ``torch.compile`` can be
     around the model or around DistributedDataParallel.
@@ -63,35 +65,35 @@ def register(ddp_model: Any, *, inner: InnerHook = allreduce_hook, check_every: 
     group = ddp_model.process_group
     check_plans(model, group)
     sliced, whole = find_slices(model)
-    if whole:
-        name, reason = next(iter(whole.items()))
-        warnings.warn(
-            f"{len(whole)} sampled layers are reduced whole, such as {name}: {reason}", NoEffectWarning, stacklevel=2
-        )
-    if not sliced:
-        warnings.warn("no gradient has a slice: all are reduced whole", NoEffectWarning, stacklevel=2)
+    if whole or not sliced:
+        why = [f"{name}: {reason}" for name, reason in whole.items()]
+        what = f"{len(whole)} sampled layers are" if sliced else "no gradient has a slice: all are"
+        warnings.warn(f"{what} reduced whole{', such as ' + why[0] if why else ''}", NoEffectWarning, stacklevel=2)
     resample = model._fx_approx.resample
     if resample is not None:
         resample.published = Published(resample)
     hook = SliceHook(model, sliced, inner, check_every, group)
     ddp_model.register_comm_hook(hook, lambda state, bucket: state.reduce(bucket))
-    _guard_no_sync(ddp_model, model)
+    _guard_no_sync(ddp_model, model, group)
     return Traffic(model, sliced, whole, hook)
 
 
-def _guard_no_sync(ddp_model: DistributedDataParallel, model: ApproxModule) -> None:
-    """Refuses to let ranks choose apart: running norms are averaged with the gradients only."""
+def _guard_no_sync(ddp_model: DistributedDataParallel, model: ApproxModule, group: Any) -> None:
+    """Running norms of ``stale`` scores stay the same on all ranks over micro-batches, too."""
     plain = ddp_model.no_sync
 
     @contextlib.contextmanager
     def no_sync() -> Iterator[None]:
         resample = model._fx_approx.resample
-        if resample is not None and not resample.held and any(one.learns for one in resample.each()):
+        learns = resample is not None and any(one.learns for one in resample.each())
+        if learns and resample is not None and not resample.held:
             raise RuntimeError(
                 "no_sync: stale scores follow each rank's own micro-batches, so that the ranks would choose different "
                 "channels; hold one selection over them: with fx_approx.hold(model): ..."
             )
         with plain():
             yield
+        if learns:
+            synchronize_scores(model, group)
 
     ddp_model.no_sync = no_sync  # type: ignore[method-assign]

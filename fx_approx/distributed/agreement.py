@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fx_approx.approx import ApproxModule
 from fx_approx.errors import DisagreementError
+from fx_approx.published import Published
 
 _STATE = ("step", "increment", "every", "seed")
 
@@ -53,12 +54,14 @@ def _described(model: ApproxModule) -> dict[str, str]:
     return found
 
 
-def digest_of(mask: Tensor, slices: Sequence[slice], state: Tensor) -> Tensor:
+def digest_of(published: Published | None, state: Tensor) -> Tensor:
     """``[4 + selections]`` int64: the random state, and a hash of each selection's units."""
-    units = torch.arange(1, mask.shape[0] + 1, device=mask.device)
+    if published is None:
+        return state
+    units = torch.arange(1, published.mask.shape[0] + 1, device=published.mask.device)
     mixed = (units * 0x5851F42D4C957F2D) ^ (units << 17)
-    hashes = [(mixed[own] * mask[own]).sum() for own in slices]
-    return torch.cat((state.to(mask.device), torch.stack(hashes) if hashes else state.new_empty(0)))
+    hashes = [(mixed[own] * published.mask[own]).sum() for own in published.slices]
+    return torch.cat((state.to(published.mask.device), torch.stack(hashes)))
 
 
 def check_selections(digest: Tensor, layers: Sequence[str], group: dist.ProcessGroup | None) -> None:

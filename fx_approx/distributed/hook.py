@@ -127,10 +127,9 @@ class SliceHook:
         self._found: dict[Axis, Tensor | None] = {}
 
     @property
-    def _published(self) -> Published:
+    def _published(self) -> Published | None:
         resample = self._model._fx_approx.resample
-        assert resample is not None and resample.published is not None
-        return resample.published
+        return None if resample is None else resample.published
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Reduces one bucket; the future's value is the whole bucket, averaged."""
@@ -164,8 +163,8 @@ class SliceHook:
     def _check(self) -> None:
         classes = self._model._fx_approx.effects.classes
         layers = [", ".join(dict.fromkeys(reading.name for reading in one.readings)) for one in classes]
-        published = self._published
-        check_selections(digest_of(published.mask, published.slices, self._model._fx_approx.state), layers, self._group)
+        digest = digest_of(self._published, self._model._fx_approx.state)
+        check_selections(digest, layers, self._group)
 
     def _part(self, gradient: Tensor, parameter: Tensor, checking: bool) -> Part:
         own = self._sliced.get(parameter)  # type: ignore[call-overload]
@@ -184,8 +183,9 @@ class SliceHook:
         return part
 
     def _entries(self, axis: Axis) -> Tensor | None:
-        if axis not in self._found:
-            self._found[axis] = indices(axis, self._published)
+        published = self._published
+        if axis not in self._found and published is not None:
+            self._found[axis] = indices(axis, published)
         return self._found[axis]
 
     def _end(self) -> None:
@@ -194,7 +194,8 @@ class SliceHook:
         self.dense, self.sent, self.by_layer = self._counting
         self._counting = None
         self.steps += 1
-        self._published.clear()
-        resample = self._model._fx_approx.resample
+        published, resample = self._published, self._model._fx_approx.resample
+        if published is not None:
+            published.clear()
         if resample is not None and any(one.learns for one in resample.each()):
             synchronize_scores(self._model, self._group)

@@ -41,7 +41,7 @@ def find_slices(model: ApproxModule) -> tuple[dict[nn.Parameter, Sliced], dict[s
     effects: Effects = runtime.effects
     candidates = {one.name: one for one in runtime.candidates}
     found, whole = {}, {}
-    uses = _uses(model, effects)
+    uses = _uses(model)
     paths = {one.candidate: one.weight for one in effects.operations if one.candidate is not None}
     shared = {reading.name for one in effects.classes for reading in one.readings}
     for name, candidate in candidates.items():
@@ -79,17 +79,15 @@ def _narrow(axis: Axis) -> Axis:
     return axis if any(part.place != FULL for part in axis) else ()
 
 
-def _uses(model: ApproxModule, effects: Effects) -> Mapping[nn.Parameter, int]:
-    """How often the graph reads each weight."""
+def _uses(model: ApproxModule) -> Mapping[nn.Parameter, int]:
+    """How often the graph reads each parameter."""
     uses: collections.Counter[nn.Parameter] = collections.Counter()
     graph = model._fx_approx.capture.graph
-    nodes = {} if graph is None else {node.name: node for node in graph.nodes}
-    for one in effects.operations:
-        if one.weight is not None and nodes[one.name].op == "call_module":
-            uses[model.get_parameter(one.weight)] += 1
     known = dict(model.named_parameters(remove_duplicate=False))
-    for node in nodes.values():
-        if node.op == "get_attr" and str(node.target) in known:
+    for node in () if graph is None else graph.nodes:
+        if node.op == "call_module":
+            uses.update(model.get_submodule(str(node.target)).parameters())
+        elif node.op == "get_attr" and str(node.target) in known:
             uses[known[str(node.target)]] += len(node.users)
     return uses
 

@@ -1,0 +1,253 @@
+"""Ranks that reduce slices train exactly as ranks that reduce whole gradients, and send less."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fx_approx
+from fx_approx import distributed
+from fx_approx.distributed.slices import find_slices
+from fx_approx.policies import Roles, Uniform
+
+from .models import CalledTwice, Tied
+from .reduction_ranks import MODELS, SCENARIOS, made
+
+SCRIPT = Path(__file__).with_name("reduction_ranks.py")
+SAME = [name for name in SCENARIOS if name.split()[0] in MODELS]
+ODD = {
+    "other seed": "rank 1: seed is '1', and '0' on the others",
+    "other plan": "rank 1: layer 3, output is .*ratio=0.75.* and .*ratio=0.5.* on the others",
+    "other weights": "rank 1: the selection of layer [13] is another one than on the others",
+    "older step": "rank 1: step is 1, and 3 on the others; resume all ranks from the same checkpoint",
+}
+
+
+def run(folder: Path, size: int, names: list[str]) -> None:
+    """``size`` ranks go through scenarios, and leave their results in ``folder``."""
+    command = [sys.executable, str(SCRIPT)]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(size), str(folder), *names], cwd=folder) for rank in range(size)
+    ]
+    try:
+        ended = [rank.wait(timeout=300) for rank in ranks]
+    finally:
+        for rank in ranks:  # those that wait for one that failed
+            rank.kill()
+            rank.wait()
+    failed = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("failed.*"))]
+    assert ended == [0] * size, "\n".join(failed)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks left; the last scenario ends with the death of one."""
+    folder = tmp_path_factory.mktemp("two")
+    run(folder, 2, [*(name for name in SCENARIOS if name != "killed"), "resumed", "killed"])
+    return folder
+
+
+def left(folder: Path, name: str, size: int = 2) -> Iterator[tuple[Any, list[str]]]:
+    """Results and warnings of each rank."""
+    for rank in range(size):
+        yield torch.load(folder / f"{name}.{rank}.pt")
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_ranks_train_bit_for_bit_as_with_dense_reduction(two: Path, name: str) -> None:
+    """The sum of two numbers does not depend on their order."""
+    results = [result for result, _ in left(two, name)]
+    for result in results:
+        dense, sliced = result["losses"]
+        assert dense == sliced and len(set(dense)) == len(dense)
+        for one, other in zip(*result["parameters"], strict=True):
+            assert torch.equal(one, other)
+    for one, other in zip(results[0]["parameters"][1], results[1]["parameters"][1], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_less_is_sent(two: Path, name: str) -> None:
+    for result, warned in left(two, name):
+        dense, predicted, sent = result["bytes"]
+        assert predicted < 0.5 * dense
+        if "micro" in name:
+            assert predicted < sent < dense
+        elif "bernoulli" in name:
+            assert sent == pytest.approx(predicted, rel=0.3)
+        else:
+            assert sent == predicted
+        assert not warned
+        less = 100 * (1 - sent / dense)
+        assert f"({less:.1f} % less)" in result["text"]
+
+
+def test_bytes_of_one_model_by_hand(two: Path) -> None:
+    """Two hidden layers of 48: the reader of both halves and its producer's outputs; the last reads half."""
+    result, _ = next(left(two, "mlp value"))
+    dense = 4 * (192 * 48 + 48 + 48 * 48 + 48 + 48 * 5 + 5)
+    sent = 4 * (96 * 24 + 48 + 24 * 24 + 48 + 24 * 5 + 5)
+    assert result["bytes"] == (dense, sent, sent)
+
+
+def test_four_ranks(tmp_path: Path) -> None:
+    names = ["mlp value", "cnn group", "vit value"]
+    run(tmp_path, 4, names)
+    for name in names:
+        results = [result for result, _ in left(tmp_path, name, 4)]
+        for result in results:
+            torch.testing.assert_close(*result["losses"], rtol=0, atol=1e-5)
+            for one, other in zip(*result["parameters"], strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+            for one, other in zip(result["parameters"][1], results[0]["parameters"][1], strict=True):
+                assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_differs_between_ranks_is_named_on_all_of_them(two: Path, name: str) -> None:
+    messages = [result for result, _ in left(two, name)]
+    assert messages[0] == messages[1]
+    assert re.search(f"^DisagreementError: {ODD[name]}", messages[0]), messages[0]
+
+
+def test_micro_batches_of_stale_scores_need_a_held_selection(two: Path) -> None:
+    (first, _), (second, _) = left(two, "micro batches")
+    assert "no_sync: stale scores" in first["message"] and "fx_approx.hold(model)" in first["message"]
+    for one, other in zip(first["parameters"], second["parameters"], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_scaled_gradients_that_overflow_on_one_rank_are_skipped_on_both(two: Path) -> None:
+    (first, _), (second, _) = left(two, "scaled")
+    assert first["scales"] == second["scales"] == [1024.0, 512.0, 512.0, 512.0]
+    for one, other in zip(first["parameters"], second["parameters"], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_resuming_gives_the_same_losses(two: Path) -> None:
+    for result, _ in left(two, "resumed"):
+        whole, resumed = result["losses"]
+        assert whole == resumed and len(whole) == 3
+
+
+def test_a_rank_that_dies_is_an_error_on_the_other(two: Path) -> None:
+    message, _ = torch.load(two / "killed.0.pt")
+    assert "Error" in message and "no error" not in message
+
+
+def test_the_example_resumes_under_torchrun_with_another_number_of_ranks(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "examples" / "ddp_train.py"
+    if not script.exists():
+        pytest.skip("the examples are not installed")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def train(ranks: int, epochs: int) -> list[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        options = ["--limit", "256", "--checkpoint", str(tmp_path / "checkpoint.pt"), "--epochs", str(epochs)]
+        done = subprocess.run(
+            [*command, str(script), *options],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    first = train(2, 1)
+    assert first[0].startswith("epoch 1: loss") and "74.6 % less" in first[-1]
+    second = train(1, 2)
+    assert [line for line in second if line.startswith("epoch")] == [second[0]]
+    assert second[0].startswith("epoch 2: loss") and "74.6 % less" in second[-1]
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def plan_of(model: nn.Module, x: Any, policy: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        approx = fx_approx.transform(model, policy, x)
+    sliced, whole = find_slices(approx)
+    return {own.name: own for own in sliced.values()}, whole
+
+
+WEIGHT = Uniform("topk", 0.5, minimal_k=1, scores="weight", share="value")
+
+
+def test_a_weight_that_is_used_twice_is_reduced_whole() -> None:
+    for model, x in ((CalledTwice(), torch.randn(4, 16)), (Tied(), torch.randint(10, (4, 6)))):
+        sliced, whole = plan_of(model, x, WEIGHT)
+        assert any("is used 2 times" in reason for reason in whole.values()), (type(model), sliced, whole)
+
+
+def test_what_is_not_known_on_all_ranks_is_reduced_whole() -> None:
+    x = torch.randn(8, 3, 8, 8)
+    for policy in (Uniform("topk", 0.5, minimal_k=1), Roles.backward(0.5)):
+        sliced, whole = plan_of(MODELS["cnn"](), x, policy)
+        assert not sliced and len(whole) >= 3
+        assert all("not made ahead" in reason for reason in whole.values())
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_has_no_slice_is_said_once() -> None:
+    model = fx_approx.transform(MODELS["mlp"](), Uniform("topk", 0.5, minimal_k=1), torch.randn(8, 3, 8, 8))
+    wrapped = DistributedDataParallel(model)
+    with pytest.warns(
+        fx_approx.NoEffectWarning, match="no gradient has a slice: all are reduced whole, such as 1: its sel"
+    ):
+        traffic = distributed.register(wrapped)
+    wrapped(torch.randn(8, 3, 8, 8)).sum().backward()
+    assert traffic.sent == traffic.dense == traffic.predicted
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_gradient_beside_the_selection_is_noticed() -> None:
+    model = made("mlp")
+    wrapped = DistributedDataParallel(model)
+    distributed.register(wrapped)
+    loss = wrapped(torch.randn(8, 3, 8, 8)).sum() + model[3].weight.square().sum()  # type: ignore[index, union-attr, operator]
+    with pytest.raises(fx_approx.DisagreementError, match=r"the gradient of 3\.weight is not zero outside"):
+        loss.backward()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (
+            "plain",
+            {},
+            TypeError,
+            "ddp_model: expected a DistributedDataParallel around a transformed model, got ApproxSequential",
+        ),
+        ("exact", {}, ValueError, "is not a transformed model"),
+        ("ddp", {"inner": "fp16"}, TypeError, "inner: expected a communication hook, got 'fp16'"),
+        ("ddp", {"check_every": 0}, ValueError, "check_every: expected an integer of at least 1, got 0"),
+        ("ddp", {"check_every": True}, ValueError, "check_every: expected an integer of at least 1, got True"),
+    ],
+)
+def test_bad_input(arguments: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = MODELS["mlp"]() if arguments == "exact" else made("mlp")
+    given = model if arguments == "plain" else DistributedDataParallel(model)
+    with pytest.raises(error, match=message):
+        distributed.register(given, **options)
+    if arguments == "ddp":
+        distributed.register(given)  # nothing had been changed
