@@ -187,7 +187,7 @@ def _alternate(
     """Seconds of a training step of each, in turn, after one round that does not count.
 
     Each turn has two steps, and the second counts: the first brings back what the others have driven out of caches.
-    oneDNN keeps 1024 primitives, fewer than four DenseNets need; a first step is up to 1.4 times as long there.
+    oneDNN keeps 1024 primitives; where eight variants of a DenseNet take turns, a first step is 1.4 times as long.
     """
     wanted = [[p for p in model.parameters() if p.requires_grad] for model in models]
     device = next((p.device for p in models[0].parameters()), torch.device("cpu"))
