@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,30 @@ from fx_approx.published import Published
 InnerHook = Callable[[Any, Any], torch.futures.Future[Any]]
 _WORTH = 0.9
 """Share of a parameter's gradient above which it is not worth packing."""
+
+
+class Bucket(Protocol):
+    """What is read of a :class:`torch.distributed.GradBucket`."""
+
+    def buffer(self) -> Tensor:
+        """All gradients, flat."""
+        ...
+
+    def gradients(self) -> list[Tensor]:
+        """Each, as a view into the buffer."""
+        ...
+
+    def parameters(self) -> list[Tensor]:
+        """Whose they are."""
+        ...
+
+    def index(self) -> int:
+        """Of the bucket."""
+        ...
+
+    def is_last(self) -> bool:
+        """Whether it is the last one of the backward pass."""
+        ...
 
 
 class Packed:
@@ -131,7 +155,7 @@ class SliceHook:
         resample = self._model._fx_approx.resample
         return None if resample is None else resample.published
 
-    def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def reduce(self, bucket: Bucket) -> torch.futures.Future[Tensor]:
         """Reduces one bucket; the future's value is the whole bucket, averaged."""
         checking = self.steps % self._check_every == 0
         if self._counting is None:
@@ -150,8 +174,8 @@ class SliceHook:
             self._end()
 
         def unpack(done: torch.futures.Future[Any]) -> Tensor:
-            value = done.value()
-            value = value[0] if isinstance(value, (list, tuple)) else value
+            found = done.value()
+            value: Tensor = found[0] if isinstance(found, (list, tuple)) else found
             if plain:
                 return buffer if value is buffer else buffer.copy_(value)
             for part, own in zip(parts, value.split([part.size for part in parts]), strict=True):
