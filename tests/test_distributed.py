@@ -163,7 +163,7 @@ def test_the_example_resumes_under_torchrun_with_another_number_of_ranks(tmp_pat
             text=True,
             timeout=240,
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return done.stdout.splitlines()
 
     first = train(2, 1)
