@@ -44,8 +44,7 @@ class Prediction:
             times = f"{1000 * self.exact.seconds:.1f} ms exact, {1000 * self.now.seconds:.1f} ms now"
             text = f"{self.speedup:.2f} times as fast, predicted ({times})"
         if self.measured is not None:
-            low, middle, high = self.measured.speedup
-            text += f"; measured {middle:.2f} [{low:.2f}, {high:.2f}] ({1000 * self.measured.seconds:.1f} ms)"
+            text += f"; measured {self.measured} ({1000 * self.measured.seconds:.1f} ms)"
         return f"{text}. Left out: {self.omits}."
 
 

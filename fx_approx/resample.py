@@ -88,7 +88,8 @@ class Shared(nn.Module):
         self.pairs = units // groups
         self.site, self.offset, self.count, self.k = members[0].selector.site, 0, 0, 0
         learns = self.selectors[0].score.learns
-        self.register_buffer("running", _unknown(len(members), units, device) if learns else None, persistent=False)
+        running = new_running(len(members) * units, device).view(len(members), units) if learns else None
+        self.register_buffer("running", running, persistent=False)
         self.register_buffer(
             "age", torch.zeros(units, dtype=torch.int64, device=device) if learns else None, persistent=False
         )
@@ -148,10 +149,6 @@ class Shared(nn.Module):
         return total.view(self.groups, self.pairs)
 
 
-def _unknown(members: int, units: int, device: torch.device) -> Tensor:
-    return new_running(members * units, device).view(members, units)
-
-
 class Resample(nn.Module):
     """Makes all shared selections of a forward at once.
 
@@ -175,7 +172,7 @@ class Resample(nn.Module):
         super().__init__()
         self.shared = nn.ModuleList(shared)
         self.number, self.held = next(_numbers), False
-        self.known = not any([one.learns for one in shared])
+        self.known = not self.learns
         for name in ("held_key", "held_indices"):
             self.register_buffer(name, torch.full((2,), -1), persistent=False)
         self.register_buffer("held_scale", torch.zeros(0), persistent=False)
@@ -195,9 +192,14 @@ class Resample(nn.Module):
             yield one
 
     @property
+    def learns(self) -> bool:
+        """Whether the scores of any selection follow the activations of earlier steps."""
+        return any([one.learns for one in self.each()])
+
+    @property
     def remembers(self) -> bool:
         """Whether selections cannot be told from key and weights alone, so that they are kept for recomputation."""
-        return self.held or any([one.learns for one in self.each()])
+        return self.held or self.learns
 
     @property
     def draws(self) -> bool:
@@ -329,7 +331,7 @@ class Resample(nn.Module):
             if one.running is not None and one.age is not None:
                 one.running.fill_(-1)
                 one.age.zero_()
-        self.known = not any([one.learns for one in self.each()])
+        self.known = not self.learns
 
     def load_state(self, values: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`.

@@ -103,6 +103,11 @@ class StepTime:
     seconds: float
     speedup: tuple[float, float, float]
 
+    def __str__(self) -> str:
+        """The speed-up, median and quartiles."""
+        low, middle, high = self.speedup
+        return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
 
 class Model(Protocol):
     """What a policy that sees the whole graph can ask of it."""

@@ -10,7 +10,7 @@ from fx_approx.plan import SCOPES, Decision
 from fx_approx.policies.drafts import Draft, drafts, first_of_the_fastest, worth_trying
 from fx_approx.policies.graph import GraphPolicy
 from fx_approx.policies.roofline import RooflineModel
-from fx_approx.work import Model, StepTime, WholeCostModel
+from fx_approx.work import Model, WholeCostModel
 
 _FASTEST = ("value", "group")
 
@@ -80,15 +80,16 @@ class Auto(GraphPolicy):
     def decide_whole(self, model: Model) -> Sequence[Decision]:
         """The plan, with numbers in its reasons."""
         cost = RooflineModel(self.compiled) if self.cost is None else self.cost
-        found = [one for variant in self._variants() for one in drafts(variant, variant.ratio, model, cost)]
-        tried = worth_trying(found, self.tries)
+        scopes = [drafts(variant, variant.ratio, model, cost) for variant in self._variants()]
+        tried = worth_trying(scopes, self.tries)
         if not tried or not self.check or not model.runs:
+            found = [one for own in scopes for one in own]
             best = first_of_the_fastest(found, [one.speedup for one in found])
             return self._final(model, best, "", enough=not best.decisions or best.speedup >= self.margin)
         times = model.time([one.decisions for one in tried], compiled=self.compiled, repeats=self.repeats)[1:]
         best = first_of_the_fastest(tried, [time.speedup[1] for time in times])
         measured = times[tried.index(best)]
-        return self._final(model, best, _told(measured), enough=measured.speedup[0] >= self.margin)
+        return self._final(model, best, f"measured {measured}", enough=measured.speedup[0] >= self.margin)
 
     def _final(self, model: Model, best: Draft, measured: str, *, enough: bool) -> list[Decision]:
         """All decisions of the draft, or none if it does not save ``enough``."""
@@ -101,8 +102,3 @@ class Auto(GraphPolicy):
             why = f"{step}, but {measured}" if measured else step
             left, ratios = dict.fromkeys(saves, f"{why}, below {self.margin:g}"), [1.0] * len(best.groups)
         return best.policy.final(model, best.groups, ratios, best.refused, sampled, left)
-
-
-def _told(time: StepTime) -> str:
-    low, middle, high = time.speedup
-    return f"measured {middle:.2f} [{low:.2f}, {high:.2f}]"

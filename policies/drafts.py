@@ -65,7 +65,8 @@ def drafts(policy: GraphPolicy, ratio: float, model: Model, cost: WholeCostModel
     for chosen, gains in kinds[: 1 if pays == everything else 2]:
         ratios = [ratio if one else 1.0 for one in chosen]
         gained = dict(zip(groups, gains, strict=True))
-        found.append(Draft(policy, groups, refused, ratios, gained, work(chosen), whole / seconds(chosen)))
+        now = work(chosen)
+        found.append(Draft(policy, groups, refused, ratios, gained, now, whole / step_seconds(cost, now, model)))
     return found
 
 
@@ -88,27 +89,28 @@ def _prune(gains: Sequence[float], seconds: _Seconds, whole: float) -> tuple[lis
     """
     chosen, known = [True] * len(gains), list(gains)
     while little := [place for place, one in enumerate(chosen) if one and known[place] < _LEAST]:
+        now = seconds(chosen)
         for place in sorted(little, key=known.__getitem__):
-            if _gain(chosen, place, seconds(chosen), seconds, whole) < _LEAST:
+            if _gain(chosen, place, now, seconds, whole) < _LEAST:
                 chosen[place] = False
+                now = seconds(chosen)
         known = _gains(chosen, seconds, whole)
     return chosen, known
 
 
-def worth_trying(drafts: Sequence[Draft], limit: int) -> list[Draft]:
-    """At most ``limit`` drafts that differ, best predictions first, those of one policy together.
+def worth_trying(scopes: Sequence[Sequence[Draft]], limit: int) -> list[Draft]:
+    """At most ``limit`` drafts that differ, from the scopes with the best predictions, in the order given.
 
     A prediction tells scopes apart better than it tells what slicing a weight costs, so that both drafts of a scope are
     tried before the next scope is. None is tried that is predicted to be much slower than exact.
     """
-    best = {id(one.policy): 0.0 for one in drafts}
-    for one in drafts:
-        best[id(one.policy)] = max(best[id(one.policy)], one.speedup)
-    found: list[Draft] = []
-    for one in sorted(drafts, key=lambda one: -best[id(one.policy)]):
-        if one.decisions and one.speedup > _HOPELESS and all(one.work != other.work for other in found):
-            found.append(one)
-    return sorted(found[:limit], key=drafts.index)
+    best = sorted(range(len(scopes)), key=lambda place: -max(one.speedup for one in scopes[place]))
+    found: list[tuple[int, Draft]] = []
+    for place in best:
+        for one in scopes[place]:
+            if one.decisions and one.speedup > _HOPELESS and all(one.work != other.work for _, other in found):
+                found.append((place, one))
+    return [one for _, one in sorted(found[:limit], key=lambda pair: pair[0])]
 
 
 def first_of_the_fastest(drafts: Sequence[Draft], speedups: Sequence[float]) -> Draft:

@@ -149,8 +149,6 @@ def test_a_rank_that_dies_is_an_error_on_the_other(two: Path) -> None:
 @pytest.mark.slow
 def test_the_example_resumes_under_torchrun_with_another_number_of_ranks(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "examples" / "ddp_train.py"
-    if not script.exists():
-        pytest.skip("the examples are not installed")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def train(ranks: int, epochs: int) -> list[str]:

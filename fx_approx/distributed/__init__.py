@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from fx_approx.approx import ApproxModule, find
@@ -22,7 +21,7 @@ from fx_approx.published import Published
 __all__ = ["Traffic", "register"]
 
 
-def register(ddp_model: Any, *, inner: InnerHook = allreduce_hook, check_every: int = 100) -> Traffic:
+def register(ddp_model: Any, *, inner: InnerHook | None = None, check_every: int = 100) -> Traffic:
     """Makes DistributedDataParallel reduce only the slices of gradients that the selections of the step made non-zero.
 
     A weight that reads selected channels gets a gradient in those columns only, and, where what no one reads is not
@@ -37,8 +36,8 @@ def register(ddp_model: Any, *, inner: InnerHook = allreduce_hook, check_every: 
 
     Args:
         ddp_model: DistributedDataParallel around a transformed model whose shapes are known (``example_inputs``).
-        inner: A stateless communication hook that averages the packed slices, such as ``fp16_compress_hook``; none that
-            keeps state for each position, such as PowerSGD, since positions change from step to step.
+        inner: A stateless communication hook that averages the packed slices, such as ``fp16_compress_hook``; None is
+            ``allreduce_hook``. Not one that keeps state for each position, such as PowerSGD: positions change.
         check_every: Every so many backward passes, beginning with the first, the ranks compare random state and
             selections, and each looks whether what it leaves out is zero.
 
@@ -57,6 +56,8 @@ def register(ddp_model: Any, *, inner: InnerHook = allreduce_hook, check_every: 
         raise TypeError(
             f"ddp_model: expected a DistributedDataParallel around a transformed model, got {type(ddp_model).__name__}"
         )
+    if inner is None:  # torch cannot import its hooks where it was built without distributed
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook as inner
     if not callable(inner):
         raise TypeError(f"inner: expected a communication hook, got {inner!r}")
     if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 1:
@@ -85,15 +86,13 @@ def _guard_no_sync(ddp_model: DistributedDataParallel, model: ApproxModule, grou
     @contextlib.contextmanager
     def no_sync() -> Iterator[None]:
         resample = model._fx_approx.resample
-        learns = resample is not None and any(one.learns for one in resample.each())
-        if learns and resample is not None and not resample.held:
+        if resample is not None and resample.learns and not resample.held:
             raise RuntimeError(
                 "no_sync: stale scores follow each rank's own micro-batches, so that the ranks would choose different "
                 "channels; hold one selection over them: with fx_approx.hold(model): ..."
             )
         with plain():
             yield
-        if learns:
-            synchronize_scores(model, group)
+        synchronize_scores(model, group)
 
     ddp_model.no_sync = no_sync  # type: ignore[method-assign]

@@ -35,9 +35,8 @@ def check_plans(model: ApproxModule, group: dist.ProcessGroup | None) -> None:
     dist.all_gather_object(whole, own, group)
     for key in sorted({key for one in whole for key in one}):
         values = [one.get(key) for one in whole]
-        odd = _odd(values)
+        usual, odd = _odd(values)
         if odd:
-            usual = next(value for rank, value in enumerate(values) if rank not in odd)
             raise DisagreementError(
                 f"{_ranks(odd)}: {key} is {values[odd[0]]!r}, and {usual!r} on the others; all ranks must "
                 "transform the same model by the same plan with the same seed, and resume from the same checkpoint"
@@ -74,11 +73,10 @@ def check_selections(digest: Tensor, layers: Sequence[str], group: dist.ProcessG
     gathered = [torch.empty_like(digest) for _ in range(size)]
     dist.all_gather(gathered, digest, group)
     for place, values in enumerate(torch.stack(gathered).t().tolist()):
-        odd = _odd(values)
+        usual, odd = _odd(values)
         if not odd:
             continue
         if place < len(_STATE):
-            usual = next(value for rank, value in enumerate(values) if rank not in odd)
             what = f"{_STATE[place]} is {values[odd[0]]}, and {usual} on the others"
             hint = "resume all ranks from the same checkpoint"
         else:
@@ -87,10 +85,10 @@ def check_selections(digest: Tensor, layers: Sequence[str], group: dist.ProcessG
         raise DisagreementError(f"{_ranks(odd)}: {what}; {hint}")
 
 
-def _odd(values: Sequence[Any]) -> list[int]:
-    """Ranks whose value is not the most frequent one."""
-    usual = Counter(map(repr, values)).most_common(1)[0][0]
-    return [rank for rank, value in enumerate(values) if repr(value) != usual]
+def _odd(values: Sequence[Any]) -> tuple[Any, list[int]]:
+    """The most frequent value, and the ranks with another one."""
+    usual = Counter(values).most_common(1)[0][0]
+    return usual, [rank for rank, value in enumerate(values) if value != usual]
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -88,14 +88,18 @@ class Part:
         return self.rows is None and self.columns is None
 
     @property
+    def shape(self) -> list[int]:
+        """Of the slice."""
+        shape = list(self.gradient.shape)
+        for dim, chosen in enumerate((self.rows, self.columns)):
+            if chosen is not None:
+                shape[dim] = chosen.shape[0]
+        return shape
+
+    @property
     def size(self) -> int:
         """Numbers that are sent."""
-        rows, columns, *rest = *self.gradient.shape, 1
-        if self.rows is not None:
-            rows = self.rows.shape[0]
-        if self.columns is not None:
-            columns = self.columns.shape[0]
-        return int(rows * columns * math.prod(rest))
+        return math.prod(self.shape)
 
     def take(self) -> Tensor:
         """A copy of the slice, flat."""
@@ -108,12 +112,7 @@ class Part:
 
     def put(self, flat: Tensor) -> None:
         """Writes the slice back; all else is zero already."""
-        target, shape = self.gradient, list(self.gradient.shape)
-        if self.rows is not None:
-            shape[0] = self.rows.shape[0]
-        if self.columns is not None:
-            shape[1] = self.columns.shape[0]
-        value = flat.view(shape)
+        target, value = self.gradient, flat.view(self.shape)
         if self.rows is not None and self.columns is not None:
             target[self.rows.unsqueeze(1), self.columns] = value
         elif self.rows is not None:
@@ -129,8 +128,7 @@ class SliceHook:
 
     Attributes:
         steps: Backward passes that were reduced.
-        dense: Bytes of the gradients, of the last one.
-        sent: Bytes that were handed to the inner hook for it.
+        sent: Bytes that were handed to the inner hook in the last one.
         by_layer: Likewise, of each layer with a slice.
     """
 
@@ -145,9 +143,9 @@ class SliceHook:
         """State of the hook; see :func:`fx_approx.distributed.register` for the arguments."""
         self._model, self._sliced, self._inner = model, sliced, inner
         self._check_every, self._group = check_every, group
-        self.steps = self.dense = self.sent = 0
+        self.steps = self.sent = 0
         self.by_layer: dict[str, int] = {}
-        self._counting: tuple[int, int, dict[str, int]] | None = None
+        self._counting: tuple[int, dict[str, int]] | None = None
         self._found: dict[Axis, Tensor | None] = {}
 
     @property
@@ -159,7 +157,7 @@ class SliceHook:
         """Reduces one bucket; the future's value is the whole bucket, averaged."""
         checking = self.steps % self._check_every == 0
         if self._counting is None:
-            self._counting = 0, 0, {}
+            self._counting = 0, {}
             self._found = {}
             if checking:
                 self._check()
@@ -167,8 +165,8 @@ class SliceHook:
         parts = [self._part(g, p, checking) for g, p in zip(bucket.gradients(), bucket.parameters(), strict=True)]
         plain = all(part.whole for part in parts)
         flat = buffer if plain else torch.cat([part.take() for part in parts])
-        dense, sent, layers = self._counting
-        self._counting = dense + buffer.nbytes, sent + flat.nbytes, layers
+        sent, layers = self._counting
+        self._counting = sent + flat.nbytes, layers
         future = self._inner(self._group, Packed(flat, bucket.index(), last))
         if last:
             self._end()
@@ -203,7 +201,7 @@ class SliceHook:
         if part.size > _WORTH * gradient.numel():
             part = Part(gradient, None, None)
         assert self._counting is not None
-        self._counting[2][own.layer] = part.size * gradient.itemsize
+        self._counting[1][own.layer] = part.size * gradient.itemsize
         return part
 
     def _entries(self, axis: Axis) -> Tensor | None:
@@ -215,11 +213,10 @@ class SliceHook:
     def _end(self) -> None:
         """The last bucket is on its way."""
         assert self._counting is not None
-        self.dense, self.sent, self.by_layer = self._counting
+        self.sent, self.by_layer = self._counting
         self._counting = None
         self.steps += 1
-        published, resample = self._published, self._model._fx_approx.resample
+        published = self._published
         if published is not None:
             published.clear()
-        if resample is not None and any(one.learns for one in resample.each()):
-            synchronize_scores(self._model, self._group)
+        synchronize_scores(self._model, self._group)

@@ -42,16 +42,19 @@ def find_slices(model: ApproxModule) -> tuple[dict[nn.Parameter, Sliced], dict[s
     candidates = {one.name: one for one in runtime.candidates}
     found, whole = {}, {}
     uses = _uses(model)
-    paths = {one.candidate: one.weight for one in effects.operations if one.candidate is not None}
+    operations = {one.candidate: one for one in effects.operations}
     shared = {reading.name for one in effects.classes for reading in one.readings}
     for name, candidate in candidates.items():
-        decision, path = runtime.plan[name], paths.get(name)
-        if path is None or not candidate.kind.startswith(_WEIGHTED):
+        decision, operation = runtime.plan[name], operations.get(name)
+        path = None if operation is None else operation.weight
+        if operation is None or path is None or not candidate.kind.startswith(_WEIGHTED):
             if decision.roles:
                 whole[name] = "its shapes are not known" if not effects.operations else "it has no weight of its own"
             continue
         parameter = model.get_parameter(path)
-        rows, columns = _axes(name, effects, candidate.groups)
+        rows = operation.axis if effects.hoisted and operation.action in ("produce", "depthwise") else ()
+        columns = effects.reads.get(name, ()) if candidate.groups == 1 else ()
+        rows, columns = _narrow(rows), _narrow(columns)
         if decision.roles and name not in shared:
             whole[name] = "its selection is not made ahead (scores read activations), and ranks may differ"
         elif decision.roles and (set(decision.roles) != {Role.OUTPUT} or decision.straight_through):
@@ -67,15 +70,8 @@ def find_slices(model: ApproxModule) -> tuple[dict[nn.Parameter, Sliced], dict[s
     return found, whole
 
 
-def _axes(name: str, effects: Effects, groups: int) -> tuple[Axis, Axis]:
-    """Rows and columns of a weight; empty where all of them are there."""
-    operation = next(one for one in effects.operations if one.candidate == name)
-    rows = operation.axis if effects.hoisted and operation.action in ("produce", "depthwise") else ()
-    columns = effects.reads.get(name, ()) if groups == 1 else ()
-    return _narrow(rows), _narrow(columns)
-
-
 def _narrow(axis: Axis) -> Axis:
+    """``axis``; empty where all of it is there."""
     return axis if any(part.place != FULL for part in axis) else ()
 
 

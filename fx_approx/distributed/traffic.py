@@ -33,12 +33,12 @@ class Traffic:
     @property
     def dense(self) -> int:
         """Of all gradients."""
-        return sum(p.numel() * p.itemsize for p in self._model.parameters() if p.requires_grad)
+        return sum(p.nbytes for p in self._model.parameters() if p.requires_grad)
 
     @property
     def predicted(self) -> int:
         """Of what is sent at the present ratios, where every layer samples."""
-        saved = sum(p.numel() * p.itemsize - self._share(p) for p in self._sliced)
+        saved = sum(p.nbytes - self._share(p) for p in self._sliced)
         return self.dense - saved
 
     @property
@@ -48,10 +48,9 @@ class Traffic:
 
     def _share(self, parameter: nn.Parameter) -> int:
         own, shape = self._sliced[parameter], parameter.shape
-        size = parameter.numel() * parameter.itemsize
         rows = self._kept(own.rows) if own.rows else shape[0]
         columns = self._kept(own.columns) if own.columns else shape[1]
-        return size * rows * columns // (shape[0] * shape[1])
+        return parameter.nbytes * rows * columns // (shape[0] * shape[1])
 
     def _kept(self, axis: Axis) -> int:
         resample = self._model._fx_approx.resample
@@ -62,7 +61,7 @@ class Traffic:
         """A table, and the sum."""
         lines = []
         for parameter, own in self._sliced.items():
-            dense, share = parameter.numel() * parameter.itemsize, self._share(parameter)
+            dense, share = parameter.nbytes, self._share(parameter)
             sent = self._hook.by_layer.get(own.layer)
             lines.append(
                 [own.name, f"{dense / 1024:.1f}", f"{share / 1024:.1f}", "" if sent is None else f"{sent / 1024:.1f}"]
