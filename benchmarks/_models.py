@@ -113,15 +113,41 @@ def _torchvision(name: str, batch: int, size: int = 224) -> Built:
     return made, torch.randn(batch, 3, size, size).contiguous(memory_format=form), None
 
 
+def _wrn_28_10() -> Built:
+    form = torch.channels_last
+    models = [wide_resnet(28, width).to(memory_format=form) for width in (10, 5)]
+    return models[0], torch.randn(2, 3, 32, 32).contiguous(memory_format=form), models[1]
+
+
+class GatedMLP(nn.Module):
+    """The feed-forward part of a Llama block (Shazeer 2020, "GLU variants improve transformer")."""
+
+    def __init__(self, width: int = 4096, hidden: int = 11008) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[tokens, width]``."""
+        result: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return result
+
+
+def _gated_mlp() -> Built:
+    return GatedMLP(), torch.randn(64, 4096, requires_grad=True), GatedMLP(hidden=5504)
+
+
 def _small() -> Built:
     return wide_resnet(10, 2), torch.randn(8, 3, 16, 16), wide_resnet(10, 1)
 
 
 MODELS: dict[str, Callable[[], Built]] = {
     "wrn_16_4": _wrn,
+    "wrn_28_10": _wrn_28_10,
     "resnet50": _resnet50,
     "vit_b_block": _vit_block,
     "vit_b_plain": _plain_block,
+    "gated_mlp": _gated_mlp,
     "wrn_10_2": _small,
     "vgg11_bn": functools.partial(_torchvision, "vgg11_bn", 4),
     "mobilenet_v2": functools.partial(_torchvision, "mobilenet_v2", 8),

@@ -54,8 +54,8 @@ class Step:
         with lower:
             result = self.model(self.inputs)
         result.float().square().mean().backward()
-        for parameter in self.original.parameters():
-            parameter.grad = None
+        for tensor in (self.inputs, *self.original.parameters()):
+            tensor.grad = None
 
 
 def add_step_options(parser: argparse.ArgumentParser, models: Sequence[str]) -> None:
@@ -73,6 +73,7 @@ def add_step_options(parser: argparse.ArgumentParser, models: Sequence[str]) -> 
         "--channels-last", action=argparse.BooleanOptionalAction, help="layout of images (by default the model's own)"
     )
     parser.add_argument("--compile", action="store_true", help="time compiled models, too")
+    parser.add_argument("--compiled-only", action="store_true", help="time compiled models only")
     parser.add_argument("--memory", action="store_true", help="peak memory of a step, too")
     parser.add_argument("--profile", action="store_true", help="where the time goes, in a second table")
     parser.add_argument("--no-narrow", action="store_true", help="leave out the narrower network")
@@ -82,6 +83,7 @@ def add_step_options(parser: argparse.ArgumentParser, models: Sequence[str]) -> 
 def parse_step_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, or an error that says what is wrong with them."""
     options = parser.parse_args(arguments)
+    options.compile |= options.compiled_only
     if options.batch is not None and options.batch < 1:
         parser.error(f"--batch: expected 1 or more, not {options.batch}")
     if options.runs < 2 or not all(0 < ratio < 1 for ratio in options.ratios):
@@ -102,10 +104,11 @@ def build(name: str, options: argparse.Namespace) -> tuple[nn.Module, Tensor, nn
         last = images and options.channels_last
     form = torch.channels_last if last else torch.contiguous_format
     if options.batch is not None:
-        inputs = torch.randn(options.batch, *inputs.shape[1:])
+        inputs = torch.randn(options.batch, *inputs.shape[1:], requires_grad=inputs.requires_grad)
     place = {"device": options.device, "dtype": getattr(torch, options.dtype), "memory_format": form}
     narrow = None if narrow is None or options.no_narrow else narrow.to(**place)
-    return exact.to(**place), inputs.to(**place), narrow
+    placed = inputs.detach().to(**place).requires_grad_(inputs.requires_grad)
+    return exact.to(**place), placed, narrow
 
 
 def measure(
@@ -127,7 +130,7 @@ def measure(
             if variant not in backends
         }
         steps: dict[tuple[str, bool], Step] = {}
-        for compiled in [False, True] if options.compile else [False]:
+        for compiled in [False] * (not options.compiled_only) + [True] * options.compile:
             for variant, model in models.items():
                 if compiled or variant not in backends:
                     backend = backends.get(variant, "inductor")

@@ -1,16 +1,18 @@
-"""One training step, forward and backward: exact, module swap with online TopK, and demand-driven sampling.
+r"""One training step, forward and backward: exact, module swap with online TopK, and demand-driven sampling.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --models wrn_16_4 --scopes value group --ratios 0.5 --compile
     python benchmarks/train_step.py --models resnet50 --runs 9 --json resnet50.json
     python benchmarks/train_step.py --compile --dynamo --no-swap
     python benchmarks/train_step.py --device cuda --autocast bfloat16 --channels-last --compile
+    python benchmarks/train_step.py --models gated_mlp --batch 16384 --scopes value --backward --dtype bfloat16 \
+        --device cuda --compiled-only --memory
 
 All variants take their steps in turn in one process; a ratio above 1 is faster than the exact model, eager or compiled
 as the variant itself, and "of compiled exact" compares with the compiled exact model whatever the variant is. Before
 anything is timed, the demand-driven model is checked against the same selections without demand, in float32 without
 TF32 and autocast. `narrow` is the same network at half the (inner) width, trained exactly: what a user could do
-instead.
+instead. With `--backward` one more variant samples both gradients and leaves the forward pass exact.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from _steps import measure as measure_all
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx.policies import Paper, Uniform
+from fx_approx.policies import Paper, Roles, Uniform
 
 warnings.filterwarnings("ignore", category=fx_approx.StaleStatisticsWarning)
 
@@ -69,6 +71,9 @@ def measure(name: str, options: argparse.Namespace) -> list[Measured]:
     for ratio in options.ratios:
         if not options.no_swap:
             models[f"swap, online TopK {ratio:g}"] = swapped(exact, inputs, ratio, options.minimal_k)
+        if options.backward:
+            policy_of_gradients = Roles.backward(ratio, scores="uniform")
+            models[f"backward {ratio:g}"] = fx_approx.transform(copy.deepcopy(exact), policy_of_gradients, inputs)
         for scope in options.scopes:
             models[f"demand, {scope} {ratio:g}"] = demanded(exact, inputs, scope, ratio, options)
             if options.dynamo and options.compile:
@@ -84,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_step_options(parser, ["wrn_16_4"])
     parser.add_argument("--scopes", nargs="+", default=["value", "group"], choices=["site", "value", "group"])
     parser.add_argument("--dynamo", action="store_true", help="through fx_approx.backend, too (with --compile)")
+    parser.add_argument("--backward", action="store_true", help="backward mode, too: both gradients sampled")
     parser.add_argument("--no-swap", action="store_true", help="leave out the module swap")
     options = parse_step_options(parser, arguments)
     print(header("Training step"), flush=True)

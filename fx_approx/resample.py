@@ -205,7 +205,7 @@ class Resample(nn.Module):
     def draws(self) -> bool:
         """Whether a forward needs a key."""
         active = [one for one in self.each() if one.active]
-        return bool(active) and (self.remembers or any([one.selectors[0].sampler.random for one in active]))
+        return len(active) > 0 and (self.remembers or any([one.selectors[0].sampler.random for one in active]))
 
     def fit(self) -> None:
         """Takes over the ratios of the readers, and makes room for what is kept."""

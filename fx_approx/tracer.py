@@ -126,7 +126,7 @@ class LeafTracer(fx.Tracer):
             elif inner and parametrize.is_parametrized(m):
                 self.opaque[path] = Opaque(path, "is parametrised: its weights are computed at every access")
             return super().call_module(m, forward, args, kwargs)
-        last = next(reversed(self.graph.nodes), None)
+        last = next(iter(reversed(self.graph.nodes)), None)
         stack, scope = dict(self.module_stack), self.scope
         known, mark = set(self.opaque), self.reads.mark()
         try:

@@ -25,6 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
     define_missing_schemas()
+    if "FX_APPROX_TEST_DEVICE" in os.environ:  # tests/kernels and tests/ops run on it as they are
+        torch.set_default_device(os.environ["FX_APPROX_TEST_DEVICE"])
     os.environ["FX_APPROX_CACHE"] = ""  # tests read and leave nothing in the user's cache
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of Triton, so that kernels run on CPUs
