@@ -14,7 +14,7 @@ from _device import DTYPES, Quartiles, add_device_options, precision, quartiles,
 from _header import add_json_option
 from _models import MODELS
 from _peak import peak_bytes
-from _profile import KINDS, milliseconds_by_kind
+from _profile import KINDS, longest, milliseconds_by_kind
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,6 +34,7 @@ class Measured:
     flops: float | None
     peak: int | None
     profile: dict[str, float] | None
+    longest: list[tuple[str, float, float]] | None
 
 
 class Step:
@@ -157,6 +158,7 @@ def measure(
                     flops=flops["exact"] / flops[variant] if variant in flops else None,
                     peak=peak_bytes(steps[variant, compiled], options.device) if options.memory else None,
                     profile=milliseconds_by_kind(steps[variant, compiled]) if options.profile else None,
+                    longest=longest(steps[variant, compiled]) if options.profile else None,
                 )
             )
             print(".", end="", flush=True)

@@ -20,6 +20,16 @@ from .reduction_ranks import MODELS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SCOPES = ["site", "value", "group"]
+POLICIES = {
+    **{
+        scores: Uniform("topk", 0.5, minimal_k=4, scores=scores, share="value")
+        for scores in ("weight", "stale", "uniform")
+    },
+    "online": Uniform("topk", 0.5, minimal_k=4),
+    "backward": Roles.backward(0.5),
+    "backward, uniform": Roles.backward(0.5, scores="uniform"),
+    "bernoulli": Uniform("bernoulli", 0.5, minimal_k=4, scores="weight", share="value"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -94,11 +104,11 @@ def test_compiled_is_one_graph_that_takes_the_samples_of_the_eager_run(share: st
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("scores", ["weight", "stale", "uniform"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_compiled_step_never_waits_for_the_device(name: str, scores: str) -> None:
+def test_a_compiled_step_never_waits_for_the_device(name: str, policy: str) -> None:
     """A value read back from the device would raise."""
-    approx = made(name, Uniform("topk", 0.5, minimal_k=4, scores=scores, share="value"))
+    approx = made(name, POLICIES[policy])
     compiled = torch.compile(approx, fullgraph=True)
     x = images()
     for _ in range(3):
