@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_approx.errors import RecomputationError
+from fx_approx.kernels import uniforms
 from fx_approx.sampling import Selection, derive_key, lane_uniforms, site_lanes, site_uniforms
 
 STEP, INCREMENT, EVERY, SEED = range(4)
@@ -187,7 +188,7 @@ def draw(key: Tensor, sites: list[int], counts: list[int]) -> Tensor:
         if len(sites) == 1:
             return lane_uniforms(*site_lanes(base, sites[0]), elements)
         return site_uniforms(torch.tensor(base), numbers, places, elements)
-    return site_uniforms(derive_key(key[0], key[1]), numbers, places, elements)
+    return uniforms(key, numbers, places, elements)
 
 
 @draw.register_fake

@@ -5,6 +5,7 @@ into what makes the operand, followed by the library's own product; it is the de
 read the chosen slices where they lie instead of copying them first. See docs/kernels.md.
 """
 
+from fx_approx.kernels.draws import uniforms
 from fx_approx.kernels.gathered import gathered_k_matmul, gathered_rows_matmul
 from fx_approx.kernels.norms import column_norms
 from fx_approx.kernels.table import LOWERINGS, REFERENCE, Lowering, choose, prefer, preferring, table_text
@@ -20,4 +21,5 @@ __all__ = [
     "prefer",
     "preferring",
     "table_text",
+    "uniforms",
 ]

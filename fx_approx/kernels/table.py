@@ -77,7 +77,7 @@ def prefer(kernels: str) -> bool:
     global _preferred, _interpreted
     if kernels not in (REFERENCE, TRITON):
         raise ValueError(f"kernels: expected 'reference' or 'triton', got {kernels!r}")
-    problem = _triton_problem() if kernels == TRITON else None
+    problem = triton_problem() if kernels == TRITON else None
     if problem is not None:
         warnings.warn(f"{problem}: the reference kernels are used", KernelWarning, stacklevel=2)
         kernels = REFERENCE
@@ -158,7 +158,7 @@ def table_text() -> str:
     return f"{tabulate(rows, headers, disable_numparse=True)}\n\nIn use: {_preferred}."
 
 
-def _triton_problem() -> str | None:
+def triton_problem() -> str | None:
     """Why Triton cannot be used, or None."""
     try:
         triton = importlib.import_module("triton")

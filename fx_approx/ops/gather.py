@@ -11,6 +11,9 @@ from torch import Tensor
 
 from fx_approx.sampling import Selection
 
+Order = tuple[int, ...] | None
+"""What :func:`channels_last_order` gives."""
+
 
 class _Gather(torch.autograd.Function):
     """``index_select`` whose backward is ``index_copy``: indices are unique, so nothing is accumulated.
@@ -26,7 +29,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int, Tensor], output: Tensor) -> None:
         source, ctx.dim, index = inputs
-        ctx.size = source.shape[ctx.dim]
+        ctx.size, ctx.order = source.shape[ctx.dim], channels_last_order(source)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(index)
 
@@ -35,7 +38,7 @@ class _Gather(torch.autograd.Function):
         if grad is None:
             return None, None, None
         (index,) = ctx.saved_tensors
-        return _scatter(grad, ctx.dim, index, ctx.size), None, None
+        return _scatter(grad, ctx.dim, index, ctx.size, ctx.order), None, None
 
 
 def gather(source: Tensor, dim: int, index: Tensor) -> Tensor:
@@ -113,7 +116,7 @@ def select_weight(weight: Tensor, groups: int, selection: Selection, index: Tens
     return result
 
 
-def channels_last_order(source: Tensor) -> tuple[int, ...] | None:
+def channels_last_order(source: Tensor) -> Order:
     """The permutation that makes a channels_last tensor contiguous, or None for another layout."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(source.dim())
     if channels_last is None or source.is_contiguous():
@@ -150,9 +153,16 @@ def select(source: Tensor, dim: int, index: Tensor) -> Tensor:
     return take(source, dim, index) if is_opaque(source) else _selected(source, dim, index)
 
 
-def _scatter(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+def _scatter(grad: Tensor, dim: int, index: Tensor, size: int, order: Order) -> Tensor:
+    """``order`` is that of the value; compiled code follows it.
+
+    There a gradient must not be asked for its own: Dynamo would trace the backward pass anew, with gradients that it
+    makes contiguous first, and each convolution behind would bring them back to channels_last.
+    """
     if is_opaque(grad):
         return put(grad, dim, index, size)
+    if torch.compiler.is_compiling():
+        return _spread(grad, dim, index, size, order)
     return _scattered(grad, dim, index, size)
 
 
@@ -222,30 +232,32 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int, Tensor], output: tuple[Tensor, Tensor]) -> None:
         source, ctx.dim, index = inputs
-        ctx.size = source.shape[ctx.dim]
+        ctx.size, ctx.order = source.shape[ctx.dim], channels_last_order(source)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(index)
 
     @staticmethod
     def backward(ctx: Any, whole: Tensor | None, part: Tensor | None) -> tuple[Tensor | None, None, None]:
         (index,) = ctx.saved_tensors
-        return together(whole, part, ctx.dim, index, ctx.size), None, None
+        return together(whole, part, ctx.dim, index, ctx.size, ctx.order), None, None
 
 
-def together(whole: Tensor | None, part: Tensor | None, dim: int, index: Tensor, size: int) -> Tensor | None:
-    """The gradient of a value from those of the whole and of a part; see :func:`tap`."""
+def together(
+    whole: Tensor | None, part: Tensor | None, dim: int, index: Tensor, size: int, order: Order
+) -> Tensor | None:
+    """The gradient of a value, whose layout is ``order``, from those of the whole and of a part; see :func:`tap`."""
     if part is None:
         return whole
     if whole is None:
-        return _scatter(part, dim, index, size)
+        return _scatter(part, dim, index, size, order)
     if (
         is_batched(whole)
         or is_batched(part)
         or (torch.is_grad_enabled() and (whole.requires_grad or part.requires_grad))
     ):
-        return whole + _scatter(part, dim, index, size)
+        return whole + _scatter(part, dim, index, size, order)
     if torch.compiler.is_compiling() and not is_opaque(whole):
-        return whole + _spread(part, dim, index, size)
+        return whole + _spread(part, dim, index, size, order)
     total = whole.clone()
     if is_opaque(whole):
         add_at(total, dim, index, part)
@@ -300,25 +312,28 @@ def _scattered(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     order = channels_last_order(grad)
     if order is not None:
         grad, dim = grad.permute(order), order.index(dim)
-    if torch.compiler.is_compiling():
-        full = _spread(grad, dim, index, size)
-    else:
-        shape = (*grad.shape[:dim], size, *grad.shape[dim + 1 :])
-        full = grad.new_zeros(shape)
-        full = full.index_copy(dim, index, grad) if is_batched(grad) else full.index_copy_(dim, index, grad)
+    shape = (*grad.shape[:dim], size, *grad.shape[dim + 1 :])
+    full = grad.new_zeros(shape)
+    full = full.index_copy(dim, index, grad) if is_batched(grad) else full.index_copy_(dim, index, grad)
     return full if order is None else full.permute(inverse(order))
 
 
-def _spread(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
-    """The same read the other way: every entry fetches its gradient, or is zero.
+def _spread(grad: Tensor, dim: int, index: Tensor, size: int, order: Order) -> Tensor:
+    """The same read the other way, for compiled code: every entry fetches its gradient, or is zero.
 
     That is element by element, so the compiler makes it part of whatever reads the result, where a scatter would be a
     pass of its own over the whole tensor.
     """
+    if index.dim() == 2:
+        flat = _spread(grad.flatten(0, 1), 0, flat_indices(index, size), index.shape[0] * size, None)
+        return flat.view(index.shape[0], size, -1)
+    if order is not None:
+        grad, dim = grad.permute(order), order.index(dim)
     places = torch.zeros(size, dtype=torch.int64, device=index.device)
     places = places.index_copy(0, index, torch.arange(1, index.shape[0] + 1, device=index.device))
     there = (places > 0).view(-1, *[1] * (grad.dim() - 1 - dim))
-    return torch.where(there, grad.index_select(dim, (places - 1).clamp(min=0)), 0)
+    full = torch.where(there, grad.index_select(dim, (places - 1).clamp(min=0)), 0)
+    return full if order is None else full.permute(inverse(order))
 
 
 for _name, _kernel, _fake in (

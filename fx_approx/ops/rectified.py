@@ -38,7 +38,7 @@ class _TappedReLU(torch.autograd.Function):
         ctx: Any, whole: Tensor | None, part: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, None, None, None]:
         index, signs = ctx.saved_tensors
-        total = together(whole, part, ctx.dim, index, ctx.size)
+        total = together(whole, part, ctx.dim, index, ctx.size, ctx.order or None)
         if total is None:
             return None, None, None, None
         positive = signs.to(total.dtype) if signs.dtype is torch.bool else unpack_signs(signs, total, ctx.order)

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fx_approx import kernels, ops
-from fx_approx.kernels import table, triton_ops
+from fx_approx.kernels import table, triton_ops, triton_uniforms
 from fx_approx.ops.base import norm
 from fx_approx.sampling import Selection
 
@@ -110,6 +110,9 @@ def build() -> dict[str, bool]:
     constants = {"stride_k": 1, "BLOCK_M": 64, "BLOCK_K": 64}
     code = compiled(triton_ops._squares, {"x": "*bf16", "out": "*fp32"}, constants, 90).asm["ptx"]
     found["norms"] = "fma.rn.f32" in code
+    types = {**dict.fromkeys(("key", "sites", "places", "elements"), "*i64"), "out": "*fp32"}
+    code = compiled(triton_uniforms._uniforms, types, {"BLOCK": 512}, 90).asm["ptx"]
+    found["uniforms"] = "shr.u32" in code
     return found
 
 
