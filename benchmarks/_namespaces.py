@@ -1,8 +1,9 @@
-"""Hosts as network namespaces on one machine: a bridge, a link of a set rate for each, and counters of what went over it.
+"""Hosts as network namespaces on one machine: a bridge, a link of a set rate for each, and counters of what it sent.
 
-Each host is a namespace with one interface, ``eth0``, of 10.77.0.0/24, one end of a veth pair whose other end is a port of
-a bridge. What a host sends is limited by a token bucket (``tc ... tbf``) on its own interface; what it receives is limited
-by the others' sending. Needs root, iproute2, and a kernel with namespaces, veth, bridge and tbf; a delay needs netem, too.
+Each host is a namespace with one interface, ``eth0``, of 10.77.0.0/24, one end of a veth pair whose other end is a port
+of a bridge. What a host sends is limited by a token bucket (``tc ... tbf``) on its own interface; what it receives is
+limited by the others' sending. Needs root, iproute2, and a kernel with namespaces, veth, bridge and tbf; a delay needs
+netem, too.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def sent_bytes(interface: str = INTERFACE) -> int:
 class Hosts:
     """A bridge and ``count`` hosts on it, for as long as the ``with`` block runs.
 
-    Names contain the process id, so that two runs do not meet; all are removed at the end, whatever happened, and so are
-    leftovers of runs that were killed.
+    Names contain the process id, so that two runs do not meet; all are removed at the end, whatever happened, and so
+    are leftovers of runs that were killed.
     """
 
     def __init__(self, count: int) -> None:
@@ -129,8 +130,8 @@ class Hosts:
         return subprocess.Popen(whole, text=True, **options)  # type: ignore[call-overload, no-any-return]
 
 
-def check() -> None:
-    """Raises UnavailableError, with the reason, where this process cannot make namespaces."""
+def check(delay: float = 0.0) -> None:
+    """Raises UnavailableError, with the reason, where this process cannot make namespaces with limited links."""
     if os.name != "posix" or not hasattr(os, "geteuid"):
         raise UnavailableError("network namespaces are there on Linux only")
     for tool in ("ip", "tc"):
@@ -142,7 +143,7 @@ def check() -> None:
     try:
         run("ip", "netns", "add", probe)
         run("ip", "link", "add", pair, "type", "veth", "peer", "name", f"{pair}o")
-        for command in shaper(100.0, interface=pair):
+        for command in shaper(100.0, delay, interface=pair):
             run(*command)
     except UnavailableError as error:
         raise UnavailableError(f"namespaces with limited links are not possible here: {error}") from error

@@ -31,9 +31,7 @@ class Link:
     def __post_init__(self) -> None:
         """Refuses what no link has."""
         if self.alpha < 0 or not self.beta > 0:
-            raise ValueError(
-                f"alpha, beta: expected seconds >= 0 and bytes a second > 0, not {self.alpha}, {self.beta}"
-            )
+            raise ValueError(f"alpha, beta: expected alpha >= 0 and beta > 0, not {self.alpha}, {self.beta}")
 
 
 @dataclasses.dataclass(frozen=True)

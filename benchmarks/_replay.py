@@ -1,10 +1,10 @@
 """Training steps whose gradients are real and whose computing is waited for, so that many fit on few cores.
 
-A network runs once for real, on a small batch of small images, and its gradients are kept: real shapes, real selections,
-zeros where they belong. A replayed step waits as long as the forward pass takes on the machine it stands for, then walks
-backward through the layers, waits for each its share of the backward pass by operations, and hands its gradients to
-autograd. All from there on is real: DistributedDataParallel's buckets, hooks, packing, gloo. Waiting takes no
-core, as computing on an accelerator takes none from the network.
+A network runs once for real, on a small batch of small images, and its gradients are kept: real shapes, real
+selections, zeros where they belong. A replayed step waits as long as the forward pass takes on the machine it stands
+for, then walks backward through the layers, waits for each its share of the backward pass by operations, and hands its
+gradients to autograd. All from there on is real: DistributedDataParallel's buckets, hooks, packing, gloo. Waiting takes
+no core, as computing on an accelerator takes none from the network.
 """
 
 from __future__ import annotations
@@ -93,10 +93,12 @@ class Recording:
     chosen: Tensor | None
 
 
-def sampled(exact: nn.Module, ratio: float, small: int, scope: str, scores: str, minimal_k: int) -> nn.Module:
+def sampled(
+    exact: nn.Module, ratio: float, small: int, scope: str, scores: str, minimal_k: int, demand: bool = True
+) -> nn.Module:
     """``exact`` with every layer sampled by TopK."""
     policy = Uniform("topk", ratio, minimal_k=minimal_k, scores=scores, share=scope)
-    return fx_approx.transform(copy.deepcopy(exact), policy, torch.randn(2, 3, small, small))
+    return fx_approx.transform(copy.deepcopy(exact), policy, torch.randn(2, 3, small, small), demand=demand)
 
 
 def record(model: nn.Module, inputs: Tensor, between: Callable[[], None] = lambda: None) -> Recording:
@@ -142,8 +144,9 @@ class Replay(nn.Module):
         super().__init__()
         self.model, self.compute = model, 0.0
         self._chosen, self._shares = recording.chosen, seconds_of(layers)
-        self._names = [one.parameters for one in layers]
-        self._gradients = [[recording.gradients[name] for name in names] for names in self._names]
+        parameters = dict(model.named_parameters())
+        self._fed = [[parameters[name] for name in one.parameters] for one in layers]
+        self._produced = [[recording.gradients[name] for name in one.parameters] for one in layers]
 
     def forward(self, x: Tensor) -> Tensor:
         """A scalar to call ``backward`` on; ``x`` is a scalar that requires a gradient."""
@@ -152,15 +155,14 @@ class Replay(nn.Module):
             if resample.published is not None:
                 resample.published.mask.copy_(self._chosen)
         _wait(FORWARD * self.compute)
-        parameters = dict(self.model.named_parameters())
-        for place, names in enumerate(self._names):
-            x = _Produce.apply(x, self, place, *(parameters[name] for name in names))
+        for place, parameters in enumerate(self._fed):
+            x = _Produce.apply(x, self, place, *parameters)
         return x
 
     def produced(self, place: int) -> list[Tensor]:
         """The gradients of one layer, after its share of the time."""
         _wait(self._shares[place] * self.compute)
-        return self._gradients[place]
+        return self._produced[place]
 
 
 def _wait(seconds: float) -> None:

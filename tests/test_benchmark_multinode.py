@@ -1,9 +1,8 @@
-"""The benchmark over a network: its model on paper against hand calculation, its bytes, and a short run of all of it."""
+"""The benchmark over a network: its model on paper against hand calculation, its bytes, and a short run of it all."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
