@@ -225,12 +225,11 @@ def measure_link(rate: float, hosts: list[str], rank: int) -> dict[str, float]:
     """Megabits a second of a plain transfer and of a large all-reduce, and seconds of a small one."""
     plain = transfer(int(rate * 1e6 / 8 * _TRANSFER_SECONDS), hosts[1], rank)
     dist.barrier()
-    small, count = torch.ones(2), 20
-    dist.all_reduce(small)
-    start = time.perf_counter()
-    for _ in range(count):
+    small, latencies = torch.ones(2), []
+    for _ in range(30):
+        start = time.perf_counter()
         dist.all_reduce(small)
-    latency = (time.perf_counter() - start) / count
+        latencies.append(time.perf_counter() - start)
     size = len(hosts)
     large = torch.ones(max(2**18, int(rate * 1e6 / 8 * _TRANSFER_SECONDS / 4)))
     dist.barrier()
@@ -240,7 +239,7 @@ def measure_link(rate: float, hosts: list[str], rank: int) -> dict[str, float]:
     return {
         "plain": plain,
         "all_reduce": 2 * (size - 1) / size * large.nbytes * 8 / seconds / 1e6,
-        "small": latency,
+        "small": statistics.median(latencies[5:]),
     }
 
 

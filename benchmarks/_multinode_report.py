@@ -217,13 +217,14 @@ def predicted(result: dict[str, Any], rate: dict[str, Any], variant: dict[str, A
 
 
 def _paper(results: Sequence[dict[str, Any]], packing: bool) -> str:
-    """The table for many workers, by the constants of the smallest number of hosts."""
+    """The table for many workers, by the bandwidth of the smallest number of hosts and the least latency of all."""
     lines, names = [], []
+    alpha = min(rate["small"] / messages(one["hosts"], "ring") for one in results for rate in one["measured"])
     for result in {one["network"]: one for one in sorted(results, key=lambda one: -one["hosts"])}.values():
         names = names or [_general(one["name"]) for one in result["variants"][1:]]
         for rate in result["measured"]:
             share = rate["all_reduce"] / rate["emulated"]
-            link = Link(rate["small"] / messages(result["hosts"], "ring"), share * rate["rate"] * 1e6 / 8)
+            link = Link(alpha, share * rate["rate"] * 1e6 / 8)
             for workers in WORKERS:
                 for algorithm in ALGORITHMS:
                     seconds = [

@@ -113,7 +113,7 @@ class Reduced:
     def _small(self) -> tuple[int, int]:
         resample = find(self.replay)._fx_approx.resample
         learnt = [one for one in resample.each() if one.running is not None and one.age is not None]
-        return 2 * len(learnt), sum(2 * one.running.nbytes + one.age.nbytes for one in learnt)
+        return 2 if learnt else 0, sum(2 * one.running.nbytes + one.age.nbytes for one in learnt)
 
     def _slices(self, inner: Callable[..., Any]) -> None:
         def counted(group: Any, bucket: Any) -> Any:
