@@ -151,7 +151,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=4, help="steps of each before, without waiting (4)")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for a network on so many hosts (1800)")
     parser.add_argument("--bytes-only", action="store_true", help="what each network sends; no hosts, no root")
-    parser.add_argument("--from-json", type=Path, metavar="FILE", nargs="+", help="print tables of earlier runs")
+    parser.add_argument("--from-json", type=Path, metavar="FILE", nargs="+", help="tables of earlier runs, together")
     add_json_option(parser)
     options = parser.parse_args(arguments)
     if not all(2 <= count <= 4 for count in options.hosts):
@@ -172,7 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if options.from_json is not None:
         contents = [json.loads(path.read_text(encoding="utf-8")) for path in options.from_json]
-        report.show([one for content in contents for one in content["results"]])
+        results = [one for content in contents for one in content["results"]]
+        report.show(results)
+        store(options.json, results)  # each has the environment it was measured in
         return
     if options.bytes_only:
         print(header("Bytes of gradients"), flush=True)
