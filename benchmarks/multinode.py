@@ -186,7 +186,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check(options.delay)
     except UnavailableError as error:
         raise SystemExit(f"multinode: {error}") from None
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that hosts are removed
     print(header("Data-parallel steps over limited links"), flush=True)
     results = []
     for network in options.networks:
@@ -198,4 +197,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that hosts are removed
     main()
