@@ -216,14 +216,22 @@ def synchronize_scores(model: nn.Module, group: Any = None) -> None:
     resample = find(model)._fx_approx.resample
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise RuntimeError("group: torch.distributed is not initialised; call torch.distributed.init_process_group")
-    for one in resample.each() if resample is not None else ():
-        if one.running is None or one.age is None:
-            continue
-        known = (one.running >= 0).to(one.running.dtype)
-        sums = torch.stack((one.running * known, known))
-        torch.distributed.all_reduce(sums, group=group)
-        one.running.copy_(torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1), one.running))
-        torch.distributed.all_reduce(one.age, torch.distributed.ReduceOp.MIN, group=group)
+    learnt = [] if resample is None else [one for one in resample.each() if one.running is not None]
+    norms = [one.running for one in learnt if one.running is not None]
+    ages = [one.age for one in learnt if one.age is not None]
+    if not norms:
+        return
+    running = torch.cat([own.flatten() for own in norms])  # of all selections at once: each is short
+    known = (running >= 0).to(running.dtype)
+    sums = torch.stack((running * known, known))
+    torch.distributed.all_reduce(sums, group=group)
+    mean = torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1), running)
+    for own, value in zip(norms, mean.split([own.numel() for own in norms]), strict=True):
+        own.copy_(value.view_as(own))
+    age = torch.cat(ages)
+    torch.distributed.all_reduce(age, torch.distributed.ReduceOp.MIN, group=group)
+    for own, value in zip(ages, age.split([own.numel() for own in ages]), strict=True):
+        own.copy_(value)
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
