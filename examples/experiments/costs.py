@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fx_approx
+
+
+_WARM = 3
 
 
 def loss_of(output: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -91,18 +93,18 @@ def synchronise(device: torch.device) -> None:
 
 
 def timed(
-    steps: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int, warm: int = 3
+    steps: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int, now: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Quartiles of the seconds of each of ``steps``, taken in turn after some that do not count."""
+    """Quartiles of the seconds of each of ``steps`` by the clock ``now``, taken in turn after three that do not count."""
     found: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(warm + repeats):
+    for number in range(_WARM + repeats):
         for name, step in steps.items():
             synchronise(device)
-            start = time.perf_counter()
+            start = now()
             step()
             synchronise(device)
-            if number >= warm:
-                found[name].append(time.perf_counter() - start)
+            if number >= _WARM:
+                found[name].append(now() - start)
     if repeats < 2:
         return {}
     return {name: statistics.quantiles(values, n=4, method="inclusive") for name, values in found.items()}

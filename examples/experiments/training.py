@@ -133,7 +133,7 @@ class Run:
 
         steps = {phase: (lambda phase=phase: step(phase)) for phase in self.phases.first}
         if self.settings.probe or self.settings.compile:
-            self.seconds = costs.timed(steps, self.device, self.settings.probe)
+            self.seconds = costs.timed(steps, self.device, self.settings.probe, self.settings.now)
         with torch.no_grad():
             for name, value in self.model.state_dict().items():
                 value.copy_(kept[name])
