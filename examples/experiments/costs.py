@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fx_approx
 
-
 _WARM = 3
 
 
@@ -95,7 +94,7 @@ def synchronise(device: torch.device) -> None:
 def timed(
     steps: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int, now: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Quartiles of the seconds of each of ``steps`` by the clock ``now``, taken in turn after three that do not count."""
+    """Quartiles of the seconds of each of ``steps`` by the clock ``now``, in turn, the first three not counted."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(_WARM + repeats):
         for name, step in steps.items():
