@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,8 +52,9 @@ def selecting(model: nn.Module) -> float:
 
 def exact_flops(network: Network, classes: int, example: Tensor, labels: Tensor, width: float) -> tuple[float, float]:
     """Operations of an exact step, and of its forward pass, without computing them."""
-    # The input's own device and values do not matter, but an embedding wants ids.
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        # Weights that a network begins with are not copied there, nor need they be.
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
         model = network.build(classes, example.to("meta"), width).train()
     return counted(model, example.to("meta"), labels.to("meta"))
 

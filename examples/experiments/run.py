@@ -85,7 +85,8 @@ class Experiment:
             weights = self._weights(seed)
             run = Run(self.config, name, seed, self.source, self.network, self.settings, budget, weights)
             found = run.train(self.records, key, progress)
-            if not self.config.variants[name].policy and not found["diverged"]:
+            variant = self.config.variants[name]
+            if not (variant.policy or variant.equal or found["diverged"]):  # what fine-tuning may begin with
                 self.records.save(key, {k: v.cpu() for k, v in run.model.state_dict().items()}, "final")
             self.records.append({**self._head(name, seed, key, budget), **found})
             self.records.forget(key)

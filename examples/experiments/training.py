@@ -108,6 +108,8 @@ class Run:
         self.ratios = variants.Ratios(self.model, schedule)
         self.peak = self.training.rate * self.variant.rate
         self.optimizer = costs.optimizer_of(self.training, self.model, self.peak)
+        if settings.compile:
+            torch._dynamo.reset()  # graphs of the runs before count towards its limit
         self.call: Callable[..., Any] = torch.compile(self.model, dynamic=False) if settings.compile else self.model
         self.norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
         self.flops: dict[str, float] = {}
