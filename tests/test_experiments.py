@@ -250,6 +250,10 @@ def test_fine_tuning_begins_with_the_weights_of_another_configuration(
         ("variants.moving.policy.ratio=2", "variants.'moving'.policy: ratio: expected a number in (0, 1], got 2"),
         ("variants.fewer.to=fewer", "variants.'fewer'.to: expected one of exact, value, tail, moving, got 'fewer'"),
         ("variants.exact.tail=0.5", "variants.'exact'.policy: expected one beside exact, tail, warmup"),
+        (
+            "variants.value, tail.policy={kind='flops', budget=0.001}",
+            "variants.'value, tail': budget: 0.001 of the exact step cannot be met",
+        ),
         ("seeds=[1, 1]", "seeds: expected different integers of 0 or more, got [1, 1]"),
         ("training", "--set training: expected KEY=VALUE"),
     ],

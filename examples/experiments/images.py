@@ -12,7 +12,7 @@ import pickle
 import runpy
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -285,8 +285,6 @@ def main(arguments: Sequence[str]) -> None:
     arrays = read(source.parent, source.name)
     np.savez_compressed(target, **dict(zip(_PARTS, arrays, strict=True)))
 
-
-Opened = Callable[[Data, Path, torch.device], Source]
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -81,9 +81,12 @@ class Experiment:
                 return "another process is at it"
             if self.records.find(key):
                 return "recorded already"
-            budget = self.budget(name, seed)
             weights = self._weights(seed)
-            run = Run(self.config, name, seed, self.source, self.network, self.settings, budget, weights)
+            try:
+                budget = self.budget(name, seed)
+                run = Run(self.config, name, seed, self.source, self.network, self.settings, budget, weights)
+            except ValueError as error:  # a budget that cannot be met, a width that is not there
+                raise ConfigError(f"{self.config.path.name}: variants.{name!r}: {error}") from error
             found = run.train(self.records, key, progress)
             variant = self.config.variants[name]
             if not (variant.policy or variant.equal or found["diverged"]):  # what fine-tuning may begin with

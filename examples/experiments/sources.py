@@ -7,7 +7,7 @@ from pathlib import Path
 import images
 import texts
 import torch
-from config import Config, ConfigError, Data
+from config import Config, ConfigError
 from images import Source
 
 REPOSITORY = Path(__file__).parents[2]
@@ -44,6 +44,3 @@ def _tokenizer(config: Config) -> texts.Tokenizer:
 
         return minilm.tokenizer()
     return texts.characters_of
-
-
-__all__ = ["Data", "Source", "open_source"]

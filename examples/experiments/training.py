@@ -284,7 +284,7 @@ class Run:
             self._recalibrate(len(state["epochs"]))
             final["recalibrated"] = self.evaluate()["accuracy"]
             recalibration = RECALIBRATION * self.forward_flops
-        totals = fx_approx.report(self.model).totals if self.sampled else None
+        rows = fx_approx.report(self.model).rows if self.sampled else ()
         cuda = self.device.type == "cuda"
         return {
             "final": final,
@@ -300,8 +300,5 @@ class Run:
             "warm_seconds": self.warm_seconds,
             "parameters": sum(one.numel() for one in self.model.parameters()),
             "peak_memory": torch.cuda.max_memory_allocated(self.device) if cuda else None,
-            "sampled_layers": 0 if totals is None else self._layers(),
+            "sampled_layers": sum(bool(row.samples) for row in rows),
         }
-
-    def _layers(self) -> int:
-        return sum(1 for row in fx_approx.report(self.model).rows if row.samples)
