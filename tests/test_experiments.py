@@ -141,7 +141,7 @@ def test_all_variants_of_a_configuration(runner: Runner, capsys: pytest.CaptureF
     # Two operations for each multiply-add: 64 x 16 in the first layer, which has no gradient of its input.
     step = 2 * 16 * (2 * 64 * 16 + 3 * 16 * 16 + 3 * 16 * 3)
     assert exact["step_flops"] == {"exact": step} and exact["flops"] == 24 * step == exact["exact_flops"]
-    assert tail["phases"] == {"sampled": 18, "exact": 6}
+    assert tail["phases"] == {"sampled": 18, "exact": 6} and (tail["sampled_layers"], exact["sampled_layers"]) == (2, 0)
     # Of 64 inputs 32 are read for the 8 units that the second layer reads; its outputs are all read.
     least = 2 * 16 * (2 * 32 * 8 + 3 * 8 * 16 + 3 * 16 * 3)
     assert least <= tail["step_flops"]["sampled"] < 1.15 * least  # what scores take is counted, too

@@ -103,6 +103,7 @@ class Run:
         policy = variants.policy_of(config, name, settings.compile)
         self.model = variants.approximate(model, policy, x, self.variant, seed)
         self.sampled = policy is not None
+        self.layers = sum(bool(row.samples) for row in fx_approx.report(self.model).rows) if self.sampled else 0
         schedule = variants.schedule_of(config, name, budget.steps)
         self.phases = variants.phases(self.variant, schedule, budget.steps)
         self.ratios = variants.Ratios(self.model, schedule)
@@ -284,7 +285,6 @@ class Run:
             self._recalibrate(len(state["epochs"]))
             final["recalibrated"] = self.evaluate()["accuracy"]
             recalibration = RECALIBRATION * self.forward_flops
-        rows = fx_approx.report(self.model).rows if self.sampled else ()
         cuda = self.device.type == "cuda"
         return {
             "final": final,
@@ -300,5 +300,5 @@ class Run:
             "warm_seconds": self.warm_seconds,
             "parameters": sum(one.numel() for one in self.model.parameters()),
             "peak_memory": torch.cuda.max_memory_allocated(self.device) if cuda else None,
-            "sampled_layers": sum(bool(row.samples) for row in rows),
+            "sampled_layers": self.layers,
         }
