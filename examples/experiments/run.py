@@ -1,0 +1,263 @@
+"""Trains the variants of a configuration, exact ones and baselines among them, and writes a line of JSON for each run.
+
+    python examples/experiments/run.py examples/experiments/configs/mnist-mlp.toml --data FOLDER
+    python examples/experiments/run.py CONFIG --data FOLDER --seeds 0 1 --only exact "value 0.25, tail"
+    python examples/experiments/run.py CONFIG --data FOLDER --device cuda --compile --autocast bfloat16
+    python examples/experiments/run.py CONFIG --data FOLDER --set training.epochs=1 --set data.limit=2000
+
+Runs that are recorded are not repeated, and a run that was interrupted goes on from its last checkpoint; several
+processes may work on the same folder. ``tables.py`` makes tables and figures of it. It needs torch, numpy, tqdm,
+tabulate and networkx; some data and networks torchvision, Pillow or tokenizers, and they say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import costs
+import torch
+import variants
+from config import Config, ConfigError, load
+from networks import Network, network
+from records import Records, digest
+from sources import REPOSITORY, open_source
+from training import Budget, Run, Settings
+
+FORMAT = 1
+
+
+class Experiment:
+    """A configuration on its data: what its runs are, and how each is done."""
+
+    def __init__(self, config: Config, settings: Settings, options: argparse.Namespace) -> None:
+        """Opens the data, and checks every variant."""
+        self.config, self.settings = config, settings
+        self.network: Network = network(config.network, config.path.name)
+        self.device = torch.device(settings.device)
+        for name in config.variants:
+            variants.policy_of(config, name)
+            variants.schedule_of(config, name, 1000)
+        self.source = open_source(config, options.data, self.device, options.download)
+        self.records = Records(options.out, config.name)
+        self._out = options.out
+        per_epoch = self.source.size // config.training.batch
+        self.full = config.training.steps or max(1, round(config.training.epochs * per_epoch))
+        x, y = next(iter(self.source.epoch(0, 0, config.training.batch)))
+        self.example = x, y
+        self._exact = functools.cache(lambda: self._flops_of(1.0)[0])
+        self._total = functools.cache(self._total_flops)
+
+    def key(self, name: str, seed: int) -> str:
+        """Tells runs apart: all that their results depend on, but for code and versions."""
+        return digest([FORMAT, self._described(name), seed])
+
+    def _described(self, name: str) -> dict[str, Any]:
+        config = self.config
+        found = {
+            "variant": dataclasses.asdict(config.variants[name]),
+            "data": {**dataclasses.asdict(config.data), "workers": 0},
+            "network": dict(config.network),
+            "training": dataclasses.asdict(config.training),
+            "start": None if config.start is None else dataclasses.asdict(config.start),
+            **self.settings.identity,
+        }
+        to = config.variants[name].to
+        return {**found, "to": dataclasses.asdict(config.variants[to])} if to else found
+
+    def do(self, name: str, seed: int, progress: bool) -> str:
+        """Does one run unless it is recorded, or another process is at it; says which."""
+        key = self.key(name, seed)
+        if self.records.find(key):
+            return "recorded already"
+        with self.records.claim(key) as mine:
+            if not mine:
+                return "another process is at it"
+            if self.records.find(key):
+                return "recorded already"
+            weights = self._weights(seed)
+            try:
+                budget = self.budget(name, seed)
+                run = Run(self.config, name, seed, self.source, self.network, self.settings, budget, weights)
+            except ValueError as error:  # a budget that cannot be met, a width that is not there
+                raise ConfigError(f"{self.config.path.name}: variants.{name!r}: {error}") from error
+            found = run.train(self.records, key, progress)
+            variant = self.config.variants[name]
+            if not (variant.policy or variant.equal or found["diverged"]):  # what fine-tuning may begin with
+                self.records.save(key, {k: v.cpu() for k, v in run.model.state_dict().items()}, "final")
+            self.records.append({**self._head(name, seed, key, budget), **found})
+            self.records.forget(key)
+        final = found["final"]
+        mended = f", recalibrated {final['recalibrated']:.2f}" if final.get("recalibrated") is not None else ""
+        return "diverged" if found["diverged"] else f"{final['accuracy']:.2f} %{mended}"
+
+    def _head(self, name: str, seed: int, key: str, budget: Budget) -> dict[str, Any]:
+        header = runpy.run_path(str(REPOSITORY / "benchmarks" / "_header.py"))
+        common = self._described(name)
+        variant = common.pop("variant")
+        common.pop("to", None)
+        return {
+            "format": FORMAT,
+            "run": key,
+            "config": self.config.name,
+            "title": self.config.title,
+            "setting": digest(common),
+            "variant": name,
+            "seed": seed,
+            "options": variant,
+            "common": common,
+            "budget": dataclasses.asdict(budget),
+            "full_steps": self.full,
+            "exact_flops": self._exact() * self.full,
+            "examples": self.source.size,
+            "environment": header["environment"](),
+        }
+
+    def _weights(self, seed: int) -> dict[str, torch.Tensor] | None:
+        start = self.config.start
+        if start is None:
+            return None
+        path = self.config.path.parent / start.config
+        other = load(path)
+        seed = seed if start.seed < 0 else start.seed
+        folder = Records(self._out, other.name)
+        ended = [r for r in folder.all() if r["variant"] == start.variant and r["seed"] == seed]
+        same = [r for r in ended if r["common"]["network"] == dict(other.network)]
+        found = folder.load(same[-1]["run"], "final") if same else None
+        if found is None:
+            raise ConfigError(
+                f"{self.config.path.name}: start: expected the weights of {start.variant!r}, seed {seed}, of "
+                f"{other.name} in {folder.scratch}; first: run.py {path} --only {start.variant!r} --seeds {seed}"
+            )
+        return dict(found)
+
+    # ---- what baselines cost
+
+    def budget(self, name: str, seed: int) -> Budget:
+        """Steps and width of a variant; those of a baseline follow from what it is to equal."""
+        variant = self.config.variants[name]
+        if not variant.equal:
+            return Budget(max(1, round(variant.epochs * self.full)), variant.width)
+        if variant.equal == "flops":
+            target = self._total(variant.to, seed)
+            if variant.by == "epochs":
+                return Budget(max(1, int(target / self._exact())), variant.width, target)
+            x, y = self.example
+            steps = max(1, round(variant.epochs * self.full))
+            width, _ = costs.narrowed(self.network, self.source.classes, x, y, target / steps)
+            return Budget(steps, width, target)
+        target = self._seconds(variant.to)
+        if variant.by == "epochs":
+            plain = Budget(self.full, variant.width)
+            return Budget(max(1, int(target / self._step_seconds("", plain)["exact"])), variant.width, target)
+        steps = max(1, round(variant.epochs * self.full))
+        width, _ = costs.quicker(
+            lambda width: self._step_seconds("", Budget(self.full, width))["exact"], target / steps
+        )
+        return Budget(steps, width, target)
+
+    def _flops_of(self, width: float) -> tuple[float, float]:
+        return costs.exact_flops(self.network, self.source.classes, *self.example, width)
+
+    def _run(self, name: str, seed: int, budget: Budget) -> Run:
+        return Run(self.config, name, seed, self.source, self.network, self.settings, budget)
+
+    def _total_flops(self, name: str, seed: int) -> float:
+        run = self._run(name, seed, self.budget(name, seed))
+        run._count()
+        return sum(run.flops[phase] * count for phase, count in run.phases.counts.items())
+
+    def _seconds(self, name: str) -> float:
+        """Of a whole training of ``name``, from the times of its steps."""
+        budget = self.budget(name, 0)
+        step = self._step_seconds(name, budget)
+        schedule = variants.schedule_of(self.config, name, budget.steps)
+        counts = variants.phases(self.config.variants[name], schedule, budget.steps).counts
+        return sum(step[phase] * count for phase, count in counts.items())
+
+    def _step_seconds(self, name: str, budget: Budget) -> dict[str, float]:
+        """Median seconds of a step of each phase; measured once, for all seeds and processes. No name: exact."""
+        config = self.config
+        if not name:
+            name, config = "", dataclasses.replace(config, variants={**config.variants, "": _PLAIN})
+        described = [self._described(name) if name else self._described_exact(), budget.width, torch.get_num_threads()]
+        key = f"time-{digest(described)}"
+        with self.records.claim(key, wait=True):
+            found = self.records.load(key, "seconds")
+            if found is None:
+                settings = dataclasses.replace(self.settings, probe=max(20, self.settings.probe))
+                run = Run(config, name, 0, self.source, self.network, settings, budget)
+                run.measure(count=False)
+                found = {phase: quartiles[1] for phase, quartiles in run.seconds.items()}
+                self.records.save(key, found, "seconds")
+        return dict(found)
+
+    def _described_exact(self) -> dict[str, Any]:
+        first = next(iter(self.config.variants))
+        return {**self._described(first), "variant": None, "to": None}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("config", type=Path, help="a TOML file such as those in configs/")
+    made.add_argument("--data", type=Path, default=REPOSITORY / ".data", metavar="FOLDER", help="where data sets are")
+    made.add_argument("--download", action="store_true", help="get what is missing through torchvision")
+    made.add_argument("--out", type=Path, default=REPOSITORY / ".data" / "runs", metavar="FOLDER", help="for results")
+    made.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="instead of those of the configuration")
+    made.add_argument("--only", nargs="+", metavar="VARIANT", help="some of the variants, by name")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the configuration")
+    made.add_argument("--list", action="store_true", help="show the runs, with what is recorded, and end")
+    made.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    made.add_argument("--compile", action="store_true", help="train under torch.compile")
+    made.add_argument("--autocast", default="", choices=("bfloat16",), help="precision of the products")
+    made.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="what training seconds are")
+    made.add_argument("--probe", type=int, default=10, metavar="STEPS", help="steps that are timed first (10)")
+    made.add_argument("--checkpoint", type=float, default=30, metavar="SECONDS", help="between checkpoints (30)")
+    made.add_argument("--quiet", action="store_true", help="no progress bars")
+    return made
+
+
+_PLAIN = variants.Variant()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Does the runs that are missing."""
+    made = parser()
+    options = made.parse_args(arguments)
+    try:
+        config = load(options.config, options.set)
+        chosen = options.only or list(config.variants)
+        unknown = [name for name in chosen if name not in config.variants]
+        if unknown:
+            raise ConfigError(f"--only: expected some of {', '.join(config.variants)}, got {unknown[0]!r}")
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device: expected cpu, since torch finds no GPU, got 'cuda'")
+        settings = Settings(
+            options.device, options.compile, options.autocast, options.clock, options.probe, options.checkpoint
+        )
+        experiment = Experiment(config, settings, options)
+        if options.compile:
+            torch._dynamo.config.recompile_limit = 64  # one graph for each phase of each run
+        if options.device == "cuda":
+            torch.backends.cudnn.benchmark = True
+        for seed in options.seeds or config.seeds:
+            for name in chosen:
+                if options.list:
+                    there = experiment.records.find(experiment.key(name, seed))
+                    said = "missing" if there is None else "recorded"
+                else:
+                    said = experiment.do(name, seed, not options.quiet)
+                print(f"{config.name}: {name}, seed {seed}: {said}", flush=True)
+    except ConfigError as error:
+        made.exit(2, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

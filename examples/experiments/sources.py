@@ -1,0 +1,46 @@
+"""Opens what a configuration is trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import images
+import texts
+import torch
+from config import Config, ConfigError
+from images import Source
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def open_source(config: Config, root: Path, device: torch.device, download: bool = False) -> Source:
+    """The data of ``config`` below ``root``.
+
+    Raises:
+        ConfigError: It is not there, or does not fit; says what was looked for.
+    """
+    data, name = config.data, config.data.folder
+    if not root.is_dir():
+        raise ConfigError(f"--data {root}: expected a folder")
+    if data.kind == "images":
+        found: Source = images.Images(images.read(root, name, download), data, device, name)
+    elif data.kind == "folder":
+        found = images.Folder(images.folder_of(root, name, REPOSITORY / ".data"), data, device)
+    elif data.kind == "characters":
+        found = texts.Characters(texts.read(root, name), data, device)
+    else:
+        found = texts.Speakers(texts.read(root, name), data, device, _tokenizer(config))
+    if found.size < config.training.batch:
+        raise ConfigError(
+            f"{config.path.name}: training.batch: expected at most the {found.size} training examples, "
+            f"got {config.training.batch}"
+        )
+    return found
+
+
+def _tokenizer(config: Config) -> texts.Tokenizer:
+    if config.network.get("kind") == "minilm":
+        import minilm
+
+        return minilm.tokenizer()
+    return texts.characters_of

@@ -1,0 +1,292 @@
+"""Tables and figures from the JSON lines that ``run.py`` wrote.
+
+    python examples/experiments/tables.py FOLDER --to docs/results/experiments
+
+writes ``tables.md`` and, with matplotlib (the extra ``figures``), three pictures of each experiment: accuracy against
+FLOPs and accuracy against time, each with the front of what no other beats in both, and learning curves.
+
+Accuracy is that of the last epoch. Of a run that ends with sampled steps in a network with BatchNorm it is that after
+re-estimating the statistics on 20 exact batches, whose FLOPs count. Means are over seeds, with the standard deviation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from records import read, slug
+from tabulate import tabulate
+
+Record = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The runs of one variant.
+
+    Attributes:
+        variant: Its name.
+        kind: ``exact``, ``epochs`` or ``width`` for baselines, ``sampled``.
+        accuracies: Of each run that did not diverge, by seed.
+        diverged: Runs that did.
+        as_trained: Accuracies before statistics are re-estimated.
+        flops: Share of the exact training's, mean.
+        seconds: Of training, mean.
+        speedup: Time of an exact step over that of a sampled one, medians of steps in turn in one run; None if unknown.
+        curve: At each epoch: share of FLOPs, seconds, accuracy; means over the runs.
+        memory: Peak bytes on the device, mean; None if unknown.
+        to: Whose cost a baseline has.
+        equal: In what.
+    """
+
+    variant: str
+    kind: str
+    accuracies: Mapping[int, float]
+    diverged: int
+    as_trained: tuple[float, ...]
+    flops: float
+    seconds: float
+    speedup: float | None
+    curve: tuple[tuple[float, float, float], ...]
+    memory: float | None
+    to: str = ""
+    equal: str = ""
+
+    @property
+    def mean(self) -> float | None:
+        """Accuracy, None if every run diverged."""
+        return statistics.mean(self.accuracies.values()) if self.accuracies else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of the accuracy, None for a single run."""
+        return statistics.stdev(self.accuracies.values()) if len(self.accuracies) > 1 else None
+
+
+def mended(record: Record) -> bool:
+    """Whether the accuracy of the run is the one after re-estimating statistics: it ends with sampled steps."""
+    options = record["options"]
+    return bool(options["policy"]) and not options["tail"] and record["final"].get("recalibrated") is not None
+
+
+def accuracy(record: Record) -> float:
+    """Of the end of a run, per cent."""
+    return float(record["final"]["recalibrated" if mended(record) else "accuracy"])
+
+
+def summarised(records: Iterable[Record]) -> list[Summary]:
+    """One summary for each variant, exact first, then in the order of the first run."""
+    latest: dict[str, dict[int, Record]] = {}
+    for record in records:
+        latest.setdefault(record["variant"], {})[record["seed"]] = record
+    found = [_summary(name, [runs[seed] for seed in sorted(runs)]) for name, runs in latest.items()]
+    return sorted(found, key=lambda one: one.kind != "exact")
+
+
+def _summary(name: str, runs: Sequence[Record]) -> Summary:
+    ended = [run for run in runs if not run["diverged"]]
+    options = runs[0]["options"]
+    shares = [(run["flops"] + mended(run) * run["recalibration_flops"]) / run["exact_flops"] for run in ended or runs]
+    speedups = [
+        run["step_ms"]["exact"][1] / run["step_ms"]["sampled"][1]
+        for run in runs
+        if {"exact", "sampled"} <= run["step_ms"].keys()
+    ]
+    memory = [run["peak_memory"] for run in runs if run["peak_memory"]]
+    return Summary(
+        variant=name,
+        kind="sampled" if options["policy"] else _kind(options),
+        accuracies={run["seed"]: accuracy(run) for run in ended},
+        diverged=len(runs) - len(ended),
+        as_trained=tuple(run["final"]["accuracy"] for run in ended),
+        flops=statistics.mean(shares),
+        seconds=statistics.mean(run["seconds"] for run in ended or runs),
+        speedup=statistics.median(speedups) if speedups else None,
+        curve=tuple(_curve(ended)),
+        memory=statistics.mean(memory) if memory else None,
+        to=options["to"],
+        equal=options["equal"],
+    )
+
+
+def _kind(options: Mapping[str, Any]) -> str:
+    if options["by"] == "width" or options["width"] != 1:
+        return "width"
+    return "epochs" if options["by"] == "epochs" or options["epochs"] != 1 else "exact"
+
+
+def _curve(runs: Sequence[Record]) -> Iterable[tuple[float, float, float]]:
+    for entries in zip(*(run["epochs"] for run in runs), strict=False):
+        own = [one.get("recalibrated", one["accuracy"]) for one in entries]
+        shares = [one["flops"] / run["exact_flops"] for one, run in zip(entries, runs, strict=True)]
+        last = entries[0] is runs[0]["epochs"][-1]
+        # The curve ends where the table says.
+        mean = statistics.mean(map(accuracy, runs) if last else own)
+        yield statistics.mean(shares), statistics.mean(one["seconds"] for one in entries), mean
+
+
+def time_to(summary: Summary, goal: float) -> float | None:
+    """Seconds of training until the mean accuracy at the end of an epoch is ``goal``; None if it never is."""
+    return next((seconds for _, seconds, reached in summary.curve if reached >= goal), None)
+
+
+def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names whose ``(cost, accuracy)`` no other beats in one and equals in the other, from the cheapest on."""
+
+    def beaten(own: tuple[float, float]) -> bool:
+        return any(cost <= own[0] and reached >= own[1] and (cost, reached) != own for cost, reached in points.values())
+
+    return sorted((name for name, own in points.items() if not beaten(own)), key=lambda name: points[name])
+
+
+# ---- tables
+
+
+def figure(value: float | None, form: str = ".2f") -> str:
+    """``value`` as text, a dash for None."""
+    return "–" if value is None else format(value, form)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    if not values:
+        return "diverged"
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def table(found: Sequence[Summary], within: float) -> str:
+    """All variants as a table in markdown."""
+    exact = next((one for one in found if one.kind == "exact" and one.mean is not None), None)
+    goal = None if exact is None else exact.mean
+    rows = []
+    for one in found:
+        share = None if exact is None else one.seconds / exact.seconds
+        times = [None if goal is None else time_to(one, goal - less) for less in (0.0, within)]
+        rows.append(
+            [
+                one.variant,
+                str(len(one.accuracies)) + (f" ({one.diverged} diverged)" if one.diverged else ""),
+                spread(list(one.accuracies.values())),
+                figure(None if goal is None or one.mean is None else one.mean - goal, "+.2f"),
+                spread(one.as_trained),
+                figure(100 * one.flops, ".1f"),
+                figure(share),
+                figure(one.speedup),
+                *(figure(None if t is None or exact is None else t / exact.seconds) for t in times),
+                figure(None if one.memory is None else one.memory / 2**20, ".0f"),
+            ]
+        )
+    heads = [
+        "variant",
+        "runs",
+        "accuracy %",
+        "to exact, pp",
+        "as trained %",
+        "FLOPs % of exact",
+        "time / exact",
+        "exact step / sampled step",
+        "time to exact's accuracy",
+        f"to {within:g} pp less",
+        "peak MiB",
+    ]
+    kept = [place for place in range(len(heads)) if any(row[place] != "–" for row in rows)]
+    cells = [[row[place] for place in kept] for row in rows]
+    return tabulate(cells, [heads[place] for place in kept], tablefmt="pipe", disable_numparse=True)
+
+
+def rivals(found: Sequence[Summary]) -> str:
+    """What exact baselines of equal cost reach beside the variants whose cost they have; empty if there are none."""
+    named = {one.variant: one for one in found}
+    rows = []
+    for one in found:
+        other = named.get(one.to)
+        if not one.equal or other is None:
+            continue
+        seeds = sorted(one.accuracies.keys() & other.accuracies.keys())
+        gains = [other.accuracies[seed] - one.accuracies[seed] for seed in seeds]
+        rows.append(
+            [
+                other.variant,
+                spread(list(other.accuracies.values())),
+                f"exact, {'fewer epochs' if one.kind == 'epochs' else 'narrower'}",
+                one.equal.replace("flops", "FLOPs"),
+                spread(list(one.accuracies.values())),
+                spread(gains) if gains else "–",
+            ]
+        )
+    heads = ["variant", "accuracy %", "rival", "of equal", "accuracy %", "variant − rival, pp (by seed)"]
+    return tabulate(rows, heads, tablefmt="pipe", disable_numparse=True) if rows else ""
+
+
+def sections(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Runs that may be compared: of one configuration, computed alike; by a name for files."""
+    found: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        found.setdefault((record["config"], record["setting"]), []).append(record)
+    several = {name for name, _ in found if sum(other == name for other, _ in found) > 1}
+    return {slug(name + (f"-{setting}" if name in several else "")): own for (name, setting), own in found.items()}
+
+
+def described(runs: Sequence[Record]) -> str:
+    """How and where the runs of a section were computed."""
+    common, training = runs[0]["common"], runs[0]["common"]["training"]
+    places = sorted({one["environment"]["accelerator"] or one["environment"]["processor"] for one in runs})
+    how = ["compiled" if common["compile"] else "eager"]
+    how += [f"autocast {common['autocast']}"] * bool(common["autocast"])
+    clocks = sorted({"processor time" if one["clock"] == "cpu" else "wall clock" for one in runs})
+    threads = sorted({one["environment"]["threads"] for one in runs})
+    versions = sorted({one["environment"]["torch"] for one in runs})
+    length = f"{runs[0]['full_steps']} steps" + (f" ({training['epochs']:g} epochs)" if training["epochs"] else "")
+    return (
+        f"{runs[0]['examples']:,} training examples, batch {training['batch']}, {length}, {', '.join(how)}; "
+        f"{', '.join(places)}, threads: {', '.join(map(str, threads))}, torch {', '.join(versions)}, "
+        f"time: {', '.join(clocks)}; {min(r['environment']['date'] for r in runs)[:10]} to "
+        f"{max(r['environment']['date'] for r in runs)[:10]}."
+    )
+
+
+def page(records: Sequence[Record], within: float, command: str, figures: Mapping[str, Sequence[str]]) -> str:
+    """All experiments in markdown."""
+    lines = ["# Experiments", "", f"Made by `{command}` from the JSON lines that `run.py` wrote.", ""]
+    for name, runs in sections(records).items():
+        found = summarised(runs)
+        lines += [f"## {runs[0]['title']}", "", described(runs), "", table(found, within), ""]
+        against = rivals(found)
+        if against:
+            lines += [against, ""]
+        lines += [f"![{runs[0]['title']}]({picture})" for picture in figures.get(name, ())] + [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes tables and figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="with the JSON lines")
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where tables and figures go")
+    parser.add_argument("--within", type=float, default=0.5, metavar="PP", help="also time to so much less (0.5)")
+    parser.add_argument("--no-figures", action="store_true", help="tables only")
+    options = parser.parse_args(arguments)
+    records = [record for path in sorted(options.folder.glob("*.jsonl")) for record in read(path)]
+    if not records:
+        parser.exit(2, f"{options.folder}: expected files of JSON lines that run.py wrote, found none\n")
+    options.to.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, list[str]] = {}
+    if not options.no_figures:
+        import pictures  # needs matplotlib
+
+        for name, runs in sections(records).items():
+            figures[name] = pictures.draw(summarised(runs), runs[0]["title"], options.to, name)
+    command = f"python examples/experiments/tables.py {options.folder} --to {options.to}"
+    text = page(records, options.within, command, figures)
+    (options.to / "tables.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,104 @@
+"""Texts as batches: next characters of a text, and who speaks in a play."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from config import ConfigError, Data
+from images import Batch
+from torch import Tensor
+
+Tokenizer = Callable[[Sequence[str], int], Tensor]
+"""Texts and a length to ids ``[texts, length]``, 0 where there is nothing."""
+
+_SPEECH = re.compile(r"^([A-Z][A-Za-z' ]+):\n(.+?)(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)
+_SPEAKERS = 10
+
+
+def read(root: Path, name: str) -> str:
+    """The text ``input.txt`` in the folder ``name`` below ``root``.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    for place in (root / name / "input.txt", root / "input.txt"):
+        if place.is_file():
+            return place.read_text(encoding="utf-8")
+    raise ConfigError(f"--data {root}: expected {name}/input.txt, the text that char-rnn calls tiny-shakespeare")
+
+
+def characters_of(texts: Sequence[str], length: int) -> Tensor:
+    """Code points below 128, one for each character; 0 beyond the end."""
+    rows = [[min(ord(letter), 127) for letter in text[:length]] for text in texts]
+    return torch.tensor([row + [0] * (length - len(row)) for row in rows])
+
+
+class Characters:
+    """Stretches of one text, each with the character that follows every one of its characters.
+
+    The last tenth of the text is for the test. An epoch is as many stretches as cover the text once, at random places.
+    """
+
+    def __init__(self, text: str, data: Data, device: torch.device) -> None:
+        """Counts the characters of ``text``."""
+        letters = sorted(set(text))
+        places = {letter: place for place, letter in enumerate(letters)}
+        ids = torch.tensor([places[letter] for letter in text], device=device)
+        cut = len(ids) * 9 // 10
+        self._length = data.length
+        train, test = ids[:cut], ids[cut:]
+        self._train = train[: data.limit * data.length + 1] if data.limit else train
+        self._test = test[: data.test_limit * data.length + 1] if data.test_limit else test
+        self.name, self.classes = "characters", len(letters)
+        self.size = (len(self._train) - 1) // self._length
+
+    def epoch(self, seed: int, number: int, batch: int) -> Iterator[Batch]:
+        """The full batches of an epoch."""
+        generator = torch.Generator().manual_seed(seed * 100_003 + number)
+        count = self.size // batch * batch
+        starts = torch.randint(len(self._train) - self._length, (count,), generator=generator)
+        steps = torch.arange(self._length, device=self._train.device)
+        for chosen in starts.to(self._train.device).split(batch):
+            places = chosen[:, None] + steps
+            yield self._train[places], self._train[places + 1]
+
+    def test(self) -> Iterator[Batch]:
+        """The end of the text, cut into stretches."""
+        count = (len(self._test) - 1) // self._length
+        x = self._test[: count * self._length].view(count, -1)
+        y = self._test[1 : count * self._length + 1].view(count, -1)
+        yield from zip(x.split(64), y.split(64), strict=True)
+
+
+class Speakers:
+    """Speeches of a play, the label who speaks: the ten who speak most often. Every fifth speech is for the test."""
+
+    def __init__(self, text: str, data: Data, device: torch.device, tokenizer: Tokenizer) -> None:
+        """Finds the speeches in ``text``: a name with a colon, then lines up to a blank one."""
+        speeches = [(found[1], found[2].replace("\n", " ")) for found in _SPEECH.finditer(text)]
+        speakers = [name for name, _ in Counter(name for name, _ in speeches).most_common(_SPEAKERS)]
+        chosen = [(speech, speakers.index(name)) for name, speech in speeches if name in speakers]
+        if len(speakers) < 2:
+            raise ConfigError("data: expected speeches of two speakers or more: NAME:, then lines up to a blank one")
+        ids = tokenizer([speech for speech, _ in chosen], data.length).to(device)
+        labels = torch.tensor([label for _, label in chosen], device=device)
+        test = torch.arange(len(labels), device=device) % 5 == 4
+        limit, test_limit = data.limit or len(labels), data.test_limit or len(labels)
+        self._train, self._labels = ids[~test][:limit], labels[~test][:limit]
+        self._test, self._test_labels = ids[test][:test_limit], labels[test][:test_limit]
+        self.name, self.classes, self.size = "speakers", len(speakers), len(self._train)
+
+    def epoch(self, seed: int, number: int, batch: int) -> Iterator[Batch]:
+        """The full batches of an epoch in random order."""
+        generator = torch.Generator().manual_seed(seed * 100_003 + number)
+        order = torch.randperm(self.size, generator=generator).to(self._train.device)
+        for chosen in order[: self.size // batch * batch].split(batch):
+            yield self._train[chosen], self._labels[chosen]
+
+    def test(self) -> Iterator[Batch]:
+        """All test speeches."""
+        yield from zip(self._test.split(256), self._test_labels.split(256), strict=True)

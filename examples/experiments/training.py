@@ -1,0 +1,304 @@
+"""One run: builds the model of a variant, counts and times its steps, trains it, evaluates it, and can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import costs
+import torch
+import variants
+from config import Config, Variant
+from images import Source
+from networks import Network, adopt
+from records import Records
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fx_approx
+
+RECALIBRATION = 20
+"""Batches that the BatchNorm statistics are re-estimated on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How runs are computed, whatever they are.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        compile: Under ``torch.compile``.
+        autocast: ``bfloat16``, or none for single precision.
+        clock: ``wall``, or ``cpu``: the processor time of this process, for a machine that others use, too.
+        probe: Steps of each phase that are timed before the training.
+        checkpoint: Seconds between two checkpoints, at ends of epochs.
+    """
+
+    device: str = "cpu"
+    compile: bool = False
+    autocast: str = ""
+    clock: str = "wall"
+    probe: int = 10
+    checkpoint: float = 30.0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What results may depend on."""
+        return {"device": self.device, "compile": self.compile, "autocast": self.autocast}
+
+    def now(self) -> float:
+        """Seconds on the clock."""
+        return time.process_time() if self.clock == "cpu" else time.perf_counter()
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How long a run is and how wide its network.
+
+    Attributes:
+        steps: Of this training.
+        width: Factor on the width.
+        target: What a baseline was to cost, in FLOPs or seconds; None for others.
+    """
+
+    steps: int
+    width: float
+    target: float | None = None
+
+
+class Run:
+    """A variant of a configuration under a seed."""
+
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        seed: int,
+        source: Source,
+        network: Network,
+        settings: Settings,
+        budget: Budget,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Builds the model."""
+        self.config, self.name, self.seed, self.source = config, name, seed, source
+        self.settings, self.budget = settings, budget
+        self.device, self.training = torch.device(settings.device), config.training
+        self.variant: Variant = config.variants[name]
+        self.per_epoch = source.size // self.training.batch
+        x, y = next(iter(source.epoch(seed, 0, self.training.batch)))
+        self.example = x, y
+        torch.manual_seed(seed)
+        model = network.build(source.classes, x.cpu(), budget.width)
+        if weights is not None:
+            adopt(model, weights)
+        model = model.to(self.device).train()
+        if self.device.type == "cuda" and x.dim() == 4:
+            model = model.to(memory_format=torch.channels_last)
+        policy = variants.policy_of(config, name, settings.compile)
+        self.model = variants.approximate(model, policy, x, self.variant, seed)
+        self.sampled = policy is not None
+        self.layers = sum(bool(row.samples) for row in fx_approx.report(self.model).rows) if self.sampled else 0
+        schedule = variants.schedule_of(config, name, budget.steps)
+        self.phases = variants.phases(self.variant, schedule, budget.steps)
+        self.ratios = variants.Ratios(self.model, schedule)
+        self.peak = self.training.rate * self.variant.rate
+        self.optimizer = costs.optimizer_of(self.training, self.model, self.peak)
+        if settings.compile:
+            torch._dynamo.reset()  # graphs of the runs before count towards its limit
+        self.call: Callable[..., Any] = torch.compile(self.model, dynamic=False) if settings.compile else self.model
+        self.norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
+        self.flops: dict[str, float] = {}
+        self.forward_flops = 0.0
+        self.seconds: dict[str, list[float]] = {}
+        self.warm_seconds = 0.0
+
+    # ---- before the training
+
+    def measure(self, count: bool = True) -> None:
+        """Counts and times a step of each phase, and compiles on the way; everything is as before afterwards."""
+        start = time.perf_counter()
+        kept = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        sampling = fx_approx.sampler_state(self.model) if self.sampled else None
+        optimizer = costs.optimizer_of(self.training, self.model, 0.0)
+        if count:
+            self._count()
+        x, y = self.example
+
+        def step(phase: str) -> None:
+            self.ratios.jump(self.phases.first[phase])
+            self._step(x, y, optimizer)
+
+        steps = {phase: (lambda phase=phase: step(phase)) for phase in self.phases.first}
+        if self.settings.probe or self.settings.compile:
+            self.seconds = costs.timed(steps, self.device, self.settings.probe, self.settings.now)
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                value.copy_(kept[name])
+        if sampling is not None:
+            fx_approx.load_sampler_state(self.model, sampling)
+        self.ratios.jump(0)
+        self.model.zero_grad(set_to_none=True)
+        self.warm_seconds = time.perf_counter() - start
+
+    def _count(self) -> None:
+        x, y = self.example
+        random = "bernoulli" in repr(self.variant.policy)
+        for phase, first in self.phases.first.items():
+            self.ratios.jump(first)
+            if phase != variants.EXACT and self.sampled:
+                costs.counted(self.model, x, y)  # stale scores begin with an exact step
+            self.flops[phase], forward = costs.counted(self.model, x, y, 8 if random else 1)
+            self.forward_flops = max(self.forward_flops, forward)
+
+    # ---- the training
+
+    def train(self, records: Records, key: str, progress: bool = True) -> dict[str, Any]:
+        """Trains from the last checkpoint, or the beginning, to the end; returns what is to be recorded."""
+        warnings.filterwarnings("ignore", category=fx_approx.StaleStatisticsWarning)  # both figures are recorded
+        self.measure()
+        state = records.load(key) or {"step": 0, "seconds": 0.0, "flops": 0.0, "epochs": [], "diverged": False}
+        if state["step"]:
+            self._resume(state)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        saved = time.perf_counter()
+        label = f"{self.config.name}: {self.name}, seed {self.seed}"
+        with tqdm(total=self.budget.steps, initial=state["step"], desc=label, unit="step", disable=not progress) as bar:
+            while state["step"] < self.budget.steps and not state["diverged"]:
+                self._epoch(state, bar)
+                if time.perf_counter() - saved >= self.settings.checkpoint:
+                    self._save(records, key, state)
+                    saved = time.perf_counter()
+        return self._finish(state)
+
+    def _epoch(self, state: dict[str, Any], bar: tqdm) -> None:
+        number, losses = len(state["epochs"]), []
+        torch.manual_seed(self.seed * 100_003 + number)
+        costs.synchronise(self.device)
+        start = self.settings.now()
+        for x, y in self.source.epoch(self.seed, number, self.training.batch):
+            step = state["step"]
+            if step == self.budget.steps:
+                break
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.peak * costs.rate_at(self.training, step, self.budget.steps)
+            losses.append(self._step(x, y, self.optimizer))
+            self.ratios.step()
+            state["flops"] += self.flops[self.phases.names[step]]
+            state["step"] = step + 1
+            bar.update()
+        costs.synchronise(self.device)
+        state["seconds"] += self.settings.now() - start
+        loss = float(torch.stack(losses).mean())
+        state["diverged"] = not math.isfinite(loss)
+        entry = {"step": state["step"], "loss": loss, "seconds": state["seconds"], "flops": state["flops"]}
+        if not state["diverged"]:
+            entry.update(self._evaluations(number, state["step"]))
+        state["epochs"].append(entry)
+        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{entry.get('accuracy', math.nan):.2f}")
+
+    def _step(self, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with self._precision():
+            output = self.call(x)
+        loss = costs.loss_of(output, y, self.training.label_smoothing)
+        loss.backward()
+        if self.training.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
+        optimizer.step()
+        return loss.detach()
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if not self.settings.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.settings.autocast))
+
+    # ---- accuracy
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy in per cent and loss on the test examples, in evaluation mode, which is exact."""
+        self.model.eval()
+        right = total = 0
+        loss = torch.zeros((), device=self.device)
+        for x, y in self.source.test():
+            with self._precision():
+                # Compiled, each size of a batch would be one more graph.
+                output = self.model(x)
+            right += (output.argmax(-1) == y).sum()
+            loss += costs.loss_of(output, y) * y.numel()
+            total += y.numel()
+        self.model.train()
+        return {"accuracy": 100 * float(right) / total, "test_loss": float(loss) / total}
+
+    def _evaluations(self, number: int, step: int) -> dict[str, float]:
+        """As trained; where statistics come from sampled steps, also after re-estimating them, for the curve."""
+        found = self.evaluate()
+        recent = self.phases.names[max(0, step - RECALIBRATION) : step]
+        if self.norms and self.sampled and set(recent) != {variants.EXACT} and step < self.budget.steps:
+            buffers = {name: value.clone() for name, value in self.model.named_buffers()}
+            self._recalibrate(number)
+            found["recalibrated"] = self.evaluate()["accuracy"]
+            for name, value in self.model.named_buffers():
+                value.copy_(buffers[name])
+        return found
+
+    def _recalibrate(self, number: int) -> None:
+        with self._precision():
+            fx_approx.recalibrate(self.model, self._fresh(number))
+
+    def _fresh(self, number: int) -> Iterator[Tensor]:
+        count = 0
+        while count < RECALIBRATION:  # a small set is gone through again
+            for x, _ in self.source.epoch(self.seed + 1, number + count, self.training.batch):
+                yield x
+                count += 1
+                if count == RECALIBRATION:
+                    return
+
+    # ---- state
+
+    def _save(self, records: Records, key: str, state: dict[str, Any]) -> None:
+        sampling = fx_approx.sampler_state(self.model) if self.sampled else None
+        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "sampling": sampling}
+        records.save(key, {**state, **parts})
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state.pop("model"))
+        self.optimizer.load_state_dict(state.pop("optimizer"))
+        sampling = state.pop("sampling")
+        if sampling is not None:
+            fx_approx.load_sampler_state(self.model, sampling)
+        self.ratios.jump(state["step"])
+
+    def _finish(self, state: dict[str, Any]) -> dict[str, Any]:
+        last = state["epochs"][-1]
+        final: dict[str, Any] = {"accuracy": last.get("accuracy"), "test_loss": last.get("test_loss")}
+        recalibration = 0.0
+        if self.norms and not state["diverged"]:
+            self._recalibrate(len(state["epochs"]))
+            final["recalibrated"] = self.evaluate()["accuracy"]
+            recalibration = RECALIBRATION * self.forward_flops
+        cuda = self.device.type == "cuda"
+        return {
+            "final": final,
+            "diverged": state["diverged"],
+            "epochs": state["epochs"],
+            "seconds": state["seconds"],
+            "clock": self.settings.clock,
+            "flops": state["flops"],
+            "recalibration_flops": recalibration,
+            "step_flops": self.flops,
+            "step_ms": {phase: [1000 * q for q in own] for phase, own in self.seconds.items()},
+            "phases": self.phases.counts,
+            "warm_seconds": self.warm_seconds,
+            "parameters": sum(one.numel() for one in self.model.parameters()),
+            "peak_memory": torch.cuda.max_memory_allocated(self.device) if cuda else None,
+            "sampled_layers": self.layers,
+        }

@@ -1,0 +1,155 @@
+"""From a variant to the model that is trained: its policy, its schedule of ratios, and when that changes."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from config import Config, ConfigError, Variant, one_of
+from torch import Tensor, nn
+
+import fx_approx
+from fx_approx import schedules
+from fx_approx.policies import (
+    Auto,
+    ErrorBudget,
+    Exact,
+    FlopBudget,
+    MemoryBudget,
+    Override,
+    Paper,
+    Roles,
+    TimeBudget,
+    Uniform,
+)
+
+POLICIES: dict[str, Callable[..., Any]] = {
+    "paper": Paper,
+    "uniform": Uniform,
+    "backward": Roles.backward,
+    "weight_gradient": Roles.weight_gradient,
+    "straight": Roles.straight,
+    "auto": Auto,
+    "flops": FlopBudget,
+    "time": TimeBudget,
+    "memory": MemoryBudget,
+    "error": ErrorBudget,
+}
+
+PLANNED, EXACT = "sampled", "exact"
+"""The phases of a training without moving ratios; a ratio on the way is a phase by its number."""
+
+
+def policy_of(config: Config, name: str, compiled: bool = False) -> Any:
+    """The policy of a variant, None for exact training.
+
+    Raises:
+        ConfigError: Names variant, key, value and what would be right.
+    """
+    variant = config.variants[name]
+    if not variant.policy:
+        return None
+    where, options = f"{config.path.name}: variants.{name!r}.policy", dict(variant.policy)
+    try:
+        kind = options.pop("kind", None)
+        one_of("kind", kind, list(POLICIES))
+        if kind == "auto":
+            options.setdefault("compiled", compiled)
+        policy = POLICIES[kind](**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if variant.exact:
+        policy = Override(dict.fromkeys(variant.exact, Exact()), policy)
+    return policy
+
+
+def schedule_of(config: Config, name: str, steps: int) -> schedules.Schedule | None:
+    """The schedule of a variant in a training of so many steps, None if its ratios never change.
+
+    Raises:
+        ConfigError: It moves to another ratio, but its policy has none to begin with.
+    """
+    variant = config.variants[name]
+    warmup, tail = round(variant.warmup * steps), round(variant.tail * steps)
+    schedule: schedules.Schedule = schedules.Planned()
+    if variant.end_ratio:
+        ratio = variant.policy.get("ratio")
+        if not isinstance(ratio, float):
+            raise ConfigError(f"{config.path.name}: variants.{name!r}.policy.ratio: expected a number, got {ratio!r}")
+        moving = {"linear": schedules.Linear, "cosine": schedules.Cosine}[variant.along]
+        schedule = moving(ratio, variant.end_ratio, max(1, steps - warmup - tail), levels=variant.levels)
+    if variant.interleave:
+        schedule = schedules.Interleaved(schedule, variant.interleave)
+    if warmup:
+        schedule = schedules.ExactWarmup(schedule, warmup)
+    if tail:
+        schedule = schedules.ExactTail(schedule, steps, tail)
+    return None if isinstance(schedule, schedules.Planned) else schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """Which step of a training belongs to which phase.
+
+    Attributes:
+        names: The phase of each step.
+        first: The first step of each phase.
+    """
+
+    names: tuple[str, ...]
+    first: Mapping[str, int]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Steps of each phase."""
+        return dict(collections.Counter(self.names))
+
+
+def phases(variant: Variant, schedule: schedules.Schedule | None, steps: int) -> Phases:
+    """Of a training with ``schedule``."""
+    if schedule is None:
+        names = [PLANNED if variant.policy else EXACT] * steps
+    else:
+        names = [_phase(schedule.ratio(step)) for step in range(steps)]
+    first: dict[str, int] = {}
+    for step, name in enumerate(names):
+        first.setdefault(name, step)
+    return Phases(tuple(names), first)
+
+
+def _phase(ratio: float | None) -> str:
+    if ratio is None:
+        return PLANNED
+    return EXACT if ratio >= 1 else f"{ratio:g}"
+
+
+def approximate(model: nn.Module, policy: Any, example: Tensor, variant: Variant, seed: int) -> nn.Module:
+    """``model`` transformed; itself without a policy."""
+    if policy is None:
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fx_approx.NoEffectWarning)  # Auto may find nothing; the record says so
+        return fx_approx.transform(model, policy, example, seed=seed, every=variant.every, demand=variant.demand)
+
+
+class Ratios:
+    """Moves the ratios of a model along its schedule; does nothing without one."""
+
+    def __init__(self, model: nn.Module, schedule: schedules.Schedule | None) -> None:
+        """Sets the ratios of step 0."""
+        self._scheduler = None
+        if schedule is not None and any(row.samples for row in fx_approx.report(model).rows):
+            self._scheduler = fx_approx.RatioScheduler(model, schedule)
+
+    def jump(self, step: int) -> None:
+        """To the ratios of ``step``."""
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict({**self._scheduler.state_dict(), "last_step": step})
+
+    def step(self) -> None:
+        """To those of the next step."""
+        if self._scheduler is not None:
+            self._scheduler.step()

@@ -1,0 +1,124 @@
+"""The tables and figures of the experiments, from records made by hand."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "examples" / "experiments"
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The script as a module; forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    try:
+        yield importlib.import_module("tables")
+    finally:
+        for name in ("tables", "pictures", "records"):
+            sys.modules.pop(name, None)
+
+
+def record(variant: str, seed: int, values: Sequence[float], share: float, seconds: float, **options: Any) -> Any:
+    """A run of two epochs; its exact training takes 1000 operations."""
+    epochs = [
+        {
+            "step": place + 1,
+            "accuracy": value,
+            "seconds": seconds * (place + 1) / 2,
+            "flops": 500.0 * share * (place + 1),
+        }
+        for place, value in enumerate(values)
+    ]
+    plain = {"policy": {}, "tail": 0.0, "by": "", "to": "", "equal": "", "epochs": 1.0, "width": 1.0}
+    return {
+        "config": "x",
+        "setting": "s",
+        "title": "X",
+        "variant": variant,
+        "seed": seed,
+        "options": {**plain, **{key: value for key, value in options.items() if key in plain}},
+        "diverged": False,
+        "epochs": epochs,
+        "final": {"accuracy": values[-1], **options.get("final", {})},
+        "flops": 1000.0 * share,
+        "exact_flops": 1000.0,
+        "recalibration_flops": 50.0,
+        "seconds": seconds,
+        "step_ms": options.get("step_ms", {}),
+        "peak_memory": None,
+        "common": {"compile": False, "autocast": "", "training": {"batch": 1, "epochs": 2.0}},
+        "clock": "wall",
+        "environment": {"accelerator": "G", "processor": "P", "threads": 1, "torch": "2", "date": "2026-01-01 00:00"},
+        "full_steps": 2,
+        "examples": 2,
+    }
+
+
+def by_hand() -> list[Any]:
+    policy = {"kind": "paper"}
+    turns = {"exact": [9, 10.0, 11], "sampled": [3, 4.0, 5]}
+    return [
+        record("tail", 0, (80, 91), 0.5, 6.0, policy=policy, tail=0.2, step_ms=turns, final={"recalibrated": 10.0}),
+        record("tail", 1, (82, 92), 0.5, 4.0, policy=policy, tail=0.2, final={"recalibrated": 10.0}),
+        record("sampled", 0, (50, 60), 0.25, 5.0, policy=policy, final={"recalibrated": 70.0}),
+        record("exact", 0, (90, 90), 1.0, 10.0),
+        record("exact", 1, (88, 92), 1.0, 10.0),
+        record("fewer", 0, (70, 88), 0.5, 5.0, equal="flops", by="epochs", to="tail"),
+        record("fewer", 1, (70, 90), 0.5, 5.0, equal="flops", by="epochs", to="tail"),
+        record("narrow", 0, (70, 85), 0.6, 7.0, equal="time", by="width", to="tail"),
+    ]
+
+
+def test_summaries_of_runs(tables: ModuleType) -> None:
+    exact, tail, sampled, fewer, narrow = found = tables.summarised(by_hand())
+    assert [one.kind for one in found] == ["exact", "sampled", "sampled", "epochs", "width"]
+    assert (exact.mean, tail.mean, fewer.mean) == (91, 91.5, 89)
+    assert tail.deviation == pytest.approx(0.5**0.5) and narrow.deviation is None
+    assert tail.accuracies == {0: 91, 1: 92} and tail.flops == 0.5 and tail.seconds == 5.0 and tail.speedup == 2.5
+    # It ends sampled: the accuracy after re-estimating statistics, and what that takes.
+    assert sampled.mean == 70 and sampled.as_trained == (60,) and sampled.flops == pytest.approx(0.3)
+    assert tail.curve == ((0.25, 2.5, 81), (0.5, 5.0, 91.5)) and sampled.curve[-1][2] == 70
+    assert tables.time_to(tail, 91) == 5.0 and tables.time_to(tail, 81) == 2.5
+    assert tables.time_to(fewer, 91) is None
+
+
+def test_the_front_of_points(tables: ModuleType) -> None:
+    points = {
+        "a": (1.0, 90.0),
+        "b": (0.5, 89.0),
+        "c": (0.6, 88.0),
+        "d": (0.5, 85.0),
+        "e": (0.2, 50.0),
+        "f": (1.0, 90.0),
+    }
+    assert tables.front(points) == ["e", "b", "a", "f"]
+
+
+def test_tables_and_figures(tables: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(one) + "\n" for one in by_hand()))
+    tables.main([str(tmp_path), "--to", str(tmp_path / "to"), "--within", "3"])
+    text = (tmp_path / "to" / "tables.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    cells = {row[0]: row[1:] for row in rows[2:7]}
+    # runs, accuracy, to exact, as trained, FLOPs, time, step, time to 91, time to 88
+    assert cells["tail"] == ["2", "91.50 ± 0.71", "+0.50", "91.50 ± 0.71", "50.0", "0.50", "2.50", "0.50", "0.50"]
+    assert cells["exact"] == ["2", "91.00 ± 1.41", "+0.00", "91.00 ± 1.41", "100.0", "1.00", "–", "1.00", "0.50"]
+    assert cells["sampled"] == ["1", "70.00", "-21.00", "60.00", "30.0", "0.50", "–", "–", "–"]
+    assert cells["fewer"] == ["2", "89.00 ± 1.41", "-2.00", "89.00 ± 1.41", "50.0", "0.50", "–", "–", "0.50"]
+    rivals = rows[9:]
+    assert rivals[0] == ["tail", "91.50 ± 0.71", "exact, fewer epochs", "FLOPs", "89.00 ± 1.41", "2.50 ± 0.71"]
+    assert rivals[1] == ["tail", "91.50 ± 0.71", "exact, narrower", "time", "85.00", "6.00"]
+    assert capsys.readouterr().out.strip() == text.strip()
+    assert sorted(path.name for path in (tmp_path / "to").glob("*.png")) == [
+        "x-curves.png",
+        "x-flops.png",
+        "x-time.png",
+    ]
