@@ -41,14 +41,23 @@ class Step:
     """A training step of one variant, without the optimiser; the forward pass under autocast where it is asked for."""
 
     def __init__(
-        self, model: nn.Module, inputs: Any, compiled: bool, autocast: str | None = None, backend: Any = "inductor"
+        self,
+        model: nn.Module,
+        inputs: Any,
+        compiled: bool,
+        autocast: str | None = None,
+        backend: Any = "inductor",
+        graphs: bool = False,
     ) -> None:
-        self.original, self.inputs = model, inputs
-        self.model = torch.compile(model, dynamic=False, backend=backend) if compiled else model
+        self.original, self.inputs, self.graphs = model, inputs, graphs and compiled
+        mode = {"mode": "reduce-overhead"} if self.graphs else {}
+        self.model = torch.compile(model, dynamic=False, backend=backend, **mode) if compiled else model
         self.autocast = None if autocast is None else getattr(torch, autocast)
 
     def __call__(self) -> None:
         """Forward, loss, backward; gradients are dropped."""
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         lower = contextlib.nullcontext()
         if self.autocast is not None:
             lower = torch.autocast(self.inputs.device.type, dtype=self.autocast)
@@ -75,6 +84,7 @@ def add_step_options(parser: argparse.ArgumentParser, models: Sequence[str]) -> 
     )
     parser.add_argument("--compile", action="store_true", help="time compiled models, too")
     parser.add_argument("--compiled-only", action="store_true", help="time compiled models only")
+    parser.add_argument("--cuda-graphs", action="store_true", help='compiled with mode="reduce-overhead"')
     parser.add_argument("--memory", action="store_true", help="peak memory of a step, too")
     parser.add_argument("--profile", action="store_true", help="where the time goes, in a second table")
     parser.add_argument("--no-narrow", action="store_true", help="leave out the narrower network")
@@ -84,7 +94,7 @@ def add_step_options(parser: argparse.ArgumentParser, models: Sequence[str]) -> 
 def parse_step_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, or an error that says what is wrong with them."""
     options = parser.parse_args(arguments)
-    options.compile |= options.compiled_only
+    options.compile |= options.compiled_only or options.cuda_graphs
     if options.batch is not None and options.batch < 1:
         parser.error(f"--batch: expected 1 or more, not {options.batch}")
     if options.runs < 2 or not all(0 < ratio < 1 for ratio in options.ratios):
@@ -135,7 +145,8 @@ def measure(
             for variant, model in models.items():
                 if compiled or variant not in backends:
                     backend = backends.get(variant, "inductor")
-                    steps[variant, compiled] = Step(model, inputs, compiled, options.autocast, backend)
+                    graphs = options.cuda_graphs and variant not in backends
+                    steps[variant, compiled] = Step(model, inputs, compiled, options.autocast, backend, graphs)
         times: dict[tuple[str, bool], list[float]] = {key: [] for key in steps}
         for run in range(options.runs + options.warmup):
             for key, step in steps.items():
