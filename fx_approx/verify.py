@@ -100,7 +100,7 @@ def verify(
             by default 1e-10 in float64, 2e-3 in float32, 0.1 in shorter types.
 
     Raises:
-        ValueError: ``model`` is not transformed, in evaluation mode or sharded by ``fully_shard``, or ``batch`` does not
+        ValueError: ``model`` is not transformed, in evaluation mode or under ``fully_shard``, or ``batch`` does not
             fit.
     """
     approx = find(model)

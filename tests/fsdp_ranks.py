@@ -295,9 +295,9 @@ def partly(rank: int) -> dict[str, Any]:
     return found
 
 
-def across(size: int) -> Any:
-    """Copies of the shards on two halves of the ranks."""
-    return init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("copies", "shards"))
+def copies(count: int) -> Any:
+    """A mesh whose shards are there so many times, two of each."""
+    return init_device_mesh("cpu", (count, 2), mesh_dim_names=("copies", "shards"))
 
 
 SCENARIOS: dict[str, Callable[[int], Any]] = {
@@ -313,13 +313,14 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
     "mlp layers uniform systematic": lambda rank: both(rank, "mlp", "layers", scores="uniform", sampler="systematic"),
     "mlp layers weight systematic": lambda rank: both(rank, "mlp", "layers", sampler="systematic"),
     "grouped layers weight value": lambda rank: both(rank, "grouped", "layers"),
+    "mlp layers weight copies": lambda rank: both(rank, "mlp", "layers", mesh=lambda: copies(1)),
     "vit partly": partly,
     "gradients": gradients,
     "mixed": mixed,
     "compiled": compiled,
     "python": python,
     "refused": refused,
-    "four copies": lambda rank: both(rank, "mlp", "layers", mesh=lambda: across(4)),
+    "four copies": lambda rank: both(rank, "mlp", "layers", mesh=lambda: copies(2)),
     "four shards": lambda rank: both(rank, "cnn", "layers"),
 }
 
