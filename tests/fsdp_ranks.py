@@ -54,6 +54,17 @@ class Turns(nn.Module):
         return self.two(self.one(self.two(self.one(x))))[:, :5]
 
 
+class Pair(nn.Module):
+    """What Dynamo compiles by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(192, 48), nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(F.relu(self.inner(x.flatten(1))))
+
+
 reduction_ranks.MODELS.update({"grouped": Grouped, "turns": Turns})
 
 
@@ -226,6 +237,24 @@ def compiled(rank: int) -> dict[str, Any]:
     return {"losses": (expected, losses), "state": (state(plain), state(model))}
 
 
+def frontend(rank: int) -> dict[str, Any]:
+    """Blocks that Dynamo compiles, each inside the hooks of its own; nothing is registered."""
+    found: dict[str, Any] = {"losses": [], "state": []}
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = nn.Sequential(Pair(), nn.Linear(5, 5)).double()
+        backend = fx_approx.backend(Uniform("topk", 0.5, scores="weight", share="value"), inner="eager")
+        model[0].compile(backend=backend)
+        if sharded:
+            fully_shard(model[0])
+        outer = fully_shard(model) if sharded else DistributedDataParallel(model)
+        found["losses"].append(train(outer, rank, SHORT))
+        found["state"].append(state(model))
+        found["columns"] = int((whole(model[0].outer.weight.grad) != 0).any(0).sum())
+    return found
+
+
 def python(rank: int) -> dict[str, Any]:
     """A hook on a block after registration: the model's own Python runs, by the hooks of its blocks."""
     model = made("vit", scores="uniform")
@@ -318,6 +347,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
     "gradients": gradients,
     "mixed": mixed,
     "compiled": compiled,
+    "frontend": frontend,
     "python": python,
     "refused": refused,
     "four copies": lambda rank: both(rank, "mlp", "layers", mesh=lambda: copies(2)),

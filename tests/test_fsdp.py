@@ -68,7 +68,7 @@ def run(folder: Path, size: int, names: list[str]) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks left."""
     folder = tmp_path_factory.mktemp("two")
-    names = [*SAME, "vit partly", "gradients", "mixed", "compiled", "python", "refused", "resumed"]
+    names = [*SAME, "vit partly", "gradients", "mixed", "compiled", "frontend", "python", "refused", "resumed"]
     run(folder, 2, names)
     return folder
 
@@ -158,6 +158,14 @@ def test_compiled_training_is_that_of_whole_models(two: Path) -> None:
         expected, losses = result["losses"]
         assert losses == pytest.approx(expected, abs=TOLERANCE)
         close(*result["state"])
+
+
+def test_blocks_of_the_dynamo_frontend_train_as_whole_ones(two: Path) -> None:
+    for result, _ in left(two, "frontend"):
+        dense, sharded = result["losses"]
+        assert dense == pytest.approx(sharded, abs=TOLERANCE)
+        close(*result["state"])
+        assert result["columns"] == 24
 
 
 def test_the_own_python_of_the_model_runs_by_the_hooks_of_its_blocks(two: Path) -> None:
