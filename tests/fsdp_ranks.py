@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fx_approx
@@ -136,14 +136,21 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def both(
-    rank: int, name: str, how: str, steps: int = SHORT, micro: int = 1, mesh: Any = None, **options: Any
+    rank: int,
+    name: str,
+    how: str,
+    steps: int = SHORT,
+    micro: int = 1,
+    mesh: Any = None,
+    placed: Any = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Trained whole, by DistributedDataParallel, and sharded: steps, an exact tail, an evaluation."""
     found: dict[str, Any] = {"losses": [], "state": [], "output": []}
     for sharded in (False, True):
         model = made(name, **options)
         if sharded:
-            outer = shard(model, how, mesh() if mesh is not None else None)
+            outer = shard(model, how, mesh() if mesh is not None else None, shard_placement_fn=placed)
             distributed.register_sharded(model)
             after = None
         else:
@@ -324,6 +331,11 @@ def partly(rank: int) -> dict[str, Any]:
     return found
 
 
+def columns(parameter: nn.Parameter) -> Shard:
+    """Divides weights by their columns."""
+    return Shard(parameter.dim() - 1)
+
+
 def copies(count: int) -> Any:
     """A mesh whose shards are there so many times, two of each."""
     return init_device_mesh("cpu", (count, 2), mesh_dim_names=("copies", "shards"))
@@ -335,13 +347,14 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
     "vit nested stale value": lambda rank: both(rank, "vit", "nested", scores="stale"),
     "vit root weight value": lambda rank: both(rank, "vit", "root"),
     "vit blocks online": lambda rank: both(rank, "vit", "blocks", scores="online", share="site"),
-    "vit blocks weight micro": lambda rank: both(rank, "vit", "blocks", micro=3),
-    "cnn layers weight value": lambda rank: both(rank, "cnn", "layers", STEPS),
+    "vit blocks weight micro": lambda rank: both(rank, "vit", "blocks", 3, micro=2),
+    "cnn layers weight value": lambda rank: both(rank, "cnn", "layers", 12),
     "cnn layers stale group": lambda rank: both(rank, "cnn", "layers", scores="stale", share="group"),
     "cnn layers uniform bernoulli": lambda rank: both(rank, "cnn", "layers", scores="uniform", sampler="bernoulli"),
     "mlp layers uniform systematic": lambda rank: both(rank, "mlp", "layers", scores="uniform", sampler="systematic"),
     "mlp layers weight systematic": lambda rank: both(rank, "mlp", "layers", sampler="systematic"),
     "grouped layers weight value": lambda rank: both(rank, "grouped", "layers"),
+    "mlp layers weight columns": lambda rank: both(rank, "mlp", "layers", placed=columns),
     "mlp layers weight copies": lambda rank: both(rank, "mlp", "layers", mesh=lambda: copies(1)),
     "vit partly": partly,
     "gradients": gradients,

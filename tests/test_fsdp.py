@@ -24,6 +24,7 @@ SAME = [
     "cnn layers uniform bernoulli",
     "mlp layers uniform systematic",
     "mlp layers weight systematic",
+    "mlp layers weight columns",
     "mlp layers weight copies",
     "grouped layers weight value",
 ]

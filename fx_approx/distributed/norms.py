@@ -78,7 +78,8 @@ class ShardNorms(nn.Module):
             return local.new_ones(count, dtype=dtype)
         if local.numel() == 0:
             return local.new_zeros(count, dtype=dtype)
-        if selector.groups > 1 or not selector.kind.startswith(("linear", "conv")):
+        summed = any(isinstance(one, Shard) and one.dim == 0 for one in weight.placements)
+        if not summed or selector.groups > 1 or not selector.kind.startswith(("linear", "conv")):
             local = _in_place(weight, local)
         return weight_scores(selector.kind, local, kind, selector.static).square()
 
