@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fx_approx.approx import ApproxModule
 from fx_approx.errors import AlreadyTransformedError, CaptureError
 from fx_approx.modules import SampledLayer
+from fx_approx.shards import is_sharded
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
@@ -38,6 +39,8 @@ def check_model(model: Any) -> None:
             raise CaptureError(f"model: {name}{where} is compiled; transform first, then torch.compile")
         if type(module).__name__ in _WRAPPERS:
             raise CaptureError(f"model: {name}{where} is wrapped for parallel training; transform first, then wrap")
+        if is_sharded(module):
+            raise CaptureError(f"model: {name}{where} is sharded; transform first, then fully_shard")
         if _uninitialised(module):
             raise CaptureError(f"model: {name}{where} is a lazy module not yet materialised; run it once first")
     if "forward" in vars(model):

@@ -13,6 +13,7 @@ from fx_approx import ops
 from fx_approx.candidate import Role
 from fx_approx.ops import OPS, Choice, Early, How, Late, ProductOp, Rule, new_running
 from fx_approx.sampling import SamplerSpec, get_sampler, get_score
+from fx_approx.shards import refuse_shard
 from fx_approx.state import Draw, draw
 
 
@@ -118,8 +119,12 @@ class Selector(nn.Module):
         Returns:
             A :class:`Selection` for the output; for a gradient what the backward pass makes one of, if its scores read
             the gradient. None if the product is exact, or autograd will not run it.
+
+        Raises:
+            RuntimeError: ``rhs`` is a part of a sharded weight.
         """
         op = OPS[self.kind]
+        refuse_shard(rhs)
         if not self.active or not rhs.is_floating_point() or rhs.layout is not torch.strided:
             return None
         if lhs is not None and lhs.layout is not torch.strided:

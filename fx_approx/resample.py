@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx.modules import Selector
-from fx_approx.ops import OPS, new_running
+from fx_approx.ops import new_running
 from fx_approx.ops.base import norm
 from fx_approx.ops.observed import aged, observe
 from fx_approx.published import Published
 from fx_approx.sampling import SamplerSpec, Selection, get_score
+from fx_approx.shards import Scored, weight_scores
 from fx_approx.state import Draw, draw, in_backward, keep, recall_selection, remember_selection
 
 RECENT = 100
@@ -126,13 +127,13 @@ class Shared(nn.Module):
         """Share of the units chosen in the last :data:`RECENT` steps; None where that is not recorded."""
         return None if self.age is None else float((self.age < RECENT).float().mean())
 
-    def scores(self, weights: Sequence[Tensor]) -> Tensor:
+    def scores(self, weights: Sequence[Tensor | Scored]) -> Tensor:
         """``[groups, pairs]``: summed over the readers, from their weights."""
         total: Tensor | None = None
         for place, (member, weight) in enumerate(zip(self.members, weights, strict=True)):
             selector = member.selector
             kind = get_score("weight") if self.learns else selector.score
-            own = OPS[selector.kind].scores(None, weight, kind, selector.static).flatten()
+            own = weight_scores(selector.kind, weight, kind, selector.static)
             own = own[member.offset : member.offset + self.units * member.block]
             if member.block > 1:
                 own = own.view(self.units, member.block)
@@ -221,12 +222,12 @@ class Resample(nn.Module):
             self.held_indices = torch.zeros(indices, dtype=torch.int64, device=device)
             self.held_scale = torch.zeros(scale, device=device)
 
-    def forward(self, given: Draw | None, *weights: Tensor) -> tuple[Selection | None, ...]:
+    def forward(self, given: Draw | None, *weights: Tensor | Scored) -> tuple[Selection | None, ...]:
         """The selections, None where all readers stay exact.
 
         Args:
             given: The randomness of this forward.
-            weights: One for each member of each shared selection, in order.
+            weights: One for each member of each shared selection, in order; or what stands in for it.
         """
         compiling = torch.compiler.is_compiling()
         if not compiling and self.remembers and given is not None and in_backward():
@@ -247,7 +248,7 @@ class Resample(nn.Module):
         return tuple(result)
 
     def _choose(
-        self, result: list[Selection | None], given: Draw | None, weights: Sequence[Tensor], static: bool
+        self, result: list[Selection | None], given: Draw | None, weights: Sequence[Tensor | Scored], static: bool
     ) -> None:
         buckets: dict[Any, list[tuple[int, Shared, Tensor]]] = {}
         start = 0

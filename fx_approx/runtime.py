@@ -20,6 +20,7 @@ from fx_approx.modules import Selector
 from fx_approx.ops import refuse_transforms
 from fx_approx.plan import Plan
 from fx_approx.resample import Resample, Shared
+from fx_approx.shards import UNREGISTERED, is_sharded
 from fx_approx.state import (
     INCREMENT,
     SEED,
@@ -33,7 +34,7 @@ from fx_approx.state import (
     next_key,
     recall,
 )
-from fx_approx.tracer import is_hooked
+from fx_approx.tracer import hook_count, is_hooked
 
 PROLOGUE = "_fx_approx"
 """Where the runtime hangs in a model, and so its name in graphs."""
@@ -77,6 +78,7 @@ class Runtime(nn.Module):
         selection_time: What the selections were measured to cost, if they were.
         settings: Ratios and switches that the model has had.
         sampling_swapped: Some layer in an untraced part is sampled.
+        sharded: Modules that the graph calls by ``fully_shard``'s hooks, and how many hooks those are.
     """
 
     state: Tensor
@@ -110,6 +112,7 @@ class Runtime(nn.Module):
         self.warned: set[str] = set()
         self.settings: set[tuple[Any, ...]] = set()
         self.selection_time: Any = None
+        self.sharded: dict[nn.Module, int] = {}
         self.stale_from = 0
         self.exact_since: int | None = None
 
@@ -251,7 +254,9 @@ class Runtime(nn.Module):
                     [name not in now or (child is not None and now[name] is not child) for name, child in children]
                 ):
                     return f"a child of a {type(module).__name__} was changed"
-                if is_hooked(module) and module is not root:
+                if is_hooked(module) and module is not root and hook_count(module) != self.sharded.get(module, 0):
+                    if is_sharded(module) and module not in self.sharded:
+                        raise RuntimeError(f"a {type(module).__name__} {UNREGISTERED}")
                     return f"a {type(module).__name__} got hooks"
         return None
 

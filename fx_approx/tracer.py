@@ -36,6 +36,11 @@ def is_hooked(module: nn.Module) -> bool:
     return any(getattr(module, name, None) for name in HOOKS)
 
 
+def hook_count(module: nn.Module) -> int:
+    """Hooks that calling the module runs."""
+    return sum([len(getattr(module, name, None) or ()) for name in HOOKS])
+
+
 @dataclasses.dataclass(frozen=True)
 class Opaque:
     """A module that stays a leaf although it is not a layer of torch: why, and where tracing stopped."""

@@ -100,9 +100,12 @@ def verify(
             by default 1e-10 in float64, 2e-3 in float32, 0.1 in shorter types.
 
     Raises:
-        ValueError: ``model`` is not transformed or in evaluation mode, or ``batch`` does not fit.
+        ValueError: ``model`` is not transformed, in evaluation mode or under ``fully_shard``, or ``batch`` does not
+            fit.
     """
     approx = find(model)
+    if approx._fx_approx.sharded:
+        raise ValueError("model: the graph without demand cannot run on shards; verify before fully_shard")
     if not approx.training:
         raise ValueError("model: expected training mode, since nothing is sampled in evaluation; call model.train()")
     args, kwargs = check_inputs(approx, batch)

@@ -1,4 +1,4 @@
-"""Data-parallel training that sends the sampled part of each gradient only."""
+"""Data-parallel training: gradients of which the sampled part is sent only, and models whose parameters are sharded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fx_approx.approx import ApproxModule, find
@@ -17,8 +18,12 @@ from fx_approx.distributed.slices import find_slices
 from fx_approx.distributed.traffic import Traffic
 from fx_approx.errors import NoEffectWarning
 from fx_approx.published import Published
+from fx_approx.shards import is_sharded
+from fx_approx.tracer import hook_count
 
-__all__ = ["Traffic", "register"]
+__all__ = ["Traffic", "register", "register_sharded"]
+
+_FSDP_HOOKS = 2  # of fully_shard, before and after a forward
 
 
 def register(ddp_model: Any, *, inner: InnerHook | None = None, check_every: int = 100) -> Traffic:
@@ -96,3 +101,52 @@ def _guard_no_sync(ddp_model: DistributedDataParallel, model: ApproxModule, grou
         synchronize_scores(model, group)
 
     ddp_model.no_sync = no_sync  # type: ignore[method-assign]
+
+
+def register_sharded(model: Any, group: Any = None) -> None:
+    """Makes a transformed model run under ``fully_shard`` (FSDP2): each block gathered for its own part of the graph.
+
+    The graph of a transformed model does not call the blocks that ``fully_shard`` was called on, so their parameters
+    would never be gathered. From here on the stretch of the graph that uses a block's parameters runs inside the hooks
+    of ``fully_shard``, as a forward method of the block. Selections that are made at the head of the graph, where
+    blocks are not gathered yet, take the norms of their weights from the shards: each rank adds up the squares that it
+    has, and one all-reduce of as many numbers as the sampled layers have inputs adds up those. All ranks choose the
+    same channels. The running norms of ``stale`` scores are averaged over the ranks in each training forward.
+
+    Call it by all ranks alike, after the last ``fully_shard`` and before the first step; again after another
+    ``fully_shard``. The model's own Python, where it runs in place of the graph, needs nothing of this.
+
+    Args:
+        model: A transformed model, or what holds one, on which, or on parts of which, ``fully_shard`` was called.
+        group: The process group whose ranks train the model together; None for all ranks.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: It holds no transformed model, or ``fully_shard`` was not called; two sharded modules take turns in
+            the graph; a sharded module has other hooks, too; a parameter is divided by something else as well.
+        RuntimeError: torch.distributed is not initialised.
+        DisagreementError: Plans, seeds or steps differ between the ranks, on every rank.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a transformed model under fully_shard, got {type(model).__name__}")
+    approx = find(model)
+    if not any(map(is_sharded, model.modules())):
+        raise ValueError(f"model: fully_shard was called on no part of {type(model).__name__}; call it first")
+    # These import torch.distributed.tensor, which takes long, and is there already now.
+    from fx_approx.distributed.norms import check_placements
+    from fx_approx.distributed.segments import STAGE, divide
+
+    check_plans(approx, group)
+    for name, parameter in approx.named_parameters():
+        check_placements(name, parameter)
+    sharded = {path: module for path, module in approx.named_modules() if path and is_sharded(module)}
+    for path, module in sharded.items():
+        if hook_count(module) != _FSDP_HOOKS:
+            raise ValueError(f"model: {path} has hooks of its own, which a graph cannot call; remove them")
+    runtime = approx._fx_approx
+    stages = [(name, graph) for name, graph in runtime.stages if name != STAGE]
+    if stages:
+        divided = divide(approx, runtime, stages[-1][1], group)
+        runtime.stages = [*stages, (STAGE, divided)]
+        runtime.compile_graph(divided)
+    runtime.sharded = dict.fromkeys(sharded.values(), _FSDP_HOOKS)
