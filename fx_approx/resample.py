@@ -169,14 +169,14 @@ class Resample(nn.Module):
     held_scale: Tensor
     published: Published | None
 
-    def __init__(self, shared: Sequence[Shared]) -> None:
+    def __init__(self, shared: Sequence[Shared], device: torch.device) -> None:
         super().__init__()
         self.shared = nn.ModuleList(shared)
         self.number, self.held = next(_numbers), False
         self.known = not self.learns
         for name in ("held_key", "held_indices"):
-            self.register_buffer(name, torch.full((2,), -1), persistent=False)
-        self.register_buffer("held_scale", torch.zeros(0), persistent=False)
+            self.register_buffer(name, torch.full((2,), -1, device=device), persistent=False)
+        self.register_buffer("held_scale", torch.zeros(0, device=device), persistent=False)
         self.add_module("published", None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Resample:

@@ -25,7 +25,7 @@ def make_resample(runtime: Runtime, sharing: Sharing) -> None:
     for one in sharing.classes:
         members = [Member(runtime.selectors[r.name, Role.OUTPUT], r.offset, r.block) for r in one.readings]
         shared.append(Shared(members, one.units, one.groups, runtime.state.device))
-    resample = Resample(shared) if shared else None
+    resample = Resample(shared, runtime.state.device) if shared else None
     if resample is not None:
         resample.held = int(runtime.state[EVERY]) > 1
     runtime.add_module("resample", resample)

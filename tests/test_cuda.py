@@ -18,7 +18,10 @@ from fx_approx.policies import Roles, Uniform
 
 from .reduction_ranks import MODELS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),  # exact products are compared
+]
 SCOPES = ["site", "value", "group"]
 POLICIES = {
     **{

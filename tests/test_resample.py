@@ -9,7 +9,9 @@ from torch import nn
 
 import fx_approx
 from fx_approx.ops.observed import aged
-from fx_approx.resample import unit_count
+from fx_approx.policies import Uniform
+from fx_approx.published import Published
+from fx_approx.resample import Resample, Shared, unit_count
 from fx_approx.sampling import SamplerSpec
 
 from .ahead import Readers, batch, indices, names, readers, selections, shared
@@ -205,3 +207,23 @@ def test_ages_leave_scores_that_are_not_finite_alone() -> None:
     scores = aged(torch.tensor([1.0, 1.0, float("inf"), 4.0]), ages)
     assert scores[0] == 1 and 1 < scores[1] < 4 and scores[2] == float("inf") and scores[3] == 4
     assert aged(torch.tensor([1.0, float("nan"), 2.0]), ages[:3]).isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("scores", ["weight", "stale"])
+def test_all_that_is_kept_lies_on_the_device_of_the_weights(scores: str) -> None:
+    approx = fx_approx.transform(
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)),
+        Uniform("topk", 0.5, minimal_k=1, scores=scores, share="value"),
+        torch.randn(2, 8),
+    )
+    device = torch.device("meta")
+    made = approx._fx_approx.resample
+    resample = Resample([Shared(one.members, one.units, one.groups, device) for one in made.each()], device)
+    resample.published = Published(resample)
+    resample.fit()
+    fx_approx.set_ratio(approx, 0.25)
+    resample.fit()
+    found = dict(resample.named_buffers())
+    assert {"held_key", "held_indices", "held_scale", "published.mask"} <= set(found)
+    assert ("shared.0.running" in found) == (scores == "stale")
+    assert {buffer.device.type for buffer in found.values()} == {"meta"}
