@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fx_approx
 from fx_approx import distributed
+from fx_approx.distributed.hook import Part
 from fx_approx.distributed.slices import find_slices
 from fx_approx.policies import Roles, Uniform
 
@@ -250,3 +251,24 @@ def test_bad_input(arguments: str, options: dict[str, Any], error: type[Exceptio
         distributed.register(given, **options)
     if arguments == "ddp":
         distributed.register(given)  # nothing had been changed
+
+
+@pytest.mark.parametrize("axes", ["rows", "columns", "both"])
+@pytest.mark.parametrize(
+    ("shape", "last"), [((6, 8), False), ((6, 8, 3, 3), False), ((6, 8, 3, 3), True), ((6, 8, 1, 1), False)]
+)
+def test_a_slice_comes_back_where_it_was(shape: tuple[int, ...], last: bool, axes: str) -> None:
+    rows = torch.tensor([4, 0, 5]) if axes != "columns" else None
+    columns = torch.tensor([7, 1, 2, 4]) if axes != "rows" else None
+    gradient = torch.randn(shape).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    expected = torch.zeros_like(gradient)
+    for row in range(6) if rows is None else rows.tolist():
+        for column in range(8) if columns is None else columns.tolist():
+            expected[row, column] = gradient[row, column]
+    part = Part(gradient, rows, columns)
+    flat = torch.empty(part.size)
+    part.take(flat)
+    assert sorted(flat.tolist()) == sorted(expected[expected != 0].tolist())
+    target = torch.zeros_like(gradient)
+    Part(target, rows, columns).put(flat)
+    assert torch.equal(target, expected)

@@ -76,7 +76,11 @@ class Packed:
 
 
 class Part:
-    """The slice of one gradient that is sent."""
+    """The slice of one gradient that is sent.
+
+    A copy of it goes through whole rows of memory where the kernel's positions of a channel lie together, in one pass:
+    about twice as fast on CPUs as one axis after the other.
+    """
 
     def __init__(self, gradient: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
         """``gradient`` is a view into the bucket, ``[O, I, ...]``."""
@@ -101,17 +105,31 @@ class Part:
         """Numbers that are sent."""
         return math.prod(self.shape)
 
-    def take(self) -> Tensor:
-        """A copy of the slice, flat."""
+    def nonzero(self) -> int:
+        """How many numbers of the slice are not zero."""
+        flat = self.gradient.new_empty(self.size)
+        self.take(flat)
+        return int(flat.count_nonzero())
+
+    def take(self, flat: Tensor) -> None:
+        """Copies the slice to ``flat``, ``[size]``, which is overwritten."""
+        places = self._places()
+        if places is not None:
+            torch.index_select(self._flattened(), 0, places, out=flat.view(places.shape[0], -1))
+            return
         part = self.gradient
         if self.rows is not None:
             part = part.index_select(0, self.rows)
         if self.columns is not None:
             part = part.index_select(1, self.columns)
-        return part.reshape(-1)
+        flat.view(part.shape).copy_(part)
 
     def put(self, flat: Tensor) -> None:
         """Writes the slice back; all else is zero already."""
+        places = self._places()
+        if places is not None:
+            self._flattened().index_copy_(0, places, flat.view(places.shape[0], -1))
+            return
         target, value = self.gradient, flat.view(self.shape)
         if self.rows is not None and self.columns is not None:
             target[self.rows.unsqueeze(1), self.columns] = value
@@ -121,6 +139,23 @@ class Part:
             target.index_copy_(1, self.columns, value)
         else:
             target.copy_(value)
+
+    def _flattened(self) -> Tensor:
+        """``[rows of memory, what lies together]``: outputs, or outputs times inputs where those are chosen, too."""
+        shape = self.gradient.shape
+        return self.gradient.view(shape[0] if self.columns is None else shape[0] * shape[1], -1)
+
+    def _places(self) -> Tensor | None:
+        """Which rows of memory the slice has, in order; None where it has none of its own."""
+        if self.whole or not self.gradient.is_contiguous():
+            return None
+        if self.columns is None:
+            return self.rows
+        outputs, inputs = self.gradient.shape[:2]
+        if self.gradient.numel() == outputs * inputs:  # single numbers: one axis after the other is faster
+            return None
+        rows = torch.arange(outputs, device=self.columns.device) if self.rows is None else self.rows
+        return (rows.unsqueeze(1) * inputs + self.columns).reshape(-1)
 
 
 class SliceHook:
@@ -164,7 +199,11 @@ class SliceHook:
         buffer, last = bucket.buffer(), bucket.is_last()
         parts = [self._part(g, p, checking) for g, p in zip(bucket.gradients(), bucket.parameters(), strict=True)]
         plain = all(part.whole for part in parts)
-        flat = buffer if plain else torch.cat([part.take() for part in parts])
+        sizes = [part.size for part in parts]
+        flat = buffer if plain else buffer.new_empty(sum(sizes))
+        if not plain:
+            for part, own in zip(parts, flat.split(sizes), strict=True):
+                part.take(own)
         sent, layers = self._counting
         self._counting = sent + flat.nbytes, layers
         future = self._inner(self._group, Packed(flat, bucket.index(), last))
@@ -176,7 +215,7 @@ class SliceHook:
             value: Tensor = found[0] if isinstance(found, (list, tuple)) else found
             if plain:
                 return buffer if value is buffer else buffer.copy_(value)
-            for part, own in zip(parts, value.split([part.size for part in parts]), strict=True):
+            for part, own in zip(parts, value.split(sizes), strict=True):
                 part.put(own)
             return buffer
 
@@ -193,7 +232,7 @@ class SliceHook:
         if own is None:
             return Part(gradient, None, None)
         part = Part(gradient, self._entries(own.rows), self._entries(own.columns))
-        if checking and not part.whole and gradient.count_nonzero() != part.take().count_nonzero():
+        if checking and not part.whole and gradient.count_nonzero() != part.nonzero():
             raise DisagreementError(
                 f"the gradient of {own.name} is not zero outside of its selection: the weight is used elsewhere, or "
                 "the model was changed since the transform"
