@@ -14,14 +14,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import fx_approx
 from fx_approx import distributed
 from fx_approx.policies import Uniform
 
-STEPS = 12
+STEPS = 50
 
 
 class Block(nn.Module):
@@ -112,9 +113,10 @@ def both(
     wrap: Any = None,
     inside: Any = None,
     kept: Any = None,
+    apart: Any = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Trained with dense reduction and with slices."""
+    """Trained with dense reduction and with slices; ``apart`` reduces what never has any."""
     model = made(name, **options)
     other = copy.deepcopy(model)
     dense = DistributedDataParallel(model)
@@ -124,7 +126,8 @@ def both(
     inner_model = other if inside is None else inside(other)
     small = {} if wrap or inside else {"bucket_cap_mb": 0.01}  # several buckets; Dynamo refuses so small ones
     ours = DistributedDataParallel(inner_model, **small, **(kept or {}))
-    traffic = distributed.register(ours, check_every=5, **({} if inner is None else {"inner": inner}))
+    hook = None if apart is None else (None, apart)
+    traffic = distributed.register(ours, check_every=5, dense=hook, **({} if inner is None else {"inner": inner}))
     sliced = train(ours if wrap is None else wrap(ours), rank, micro=micro)
     return {
         "losses": (plain, sliced),
@@ -132,6 +135,21 @@ def both(
         "bytes": (traffic.dense, traffic.predicted, traffic.sent),
         "text": str(traffic),
     }
+
+
+def power(rank: int) -> dict[str, Any]:
+    """PowerSGD for what has no slice: the second convolution, of which neither inputs nor outputs are chosen."""
+    torch.manual_seed(0)
+    policy = Uniform("topk", 0.5, minimal_k=20, scores="weight", share="value")
+    model = fx_approx.transform(MODELS["cnn"](), policy, batch(0, 0)[0])
+    wrapped = DistributedDataParallel(model)
+    group = torch.distributed.new_group()  # callbacks of the one must not wait behind those of the other
+    state = PowerSGDState(group, matrix_approximation_rank=2, start_powerSGD_iter=2, min_compression_rate=1)
+    traffic = distributed.register(wrapped, dense=(state, powerSGD_hook), check_every=5)
+    losses = train(wrapped, rank)
+    errors = sum(error.count_nonzero().item() for error in state.error_dict.values())
+    sent = (traffic.dense, traffic.predicted, traffic.sent)
+    return {"losses": losses, "parameters": parameters(model), "errors": errors, "steps": state.iter, "bytes": sent}
 
 
 def failing(call: Callable[[], Any]) -> str:
@@ -275,6 +293,8 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
     "cnn unused": lambda rank: both(rank, "cnn", kept={"find_unused_parameters": True}),
     "cnn static": lambda rank: both(rank, "cnn", kept={"static_graph": True}),
     "cnn views": lambda rank: both(rank, "cnn", kept={"gradient_as_bucket_view": True}),
+    "apart": lambda rank: both(rank, "cnn", apart=allreduce_hook),
+    "power": power,
     "scaled": scaled,
     "other seed": other_seed,
     "other plan": other_plan,

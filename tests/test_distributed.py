@@ -136,6 +136,25 @@ def test_scaled_gradients_that_overflow_on_one_rank_are_skipped_on_both(two: Pat
         assert torch.equal(one, other)
 
 
+def test_what_has_no_slice_can_go_by_another_hook(two: Path) -> None:
+    for result, _ in left(two, "apart"):
+        assert result["losses"][0] == result["losses"][1]
+        for one, other in zip(*result["parameters"], strict=True):
+            assert torch.equal(one, other)
+        dense, predicted, sent = result["bytes"]
+        assert predicted < sent < dense  # the first layer's weight is alone in the last bucket, and goes whole
+
+
+def test_powersgd_compresses_what_has_no_slice(two: Path) -> None:
+    (first, _), (second, _) = left(two, "power")
+    assert first["steps"] > 2 and first["errors"] > 0  # it began, and left something out
+    dense, predicted, sent = first["bytes"]
+    assert sent == predicted < dense
+    assert first["losses"][-1] < first["losses"][0] or len(set(first["losses"])) == len(first["losses"])
+    for one, other in zip(first["parameters"], second["parameters"], strict=True):
+        assert torch.equal(one, other)
+
+
 def test_resuming_gives_the_same_losses(two: Path) -> None:
     for result, _ in left(two, "resumed"):
         whole, resumed = result["losses"]
@@ -171,6 +190,58 @@ def test_the_example_resumes_under_torchrun_with_another_number_of_ranks(tmp_pat
     second = train(1, 2)
     assert [line for line in second if line.startswith("epoch")] == [second[0]]
     assert second[0].startswith("epoch 2: loss") and "74.6 % less" in second[-1]
+
+
+CRASH = """
+import os, pathlib, runpy, sys, torch
+
+flag, script = pathlib.Path(sys.argv[1]), sys.argv[2]
+sys.argv = sys.argv[2:]
+plain, taken = torch.optim.SGD.step, 0
+
+
+def step(self, *args, **kwargs):
+    global taken
+    taken += 1
+    if taken == 7 and os.environ["RANK"] == "1" and not flag.exists():
+        flag.touch()
+        os._exit(1)
+    return plain(self, *args, **kwargs)
+
+
+torch.optim.SGD.step = step
+sys.path.insert(0, str(pathlib.Path(script).parent))
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_after_a_death_to_the_same_losses(tmp_path: Path) -> None:
+    """Rank 1 dies in the middle of the second epoch; all go on from the checkpoint after the first."""
+    (tmp_path / "crash.py").write_text(CRASH, encoding="utf-8")
+    script = Path(__file__).parents[1] / "examples" / "ddp_train.py"
+    losses = []
+    for name, restarts in (("whole", 0), ("broken", 1)):
+        flag = tmp_path / f"{name}.flag"
+        if not restarts:
+            flag.touch()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += ["--max-restarts", str(restarts), str(tmp_path / "crash.py"), str(flag), str(script)]
+        command += ["--limit", "256", "--epochs", "3", "--checkpoint", str(tmp_path / f"{name}.pt")]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        losses.append([line for line in done.stdout.splitlines() if line.startswith("epoch")])
+    assert (tmp_path / "broken.flag").exists() and [line.split(":")[0] for line in losses[0]] == [
+        f"epoch {number}" for number in (1, 2, 3)
+    ]
+    assert losses[1] == losses[0]
 
 
 @pytest.fixture
@@ -240,6 +311,12 @@ def test_a_gradient_beside_the_selection_is_noticed() -> None:
         ),
         ("exact", {}, ValueError, "is not a transformed model"),
         ("ddp", {"inner": "fp16"}, TypeError, "inner: expected a communication hook, got 'fp16'"),
+        (
+            "ddp",
+            {"dense": print},
+            TypeError,
+            "dense: expected a pair of a state and a communication hook, got <built-in",
+        ),
         ("ddp", {"check_every": 0}, ValueError, "check_every: expected an integer of at least 1, got 0"),
         ("ddp", {"check_every": True}, ValueError, "check_every: expected an integer of at least 1, got True"),
     ],

@@ -26,7 +26,13 @@ __all__ = ["Traffic", "register", "register_sharded"]
 _FSDP_HOOKS = 2  # of fully_shard, before and after a forward
 
 
-def register(ddp_model: Any, *, inner: InnerHook | None = None, check_every: int = 100) -> Traffic:
+def register(
+    ddp_model: Any,
+    *,
+    inner: InnerHook | None = None,
+    dense: tuple[Any, InnerHook] | None = None,
+    check_every: int = 100,
+) -> Traffic:
     """Makes DistributedDataParallel reduce only the slices of gradients that the selections of the step made non-zero.
 
     A weight that reads selected channels gets a gradient in those columns only, and, where what no one reads is not
@@ -43,6 +49,9 @@ def register(ddp_model: Any, *, inner: InnerHook | None = None, check_every: int
         ddp_model: DistributedDataParallel around a transformed model whose shapes are known (``example_inputs``).
         inner: A stateless communication hook that averages the packed slices, such as ``fp16_compress_hook``; None is
             ``allreduce_hook``. Not one that keeps state for each position, such as PowerSGD: positions change.
+        dense: State and hook, as for ``register_comm_hook``, for the gradients that never have a slice, such as
+            ``(PowerSGDState(...), powerSGD_hook)``: their positions do not change. Where the last bucket has slices
+            only, its smallest gradient goes there whole. None is ``inner`` for them, too.
         check_every: Every so many backward passes, beginning with the first, the ranks compare random state and
             selections, and each looks whether what it leaves out is zero.
 
@@ -50,7 +59,7 @@ def register(ddp_model: Any, *, inner: InnerHook | None = None, check_every: int
         What is sent, as a report that follows the training.
 
     Raises:
-        TypeError: ``ddp_model`` is no DistributedDataParallel, or ``inner`` cannot be called.
+        TypeError: ``ddp_model`` is no DistributedDataParallel, ``inner`` no hook, or ``dense`` no such pair.
         ValueError: It holds no transformed model, or ``check_every`` is below 1.
         DisagreementError: Plans, seeds or steps differ between the ranks, on every rank; also from the backward pass.
 
@@ -65,6 +74,8 @@ def register(ddp_model: Any, *, inner: InnerHook | None = None, check_every: int
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook as inner
     if not callable(inner):
         raise TypeError(f"inner: expected a communication hook, got {inner!r}")
+    if dense is not None and not (isinstance(dense, tuple) and len(dense) == 2 and callable(dense[1])):
+        raise TypeError(f"dense: expected a pair of a state and a communication hook, got {dense!r}")
     if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 1:
         raise ValueError(f"check_every: expected an integer of at least 1, got {check_every!r}")
     model = find(ddp_model)
@@ -78,7 +89,7 @@ def register(ddp_model: Any, *, inner: InnerHook | None = None, check_every: int
     resample = model._fx_approx.resample
     if resample is not None:
         resample.published = Published(resample)
-    hook = SliceHook(model, sliced, inner, check_every, group)
+    hook = SliceHook(model, sliced, inner, check_every, group, dense)
     ddp_model.register_comm_hook(hook, lambda state, bucket: state.reduce(bucket))
     _guard_no_sync(ddp_model, model, group)
     return Traffic(model, sliced, whole, hook)

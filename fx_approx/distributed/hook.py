@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,9 +50,9 @@ class Bucket(Protocol):
 class Packed:
     """What of a bucket is sent: as much of :class:`torch.distributed.GradBucket` as stateless hooks read."""
 
-    def __init__(self, buffer: Tensor, index: int, last: bool) -> None:
-        """A bucket of one flat gradient."""
-        self._buffer, self._index, self._last = buffer, index, last
+    def __init__(self, buffer: Tensor, shapes: Sequence[Sequence[int]], index: int, last: bool) -> None:
+        """Gradients of these shapes, one behind the other in ``buffer``."""
+        self._buffer, self._shapes, self._index, self._last = buffer, shapes, index, last
 
     def buffer(self) -> Tensor:
         """``[n]``."""
@@ -63,8 +63,9 @@ class Packed:
         self._buffer = buffer
 
     def gradients(self) -> list[Tensor]:
-        """All of it as one."""
-        return [self._buffer]
+        """Each, as a view into the buffer."""
+        parts = self._buffer.split([math.prod(shape) for shape in self._shapes])
+        return [part.view(*shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def index(self) -> int:
         """Of the bucket."""
@@ -174,9 +175,10 @@ class SliceHook:
         inner: InnerHook,
         check_every: int,
         group: dist.ProcessGroup | None,
+        dense: tuple[Any, InnerHook] | None = None,
     ) -> None:
         """State of the hook; see :func:`fx_approx.distributed.register` for the arguments."""
-        self._model, self._sliced, self._inner = model, sliced, inner
+        self._model, self._sliced, self._inner, self._dense = model, sliced, inner, dense
         self._check_every, self._group = check_every, group
         self.steps = self.sent = 0
         self.by_layer: dict[str, int] = {}
@@ -198,25 +200,56 @@ class SliceHook:
                 self._check()
         buffer, last = bucket.buffer(), bucket.is_last()
         parts = [self._part(g, p, checking) for g, p in zip(bucket.gradients(), bucket.parameters(), strict=True)]
-        plain = all(part.whole for part in parts)
-        sizes = [part.size for part in parts]
+        loads: list[tuple[list[Part], Any, InnerHook]] = [(parts, self._group, self._inner)]
+        if self._dense is not None:
+            has = [parameter in self._sliced for parameter in bucket.parameters()]
+            if last and all(has):
+                self._spare(parts, has, bucket.parameters())
+            sliced = [part for part, own in zip(parts, has, strict=True) if own]
+            others = [part for part, own in zip(parts, has, strict=True) if not own]
+            loads = [(sliced, self._group, self._inner), (others, *self._dense)]
+        futures = [self._send(own, state, hook, bucket) for own, state, hook in loads if own]
+        if last:
+            self._end()
+        if len(futures) == 1:
+            return futures[0]
+
+        def join(done: torch.futures.Future[list[torch.futures.Future[Tensor]]]) -> Tensor:
+            for future in done.value():
+                future.wait()  # they are done; on a GPU, what comes next goes behind them
+            return buffer
+
+        return torch.futures.collect_all(futures).then(join)
+
+    def _spare(self, parts: list[Part], has: list[bool], parameters: Sequence[Tensor]) -> None:
+        """Leaves one gradient of the last bucket whole, always the same, to show the other hook that a step ends."""
+        place = min(range(len(parts)), key=lambda place: parts[place].gradient.numel())
+        parts[place], has[place] = Part(parts[place].gradient, None, None), False
+        own = self._sliced[parameters[place]]  # type: ignore[index]
+        assert self._counting is not None
+        self._counting[1][own.layer] = parts[place].gradient.nbytes
+
+    def _send(self, parts: Sequence[Part], state: Any, hook: InnerHook, bucket: Bucket) -> torch.futures.Future[None]:
+        """Has ``hook`` reduce some gradients of a bucket; when the future is done, they are back in their places."""
+        buffer, shapes, sizes = bucket.buffer(), [part.shape for part in parts], [part.size for part in parts]
+        plain = sum(sizes) == buffer.numel()
         flat = buffer if plain else buffer.new_empty(sum(sizes))
         if not plain:
             for part, own in zip(parts, flat.split(sizes), strict=True):
                 part.take(own)
+        assert self._counting is not None
         sent, layers = self._counting
         self._counting = sent + flat.nbytes, layers
-        future = self._inner(self._group, Packed(flat, bucket.index(), last))
-        if last:
-            self._end()
+        future = hook(state, Packed(flat, shapes, bucket.index(), bucket.is_last()))
 
         def unpack(done: torch.futures.Future[Any]) -> Tensor:
             found = done.value()
             value: Tensor = found[0] if isinstance(found, (list, tuple)) else found
-            if plain:
-                return buffer if value is buffer else buffer.copy_(value)
-            for part, own in zip(parts, value.split(sizes), strict=True):
-                part.put(own)
+            if not plain:
+                for part, own in zip(parts, value.split(sizes), strict=True):
+                    part.put(own)
+            elif value is not buffer:
+                buffer.copy_(value)
             return buffer
 
         return future.then(unpack)

@@ -31,7 +31,7 @@ class Lowering:
         kernel: Its name.
         dtypes: Of the operands.
         instead: What the reference does.
-        measured: Whether it was measured to be faster, where and by how much.
+        measured: Speed as a multiple of the reference's, on an H200 in bfloat16.
     """
 
     kind: str
@@ -42,14 +42,12 @@ class Lowering:
     measured: str
 
 
-_NOT_YET = "not measured on a GPU yet"
-
 LOWERINGS: tuple[Lowering, ...] = (
-    Lowering("linear", Role.OUTPUT, "gathered_k_matmul", _SHORT, "gathers both operands, then F.linear", _NOT_YET),
-    Lowering("linear", Role.GRAD_WEIGHT, "gathered_rows_matmul", _SHORT, "gathers both by rows, then matmul", _NOT_YET),
-    Lowering("linear", None, "column_norms", _SHORT, "linalg.vector_norm", _NOT_YET),
+    Lowering("linear", Role.OUTPUT, "gathered_k_matmul", _SHORT, "gathers both operands, then F.linear", "0.1"),
+    Lowering("linear", Role.GRAD_WEIGHT, "gathered_rows_matmul", _SHORT, "gathers both by rows, then matmul", "0.5"),
+    Lowering("linear", None, "column_norms", _SHORT, "linalg.vector_norm", "0.4"),
 )
-"""All Triton kernels. None is chosen by itself as long as none is measured to win."""
+"""All Triton kernels. None is chosen by itself, as none is faster than the reference (docs/kernels.md)."""
 
 _preferred = REFERENCE
 _interpreted = False
@@ -154,7 +152,7 @@ def table_text() -> str:
         ]
         for row in LOWERINGS
     ]
-    headers = ["op", "product", "kernel", "types", "the reference", "measured"]
+    headers = ["op", "product", "kernel", "types", "the reference", "its speed"]
     return f"{tabulate(rows, headers, disable_numparse=True)}\n\nIn use: {_preferred}."
 
 
