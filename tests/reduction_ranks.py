@@ -142,11 +142,12 @@ def power(rank: int) -> dict[str, Any]:
     torch.manual_seed(0)
     policy = Uniform("topk", 0.5, minimal_k=20, scores="weight", share="value")
     model = fx_approx.transform(MODELS["cnn"](), policy, batch(0, 0)[0])
+    plain = train(DistributedDataParallel(copy.deepcopy(model)), rank)
     wrapped = DistributedDataParallel(model)
     group = torch.distributed.new_group()  # callbacks of the one must not wait behind those of the other
     state = PowerSGDState(group, matrix_approximation_rank=2, start_powerSGD_iter=2, min_compression_rate=1)
     traffic = distributed.register(wrapped, dense=(state, powerSGD_hook), check_every=5)
-    losses = train(wrapped, rank)
+    losses = plain, train(wrapped, rank)
     errors = sum(error.count_nonzero().item() for error in state.error_dict.values())
     sent = (traffic.dense, traffic.predicted, traffic.sent)
     return {"losses": losses, "parameters": parameters(model), "errors": errors, "steps": state.iter, "bytes": sent}

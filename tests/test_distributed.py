@@ -150,7 +150,9 @@ def test_powersgd_compresses_what_has_no_slice(two: Path) -> None:
     assert first["steps"] > 2 and first["errors"] > 0  # it began, and left something out
     dense, predicted, sent = first["bytes"]
     assert sent == predicted < dense
-    assert first["losses"][-1] < first["losses"][0] or len(set(first["losses"])) == len(first["losses"])
+    plain, compressed = first["losses"]
+    assert plain[:2] == compressed[:2] and plain != compressed
+    assert max(abs(one - other) for one, other in zip(plain, compressed, strict=True)) < 0.2
     for one, other in zip(first["parameters"], second["parameters"], strict=True):
         assert torch.equal(one, other)
 

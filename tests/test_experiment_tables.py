@@ -90,6 +90,13 @@ def test_summaries_of_runs(tables: ModuleType) -> None:
     assert tables.time_to(fewer, 91) is None
 
 
+def test_runs_of_an_earlier_configuration_do_not_count(tables: ModuleType) -> None:
+    runs = [record("a", seed, (80.0, 90.0), 0.5, 2.0, tail=0.1) for seed in (0, 1)]
+    runs.append(record("a", 0, (85.0, 95.0), 0.5, 2.0, tail=0.2))
+    (found,) = tables.summarised(runs)
+    assert found.accuracies == {0: 95.0}
+
+
 def test_the_front_of_points(tables: ModuleType) -> None:
     points = {
         "a": (1.0, 90.0),

@@ -80,10 +80,13 @@ def accuracy(record: Record) -> float:
 
 
 def summarised(records: Iterable[Record]) -> list[Summary]:
-    """One summary for each variant, exact first, then in the order of the first run."""
+    """One summary for each variant as it was last configured, exact first, then in the order of the first run."""
     latest: dict[str, dict[int, Record]] = {}
     for record in records:
-        latest.setdefault(record["variant"], {})[record["seed"]] = record
+        runs = latest.setdefault(record["variant"], {})
+        if any(other["options"] != record["options"] for other in runs.values()):
+            runs.clear()
+        runs[record["seed"]] = record
     found = [_summary(name, [runs[seed] for seed in sorted(runs)]) for name, runs in latest.items()]
     return sorted(found, key=lambda one: one.kind != "exact")
 

@@ -50,8 +50,9 @@ def register(
         inner: A stateless communication hook that averages the packed slices, such as ``fp16_compress_hook``; None is
             ``allreduce_hook``. Not one that keeps state for each position, such as PowerSGD: positions change.
         dense: State and hook, as for ``register_comm_hook``, for the gradients that never have a slice, such as
-            ``(PowerSGDState(...), powerSGD_hook)``: their positions do not change. Where the last bucket has slices
-            only, its smallest gradient goes there whole. None is ``inner`` for them, too.
+            ``(PowerSGDState(new_group(), ...), powerSGD_hook)``: their positions do not change. Where the last bucket
+            has slices only, its smallest gradient goes there whole. A hook whose callbacks communicate, as PowerSGD's
+            do, needs a process group of its own, and under gloo all gradients in one bucket. None is ``inner``.
         check_every: Every so many backward passes, beginning with the first, the ranks compare random state and
             selections, and each looks whether what it leaves out is zero.
 

@@ -48,11 +48,14 @@ class Bucket(Protocol):
 
 
 class Packed:
-    """What of a bucket is sent: as much of :class:`torch.distributed.GradBucket` as stateless hooks read."""
+    """What of a bucket is sent, with the interface of :class:`torch.distributed.GradBucket`."""
 
-    def __init__(self, buffer: Tensor, shapes: Sequence[Sequence[int]], index: int, last: bool) -> None:
-        """Gradients of these shapes, one behind the other in ``buffer``."""
-        self._buffer, self._shapes, self._index, self._last = buffer, shapes, index, last
+    def __init__(
+        self, buffer: Tensor, shapes: Sequence[Sequence[int]], parameters: Sequence[Tensor], index: int, last: bool
+    ) -> None:
+        """Gradients of these shapes, one behind the other in ``buffer``, and whose they are."""
+        self._buffer, self._shapes, self._parameters = buffer, shapes, list(parameters)
+        self._index, self._last = index, last
 
     def buffer(self) -> Tensor:
         """``[n]``."""
@@ -66,6 +69,10 @@ class Packed:
         """Each, as a view into the buffer."""
         parts = self._buffer.split([math.prod(shape) for shape in self._shapes])
         return [part.view(*shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def parameters(self) -> list[Tensor]:
+        """Whose gradients, or slices of gradients, these are."""
+        return self._parameters
 
     def index(self) -> int:
         """Of the bucket."""
@@ -116,7 +123,8 @@ class Part:
         """Copies the slice to ``flat``, ``[size]``, which is overwritten."""
         places = self._places()
         if places is not None:
-            torch.index_select(self._flattened(), 0, places, out=flat.view(places.shape[0], -1))
+            source = self._flattened()
+            torch.index_select(source, 0, places, out=flat.view(places.shape[0], source.shape[1]))
             return
         part = self.gradient
         if self.rows is not None:
@@ -129,7 +137,8 @@ class Part:
         """Writes the slice back; all else is zero already."""
         places = self._places()
         if places is not None:
-            self._flattened().index_copy_(0, places, flat.view(places.shape[0], -1))
+            target = self._flattened()
+            target.index_copy_(0, places, flat.view(places.shape[0], target.shape[1]))
             return
         target, value = self.gradient, flat.view(self.shape)
         if self.rows is not None and self.columns is not None:
@@ -144,7 +153,8 @@ class Part:
     def _flattened(self) -> Tensor:
         """``[rows of memory, what lies together]``: outputs, or outputs times inputs where those are chosen, too."""
         shape = self.gradient.shape
-        return self.gradient.view(shape[0] if self.columns is None else shape[0] * shape[1], -1)
+        together = 1 if self.columns is None else 2
+        return self.gradient.view(math.prod(shape[:together]), math.prod(shape[together:]))
 
     def _places(self) -> Tensor | None:
         """Which rows of memory the slice has, in order; None where it has none of its own."""
@@ -183,7 +193,8 @@ class SliceHook:
         self.steps = self.sent = 0
         self.by_layer: dict[str, int] = {}
         self._counting: tuple[int, dict[str, int]] | None = None
-        self._found: dict[Axis, Tensor | None] = {}
+        self._axes = list(dict.fromkeys(axis for own in sliced.values() for axis in (own.rows, own.columns) if axis))
+        self._found: dict[Axis, Tensor] = {}
 
     @property
     def _published(self) -> Published | None:
@@ -192,45 +203,52 @@ class SliceHook:
 
     def reduce(self, bucket: Bucket) -> torch.futures.Future[Tensor]:
         """Reduces one bucket; the future's value is the whole bucket, averaged."""
+        try:
+            return self._reduce(bucket)
+        except BaseException:
+            self._counting = None  # the next backward pass begins anew
+            raise
+
+    def _reduce(self, bucket: Bucket) -> torch.futures.Future[Tensor]:
         checking = self.steps % self._check_every == 0
         if self._counting is None:
-            self._counting = 0, {}
-            self._found = {}
+            self._counting, published = (0, {}), self._published
+            self._found = {} if published is None else indices(self._axes, published)
             if checking:
                 self._check()
         buffer, last = bucket.buffer(), bucket.is_last()
-        parts = [self._part(g, p, checking) for g, p in zip(bucket.gradients(), bucket.parameters(), strict=True)]
-        loads: list[tuple[list[Part], Any, InnerHook]] = [(parts, self._group, self._inner)]
+        whose = bucket.parameters()
+        parts = [self._part(g, p, checking) for g, p in zip(bucket.gradients(), whose, strict=True)]
+        places = range(len(parts))
+        loads: list[tuple[Sequence[int], Any, InnerHook]] = [(places, self._group, self._inner)]
         if self._dense is not None:
-            has = [parameter in self._sliced for parameter in bucket.parameters()]
-            if last and all(has):
-                self._spare(parts, has, bucket.parameters())
-            sliced = [part for part, own in zip(parts, has, strict=True) if own]
-            others = [part for part, own in zip(parts, has, strict=True) if not own]
+            others = [place for place in places if whose[place] not in self._sliced]
+            if last and not others:
+                others = [self._spare(parts, whose)]
+            sliced = [place for place in places if place not in others]
             loads = [(sliced, self._group, self._inner), (others, *self._dense)]
-        futures = [self._send(own, state, hook, bucket) for own, state, hook in loads if own]
+        futures = [
+            self._send([parts[place] for place in own], [whose[place] for place in own], state, hook, bucket)
+            for own, state, hook in loads
+            if own
+        ]
         if last:
             self._end()
-        if len(futures) == 1:
-            return futures[0]
+        return futures[0] if len(futures) == 1 else _joined(futures[0], futures[1], buffer)
 
-        def join(done: torch.futures.Future[list[torch.futures.Future[Tensor]]]) -> Tensor:
-            for future in done.value():
-                future.wait()  # they are done; on a GPU, what comes next goes behind them
-            return buffer
-
-        return torch.futures.collect_all(futures).then(join)
-
-    def _spare(self, parts: list[Part], has: list[bool], parameters: Sequence[Tensor]) -> None:
+    def _spare(self, parts: list[Part], whose: Sequence[Tensor]) -> int:
         """Leaves one gradient of the last bucket whole, always the same, to show the other hook that a step ends."""
         place = min(range(len(parts)), key=lambda place: parts[place].gradient.numel())
-        parts[place], has[place] = Part(parts[place].gradient, None, None), False
-        own = self._sliced[parameters[place]]  # type: ignore[index]
+        parts[place] = Part(parts[place].gradient, None, None)
+        own = self._sliced[whose[place]]  # type: ignore[index]
         assert self._counting is not None
         self._counting[1][own.layer] = parts[place].gradient.nbytes
+        return place
 
-    def _send(self, parts: Sequence[Part], state: Any, hook: InnerHook, bucket: Bucket) -> torch.futures.Future[None]:
-        """Has ``hook`` reduce some gradients of a bucket; when the future is done, they are back in their places."""
+    def _send(
+        self, parts: Sequence[Part], whose: Sequence[Tensor], state: Any, hook: InnerHook, bucket: Bucket
+    ) -> torch.futures.Future[Tensor]:
+        """Has ``hook`` reduce some gradients of a bucket; the future's value is the bucket, where they are again."""
         buffer, shapes, sizes = bucket.buffer(), [part.shape for part in parts], [part.size for part in parts]
         plain = sum(sizes) == buffer.numel()
         flat = buffer if plain else buffer.new_empty(sum(sizes))
@@ -240,11 +258,12 @@ class SliceHook:
         assert self._counting is not None
         sent, layers = self._counting
         self._counting = sent + flat.nbytes, layers
-        future = hook(state, Packed(flat, shapes, bucket.index(), bucket.is_last()))
+        future = hook(state, Packed(flat, shapes, whose, bucket.index(), bucket.is_last()))
 
         def unpack(done: torch.futures.Future[Any]) -> Tensor:
             found = done.value()
             value: Tensor = found[0] if isinstance(found, (list, tuple)) else found
+            value = value.to(buffer.dtype)
             if not plain:
                 for part, own in zip(parts, value.split(sizes), strict=True):
                     part.put(own)
@@ -264,7 +283,7 @@ class SliceHook:
         own = self._sliced.get(parameter)  # type: ignore[call-overload]
         if own is None:
             return Part(gradient, None, None)
-        part = Part(gradient, self._entries(own.rows), self._entries(own.columns))
+        part = Part(gradient, self._found.get(own.rows), self._found.get(own.columns))
         if checking and not part.whole and gradient.count_nonzero() != part.nonzero():
             raise DisagreementError(
                 f"the gradient of {own.name} is not zero outside of its selection: the weight is used elsewhere, or "
@@ -276,12 +295,6 @@ class SliceHook:
         self._counting[1][own.layer] = part.size * gradient.itemsize
         return part
 
-    def _entries(self, axis: Axis) -> Tensor | None:
-        published = self._published
-        if axis not in self._found and published is not None:
-            self._found[axis] = indices(axis, published)
-        return self._found[axis]
-
     def _end(self) -> None:
         """The last bucket is on its way."""
         assert self._counting is not None
@@ -292,3 +305,23 @@ class SliceHook:
         if published is not None:
             published.clear()
         synchronize_scores(self._model, self._group)
+
+
+def _joined(
+    first: torch.futures.Future[Tensor], second: torch.futures.Future[Tensor], buffer: Tensor
+) -> torch.futures.Future[Tensor]:
+    """Done when both are; its value is ``buffer``."""
+    if buffer.is_cuda:  # futures of NCCL are done at once, and their callbacks have streams that wait for the device
+
+        def wait(_: torch.futures.Future[Tensor]) -> Tensor:
+            second.wait()
+            return buffer
+
+        return first.then(wait)
+
+    def join(done: torch.futures.Future[list[torch.futures.Future[Tensor]]]) -> Tensor:
+        for future in done.value():
+            future.wait()  # it is done; an error comes out here
+        return buffer
+
+    return torch.futures.collect_all([first, second]).then(join)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -88,16 +88,18 @@ def _uses(model: ApproxModule) -> Mapping[nn.Parameter, int]:
     return uses
 
 
-def indices(axis: Axis, published: Published) -> Tensor | None:
-    """Entries of an axis that are selected, as a tensor on the device; None for all of them."""
-    if not axis:
-        return None
-    flags = []
-    for part in axis:
-        own = (
-            torch.ones(part.count, dtype=torch.bool, device=published.mask.device)
-            if part.place == FULL
-            else published.mask[published.slices[part.place]]
-        )
-        flags.append(own if part.block == 1 else own.repeat_interleave(part.block))
-    return (flags[0] if len(flags) == 1 else torch.cat(flags)).nonzero().flatten()
+def indices(axes: Iterable[Axis], published: Published) -> dict[Axis, Tensor]:
+    """Entries of each axis that are selected, on the device; one wait for it and one copy for all of them."""
+    mask, device = published.mask.cpu(), published.mask.device
+    found = {}
+    for axis in axes:
+        flags = []
+        for part in axis:
+            full = part.place == FULL
+            own = torch.ones(part.count, dtype=torch.bool) if full else mask[published.slices[part.place]]
+            flags.append(own if part.block == 1 else own.repeat_interleave(part.block))
+        found[axis] = torch.cat(flags).nonzero().flatten()
+    if device.type == "cpu" or not found:
+        return found
+    whole = torch.cat(list(found.values())).to(device)
+    return dict(zip(found, whole.split([len(one) for one in found.values()]), strict=True))
