@@ -46,8 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dense", action="store_true", help="reduce all gradients whole")
     options = parser.parse_args(arguments)
     cuda = torch.cuda.is_available()
-    dist.init_process_group("nccl" if cuda else "gloo")
-    rank, size = dist.get_rank(), dist.get_world_size()
+    store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun's store outlives a restart, and gloo would look for the dead ranks at the addresses that it finds there.
+    attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=attempt, rank=rank, world_size=size)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
 
     torch.manual_seed(0)
