@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import fx_approx
 from fx_approx.distributed import Traffic
-from fx_approx.distributed.hook import SliceHook
+from fx_approx.distributed.hook import Packed, SliceHook
 from fx_approx.distributed.slices import find_slices
 from fx_approx.policies import Uniform
 from fx_approx.published import Published
@@ -49,44 +49,18 @@ class Measured:
     copy: Quartiles
 
 
-class Bucket:
-    """Gradients of some parameters in one flat buffer."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], index: int, last: bool) -> None:
-        """Copies the gradients."""
-        self._parameters, self._index, self._last = list(parameters), index, last
-        self._buffer = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
-
-    def buffer(self) -> Tensor:
-        """All of them."""
-        return self._buffer
-
-    def gradients(self) -> list[Tensor]:
-        """Views into it."""
-        parts = self._buffer.split([p.numel() for p in self._parameters])
-        return [part.view(p.shape) for part, p in zip(parts, self._parameters, strict=True)]
-
-    def parameters(self) -> list[Any]:
-        """Whose."""
-        return self._parameters
-
-    def index(self) -> int:
-        """Of the bucket."""
-        return self._index
-
-    def is_last(self) -> bool:
-        """Whether the backward pass ends with it."""
-        return self._last
-
-
-def buckets(model: nn.Module) -> list[Bucket]:
+def buckets(model: nn.Module) -> list[Packed]:
     """All gradients, those of the last layers first."""
     groups: list[list[nn.Parameter]] = [[]]
     for parameter in reversed([p for p in model.parameters() if p.grad is not None]):
         if groups[-1] and sum(p.nbytes for p in groups[-1]) + parameter.nbytes > BUCKET:
             groups.append([])
         groups[-1].append(parameter)
-    return [Bucket(group, index, index == len(groups) - 1) for index, group in enumerate(groups)]
+    found = []
+    for index, group in enumerate(groups):
+        flat = torch.cat([p.grad.reshape(-1) for p in group if p.grad is not None])
+        found.append(Packed(flat, [p.shape for p in group], group, index, index == len(groups) - 1))
+    return found
 
 
 def sends_nothing(_: Any, bucket: Any) -> torch.futures.Future[Tensor]:

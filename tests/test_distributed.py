@@ -23,6 +23,7 @@ from fx_approx.distributed.slices import find_slices
 from fx_approx.policies import Roles, Uniform
 
 from .models import CalledTwice, Tied
+from .ranks import run
 from .reduction_ranks import MODELS, SCENARIOS, made
 
 SCRIPT = Path(__file__).with_name("reduction_ranks.py")
@@ -35,27 +36,11 @@ ODD = {
 }
 
 
-def run(folder: Path, size: int, names: list[str]) -> None:
-    """``size`` ranks go through scenarios, and leave their results in ``folder``."""
-    command = [sys.executable, str(SCRIPT)]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(size), str(folder), *names], cwd=folder) for rank in range(size)
-    ]
-    try:
-        ended = [rank.wait(timeout=300) for rank in ranks]
-    finally:
-        for rank in ranks:  # those that wait for one that failed
-            rank.kill()
-            rank.wait()
-    failed = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("failed.*"))]
-    assert ended == [0] * size, "\n".join(failed)
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks left; the last scenario ends with the death of one."""
     folder = tmp_path_factory.mktemp("two")
-    run(folder, 2, [*(name for name in SCENARIOS if name != "killed"), "resumed", "killed"])
+    run(SCRIPT, folder, 2, [*(name for name in SCENARIOS if name != "killed"), "resumed", "killed"])
     return folder
 
 
@@ -104,7 +89,7 @@ def test_bytes_of_one_model_by_hand(two: Path) -> None:
 
 def test_four_ranks(tmp_path: Path) -> None:
     names = ["mlp value", "cnn group", "vit value"]
-    run(tmp_path, 4, names)
+    run(SCRIPT, tmp_path, 4, names)
     for name in names:
         results = [result for result, _ in left(tmp_path, name, 4)]
         for result in results:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from .ranks import run
 
 SCRIPT = Path(__file__).with_name("fsdp_ranks.py")
 SAME = [
@@ -49,28 +49,12 @@ REFUSED = {
 }
 
 
-def run(folder: Path, size: int, names: list[str]) -> None:
-    """``size`` ranks go through scenarios, and leave their results in ``folder``."""
-    command = [sys.executable, str(SCRIPT)]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(size), str(folder), *names], cwd=folder) for rank in range(size)
-    ]
-    try:
-        ended = [rank.wait(timeout=300) for rank in ranks]
-    finally:
-        for rank in ranks:  # those that wait for one that failed
-            rank.kill()
-            rank.wait()
-    failed = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("failed.*"))]
-    assert ended == [0] * size, "\n".join(failed)
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks left."""
     folder = tmp_path_factory.mktemp("two")
     names = [*SAME, "vit partly", "gradients", "mixed", "compiled", "frontend", "python", "refused", "resumed"]
-    run(folder, 2, names)
+    run(SCRIPT, folder, 2, names)
     return folder
 
 
@@ -113,7 +97,7 @@ def test_two_ranks_train_sharded_as_they_train_whole(two: Path, name: str) -> No
 
 @pytest.mark.slow
 def test_four_ranks_train_sharded_as_they_train_whole(tmp_path: Path) -> None:
-    run(tmp_path, 4, FOUR)
+    run(SCRIPT, tmp_path, 4, FOUR)
     for name in FOUR:
         trained_alike([result for result, _ in left(tmp_path, name, 4)])
 

@@ -254,10 +254,9 @@ def together(
         is_batched(whole)
         or is_batched(part)
         or (torch.is_grad_enabled() and (whole.requires_grad or part.requires_grad))
+        or (torch.compiler.is_compiling() and not is_opaque(whole))
     ):
         return whole + _scatter(part, dim, index, size, order)
-    if torch.compiler.is_compiling() and not is_opaque(whole):
-        return whole + _spread(part, dim, index, size, order)
     total = whole.clone()
     if is_opaque(whole):
         add_at(total, dim, index, part)
