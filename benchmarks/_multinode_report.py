@@ -33,7 +33,7 @@ def planned_bytes(networks: Sequence[str], ratios: Sequence[float], minimal_k: i
                     warnings.simplefilter("ignore", fx_approx.NoEffectWarning)
                     model = sampled(exact, ratio, network.small, scope, "weight", minimal_k, demand)
                 sliced, whole = find_slices(model)
-                traffic = Traffic(model, sliced, whole, None)  # type: ignore[arg-type]
+                traffic = Traffic(model, sliced, whole)
                 own = sum(p.nbytes for p in sliced)
                 saved = traffic.dense - traffic.predicted
                 found.append(

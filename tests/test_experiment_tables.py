@@ -53,6 +53,7 @@ def record(variant: str, seed: int, values: Sequence[float], share: float, secon
         "recalibration_flops": 50.0,
         "seconds": seconds,
         "step_ms": options.get("step_ms", {}),
+        "phases": options.get("phases", {"exact": 2}),
         "peak_memory": None,
         "common": {"compile": False, "autocast": "", "training": {"batch": 1, "epochs": 2.0}},
         "clock": "wall",
@@ -95,6 +96,40 @@ def test_runs_of_an_earlier_configuration_do_not_count(tables: ModuleType) -> No
     runs.append(record("a", 0, (85.0, 95.0), 0.5, 2.0, tail=0.2))
     (found,) = tables.summarised(runs)
     assert found.accuracies == {0: 95.0}
+
+
+def test_costs_of_steps_belong_to_a_variant_as_it_was_trained(tables: ModuleType) -> None:
+    def cost(speedup: float, peak: int, gradients: int) -> Any:
+        return {"speedup": [speedup - 0.1, speedup, speedup + 0.2], "peak_bytes": peak, "gradient_bytes": gradients}
+
+    policy = {"kind": "uniform"}
+    runs = [
+        record("tail", 0, (80, 91), 0.5, 6.0, policy=policy, tail=0.5, phases={"sampled": 1, "exact": 1}),
+        record("moving", 0, (80, 91), 0.5, 6.0, policy=policy, phases={"0.25": 1, "0.5": 1}),
+        record("changed", 0, (80, 91), 0.5, 6.0, policy=policy),
+        record("narrow", 0, (70, 85), 0.6, 7.0, equal="time", by="width", to="tail", phases={"exact": 2}),
+    ]
+    measured = {
+        **{key: runs[0][key] for key in ("config", "setting")},
+        "options": {one["variant"]: one["options"] for one in runs},
+        "costs": {
+            "exact training": {"exact": cost(1.0, 1000, 100)},
+            "tail": {"sampled": cost(2.0, 600, 30)},
+            "moving": {"0.25": cost(3.0, 500, 10), "0.5": cost(2.5, 700, 30)},
+            "changed": {"sampled": cost(2.0, 600, 30)},
+            "narrow": {"exact": cost(1.5, 800, 60)},
+        },
+    }
+    measured["options"]["changed"] = {**runs[2]["options"], "tail": 0.25}
+    (records,) = tables.sections([*runs, measured]).values()
+    assert tables.trained(records) == runs
+    found = tables.costs_of([measured], tables.summarised(runs))
+    assert set(found) == {"tail", "moving", "narrow"}
+    assert (found["tail"].memory, found["tail"].traffic) == (0.6, pytest.approx(0.5 * 0.3 + 0.5))
+    assert (found["moving"].memory, found["moving"].traffic) == (0.7, pytest.approx(0.5 * 0.1 + 0.5 * 0.3))
+    assert (found["narrow"].memory, found["narrow"].traffic) == (0.8, 0.6)
+    assert tables.quicker(found["moving"], None) == "3.00 [2.90, 3.20]; 2.50 [2.40, 2.70]"
+    assert tables.quicker(None, 1.234) == "1.23" and tables.quicker(None, None) == "–"
 
 
 def test_the_front_of_points(tables: ModuleType) -> None:

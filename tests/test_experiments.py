@@ -160,6 +160,26 @@ def test_all_variants_of_a_configuration(runner: Runner, capsys: pytest.CaptureF
     assert capsys.readouterr().out.count("recorded already") == 6
 
 
+def test_what_steps_cost_is_measured_beside_exact_training(
+    scripts: SimpleNamespace, runner: Runner, tmp_path: Path
+) -> None:
+    assert runner("exact", "value, tail", "narrower", more=["--costs", "4"]) == []  # nothing is trained
+    (found,) = scripts.records.read(tmp_path / "out" / "tiny-costs.jsonl")
+    exact, sampled = found["costs"]["exact training"]["exact"], found["costs"]["value, tail"]["sampled"]
+    assert set(found["costs"]) == {"exact training", "value, tail", "narrower"}
+    assert exact["speedup"] == [1.0, 1.0, 1.0] and sampled["flops"] < 0.5 * exact["flops"]
+    weights = [64 * 16, 16, 16 * 16, 16, 16 * 3, 3]
+    assert exact["gradient_bytes"] == 4 * sum(weights)
+    # The second layer's gradient: 8 of its 16 columns; the first one's: 8 rows that are read, 32 of 64 columns.
+    assert sampled["gradient_bytes"] == 4 * (sum(weights) - 64 * 16 + 8 * 32 - 16 * 16 + 16 * 8)
+    narrower = found["costs"]["narrower"]["exact"]
+    # At least the gradients are there at the end of a step.
+    assert exact["gradient_bytes"] < exact["peak_bytes"] < 4 * exact["gradient_bytes"] and sampled["peak_bytes"] > 0
+    assert narrower["gradient_bytes"] < narrower["peak_bytes"] < exact["peak_bytes"]
+    (run,) = runner("exact")
+    assert run["setting"] == found["setting"]  # they belong together
+
+
 @pytest.mark.parametrize(
     ("network", "options", "last", "variant"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,11 +93,11 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(
-    steps: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int, now: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Quartiles of the seconds of each of ``steps`` by the clock ``now``, in turn, the first three not counted."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
+def in_turn(
+    steps: Mapping[Any, Callable[[], Any]], device: torch.device, repeats: int, now: Callable[[], float]
+) -> dict[Any, list[float]]:
+    """The seconds of each of ``steps`` by the clock ``now``, in turn, ``repeats`` times after three."""
+    found: dict[Any, list[float]] = {name: [] for name in steps}
     for number in range(_WARM + repeats):
         for name, step in steps.items():
             synchronise(device)
@@ -106,9 +106,12 @@ def timed(
             synchronise(device)
             if number >= _WARM:
                 found[name].append(now() - start)
-    if repeats < 2:
-        return {}
-    return {name: statistics.quantiles(values, n=4, method="inclusive") for name, values in found.items()}
+    return found
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Quartiles of two values or more."""
+    return statistics.quantiles(values, n=4, method="inclusive")
 
 
 def rate_at(training: Training, step: int, steps: int) -> float:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import costs
+import measured
 import torch
 import variants
 from config import Config, ConfigError, load
@@ -137,6 +138,20 @@ class Experiment:
             )
         return dict(found)
 
+    def measure(self, names: Sequence[str], repeats: int) -> str:
+        """Records what a step of each variant costs beside one of exact training; says what was measured."""
+        plain = dataclasses.replace(self.config, variants={**self.config.variants, "": _PLAIN})
+        runs = [Run(plain, "", 0, self.source, self.network, self.settings, Budget(self.full, 1.0))]
+        runs += [self._run(name, 0, self.budget(name, 0)) for name in names if self.config.variants[name] != _PLAIN]
+        found = measured.measure(runs, repeats)
+        head = self._head(next(iter(self.config.variants)), 0, "", Budget(self.full, 1.0))
+        kept = {key: head[key] for key in ("format", "config", "title", "setting", "common", "environment")}
+        options = {name: dataclasses.asdict(self.config.variants[name]) for name in names}
+        Records(self._out, f"{self.config.name}-costs").append(
+            {**kept, "clock": self.settings.clock, "repeats": repeats, "options": options, "costs": found}
+        )
+        return ", ".join(found)
+
     # ---- what baselines cost
 
     def budget(self, name: str, seed: int) -> Budget:
@@ -170,7 +185,7 @@ class Experiment:
 
     def _total_flops(self, name: str, seed: int) -> float:
         run = self._run(name, seed, self.budget(name, seed))
-        run._count()
+        run.count()
         return sum(run.flops[phase] * count for phase, count in run.phases.counts.items())
 
     def _seconds(self, name: str) -> float:
@@ -214,6 +229,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", nargs="+", metavar="VARIANT", help="some of the variants, by name")
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the configuration")
     made.add_argument("--list", action="store_true", help="show the runs, with what is recorded, and end")
+    made.add_argument("--costs", type=int, default=0, metavar="STEPS", help="time so many steps of each, train nothing")
     made.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     made.add_argument("--compile", action="store_true", help="train under torch.compile")
     made.add_argument("--autocast", default="", choices=("bfloat16",), help="precision of the products")
@@ -247,6 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             torch._dynamo.config.recompile_limit = 64  # one graph for each phase of each run
         if options.device == "cuda":
             torch.backends.cudnn.benchmark = True
+        if options.costs:
+            print(f"{config.name}: {experiment.measure(chosen, options.costs)}: measured", flush=True)
+            return
         for seed in options.seeds or config.seeds:
             for name in chosen:
                 if options.list:

@@ -7,6 +7,7 @@ FLOPs and accuracy against time, each with the front of what no other beats in b
 
 Accuracy is that of the last epoch. Of a run that ends with sampled steps in a network with BatchNorm it is that after
 re-estimating the statistics on 20 exact batches, whose FLOPs count. Means are over seeds, with the standard deviation.
+What steps cost is what ``run.py --costs`` measured, of each variant beside exact training: medians, and quartiles.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ class Summary:
         speedup: Time of an exact step over that of a sampled one, medians of steps in turn in one run; None if unknown.
         curve: At each epoch: share of FLOPs, seconds, accuracy; means over the runs.
         memory: Peak bytes on the device, mean; None if unknown.
+        steps: Of each phase, as shares of the steps of exact training.
         to: Whose cost a baseline has.
         equal: In what.
+        options: As it is configured.
     """
 
     variant: str
@@ -54,8 +57,10 @@ class Summary:
     speedup: float | None
     curve: tuple[tuple[float, float, float], ...]
     memory: float | None
+    steps: Mapping[str, float] = dataclasses.field(default_factory=dict)
     to: str = ""
     equal: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def mean(self) -> float | None:
@@ -112,8 +117,10 @@ def _summary(name: str, runs: Sequence[Record]) -> Summary:
         speedup=statistics.median(speedups) if speedups else None,
         curve=tuple(_curve(ended)),
         memory=statistics.mean(memory) if memory else None,
+        steps={phase: count / runs[0]["full_steps"] for phase, count in runs[0]["phases"].items()},
         to=options["to"],
         equal=options["equal"],
+        options=options,
     )
 
 
@@ -147,7 +154,48 @@ def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
     return sorted((name for name, own in points.items() if not beaten(own)), key=lambda name: points[name])
 
 
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What the steps of a variant cost.
+
+    Attributes:
+        speedup: Time of an exact step over that of the step beside it, quartiles, of each phase that is not exact.
+        memory: Most bytes that such a step allocates, as a share of an exact step's.
+        traffic: Bytes of gradients in data-parallel training, as a share of exact training's, over the whole of it.
+    """
+
+    speedup: Mapping[str, Sequence[float]]
+    memory: float
+    traffic: float
+
+
+def costs_of(records: Iterable[Record], found: Sequence[Summary]) -> dict[str, Cost]:
+    """By variant, from the last measurement of each as it was configured in its runs."""
+    made = {}
+    for record in records:
+        exact = record["costs"]["exact training"]["exact"]
+        for one in found:
+            phases = record["costs"].get(one.variant)
+            if phases is None or record["options"][one.variant] != one.options:
+                continue
+            each = {**{"exact": exact}, **phases}
+            sent = sum(share * each[phase]["gradient_bytes"] for phase, share in one.steps.items() if phase in each)
+            made[one.variant] = Cost(
+                {phase: own["speedup"] for phase, own in phases.items()},
+                max(own["peak_bytes"] for own in phases.values()) / exact["peak_bytes"],
+                sent / exact["gradient_bytes"],
+            )
+    return made
+
+
 # ---- tables
+
+
+def quicker(cost: Cost | None, fallback: float | None) -> str:
+    """How much faster a step is, with quartiles; of each ratio that a training goes through."""
+    if cost is None:
+        return figure(fallback)
+    return "; ".join(f"{q[1]:.2f} [{q[0]:.2f}, {q[2]:.2f}]" for q in cost.speedup.values())
 
 
 def figure(value: float | None, form: str = ".2f") -> str:
@@ -163,13 +211,14 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def table(found: Sequence[Summary], within: float) -> str:
+def table(found: Sequence[Summary], within: float, measured: Mapping[str, Cost]) -> str:
     """All variants as a table in markdown."""
     exact = next((one for one in found if one.kind == "exact" and one.mean is not None), None)
     goal = None if exact is None else exact.mean
     rows = []
     for one in found:
         share = None if exact is None else one.seconds / exact.seconds
+        cost = measured.get(one.variant)
         times = [None if goal is None else time_to(one, goal - less) for less in (0.0, within)]
         rows.append(
             [
@@ -180,9 +229,11 @@ def table(found: Sequence[Summary], within: float) -> str:
                 spread(one.as_trained),
                 figure(100 * one.flops, ".1f"),
                 figure(share),
-                figure(one.speedup),
+                quicker(cost, one.speedup),
                 *(figure(None if t is None or exact is None else t / exact.seconds) for t in times),
                 figure(None if one.memory is None else one.memory / 2**20, ".0f"),
+                figure(None if cost is None else 100 * cost.memory, ".0f"),
+                figure(None if cost is None else 100 * cost.traffic, ".0f"),
             ]
         )
     heads = [
@@ -193,10 +244,12 @@ def table(found: Sequence[Summary], within: float) -> str:
         "as trained %",
         "FLOPs % of exact",
         "time / exact",
-        "exact step / sampled step",
+        "exact step / this step",
         "time to exact's accuracy",
         f"to {within:g} pp less",
         "peak MiB",
+        "peak memory of a step, %",
+        "gradient bytes, %",
     ]
     kept = [place for place in range(len(heads)) if any(row[place] != "–" for row in rows)]
     cells = [[row[place] for place in kept] for row in rows]
@@ -227,13 +280,18 @@ def rivals(found: Sequence[Summary]) -> str:
     return tabulate(rows, heads, tablefmt="pipe", disable_numparse=True) if rows else ""
 
 
-def sections(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Runs that may be compared: of one configuration, computed alike; by a name for files."""
+def sections(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records that may be compared: of one configuration, computed alike; by a name for files."""
     found: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         found.setdefault((record["config"], record["setting"]), []).append(record)
     several = {name for name, _ in found if sum(other == name for other, _ in found) > 1}
     return {slug(name + (f"-{setting}" if name in several else "")): own for (name, setting), own in found.items()}
+
+
+def trained(records: Iterable[Record]) -> list[Record]:
+    """Those of runs, not of measurements."""
+    return [one for one in records if "costs" not in one]
 
 
 def described(runs: Sequence[Record]) -> str:
@@ -257,9 +315,13 @@ def described(runs: Sequence[Record]) -> str:
 def page(records: Sequence[Record], within: float, command: str, figures: Mapping[str, Sequence[str]]) -> str:
     """All experiments in markdown."""
     lines = ["# Experiments", "", f"Made by `{command}` from the JSON lines that `run.py` wrote.", ""]
-    for name, runs in sections(records).items():
+    for name, own in sections(records).items():
+        runs = trained(own)
+        if not runs:
+            continue
         found = summarised(runs)
-        lines += [f"## {runs[0]['title']}", "", described(runs), "", table(found, within), ""]
+        measured = costs_of((one for one in own if "costs" in one), found)
+        lines += [f"## {runs[0]['title']}", "", described(runs), "", table(found, within, measured), ""]
         against = rivals(found)
         if against:
             lines += [against, ""]
@@ -283,7 +345,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.no_figures:
         import pictures  # needs matplotlib
 
-        for name, runs in sections(records).items():
+        for name, own in sections(records).items():
+            if not (runs := trained(own)):
+                continue
             figures[name] = pictures.draw(summarised(runs), runs[0]["title"], options.to, name)
     command = f"python examples/experiments/tables.py {options.folder} --to {options.to}"
     text = page(records, options.within, command, figures)

@@ -98,7 +98,7 @@ class Run:
         if weights is not None:
             adopt(model, weights)
         model = model.to(self.device).train()
-        if self.device.type == "cuda" and x.dim() == 4:
+        if x.dim() == 4:
             model = model.to(memory_format=torch.channels_last)
         policy = variants.policy_of(config, name, settings.compile)
         self.model = variants.approximate(model, policy, x, self.variant, seed)
@@ -127,16 +127,17 @@ class Run:
         sampling = fx_approx.sampler_state(self.model) if self.sampled else None
         optimizer = costs.optimizer_of(self.training, self.model, 0.0)
         if count:
-            self._count()
+            self.count()
         x, y = self.example
 
         def step(phase: str) -> None:
             self.ratios.jump(self.phases.first[phase])
-            self._step(x, y, optimizer)
+            self.step(x, y, optimizer)
 
         steps = {phase: (lambda phase=phase: step(phase)) for phase in self.phases.first}
         if self.settings.probe or self.settings.compile:
-            self.seconds = costs.timed(steps, self.device, self.settings.probe, self.settings.now)
+            taken = costs.in_turn(steps, self.device, self.settings.probe, self.settings.now)
+            self.seconds = {phase: costs.quartiles(own) for phase, own in taken.items() if len(own) > 1}
         with torch.no_grad():
             for name, value in self.model.state_dict().items():
                 value.copy_(kept[name])
@@ -146,7 +147,8 @@ class Run:
         self.model.zero_grad(set_to_none=True)
         self.warm_seconds = time.perf_counter() - start
 
-    def _count(self) -> None:
+    def count(self) -> None:
+        """Counts the operations of a step of each phase."""
         x, y = self.example
         random = "bernoulli" in repr(self.variant.policy)
         for phase, first in self.phases.first.items():
@@ -188,7 +190,7 @@ class Run:
                 break
             for group in self.optimizer.param_groups:
                 group["lr"] = self.peak * costs.rate_at(self.training, step, self.budget.steps)
-            losses.append(self._step(x, y, self.optimizer))
+            losses.append(self.step(x, y, self.optimizer))
             self.ratios.step()
             state["flops"] += self.flops[self.phases.names[step]]
             state["step"] = step + 1
@@ -203,7 +205,8 @@ class Run:
         state["epochs"].append(entry)
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{entry.get('accuracy', math.nan):.2f}")
 
-    def _step(self, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    def step(self, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        """One step of training; returns the loss."""
         optimizer.zero_grad(set_to_none=True)
         with self._precision():
             output = self.call(x)

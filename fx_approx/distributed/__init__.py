@@ -21,7 +21,7 @@ from fx_approx.published import Published
 from fx_approx.shards import is_sharded
 from fx_approx.tracer import hook_count
 
-__all__ = ["Traffic", "register", "register_sharded"]
+__all__ = ["Traffic", "planned", "register", "register_sharded"]
 
 _FSDP_HOOKS = 2  # of fully_shard, before and after a forward
 
@@ -94,6 +94,23 @@ def register(
     ddp_model.register_comm_hook(hook, lambda state, bucket: state.reduce(bucket))
     _guard_no_sync(ddp_model, model, group)
     return Traffic(model, sliced, whole, hook)
+
+
+def planned(model: Any) -> Traffic:
+    """What :func:`register` would send at the present ratios; needs no process group.
+
+    Args:
+        model: A transformed model whose shapes are known (``example_inputs``), or one that holds it.
+
+    Returns:
+        A report that follows the ratios, with ``sent`` None.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: It holds no transformed model.
+    """
+    found = find(model)
+    return Traffic(found, *find_slices(found))
 
 
 def _guard_no_sync(ddp_model: DistributedDataParallel, model: ApproxModule, group: Any) -> None:

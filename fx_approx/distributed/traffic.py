@@ -25,9 +25,9 @@ class Traffic:
         model: ApproxModule,
         sliced: Mapping[nn.Parameter, Sliced],
         whole: Mapping[str, str],
-        hook: SliceHook,
+        hook: SliceHook | None = None,
     ) -> None:
-        """A report on ``hook``."""
+        """A report on ``hook``; without one, on what would be sent."""
         self._model, self._sliced, self._whole, self._hook = model, sliced, whole, hook
 
     @property
@@ -44,7 +44,7 @@ class Traffic:
     @property
     def sent(self) -> int | None:
         """In the last backward pass; None before the first."""
-        return self._hook.sent if self._hook.steps else None
+        return self._hook.sent if self._hook is not None and self._hook.steps else None
 
     def _share(self, parameter: nn.Parameter) -> int:
         own, shape = self._sliced[parameter], parameter.shape
@@ -62,7 +62,7 @@ class Traffic:
         lines = []
         for parameter, own in self._sliced.items():
             dense, share = parameter.nbytes, self._share(parameter)
-            sent = self._hook.by_layer.get(own.layer)
+            sent = None if self._hook is None else self._hook.by_layer.get(own.layer)
             lines.append(
                 [own.name, f"{dense / 1024:.1f}", f"{share / 1024:.1f}", "" if sent is None else f"{sent / 1024:.1f}"]
             )
