@@ -35,6 +35,7 @@ from fx_approx.errors import (
     StaleStatisticsWarning,
     UnsupportedTransformError,
 )
+from fx_approx.growth import preserve_function
 from fx_approx.noise import measure_error
 from fx_approx.noise_report import NoiseReport
 from fx_approx.overhead import measure_selection
@@ -97,6 +98,7 @@ __all__ = [
     "measure_selection",
     "measure_sensitivity",
     "predict",
+    "preserve_function",
     "recalibrate",
     "report",
     "restore",

@@ -22,8 +22,10 @@ from fx_approx.plan import Plan
 from fx_approx.resample import Resample, Shared
 from fx_approx.shards import UNREGISTERED, is_sharded
 from fx_approx.state import (
+    EVERY,
     INCREMENT,
     SEED,
+    STEP,
     Draw,
     draw,
     fingerprint,
@@ -165,6 +167,10 @@ class Runtime(nn.Module):
 
     def _next(self, inputs: list[Tensor]) -> Draw:
         return self._draw(next_key(self.state, inputs, self.number))
+
+    def upcoming(self) -> Draw:
+        """The randomness of the next forward, which stays the next."""
+        return self._draw(torch.stack((self.state[SEED], self.state[STEP] // self.state[EVERY])))
 
     def _draw(self, key: Tensor) -> Draw:
         numbers = draw(key, self.sites, self.counts) if self.sites else key.new_empty(0, dtype=torch.float32)

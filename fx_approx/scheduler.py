@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from fx_approx.approx import find
+from fx_approx.candidate import Role
 from fx_approx.controls import set_each
+from fx_approx.growth import preserve_function
 from fx_approx.modules import Selector
 from fx_approx.scalars import ScalarLogger
 from fx_approx.schedules import Schedule, check_ratio, check_step
@@ -30,17 +32,25 @@ class RatioScheduler:
     """
 
     def __init__(
-        self, model: nn.Module, schedule: Schedule | Mapping[str, Schedule], *, log: ScalarLogger | None = None
+        self,
+        model: nn.Module,
+        schedule: Schedule | Mapping[str, Schedule],
+        *,
+        preserve: bool = False,
+        log: ScalarLogger | None = None,
     ) -> None:
         """Sets the ratios of step 0.
 
         Args:
             model: A transformed model, or what wraps it.
             schedule: For all layers, or by glob on their names; the first that matches decides.
+            preserve: Where :meth:`step` raises the ratio of a layer, or makes it exact, set to zero what its last
+                selection left out first, see :func:`fx_approx.preserve_function`: for ratios that rise once or a few
+                times and do not fall again.
             log: Told the ratios whenever they change.
 
         Raises:
-            TypeError: ``schedule`` is none.
+            TypeError: ``schedule`` is none, or ``preserve`` no bool.
             ValueError: ``model`` is not transformed, or a glob matches no sampled layer, or none that an earlier one
                 does not match.
         """
@@ -48,10 +58,12 @@ class RatioScheduler:
         for pattern, one in rules.items():
             if not isinstance(one, Schedule):
                 raise TypeError(f"schedule[{pattern!r}]: expected a schedule such as Constant(0.5), got {one!r}")
+        if not isinstance(preserve, bool):
+            raise TypeError(f"preserve: expected True or False, got {preserve!r}")
         if log is not None and not isinstance(log, ScalarLogger):
             raise TypeError(f"log: expected a ScalarLogger or None, got {log!r}")
         self._runtime = find(model)._fx_approx
-        self._model, self._log = model, log
+        self._model, self._log, self._preserve = model, log, preserve
         self.schedules: dict[str, Schedule] = rules
         self._layers = self._matched()
         self._planned = {selector: selector.spec.ratio for selector in self._selectors}
@@ -83,7 +95,7 @@ class RatioScheduler:
     def step(self) -> None:
         """Goes on to the next step."""
         self.last_step += 1
-        self._set()
+        self._set(self._preserve)
 
     def get_last_ratio(self) -> dict[str, float]:
         """The ratio in force by layer; 1 where sampling is off. Of a layer with several samplers, the first."""
@@ -92,7 +104,7 @@ class RatioScheduler:
             found.setdefault(name, selector.spec.ratio if selector.enabled else 1.0)
         return found
 
-    def _set(self) -> None:
+    def _set(self, preserve: bool = False) -> None:
         settings: dict[Selector, tuple[float, bool]] = {}
         for selector, name in self._selectors.items():
             pattern = self._layers.get(name)
@@ -103,6 +115,12 @@ class RatioScheduler:
             setting = (ratio, True) if ratio < 1 else (selector.spec.ratio, False)
             if setting != (selector.spec.ratio, selector.enabled):
                 settings[selector] = setting
+        if preserve:
+            rising = [
+                one for one, (ratio, on) in settings.items() if one.enabled and (not on or ratio > one.spec.ratio)
+            ]
+            for name in dict.fromkeys(self._selectors[one] for one in rising if one.role is Role.OUTPUT):
+                preserve_function(self._model, name)
         if settings:
             set_each(self._model, settings)
         if self._log is not None and (settings or self.last_step == 0):

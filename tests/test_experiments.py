@@ -55,6 +55,8 @@ schedule = "onecycle"
 policy = {{ kind = "uniform", sampler = "topk", ratio = 0.5, scores = "stale", share = "value" }}
 exact = ["{last}"]
 tail = 0.25
+preserve = true
+every = 0
 
 [variants."moving"]
 policy = {{ kind = "uniform", sampler = "systematic", ratio = 0.25, scores = "stale", share = "value" }}
@@ -270,6 +272,7 @@ def test_fine_tuning_begins_with_the_weights_of_another_configuration(
         ("variants.moving.policy.ratio=2", "variants.'moving'.policy: ratio: expected a number in (0, 1], got 2"),
         ("variants.fewer.to=fewer", "variants.'fewer'.to: expected one of exact, value, tail, moving, got 'fewer'"),
         ("variants.exact.tail=0.5", "variants.'exact'.policy: expected one beside exact, tail, warmup"),
+        ("variants.moving.preserve=true", "variants.'moving'.preserve: expected false beside interleave, got True"),
         (
             "variants.value, tail.policy={kind='flops', budget=0.001}",
             "variants.'value, tail': budget: 0.001 of the exact step cannot be met",

@@ -22,7 +22,7 @@ _REPORTS = {"report", "rows", "demand_report", "tables", "noise", "noise_report"
 
 # Layer -> (rank, its modules and packages, named below fx_approx). A module may import modules of a lower
 # rank and of its own layer, so layers of equal rank know nothing of each other. A new module is placed here.
-_TRAINING = {"gradients", "schedules", "scheduler", "scalars", "controller", "sweep_report"}
+_TRAINING = {"gradients", "schedules", "scheduler", "scalars", "controller", "growth", "sweep_report"}
 _SWEEP = {"sweep", "sweep_job"}
 LAYERS: dict[str, tuple[int, set[str]]] = {
     "foundation": (0, {"errors", "sampling", "flops", "candidate", "plan", "work", "disk_cache"}),

@@ -126,7 +126,8 @@ class Variant:
         end_ratio: The ratio moves from the policy's to this one before the tail; 0: it does not.
         along: ``linear`` or ``cosine``: how it moves.
         levels: How many ratios it takes on the way.
-        every: Steps that keep one selection.
+        preserve: Where the ratio rises, what was left out begins again from zero, so that nothing jumps.
+        every: Steps that keep one selection; 0: all that have the same ratio.
         demand: Compute only what will be read.
         rate: Factor on the learning rate.
         equal: A baseline that is trained exactly and costs what the variant ``to`` does, in ``flops`` or ``time``.
@@ -144,6 +145,7 @@ class Variant:
     end_ratio: float = 0.0
     along: str = "linear"
     levels: int = 3
+    preserve: bool = False
     every: int = 1
     demand: bool = True
     rate: float = 1.0
@@ -159,7 +161,7 @@ class Variant:
             expect(name, getattr(self, name), "a share in [0, 1)", 0 <= getattr(self, name) < 1)
         expect("tail", self.tail, f"less than what warmup = {self.warmup:g} leaves", self.warmup + self.tail < 1)
         expect("interleave", self.interleave, "0, or 2 or more", self.interleave == 0 or self.interleave >= 2)
-        expect("every", self.every, "1 or more", self.every >= 1)
+        expect("every", self.every, "0 or more", self.every >= 0)
         expect("levels", self.levels, "2 or more", self.levels >= 2)
         for name in ("rate", "epochs", "width"):
             expect(name, getattr(self, name), "more than 0", getattr(self, name) > 0)
@@ -172,8 +174,17 @@ class Variant:
             expect(self.by, given, f"none beside equal and by = {self.by!r}, which find it", given == 1)
         elif self.to or self.by:
             raise ValueError(f"equal: expected flops or time beside to = {self.to!r}, by = {self.by!r}, got ''")
+        rises = self.tail > 0 or self.end_ratio > 0
+        expect("preserve", self.preserve, "false without tail or end_ratio", rises or not self.preserve)
+        expect("preserve", self.preserve, "false beside interleave", not (self.preserve and self.interleave))
         if not self.policy and (self.exact or self.tail or self.warmup or self.interleave or self.end_ratio):
             raise ValueError("policy: expected one beside exact, tail, warmup, interleave or end_ratio, got none")
+
+
+def plain(variant: Variant) -> dict[str, Any]:
+    """``variant`` for a record. Fields that came later are left out at their defaults: older runs stay known."""
+    found = dataclasses.asdict(variant)
+    return {key: value for key, value in found.items() if value or key != "preserve"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ import costs
 import measured
 import torch
 import variants
-from config import Config, ConfigError, load
+from config import Config, ConfigError, load, plain
 from networks import Network, network
 from records import Records, digest
 from sources import REPOSITORY, open_source
@@ -62,7 +62,7 @@ class Experiment:
     def _described(self, name: str) -> dict[str, Any]:
         config = self.config
         found = {
-            "variant": dataclasses.asdict(config.variants[name]),
+            "variant": plain(config.variants[name]),
             "data": {**dataclasses.asdict(config.data), "workers": 0},
             "network": dict(config.network),
             "training": dataclasses.asdict(config.training),
@@ -70,7 +70,7 @@ class Experiment:
             **self.settings.identity,
         }
         to = config.variants[name].to
-        return {**found, "to": dataclasses.asdict(config.variants[to])} if to else found
+        return {**found, "to": plain(config.variants[to])} if to else found
 
     def do(self, name: str, seed: int, progress: bool) -> str:
         """Does one run unless it is recorded, or another process is at it; says which."""
@@ -140,13 +140,13 @@ class Experiment:
 
     def measure(self, names: Sequence[str], repeats: int) -> str:
         """Records what a step of each variant costs beside one of exact training; says what was measured."""
-        plain = dataclasses.replace(self.config, variants={**self.config.variants, "": _PLAIN})
-        runs = [Run(plain, "", 0, self.source, self.network, self.settings, Budget(self.full, 1.0))]
+        exact = dataclasses.replace(self.config, variants={**self.config.variants, "": _PLAIN})
+        runs = [Run(exact, "", 0, self.source, self.network, self.settings, Budget(self.full, 1.0))]
         runs += [self._run(name, 0, self.budget(name, 0)) for name in names if self.config.variants[name] != _PLAIN]
         found = measured.measure(runs, repeats)
         head = self._head(next(iter(self.config.variants)), 0, "", Budget(self.full, 1.0))
         kept = {key: head[key] for key in ("format", "config", "title", "setting", "common", "environment")}
-        options = {name: dataclasses.asdict(self.config.variants[name]) for name in names}
+        options = {name: plain(self.config.variants[name]) for name in names}
         Records(self._out, f"{self.config.name}-costs").append(
             {**kept, "clock": self.settings.clock, "repeats": repeats, "options": options, "costs": found}
         )
@@ -169,8 +169,8 @@ class Experiment:
             return Budget(steps, width, target)
         target = self._seconds(variant.to)
         if variant.by == "epochs":
-            plain = Budget(self.full, variant.width)
-            return Budget(max(1, int(target / self._step_seconds("", plain)["exact"])), variant.width, target)
+            whole = Budget(self.full, variant.width)
+            return Budget(max(1, int(target / self._step_seconds("", whole)["exact"])), variant.width, target)
         steps = max(1, round(variant.epochs * self.full))
         width, _ = costs.quicker(
             lambda width: self._step_seconds("", Budget(self.full, width))["exact"], target / steps

@@ -106,7 +106,7 @@ class Run:
         self.layers = sum(bool(row.samples) for row in fx_approx.report(self.model).rows) if self.sampled else 0
         schedule = variants.schedule_of(config, name, budget.steps)
         self.phases = variants.phases(self.variant, schedule, budget.steps)
-        self.ratios = variants.Ratios(self.model, schedule)
+        self.ratios = variants.Ratios(self.model, schedule, self.variant.preserve)
         self.peak = self.training.rate * self.variant.rate
         self.optimizer = costs.optimizer_of(self.training, self.model, self.peak)
         if settings.compile:

@@ -39,6 +39,8 @@ POLICIES: dict[str, Callable[..., Any]] = {
     "error": ErrorBudget,
 }
 
+_ALWAYS = 2**31 - 1
+
 PLANNED, EXACT = "sampled", "exact"
 """The phases of a training without moving ratios; a ratio on the way is a phase by its number."""
 
@@ -132,17 +134,19 @@ def approximate(model: nn.Module, policy: Any, example: Tensor, variant: Variant
         return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fx_approx.NoEffectWarning)  # Auto may find nothing; the record says so
-        return fx_approx.transform(model, policy, example, seed=seed, every=variant.every, demand=variant.demand)
+        return fx_approx.transform(
+            model, policy, example, seed=seed, every=variant.every or _ALWAYS, demand=variant.demand
+        )
 
 
 class Ratios:
     """Moves the ratios of a model along its schedule; does nothing without one."""
 
-    def __init__(self, model: nn.Module, schedule: schedules.Schedule | None) -> None:
-        """Sets the ratios of step 0."""
+    def __init__(self, model: nn.Module, schedule: schedules.Schedule | None, preserve: bool = False) -> None:
+        """Sets the ratios of step 0; ``preserve`` as in :class:`fx_approx.RatioScheduler`."""
         self._scheduler = None
         if schedule is not None and any(row.samples for row in fx_approx.report(model).rows):
-            self._scheduler = fx_approx.RatioScheduler(model, schedule)
+            self._scheduler = fx_approx.RatioScheduler(model, schedule, preserve=preserve)
 
     def jump(self, step: int) -> None:
         """To the ratios of ``step``."""

@@ -41,7 +41,7 @@ def find_slices(model: ApproxModule) -> tuple[dict[nn.Parameter, Sliced], dict[s
     effects: Effects = runtime.effects
     candidates = {one.name: one for one in runtime.candidates}
     found, whole = {}, {}
-    uses = _uses(model)
+    uses = weight_uses(model)
     operations = {one.candidate: one for one in effects.operations}
     shared = {reading.name for one in effects.classes for reading in one.readings}
     for name, candidate in candidates.items():
@@ -75,7 +75,7 @@ def _narrow(axis: Axis) -> Axis:
     return axis if any(part.place != FULL for part in axis) else ()
 
 
-def _uses(model: ApproxModule) -> Mapping[nn.Parameter, int]:
+def weight_uses(model: ApproxModule) -> Mapping[nn.Parameter, int]:
     """How often the graph reads each parameter."""
     uses: collections.Counter[nn.Parameter] = collections.Counter()
     graph = model._fx_approx.capture.graph

@@ -1,0 +1,149 @@
+"""Sampling ends without a jump: the exact network computes what the sampled one did."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fx_approx
+from fx_approx.policies import Uniform
+from fx_approx.schedules import ExactTail, Planned, Stairs
+
+from .demand_nets import NETS
+from .hoisting import Layers, loss_of
+
+
+def trained(name: str, share: str, scores: str, steps: int = 3) -> tuple[nn.Module, Tensor]:
+    """A sampled network in double precision behind some steps."""
+    torch.manual_seed(0)
+    build, shape = NETS[name]
+    x = torch.randn(shape, dtype=torch.float64)
+    model = fx_approx.transform(build().double().train(), Layers(scores=scores, share=share), x)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(model(x)).backward()
+        optimizer.step()
+    return model, x
+
+
+@pytest.mark.parametrize("scores", ["weight", "stale"])
+@pytest.mark.parametrize("share", ["site", "value", "group"])
+@pytest.mark.parametrize("name", NETS)
+def test_the_exact_network_computes_what_the_sampled_one_did(name: str, share: str, scores: str) -> None:
+    model, x = trained(name, share, scores)
+    jumping = copy.deepcopy(model)
+    for one, preserve in ((jumping, False), (model, True)):
+        with fx_approx.hold(one):
+            sampled = one(x)
+            if preserve:
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always")
+                    assert sum(fx_approx.preserve_function(one).values()) > 0
+                if said:  # a layer is called twice, and the calls read different channels
+                    assert name == "plain-residual" and "such as c:" in str(said[0].message)
+                    return
+                torch.testing.assert_close(one(x), sampled, rtol=1e-9, atol=1e-11)  # it read nothing of that
+            fx_approx.set_enabled(one, False)
+            exact = one(x)
+        if preserve:
+            torch.testing.assert_close(exact, sampled, rtol=1e-9, atol=1e-11)
+        else:
+            with pytest.raises(AssertionError):
+                torch.testing.assert_close(exact, sampled, rtol=1e-3, atol=1e-3)
+
+
+def test_what_comes_in_learns() -> None:
+    model, x = trained("post-activation", "value", "weight")
+    fx_approx.preserve_function(model)
+    weights = {name: one for name, one in model.named_parameters() if one.dim() == 4}
+    empty = {name: (one == 0).flatten(2).all(2).all(0) for name, one in weights.items()}
+    assert any(bool(one.any()) for one in empty.values())
+    model.zero_grad()
+    fx_approx.set_enabled(model, False)
+    loss_of(model(x)).backward()
+    for name, one in weights.items():
+        assert one.grad is not None and bool(one.grad.transpose(0, 1).flatten(1).abs().sum(1)[empty[name]].gt(0).all())
+
+
+def test_with_scores_of_weights_what_was_read_is_read_on() -> None:
+    model, x = trained("post-activation", "value", "weight")
+    with fx_approx.hold(model):
+        before = model(x)
+    fx_approx.preserve_function(model)
+    fx_approx.set_ratio(model, 0.75)  # another selection, of other sizes
+    torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-11)
+
+
+def test_some_layers_only() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)]
+    x = torch.randn(4, 8)
+    model = fx_approx.transform(nn.Sequential(*layers), Layers(), x)
+    first, last = model[0].weight.detach().clone(), model[4].weight.detach().clone()
+    assert fx_approx.preserve_function(model, "2") == {"2": 4}
+    assert int((model[2].weight == 0).all(0).sum()) == 4
+    assert torch.equal(model[0].weight, first) and torch.equal(model[4].weight, last)
+    assert fx_approx.preserve_function(torch.compile(model), "4") == {"4": 4}
+    fx_approx.set_enabled(model, {"0": False})
+    assert "0" not in fx_approx.preserve_function(model)  # it reads all
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_scheduler_does_it_where_ratios_rise(compiled: bool) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)]
+    x = torch.randn(32, 8)
+    model = fx_approx.transform(nn.Sequential(*layers), Uniform("topk", 0.25, scores="weight", minimal_k=1), x)
+    call: Any = torch.compile(model, backend="eager") if compiled else model
+    schedule = ExactTail(Stairs({0: 0.25, 2: 0.5}), total=6, steps=2)
+    scheduler = fx_approx.RatioScheduler(model, schedule, preserve=True)
+    read = []
+    for _ in range(6):
+        before = call(x)
+        read.append([int((one.weight != 0).any(0).sum()) for one in (model[0], model[2], model[4])])
+        scheduler.step()
+        torch.testing.assert_close(call(x), before)  # no step of an optimiser is between
+    assert read == [[8, 16, 16]] * 2 + [[2, 4, 4]] * 4
+    plain = fx_approx.transform(nn.Sequential(*copy.deepcopy(layers)), Uniform("topk", 0.25, scores="weight"), x)
+    scheduler = fx_approx.RatioScheduler(plain, ExactTail(Planned(), total=2, steps=1))
+    weights = copy.deepcopy(plain.state_dict())
+    scheduler.step()
+    assert all(torch.equal(one, weights[name]) for name, one in plain.state_dict().items())
+
+
+def test_a_resumed_scheduler_changes_no_weight() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    model = fx_approx.transform(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), Layers(), x)
+    schedule = ExactTail(Planned(), total=4, steps=2)
+    scheduler = fx_approx.RatioScheduler(model, schedule, preserve=True)
+    weights = copy.deepcopy(model.state_dict())
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_step": 3})
+    assert set(scheduler.get_last_ratio().values()) == {1.0}
+    assert all(torch.equal(one, weights[name]) for name, one in model.state_dict().items())
+
+
+def test_wrong_uses_are_named_and_change_nothing() -> None:
+    x = torch.randn(4, 8)
+    plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="not a transformed model"):
+        fx_approx.preserve_function(plain)
+    model = fx_approx.transform(plain, Layers(), x)
+    weights = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"layers: .*got 'fc\*'; there are: 0, 2"):
+        fx_approx.preserve_function(model, "fc*")
+    with pytest.raises(ValueError, match=r"model.train\(\)"):
+        fx_approx.preserve_function(model.eval())
+    scaled = fx_approx.transform(copy.deepcopy(plain), Layers(sampler="bernoulli"), x)
+    with pytest.raises(ValueError, match="bernoulli, which scales"):
+        fx_approx.preserve_function(scaled)
+    assert all(torch.equal(one, weights[name]) for name, one in model.state_dict().items())
+    online = fx_approx.transform(copy.deepcopy(plain), Layers(scores="online"), x)
+    with pytest.warns(fx_approx.NoEffectWarning, match="of 2 sampled layers is not made ahead"):
+        assert fx_approx.preserve_function(online) == {}
