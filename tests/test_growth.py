@@ -32,8 +32,7 @@ def trained(name: str, share: str, scores: str, steps: int = 3) -> tuple[nn.Modu
     return model, x
 
 
-@pytest.mark.parametrize("scores", ["weight", "stale"])
-@pytest.mark.parametrize("share", ["site", "value", "group"])
+@pytest.mark.parametrize(("share", "scores"), [("value", "stale"), ("group", "weight")])
 @pytest.mark.parametrize("name", NETS)
 def test_the_exact_network_computes_what_the_sampled_one_did(name: str, share: str, scores: str) -> None:
     model, x = trained(name, share, scores)
