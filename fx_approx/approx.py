@@ -85,8 +85,11 @@ def find(model: nn.Module) -> ApproxModule:
     """The transformed model in ``model``: itself, or inside ``torch.compile``, DistributedDataParallel or alike.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: There is none, or more than one.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected what fx_approx.transform returned, got {model!r}")
     found = [module for module in model.modules() if isinstance(module, ApproxModule) and "_fx_approx" in vars(module)]
     if len(found) != 1:
         what = "is not a transformed model" if not found else f"holds {len(found)} transformed models"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx.approx import ApproxModule
+from fx_approx.resample import Resample
 from fx_approx.state import EVERY, STEP
 from fx_approx.verify import undone
 
@@ -52,11 +53,8 @@ def sampled_gradient(approx: ApproxModule, batch: Any, loss: Loss, names: Collec
         try:
             for (name, _), selector in runtime.selectors.items():
                 selector.enabled = selector.enabled and name in names
-            resample = runtime.resample
-            if resample is not None and any(
-                one.running is not None and one.running.max() >= 0 for one in resample.each()
-            ):
-                resample.known = True  # compiled steps do not note it
+            if runtime.resample is not None:
+                note_known(runtime.resample)
             runtime.state[STEP] += number * int(runtime.state[EVERY])
             found = torch.autograd.grad(scalar(loss, approx, batch), parameters, allow_unused=True)
         finally:
@@ -65,3 +63,9 @@ def sampled_gradient(approx: ApproxModule, batch: Any, loss: Loss, names: Collec
     return torch.cat(
         [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
     )
+
+
+def note_known(resample: Resample) -> None:
+    """Compiled steps do not note that the running norms have been filled."""
+    if any(one.running is not None and one.running.max() >= 0 for one in resample.each()):
+        resample.known = True

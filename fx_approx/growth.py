@@ -2,140 +2,172 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import operator
 import warnings
+from collections.abc import Iterator, Set
 
 import torch
 from torch import Tensor, nn
 
 from fx_approx.approx import ApproxModule, find
-from fx_approx.candidate import Candidate, Role
+from fx_approx.candidate import Role
 from fx_approx.distributed.slices import weight_uses
-from fx_approx.errors import NoEffectWarning
-from fx_approx.passes.demand import FULL
+from fx_approx.errors import NoEffectWarning, ShapesNeededError
+from fx_approx.gradients import note_known
 from fx_approx.passes.effects import Axis
 from fx_approx.sampling import Selection
 from fx_approx.shards import is_shard
 
+_KINDS = ("linear", "conv")  # whose weight is [outputs, inputs of a group, ...]
+
 
 def preserve_function(model: nn.Module, layers: str = "*") -> dict[str, int]:
-    """Sets the weights to zero that the selections leave out: the exact network computes what the sampled one did.
+    """Sets the weights to zero that the selections leave out, so that the exact network computes what the sampled did.
 
     Call it where sampling ends, or its ratio rises, before ``set_enabled``, ``set_ratio`` or the exact step: what was
     trained goes on as it is, and the channels that were left out come in with outgoing weights of zero and learn from
-    there. Without it, they come in as they were initialised, or were left when they were last chosen, and what was
-    trained is to be found again. Network growth does the same when it adds channels (Net2Net, Chen et al. 2016;
-    GradMax, Evci et al. 2022). :class:`fx_approx.RatioScheduler` does it by itself with ``preserve=True``.
+    there. Without it, they come in as they were initialised, or were left when they were last chosen. Network growth
+    keeps the function for the same reason when it adds channels (Net2Net, Chen et al. 2016).
+    :class:`fx_approx.RatioScheduler` does it by itself with ``preserve=True``.
 
-    What is left out is what the next sampled step would leave out. With scores ``weight`` the former selection is a
-    part of every larger one afterwards, since the others score zero. Gradients, optimiser state and BatchNorm
-    statistics are left alone.
+    What is left out is what the kept selection leaves out, where one is kept (``every`` of
+    :func:`fx_approx.transform`, :func:`fx_approx.hold`), and otherwise what the next sampled step would leave out.
+    Scores ``stale`` look for channels that were not read for long, so that the next step may read others than the last
+    one: keep one selection with them, or take scores ``weight``. Gradients, optimiser state and BatchNorm statistics
+    are left alone.
+
+    In data-parallel training all ranks are to call it alike, with selections that agree: scores ``weight``, or what
+    :func:`fx_approx.distributed.register` or :func:`fx_approx.synchronize_scores` keeps equal.
 
     Args:
-        model: A transformed model in training mode, or what holds it; in data-parallel training by all ranks alike.
-        layers: Glob on the names of sampled layers, the others keep their weights.
+        model: A transformed model, or what holds it, in either mode.
+        layers: Glob on the names of sampled layers. Those that share a selection with one that matches go with it.
 
     Returns:
         By layer, how many of its input channels were set to zero.
 
     Raises:
-        ValueError: ``model`` is not transformed, in evaluation mode, or sharded; ``layers`` matches no sampled layer;
-            or a sampler scales what it reads (it is unbiased), so that no exact network computes the same. Nothing is
-            changed then.
+        TypeError: ``model`` is no module.
+        ValueError: ``model`` is not transformed, or sharded; ``layers`` matches no sampled layer; or a sampler scales
+            what it reads (it is unbiased), so that no exact network computes the same. Nothing is changed then.
+        ShapesNeededError: ``transform`` got no example inputs, so that it is not known who reads what.
 
     Warns:
-        NoEffectWarning: The selection of some sampled layers is not made ahead, or is of no weight, or the weight is
-            used elsewhere, too: they compute something else when exact.
+        NoEffectWarning: The selection of some sampled layers is not made ahead, or is not of a weight of a linear or
+            convolution layer, or the weight is used elsewhere, too: they compute something else when exact.
     """
     approx = find(model)
-    if not approx.training:
-        raise ValueError("model: expected training mode (model.train()), nothing is sampled in evaluation mode")
-    chosen = _sampled(approx, layers)
-    known = dict(approx.named_parameters(remove_duplicate=False))
-    axes = {name: (known[path], axis) for name, (path, axis) in _weights(approx, chosen).items()}
-    if any(is_shard(weight) for weight in known.values()):
-        raise ValueError("model: expected whole parameters, got those of fully_shard: a rank has a part of them only")
-    masks = _masks(approx)
-    found = {}
+    check_preservable(approx)
+    runtime = approx._fx_approx
+    fqn = {one.name: one.fqn for one in runtime.candidates}
+    names = [name for name, role in runtime.selectors if role is Role.OUTPUT]
+    matching = {n for n in names if fnmatch.fnmatchcase(n, layers) or fnmatch.fnmatchcase(fqn[n], layers)}
+    if not matching:
+        there = ", ".join(names) or "none"
+        raise ValueError(f"layers: expected a glob on the names of sampled layers, got {layers!r}; there are: {there}")
+    return preserve(approx, matching)
+
+
+def check_preservable(approx: ApproxModule, argument: str = "model") -> None:
+    """ValueError that names ``argument`` unless an exact network can compute what ``approx`` does when sampled."""
+    runtime = approx._fx_approx
+    if not runtime.effects.operations:
+        raise ShapesNeededError(
+            f"{argument}: expected a model transformed with example_inputs, they tell who reads what"
+        )
+    for (name, role), selector in runtime.selectors.items():
+        if role is Role.OUTPUT and selector.sampler.unbiased:
+            raise ValueError(
+                f"{argument}: {name} is sampled by {selector.sampler.name}, which scales what it reads, so that no "
+                "exact network computes the same; expected a sampler without scaling, such as topk"
+            )
+    if any(is_shard(parameter) for parameter in approx.parameters()):
+        raise ValueError(f"{argument}: expected whole parameters, got those of fully_shard, of which a rank has a part")
+
+
+def preserve(approx: ApproxModule, names: Set[str]) -> dict[str, int]:
+    """Does so for the layers of these names that are sampled now, and for those that share a selection with them."""
+    runtime = approx._fx_approx
+    candidates = {one.name: one for one in runtime.candidates}
+    on = {n for (n, role), s in runtime.selectors.items() if role is Role.OUTPUT and s.enabled and not s.exact}
+    read = [{reading.name for reading in one.readings} for one in runtime.effects.classes]
+    places = {place for place, readers in enumerate(read) if readers & names}
+    wanted = (names | {name for place in places for name in read[place]}) & on
+    masks = {place: mask for place, mask in enumerate(_masks(approx)) if place in places and mask is not None}
+    kept = {}
+    for name, (path, axis) in _weights(approx, wanted).items():
+        flags = torch.cat([_flags(masks.get(one.place), one.count * one.block, one.block) for one in axis])
+        weight = approx.get_parameter(path)
+        rows = flags.view(candidates[name].groups, -1).repeat_interleave(weight.shape[0] // candidates[name].groups, 0)
+        kept[name] = weight, rows.view(*rows.shape, *(1,) * (weight.dim() - 2)), int((~flags).sum())
     with torch.no_grad():
-        for name, (weight, axis) in axes.items():
-            flags = torch.cat([_flags(masks, stretch.place, stretch.count, stretch.block) for stretch in axis])
-            groups = chosen[name].groups
-            kept = flags.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0).to(weight.device)
-            weight.masked_fill_(~kept.view(*kept.shape, *(1,) * (weight.dim() - 2)), 0.0)
-            found[name] = int((~flags).sum())
-    missing = [name for name in chosen if name not in found]
+        for weight, rows, _ in kept.values():
+            weight.masked_fill_(~rows.to(weight.device), 0.0)
+    missing = sorted(wanted - kept.keys())
     if missing:
         warnings.warn(
             f"the selection of {len(missing)} sampled layers is not made ahead, or is of no weight of their own, such "
             f"as {missing[0]}: they compute something else when exact",
             NoEffectWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return found
+    return {name: count for name, (_, _, count) in kept.items()}
 
 
-def _sampled(approx: ApproxModule, layers: str) -> dict[str, Candidate]:
-    """Those of the matching layers that are sampled now."""
-    runtime = approx._fx_approx
-    candidates = {one.name: one for one in runtime.candidates}
-    names = [name for name, role in runtime.selectors if role is Role.OUTPUT]
-    matching = [n for n in names if fnmatch.fnmatchcase(n, layers) or fnmatch.fnmatchcase(candidates[n].fqn, layers)]
-    if not matching:
-        there = ", ".join(names) or "none"
-        raise ValueError(f"layers: expected a glob on the names of sampled layers, got {layers!r}; there are: {there}")
-    found = {}
-    for name in matching:
-        selector = runtime.selectors[name, Role.OUTPUT]
-        if not selector.active or selector.exact:
-            continue
-        if selector.sampler.unbiased:
-            raise ValueError(
-                f"model: {name} is sampled by {selector.sampler.name}, which scales what it reads, so that no exact "
-                "network computes the same; expected a sampler without scaling, such as topk"
-            )
-        found[name] = candidates[name]
-    return found
-
-
-def _weights(approx: ApproxModule, chosen: dict[str, Candidate]) -> dict[str, tuple[str, Axis]]:
+def _weights(approx: ApproxModule, wanted: Set[str]) -> dict[str, tuple[str, Axis]]:
     """Path of the weight and the axis that it contracts over, of the layers whose selection is made ahead."""
     effects = approx._fx_approx.effects
     ahead = {reading.name for one in effects.classes for reading in one.readings}
+    kinds = {one.name: one.kind for one in approx._fx_approx.candidates}
+    parameters = dict(approx.named_parameters(remove_duplicate=False))
     uses = weight_uses(approx)
     by_path: dict[str, list[str]] = {}
     for operation in effects.operations:
-        if operation.candidate in chosen and operation.candidate in ahead and operation.weight is not None:
-            by_path.setdefault(operation.weight, []).append(operation.candidate)
+        name, path = operation.candidate, operation.weight
+        if name in wanted and name in ahead and path in parameters and kinds[name].startswith(_KINDS):
+            by_path.setdefault(path, []).append(name)
     found = {}
     for path, names in by_path.items():
         axes = {effects.reads[name] for name in names}
-        if len(axes) == 1 and len(names) == uses[approx.get_parameter(path)]:  # all its uses read the same of it
+        if len(axes) == 1 and len(names) == uses[parameters[path]]:  # all its uses read the same of it
             found.update(dict.fromkeys(names, (path, axes.pop())))
     return found
 
 
 def _masks(approx: ApproxModule) -> list[Tensor | None]:
-    """Which units each selection of the next sampled step has; None where it is exact."""
+    """Which units each selection has; None where it is exact."""
     runtime = approx._fx_approx
     resample, graph = runtime.resample, runtime.graph
     if resample is None or graph is None:
         return []
     node = next(node for node in graph.nodes if node.op == "call_module" and str(node.target).endswith(".resample"))
-    weights = [approx.get_parameter(str(argument.target)) for argument in node.args[1:]]
-    with torch.no_grad():
-        chosen = resample(runtime.upcoming(), *weights)
+    weights = [operator.attrgetter(str(argument.target))(approx) for argument in node.args[1:]]
+    kept = resample.held and bool(resample.held_key[0] >= 0)
+    note_known(resample)
+    with torch.no_grad(), _training(approx):
+        chosen = resample(runtime.upcoming(resample.held_key.clone() if kept else None), *weights)
     return [None if one is None else _mask(one, own.pairs) for one, own in zip(chosen, resample.each(), strict=True)]
 
 
+@contextlib.contextmanager
+def _training(approx: ApproxModule) -> Iterator[None]:
+    """Layers as in training, where they sample."""
+    owners = {selector.owner[0]: selector.owner[0].training for selector in approx._fx_approx.selectors.values()}
+    try:
+        for owner in owners:
+            owner.training = True
+        yield
+    finally:
+        for owner, before in owners.items():
+            owner.training = before
+
+
 def _mask(selection: Selection, pairs: int) -> Tensor:
-    groups = selection.indices.shape[0]
-    mask = torch.zeros(groups, pairs, dtype=torch.bool, device=selection.indices.device)
-    return mask.scatter_(1, selection.indices, True).flatten()
+    mask = torch.zeros(selection.indices.shape[0], pairs, dtype=torch.bool, device=selection.indices.device)
+    return mask.scatter_(1, selection.indices, True).flatten().cpu()
 
 
-def _flags(masks: list[Tensor | None], place: int, count: int, block: int) -> Tensor:
-    mask = None if place == FULL else masks[place]
-    if mask is None:
-        return torch.ones(count * block, dtype=torch.bool)
-    return mask.cpu().repeat_interleave(block)
+def _flags(mask: Tensor | None, entries: int, block: int) -> Tensor:
+    return torch.ones(entries, dtype=torch.bool) if mask is None else mask.repeat_interleave(block)

@@ -168,9 +168,11 @@ class Runtime(nn.Module):
     def _next(self, inputs: list[Tensor]) -> Draw:
         return self._draw(next_key(self.state, inputs, self.number))
 
-    def upcoming(self) -> Draw:
-        """The randomness of the next forward, which stays the next."""
-        return self._draw(torch.stack((self.state[SEED], self.state[STEP] // self.state[EVERY])))
+    def upcoming(self, key: Tensor | None = None) -> Draw:
+        """The randomness of the next forward, which stays the next; or that of ``key``."""
+        if key is None:
+            key = torch.stack((self.state[SEED], self.state[STEP] // self.state[EVERY]))
+        return self._draw(key)
 
     def _draw(self, key: Tensor) -> Draw:
         numbers = draw(key, self.sites, self.counts) if self.sites else key.new_empty(0, dtype=torch.float32)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,9 @@ from torch import nn
 from fx_approx.approx import find
 from fx_approx.candidate import Role
 from fx_approx.controls import set_each
-from fx_approx.growth import preserve_function
+from fx_approx.errors import NoEffectWarning
+from fx_approx.growth import check_preservable
+from fx_approx.growth import preserve as preserve_layers
 from fx_approx.modules import Selector
 from fx_approx.scalars import ScalarLogger
 from fx_approx.schedules import Schedule, check_ratio, check_step
@@ -44,15 +47,16 @@ class RatioScheduler:
         Args:
             model: A transformed model, or what wraps it.
             schedule: For all layers, or by glob on their names; the first that matches decides.
-            preserve: Where :meth:`step` raises the ratio of a layer, or makes it exact, set to zero what its last
-                selection left out first, see :func:`fx_approx.preserve_function`: for ratios that rise once or a few
-                times and do not fall again.
+            preserve: Where :meth:`step` raises a ratio, or makes a layer exact, first set to zero what the selection
+                leaves out, see :func:`fx_approx.preserve_function`: for ratios that rise once or a few times and do
+                not fall again.
             log: Told the ratios whenever they change.
 
         Raises:
             TypeError: ``schedule`` is none, or ``preserve`` no bool.
             ValueError: ``model`` is not transformed, or a glob matches no sampled layer, or none that an earlier one
-                does not match.
+                does not match; with ``preserve``, a sampler scales what it reads, or parameters are sharded.
+            ShapesNeededError: ``preserve`` for a model that was transformed without example inputs.
         """
         rules = dict(schedule) if isinstance(schedule, Mapping) else {"*": schedule}
         for pattern, one in rules.items():
@@ -62,13 +66,18 @@ class RatioScheduler:
             raise TypeError(f"preserve: expected True or False, got {preserve!r}")
         if log is not None and not isinstance(log, ScalarLogger):
             raise TypeError(f"log: expected a ScalarLogger or None, got {log!r}")
+        if preserve:
+            check_preservable(find(model), "preserve")
+            if not find(model)._fx_approx.effects.classes:
+                message = "preserve: no selection is made ahead, so nothing is known to be left out"
+                warnings.warn(message, NoEffectWarning, stacklevel=2)
         self._runtime = find(model)._fx_approx
         self._model, self._log, self._preserve = model, log, preserve
         self.schedules: dict[str, Schedule] = rules
         self._layers = self._matched()
         self._planned = {selector: selector.spec.ratio for selector in self._selectors}
         self.last_step = 0
-        self._set()
+        self._set(0)
 
     @property
     def _selectors(self) -> dict[Selector, str]:
@@ -94,8 +103,7 @@ class RatioScheduler:
 
     def step(self) -> None:
         """Goes on to the next step."""
-        self.last_step += 1
-        self._set(self._preserve)
+        self._set(self.last_step + 1, self._preserve)
 
     def get_last_ratio(self) -> dict[str, float]:
         """The ratio in force by layer; 1 where sampling is off. Of a layer with several samplers, the first."""
@@ -104,27 +112,35 @@ class RatioScheduler:
             found.setdefault(name, selector.spec.ratio if selector.enabled else 1.0)
         return found
 
-    def _set(self, preserve: bool = False) -> None:
+    def _set(self, step: int, preserve: bool = False) -> None:
         settings: dict[Selector, tuple[float, bool]] = {}
         for selector, name in self._selectors.items():
             pattern = self._layers.get(name)
             if pattern is None:
                 continue
-            ratio = self.schedules[pattern].ratio(self.last_step)
+            ratio = self.schedules[pattern].ratio(step)
             ratio = self._planned[selector] if ratio is None else ratio
             setting = (ratio, True) if ratio < 1 else (selector.spec.ratio, False)
             if setting != (selector.spec.ratio, selector.enabled):
                 settings[selector] = setting
-        if preserve:
-            rising = [
-                one for one, (ratio, on) in settings.items() if one.enabled and (not on or ratio > one.spec.ratio)
-            ]
-            for name in dict.fromkeys(self._selectors[one] for one in rising if one.role is Role.OUTPUT):
-                preserve_function(self._model, name)
+        if preserve and (rising := self._rising(settings)):
+            preserve_layers(find(self._model), rising)
         if settings:
             set_each(self._model, settings)
-        if self._log is not None and (settings or self.last_step == 0):
-            self._log.ratios(self.get_last_ratio(), self.last_step)
+        self.last_step = step
+        if self._log is not None and (settings or step == 0):
+            self._log.ratios(self.get_last_ratio(), step)
+
+    def _rising(self, settings: Mapping[Selector, tuple[float, bool]]) -> set[str]:
+        """Layers that will read more. Of those that share a selection the largest ratio decides, or one that is off."""
+        rising: set[str] = set()
+        for one in self._runtime.effects.classes:
+            readers = [self._runtime.selectors[reading.name, Role.OUTPUT] for reading in one.readings]
+            now = [(selector.spec.ratio, selector.enabled) for selector in readers]
+            then = [settings.get(selector, own) for selector, own in zip(readers, now, strict=True)]
+            if _largest(then) > _largest(now):
+                rising.update(reading.name for reading in one.readings)
+        return rising
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for JSON: the step and the schedules. Ratios and switches follow from them."""
@@ -160,5 +176,8 @@ class RatioScheduler:
             self.schedules = before
             raise
         self._planned = {sites[site]: ratio for site, ratio in state["planned"].items()}
-        self.last_step = step
-        self._set()
+        self._set(step)
+
+
+def _largest(settings: Iterable[tuple[float, bool]]) -> float:
+    return max(ratio if enabled else 1.0 for ratio, enabled in settings)

@@ -336,3 +336,23 @@ def test_a_slice_comes_back_where_it_was(shape: tuple[int, ...], last: bool, axe
     target = torch.zeros_like(gradient)
     Part(target, rows, columns).put(flat)
     assert torch.equal(target, expected)
+
+
+def test_what_would_be_sent_is_told_without_a_process_group() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    model = fx_approx.transform(net, Uniform("topk", 0.5, scores="weight", share="value"), torch.randn(2, 8))
+    dense = 4 * (8 * 16 + 16 + 16 * 16 + 16 + 16 * 4 + 4)
+    # Half of the columns of each, and the rows that the next one reads.
+    saved = 4 * (8 * 16 - 4 * 8 + 16 * 16 - 8 * 8 + 16 * 4 - 8 * 4)
+    traffic = fx_approx.distributed.planned(model)
+    assert (traffic.dense, traffic.predicted, traffic.sent) == (dense, dense - saved, None)
+    assert "sent" in str(traffic) and "0.weight" in str(traffic)
+    fx_approx.set_ratio(model, 1.0)
+    assert traffic.predicted == dense
+    model[2].weight.requires_grad_(False)
+    fx_approx.set_ratio(model, 0.5)
+    frozen = fx_approx.distributed.planned(model)
+    assert frozen.dense == dense - 4 * 16 * 16
+    assert frozen.predicted == frozen.dense - saved + 4 * (16 * 16 - 8 * 8)
+    with pytest.raises(TypeError, match=r"model: expected what .* returned, got 3"):
+        fx_approx.distributed.planned(3)

@@ -121,6 +121,8 @@ def test_costs_of_steps_belong_to_a_variant_as_it_was_trained(tables: ModuleType
         },
     }
     measured["options"]["changed"] = {**runs[2]["options"], "tail": 0.25}
+    elsewhere = {**measured, "setting": "eager"}
+    assert tables.sections([*runs, elsewhere]) == {"x": runs}
     (records,) = tables.sections([*runs, measured]).values()
     assert tables.trained(records) == runs
     found = tables.costs_of([measured], tables.summarised(runs))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import importlib
-import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,69 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from .experiment_setup import MODULES, TINY, idx
+
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "examples" / "experiments"
-MODULES = (
-    "config",
-    "records",
-    "images",
-    "texts",
-    "sources",
-    "networks",
-    "minilm",
-    "costs",
-    "variants",
-    "training",
-    "run",
-)
-
-TINY = """
-title = "tiny"
-seeds = [0]
-
-[data]
-kind = "images"
-folder = "mnist"
-
-[network]
-kind = "{network}"
-{options}
-
-[training]
-batch = 16
-epochs = 4
-rate = 0.05
-schedule = "onecycle"
-
-[variants.exact]
-
-[variants."value, tail"]
-policy = {{ kind = "uniform", sampler = "topk", ratio = 0.5, scores = "stale", share = "value" }}
-exact = ["{last}"]
-tail = 0.25
-preserve = true
-every = 0
-
-[variants."moving"]
-policy = {{ kind = "uniform", sampler = "systematic", ratio = 0.25, scores = "stale", share = "value" }}
-end_ratio = 0.75
-warmup = 0.25
-interleave = 3
-
-[variants."fewer"]
-equal = "flops"
-to = "value, tail"
-by = "epochs"
-
-[variants."narrower"]
-equal = "flops"
-to = "value, tail"
-by = "width"
-
-[variants."fewer seconds"]
-equal = "time"
-to = "value, tail"
-by = "epochs"
-"""
 
 
 @pytest.fixture
@@ -90,10 +29,6 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     finally:
         for name in MODULES:
             sys.modules.pop(name, None)
-
-
-def idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
 @pytest.fixture
@@ -157,13 +92,14 @@ def test_all_variants_of_a_configuration(runner: Runner, capsys: pytest.CaptureF
     assert all(one["final"]["accuracy"] > 60 for one in found.values() if one["variant"] != "fewer seconds")
     assert all(set(one["step_ms"]) == set(one["phases"]) for one in found.values())
     assert [one["step"] for one in exact["epochs"]] == [6, 12, 18, 24]
+    assert (tail["options"]["every"], tail["options"]["preserve"]) == (0, True) and "preserve" not in exact["options"]
     capsys.readouterr()
     runner()
     assert capsys.readouterr().out.count("recorded already") == 6
 
 
 def test_what_steps_cost_is_measured_beside_exact_training(
-    scripts: SimpleNamespace, runner: Runner, tmp_path: Path
+    scripts: SimpleNamespace, runner: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert runner("exact", "value, tail", "narrower", more=["--costs", "4"]) == []  # nothing is trained
     (found,) = scripts.records.read(tmp_path / "out" / "tiny-costs.jsonl")
@@ -180,6 +116,9 @@ def test_what_steps_cost_is_measured_beside_exact_training(
     assert narrower["gradient_bytes"] < narrower["peak_bytes"] < exact["peak_bytes"]
     (run,) = runner("exact")
     assert run["setting"] == found["setting"]  # they belong together
+    with pytest.raises(SystemExit):
+        runner("exact", more=["--costs", "1"])
+    assert "--costs: expected 2 or more, got 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fx_approx
@@ -79,6 +80,28 @@ def test_with_scores_of_weights_what_was_read_is_read_on() -> None:
     torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("every", [3, 4, 1000])
+def test_a_kept_selection_counts_also_where_its_period_has_just_ended(every: int, compiled: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2)).double()
+    x = torch.randn(32, 8, dtype=torch.float64)
+    model = fx_approx.transform(net, Layers(scores="stale", share="value"), x, every=every)
+    call: Any = torch.compile(model, backend="eager") if compiled else model
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        call(x).square().mean().backward()
+        optimizer.step()
+    read = [(one.weight.grad != 0).any(0) for one in (model[2], model[4])]  # as the last step did
+    assert [int(one.sum()) for one in read] == [8, 8]
+    model.eval()  # as between two epochs
+    assert fx_approx.preserve_function(model) == {"0": 4, "2": 8, "4": 8}
+    assert not any(one.training for one in model.modules())
+    for one, columns in zip((model[2], model[4]), read, strict=True):
+        assert torch.equal((one.weight != 0).any(0), columns)
+
+
 def test_some_layers_only() -> None:
     torch.manual_seed(0)
     layers = [nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)]
@@ -93,11 +116,35 @@ def test_some_layers_only() -> None:
     assert "0" not in fx_approx.preserve_function(model)  # it reads all
 
 
+class Functional(nn.Module):
+    """Products of a parameter and of a buffer without a layer around them, and of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square = nn.Parameter(torch.randn(16, 16))
+        self.register_buffer("fixed", torch.randn(16, 16))
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(F.linear(torch.relu(x @ self.square), self.fixed)))
+
+
+def test_other_products_are_named_and_left_alone() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 16)
+    model = fx_approx.transform(Functional(), Uniform("topk", 0.5, scores="weight"), x)
+    square, fixed = model.square.detach().clone(), model.fixed.clone()
+    with pytest.warns(fx_approx.NoEffectWarning, match="of 2 sampled layers is not made ahead, or is of no weight"):
+        assert fx_approx.preserve_function(model) == {"last": 8}
+    assert torch.equal(model.square, square) and torch.equal(model.fixed, fixed)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_scheduler_does_it_where_ratios_rise(compiled: bool) -> None:
     torch.manual_seed(0)
     layers = [nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)]
     x = torch.randn(32, 8)
+    plain = fx_approx.transform(nn.Sequential(*copy.deepcopy(layers)), Uniform("topk", 0.25, scores="weight"), x)
     model = fx_approx.transform(nn.Sequential(*layers), Uniform("topk", 0.25, scores="weight", minimal_k=1), x)
     call: Any = torch.compile(model, backend="eager") if compiled else model
     schedule = ExactTail(Stairs({0: 0.25, 2: 0.5}), total=6, steps=2)
@@ -109,11 +156,36 @@ def test_a_scheduler_does_it_where_ratios_rise(compiled: bool) -> None:
         scheduler.step()
         torch.testing.assert_close(call(x), before)  # no step of an optimiser is between
     assert read == [[8, 16, 16]] * 2 + [[2, 4, 4]] * 4
-    plain = fx_approx.transform(nn.Sequential(*copy.deepcopy(layers)), Uniform("topk", 0.25, scores="weight"), x)
     scheduler = fx_approx.RatioScheduler(plain, ExactTail(Planned(), total=2, steps=1))
-    weights = copy.deepcopy(plain.state_dict())
+    before = plain(x)
     scheduler.step()
-    assert all(torch.equal(one, weights[name]) for name, one in plain.state_dict().items())
+    assert not torch.allclose(plain(x), before)
+
+
+class Sum(nn.Module):
+    """Two layers that read one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h, self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.h(x))
+        return self.a(h) + self.b(h)
+
+
+def test_a_shared_selection_ends_for_all_its_readers() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 8)
+    model = fx_approx.transform(Sum(), Uniform("topk", 0.5, scores="weight", share="value"), x)
+    schedules = {"a": ExactTail(Planned(), total=2, steps=1), "*": Planned()}
+    scheduler = fx_approx.RatioScheduler(model, schedules, preserve=True)
+    first = model.h.weight.detach().clone()
+    before = model(x)
+    scheduler.step()
+    assert scheduler.get_last_ratio() == {"h": 0.5, "a": 1.0, "b": 0.5}
+    torch.testing.assert_close(model(x), before)
+    assert torch.equal(model.h.weight, first)  # whose own selection goes on
 
 
 def test_a_resumed_scheduler_changes_no_weight() -> None:
@@ -133,16 +205,27 @@ def test_wrong_uses_are_named_and_change_nothing() -> None:
     plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     with pytest.raises(ValueError, match="not a transformed model"):
         fx_approx.preserve_function(plain)
+    with pytest.raises(TypeError, match=r"model: expected what .* returned, got 3"):
+        fx_approx.preserve_function(3)  # type: ignore[arg-type]
+    schedule = ExactTail(Planned(), total=4, steps=2)
     model = fx_approx.transform(plain, Layers(), x)
     weights = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"layers: .*got 'fc\*'; there are: 0, 2"):
         fx_approx.preserve_function(model, "fc*")
-    with pytest.raises(ValueError, match=r"model.train\(\)"):
-        fx_approx.preserve_function(model.eval())
+    with pytest.raises(TypeError, match="preserve: expected True or False, got 1"):
+        fx_approx.RatioScheduler(model, schedule, preserve=1)  # type: ignore[arg-type]
     scaled = fx_approx.transform(copy.deepcopy(plain), Layers(sampler="bernoulli"), x)
-    with pytest.raises(ValueError, match="bernoulli, which scales"):
+    with pytest.raises(ValueError, match="model: 0 is sampled by bernoulli, which scales"):
         fx_approx.preserve_function(scaled)
+    with pytest.raises(ValueError, match="preserve: 0 is sampled by bernoulli"):  # now, and not where sampling ends
+        fx_approx.RatioScheduler(scaled, schedule, preserve=True)
+    with pytest.raises(fx_approx.ShapesNeededError, match="preserve: expected a model transformed with example_inputs"):
+        fx_approx.RatioScheduler(
+            fx_approx.transform(copy.deepcopy(plain), Uniform("topk", 0.5, scores="weight")), schedule, preserve=True
+        )
     assert all(torch.equal(one, weights[name]) for name, one in model.state_dict().items())
     online = fx_approx.transform(copy.deepcopy(plain), Layers(scores="online"), x)
     with pytest.warns(fx_approx.NoEffectWarning, match="of 2 sampled layers is not made ahead"):
         assert fx_approx.preserve_function(online) == {}
+    with pytest.warns(fx_approx.NoEffectWarning, match="preserve: no selection is made ahead"):
+        fx_approx.RatioScheduler(online, schedule, preserve=True)

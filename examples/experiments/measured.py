@@ -40,9 +40,9 @@ def measure(runs: Sequence[Run], repeats: int) -> dict[str, Any]:
     base = taken[EXACT, variants.EXACT]
     peak = runpy.run_path(str(REPOSITORY / "benchmarks" / "_peak.py"))["peak_bytes"]
     made: dict[str, Any] = {}
-    for run in runs:
-        run.model.zero_grad(set_to_none=True)
+    models = {run.name if number else EXACT: run.model for number, run in enumerate(runs)}
     for (name, phase), seconds in taken.items():
+        models[name].zero_grad(set_to_none=True)  # a step would free them, and seem to need less
         made.setdefault(name, {})[phase] = {
             **found[name, phase],
             "ms": [1000 * one for one in costs.quartiles(seconds)],

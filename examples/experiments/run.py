@@ -13,11 +13,12 @@ tabulate and networkx; some data and networks torchvision, Pillow or tokenizers,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,9 @@ class Experiment:
             if self.records.find(key):
                 return "recorded already"
             weights = self._weights(seed)
-            try:
+            with self._named(name):
                 budget = self.budget(name, seed)
                 run = Run(self.config, name, seed, self.source, self.network, self.settings, budget, weights)
-            except ValueError as error:  # a budget that cannot be met, a width that is not there
-                raise ConfigError(f"{self.config.path.name}: variants.{name!r}: {error}") from error
             found = run.train(self.records, key, progress)
             variant = self.config.variants[name]
             if not (variant.policy or variant.equal or found["diverged"]):  # what fine-tuning may begin with
@@ -97,6 +96,13 @@ class Experiment:
         final = found["final"]
         mended = f", recalibrated {final['recalibrated']:.2f}" if final.get("recalibrated") is not None else ""
         return "diverged" if found["diverged"] else f"{final['accuracy']:.2f} %{mended}"
+
+    @contextlib.contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:  # a budget that cannot be met, a width that is not there
+            raise ConfigError(f"{self.config.path.name}: variants.{name!r}: {error}") from error
 
     def _head(self, name: str, seed: int, key: str, budget: Budget) -> dict[str, Any]:
         header = runpy.run_path(str(REPOSITORY / "benchmarks" / "_header.py"))
@@ -142,7 +148,10 @@ class Experiment:
         """Records what a step of each variant costs beside one of exact training; says what was measured."""
         exact = dataclasses.replace(self.config, variants={**self.config.variants, "": _PLAIN})
         runs = [Run(exact, "", 0, self.source, self.network, self.settings, Budget(self.full, 1.0))]
-        runs += [self._run(name, 0, self.budget(name, 0)) for name in names if self.config.variants[name] != _PLAIN]
+        for name in names:
+            if self.config.variants[name] != _PLAIN:
+                with self._named(name):
+                    runs.append(self._run(name, 0, self.budget(name, 0)))
         found = measured.measure(runs, repeats)
         head = self._head(next(iter(self.config.variants)), 0, "", Budget(self.full, 1.0))
         kept = {key: head[key] for key in ("format", "config", "title", "setting", "common", "environment")}
@@ -255,6 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ConfigError(f"--only: expected some of {', '.join(config.variants)}, got {unknown[0]!r}")
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device: expected cpu, since torch finds no GPU, got 'cuda'")
+        if options.costs < 0 or options.costs == 1:
+            raise ConfigError(f"--costs: expected 2 or more, got {options.costs}")
         settings = Settings(
             options.device, options.compile, options.autocast, options.clock, options.probe, options.checkpoint
         )

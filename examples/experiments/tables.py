@@ -179,7 +179,9 @@ def costs_of(records: Iterable[Record], found: Sequence[Summary]) -> dict[str, C
             if phases is None or record["options"][one.variant] != one.options:
                 continue
             each = {**{"exact": exact}, **phases}
-            sent = sum(share * each[phase]["gradient_bytes"] for phase, share in one.steps.items() if phase in each)
+            if not one.steps.keys() <= each.keys():
+                continue
+            sent = sum(share * each[phase]["gradient_bytes"] for phase, share in one.steps.items())
             made[one.variant] = Cost(
                 {phase: own["speedup"] for phase, own in phases.items()},
                 max(own["peak_bytes"] for own in phases.values()) / exact["peak_bytes"],
@@ -248,7 +250,7 @@ def table(found: Sequence[Summary], within: float, measured: Mapping[str, Cost])
         "time to exact's accuracy",
         f"to {within:g} pp less",
         "peak MiB",
-        "peak memory of a step, %",
+        "peak memory of this step, %",
         "gradient bytes, %",
     ]
     kept = [place for place in range(len(heads)) if any(row[place] != "–" for row in rows)]
@@ -281,12 +283,13 @@ def rivals(found: Sequence[Summary]) -> str:
 
 
 def sections(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Records that may be compared: of one configuration, computed alike; by a name for files."""
+    """Records that may be compared: of one configuration, computed alike, runs among them; by a name for files."""
     found: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         found.setdefault((record["config"], record["setting"]), []).append(record)
-    several = {name for name, _ in found if sum(other == name for other, _ in found) > 1}
-    return {slug(name + (f"-{setting}" if name in several else "")): own for (name, setting), own in found.items()}
+    ran = {key: own for key, own in found.items() if trained(own)}
+    names = [name for name, _ in ran]
+    return {slug(name + (f"-{key}" if names.count(name) > 1 else "")): own for (name, key), own in ran.items()}
 
 
 def trained(records: Iterable[Record]) -> list[Record]:
@@ -317,8 +320,6 @@ def page(records: Sequence[Record], within: float, command: str, figures: Mappin
     lines = ["# Experiments", "", f"Made by `{command}` from the JSON lines that `run.py` wrote.", ""]
     for name, own in sections(records).items():
         runs = trained(own)
-        if not runs:
-            continue
         found = summarised(runs)
         measured = costs_of((one for one in own if "costs" in one), found)
         lines += [f"## {runs[0]['title']}", "", described(runs), "", table(found, within, measured), ""]
@@ -346,8 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import pictures  # needs matplotlib
 
         for name, own in sections(records).items():
-            if not (runs := trained(own)):
-                continue
+            runs = trained(own)
             figures[name] = pictures.draw(summarised(runs), runs[0]["title"], options.to, name)
     command = f"python examples/experiments/tables.py {options.folder} --to {options.to}"
     text = page(records, options.within, command, figures)

@@ -61,7 +61,7 @@ def find_slices(model: ApproxModule) -> tuple[dict[nn.Parameter, Sliced], dict[s
             whole[name] = "its weight's gradient does not follow the selection of its output"
         if name in whole:
             columns = ()
-        if not rows and not columns:
+        if not parameter.requires_grad or not (rows or columns):
             continue
         if uses[parameter] > 1:
             whole[name] = f"{path} is used {uses[parameter]} times"
