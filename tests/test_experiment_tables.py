@@ -130,6 +130,12 @@ def test_costs_of_steps_belong_to_a_variant_as_it_was_trained(tables: ModuleType
     assert (found["tail"].memory, found["tail"].traffic) == (0.6, pytest.approx(0.5 * 0.3 + 0.5))
     assert (found["moving"].memory, found["moving"].traffic) == (0.7, pytest.approx(0.5 * 0.1 + 0.5 * 0.3))
     assert (found["narrow"].memory, found["narrow"].traffic) == (0.8, 0.6)
+    assert found["tail"].time == pytest.approx(0.5 / 2 + 0.5) and found["moving"].time == pytest.approx(0.5 / 3 + 0.2)
+    exact = record("exact", 0, (80, 90), 1.0, 8.0)
+    timed = {one.variant: one for one in tables.evaluated([*runs, exact, measured])[0]}
+    assert timed["tail"].seconds == pytest.approx(0.75 * 8) and timed["changed"].seconds == 6.0
+    assert [seconds for _, seconds, _ in timed["tail"].curve] == pytest.approx([3.0, 6.0])
+    assert timed["narrow"].seconds == pytest.approx(8 / 1.5) and timed["exact"].seconds == 8.0
     assert tables.quicker(found["moving"], None) == "3.00 [2.90, 3.20]; 2.50 [2.40, 2.70]"
     assert tables.quicker(None, 1.234) == "1.23" and tables.quicker(None, None) == "–"
 

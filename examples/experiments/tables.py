@@ -8,6 +8,7 @@ FLOPs and accuracy against time, each with the front of what no other beats in b
 Accuracy is that of the last epoch. Of a run that ends with sampled steps in a network with BatchNorm it is that after
 re-estimating the statistics on 20 exact batches, whose FLOPs count. Means are over seeds, with the standard deviation.
 What steps cost is what ``run.py --costs`` measured, of each variant beside exact training: medians, and quartiles.
+Where it did, the time of a training is that of its steps by these medians, and not the seconds that the run took.
 """
 
 from __future__ import annotations
@@ -162,11 +163,13 @@ class Cost:
         speedup: Time of an exact step over that of the step beside it, quartiles, of each phase that is not exact.
         memory: Most bytes that such a step allocates, as a share of an exact step's.
         traffic: Bytes of gradients in data-parallel training, as a share of exact training's, over the whole of it.
+        time: Of the whole training, likewise: steps of each phase by the median of their speed.
     """
 
     speedup: Mapping[str, Sequence[float]]
     memory: float
     traffic: float
+    time: float
 
 
 def costs_of(records: Iterable[Record], found: Sequence[Summary]) -> dict[str, Cost]:
@@ -186,7 +189,29 @@ def costs_of(records: Iterable[Record], found: Sequence[Summary]) -> dict[str, C
                 {phase: own["speedup"] for phase, own in phases.items()},
                 max(own["peak_bytes"] for own in phases.values()) / exact["peak_bytes"],
                 sent / exact["gradient_bytes"],
+                sum(share / each[phase]["speedup"][1] for phase, share in one.steps.items()),
             )
+    return made
+
+
+def evaluated(records: Sequence[Record]) -> tuple[list[Summary], dict[str, Cost]]:
+    """Summaries of the runs of a section, and costs of their steps."""
+    found = summarised(trained(records))
+    measured = costs_of((one for one in records if "costs" in one), found)
+    return retimed(found, measured), measured
+
+
+def retimed(found: Sequence[Summary], measured: Mapping[str, Cost]) -> list[Summary]:
+    """With the times that the costs of steps give, where they are known: runs beside others slow one another down."""
+    exact = next((one for one in found if one.kind == "exact"), None)
+    if exact is None:
+        return list(found)
+    made = []
+    for one in found:
+        cost = measured.get(one.variant)
+        factor = 1.0 if cost is None else cost.time * exact.seconds / one.seconds
+        curve = tuple((share, factor * seconds, reached) for share, seconds, reached in one.curve)
+        made.append(dataclasses.replace(one, seconds=factor * one.seconds, curve=curve))
     return made
 
 
@@ -320,8 +345,7 @@ def page(records: Sequence[Record], within: float, command: str, figures: Mappin
     lines = ["# Experiments", "", f"Made by `{command}` from the JSON lines that `run.py` wrote.", ""]
     for name, own in sections(records).items():
         runs = trained(own)
-        found = summarised(runs)
-        measured = costs_of((one for one in own if "costs" in one), found)
+        found, measured = evaluated(own)
         lines += [f"## {runs[0]['title']}", "", described(runs), "", table(found, within, measured), ""]
         against = rivals(found)
         if against:
@@ -347,8 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import pictures  # needs matplotlib
 
         for name, own in sections(records).items():
-            runs = trained(own)
-            figures[name] = pictures.draw(summarised(runs), runs[0]["title"], options.to, name)
+            figures[name] = pictures.draw(evaluated(own)[0], own[0]["title"], options.to, name)
     command = f"python examples/experiments/tables.py {options.folder} --to {options.to}"
     text = page(records, options.within, command, figures)
     (options.to / "tables.md").write_text(text, encoding="utf-8")
