@@ -92,6 +92,9 @@ def test_all_variants_of_a_configuration(runner: Runner, capsys: pytest.CaptureF
     assert all(one["final"]["accuracy"] > 60 for one in found.values() if one["variant"] != "fewer seconds")
     assert all(set(one["step_ms"]) == set(one["phases"]) for one in found.values())
     assert [one["step"] for one in exact["epochs"]] == [6, 12, 18, 24]
+    first = exact["epochs"][0]
+    assert first["first_loss"] == pytest.approx(first["loss"])  # an epoch of six steps is both ends
+    assert first["loss"] > exact["epochs"][-1]["last_loss"] > 0
     assert (tail["options"]["every"], tail["options"]["preserve"]) == (0, True) and "preserve" not in exact["options"]
     capsys.readouterr()
     runner()

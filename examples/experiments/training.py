@@ -25,6 +25,8 @@ import fx_approx
 RECALIBRATION = 20
 """Batches that the BatchNorm statistics are re-estimated on."""
 
+_ENDS = 10  # steps whose mean is the loss at either end of an epoch
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -197,9 +199,11 @@ class Run:
             bar.update()
         costs.synchronise(self.device)
         state["seconds"] += self.settings.now() - start
-        loss = float(torch.stack(losses).mean())
+        each = torch.stack(losses)
+        loss = float(each.mean())
         state["diverged"] = not math.isfinite(loss)
-        entry = {"step": state["step"], "loss": loss, "seconds": state["seconds"], "flops": state["flops"]}
+        ends = {"first_loss": float(each[:_ENDS].mean()), "last_loss": float(each[-_ENDS:].mean())}
+        entry = {"step": state["step"], "loss": loss, **ends, "seconds": state["seconds"], "flops": state["flops"]}
         if not state["diverged"]:
             entry.update(self._evaluations(number, state["step"]))
         state["epochs"].append(entry)
