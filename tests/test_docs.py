@@ -25,3 +25,11 @@ def test_schedules(capsys: pytest.CaptureFixture[str]) -> None:
         re.sub(r"fx_approx/([a-z_]+)(/.*)?", r"\1", tag) for tag in re.findall(r"\d+ (fx_approx/\S+)", written.out)
     }
     assert named == {"ratio", "mean_ratio", "saved_flops", "saved_memory", "saved", "error"}
+
+
+def test_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = BLOCK.findall((DOCS / "advice.md").read_text(encoding="utf-8"))
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    exec(compile(block, "advice.md", "exec"), namespace)
+    written = capsys.readouterr()
+    assert "topk" in written.out and written.err == ""
