@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
@@ -169,6 +170,11 @@ class Candidate:
     def identity(self) -> dict[str, Any]:
         """What a plan compares to see whether it was made for this model."""
         return {"kind": self.kind, "pairs": self.pairs, "groups": self.groups}
+
+
+def matches(pattern: str, candidate: Candidate) -> bool:
+    """Whether a glob matches the candidate's unique name or its fully-qualified name."""
+    return fnmatch.fnmatchcase(candidate.name, pattern) or fnmatch.fnmatchcase(candidate.fqn, pattern)
 
 
 def with_facts(candidates: tuple[Candidate, ...], facts: Mapping[str, ProductFacts]) -> tuple[Candidate, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 
 from fx_approx.approx import ApproxModule, find
 from fx_approx.batchnorm import note_fresh, note_switch, reestimate
-from fx_approx.candidate import Role
+from fx_approx.candidate import Role, matches
 from fx_approx.checks import check_seed
 from fx_approx.errors import RecompilationWarning
 from fx_approx.modules import Selector
@@ -24,13 +23,13 @@ from fx_approx.state import EVERY, INCREMENT, SEED, STEP
 def _selected(runtime: Runtime, patterns: Iterable[str], role: Role | str | None) -> dict[str, list[Selector]]:
     """The selectors (of one role) of each glob, the first that matches; ValueError for a glob that matches none."""
     only = None if role is None else Role(role)
-    fqn = {candidate.name: candidate.fqn for candidate in runtime.candidates}
+    candidates = {candidate.name: candidate for candidate in runtime.candidates}
     found: dict[str, list[Selector]] = {pattern: [] for pattern in patterns}
     used = set()
     for (name, _), selector in runtime.selectors.items():
         if only is not None and selector.role is not only:
             continue
-        matching = [p for p in found if fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(fqn[name], p)]
+        matching = [pattern for pattern in found if matches(pattern, candidates[name])]
         used.update(matching)
         if matching:
             found[matching[0]].append(selector)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import operator
 import warnings
 from collections.abc import Iterator, Set
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fx_approx.approx import ApproxModule, find
-from fx_approx.candidate import Role
-from fx_approx.distributed.slices import weight_uses
+from fx_approx.candidate import Role, matches
+from fx_approx.distributed.slices import selected, weight_uses
 from fx_approx.errors import NoEffectWarning, ShapesNeededError
 from fx_approx.gradients import note_known
 from fx_approx.passes.effects import Axis
-from fx_approx.sampling import Selection
+from fx_approx.published import Published
 from fx_approx.shards import is_shard
 
 _KINDS = ("linear", "conv")  # whose weight is [outputs, inputs of a group, ...]
@@ -61,9 +60,9 @@ def preserve_function(model: nn.Module, layers: str = "*") -> dict[str, int]:
     approx = find(model)
     check_preservable(approx)
     runtime = approx._fx_approx
-    fqn = {one.name: one.fqn for one in runtime.candidates}
+    candidates = {one.name: one for one in runtime.candidates}
     names = [name for name, role in runtime.selectors if role is Role.OUTPUT]
-    matching = {n for n in names if fnmatch.fnmatchcase(n, layers) or fnmatch.fnmatchcase(fqn[n], layers)}
+    matching = {name for name in names if matches(layers, candidates[name])}
     if not matching:
         there = ", ".join(names) or "none"
         raise ValueError(f"layers: expected a glob on the names of sampled layers, got {layers!r}; there are: {there}")
@@ -95,10 +94,12 @@ def preserve(approx: ApproxModule, names: Set[str]) -> dict[str, int]:
     read = [{reading.name for reading in one.readings} for one in runtime.effects.classes]
     places = {place for place, readers in enumerate(read) if readers & names}
     wanted = (names | {name for place in places for name in read[place]}) & on
-    masks = {place: mask for place, mask in enumerate(_masks(approx)) if place in places and mask is not None}
+    weights = _weights(approx, wanted)
+    published = _published(approx, places) if weights else None
     kept = {}
-    for name, (path, axis) in _weights(approx, wanted).items():
-        flags = torch.cat([_flags(masks.get(one.place), one.count * one.block, one.block) for one in axis])
+    for name, (path, axis) in weights.items():
+        assert published is not None
+        flags = selected(axis, published.mask.cpu(), published.slices)
         weight = approx.get_parameter(path)
         rows = flags.view(candidates[name].groups, -1).repeat_interleave(weight.shape[0] // candidates[name].groups, 0)
         kept[name] = weight, rows.view(*rows.shape, *(1,) * (weight.dim() - 2)), int((~flags).sum())
@@ -136,19 +137,21 @@ def _weights(approx: ApproxModule, wanted: Set[str]) -> dict[str, tuple[str, Axi
     return found
 
 
-def _masks(approx: ApproxModule) -> list[Tensor | None]:
-    """Which units each selection has; None where it is exact."""
+def _published(approx: ApproxModule, places: Set[int]) -> Published:
+    """Which units the selections of these places have; all units of the others, and where they are exact."""
     runtime = approx._fx_approx
     resample, graph = runtime.resample, runtime.graph
-    if resample is None or graph is None:
-        return []
+    assert resample is not None and graph is not None
     node = next(node for node in graph.nodes if node.op == "call_module" and str(node.target).endswith(".resample"))
     weights = [operator.attrgetter(str(argument.target))(approx) for argument in node.args[1:]]
     kept = resample.held and bool(resample.held_key[0] >= 0)
     note_known(resample)
     with torch.no_grad(), _training(approx):
         chosen = resample(runtime.upcoming(resample.held_key.clone() if kept else None), *weights)
-    return [None if one is None else _mask(one, own.pairs) for one, own in zip(chosen, resample.each(), strict=True)]
+    published = Published(resample)
+    with torch.enable_grad():
+        published([one if place in places else None for place, one in enumerate(chosen)], list(resample.each()))
+    return published
 
 
 @contextlib.contextmanager
@@ -162,12 +165,3 @@ def _training(approx: ApproxModule) -> Iterator[None]:
     finally:
         for owner, before in owners.items():
             owner.training = before
-
-
-def _mask(selection: Selection, pairs: int) -> Tensor:
-    mask = torch.zeros(selection.indices.shape[0], pairs, dtype=torch.bool, device=selection.indices.device)
-    return mask.scatter_(1, selection.indices, True).flatten().cpu()
-
-
-def _flags(mask: Tensor | None, entries: int, block: int) -> Tensor:
-    return torch.ones(entries, dtype=torch.bool) if mask is None else mask.repeat_interleave(block)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fx_approx.approx import find
-from fx_approx.candidate import Role
+from fx_approx.candidate import Role, matches
 from fx_approx.controls import set_each
 from fx_approx.errors import NoEffectWarning
 from fx_approx.growth import check_preservable
@@ -66,12 +65,13 @@ class RatioScheduler:
             raise TypeError(f"preserve: expected True or False, got {preserve!r}")
         if log is not None and not isinstance(log, ScalarLogger):
             raise TypeError(f"log: expected a ScalarLogger or None, got {log!r}")
+        approx = find(model)
         if preserve:
-            check_preservable(find(model), "preserve")
-            if not find(model)._fx_approx.effects.classes:
+            check_preservable(approx, "preserve")
+            if not approx._fx_approx.effects.classes:
                 message = "preserve: no selection is made ahead, so nothing is known to be left out"
                 warnings.warn(message, NoEffectWarning, stacklevel=2)
-        self._runtime = find(model)._fx_approx
+        self._runtime = approx._fx_approx
         self._model, self._log, self._preserve = model, log, preserve
         self.schedules: dict[str, Schedule] = rules
         self._layers = self._matched()
@@ -85,12 +85,12 @@ class RatioScheduler:
 
     def _matched(self) -> dict[str, str]:
         """Layer -> its pattern."""
-        fqn = {candidate.name: candidate.fqn for candidate in self._runtime.candidates}
+        candidates = {candidate.name: candidate for candidate in self._runtime.candidates}
         names = list(dict.fromkeys(name for name, _ in self._runtime.selectors))
         found: dict[str, str] = {}
         for name in names:
             for pattern in self.schedules:
-                if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(fqn[name], pattern):
+                if matches(pattern, candidates[name]):
                     found[name] = pattern
                     break
         unused = [pattern for pattern in self.schedules if pattern not in found.values()]

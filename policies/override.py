@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 
-from fx_approx.candidate import Candidate
+from fx_approx.candidate import Candidate, matches
 from fx_approx.plan import Decision, Policy
 from fx_approx.policies.part import Part
 from fx_approx.work import Model, is_whole
@@ -85,8 +84,3 @@ class Override:
 
     def _owner(self, candidate: Candidate) -> str | None:
         return next((pattern for pattern in self.rules if matches(pattern, candidate)), None)
-
-
-def matches(pattern: str, candidate: Candidate) -> bool:
-    """Whether a glob matches the candidate's unique name or its fully-qualified name."""
-    return fnmatch.fnmatchcase(candidate.name, pattern) or fnmatch.fnmatchcase(candidate.fqn, pattern)

@@ -25,12 +25,12 @@ def measure(runs: Sequence[Run], repeats: int) -> dict[str, Any]:
     ``peak_bytes`` is the most that is allocated in a step, above what stood before; ``gradient_bytes`` is what a step
     of data-parallel training would send.
     """
+    named = {EXACT: runs[0], **{run.name: run for run in runs[1:]}}
     steps, found = {}, {}
-    for number, run in enumerate(runs):
-        name = run.name if number else EXACT
+    for name, run in named.items():
         run.count()
         for phase, first in run.phases.first.items():
-            if number and phase == variants.EXACT and run.sampled:
+            if phase == variants.EXACT and run.sampled:
                 continue  # takes what the exact step takes
             steps[name, phase] = _step(run, first)
             run.ratios.jump(first)
@@ -40,9 +40,8 @@ def measure(runs: Sequence[Run], repeats: int) -> dict[str, Any]:
     base = taken[EXACT, variants.EXACT]
     peak = runpy.run_path(str(REPOSITORY / "benchmarks" / "_peak.py"))["peak_bytes"]
     made: dict[str, Any] = {}
-    models = {run.name if number else EXACT: run.model for number, run in enumerate(runs)}
     for (name, phase), seconds in taken.items():
-        models[name].zero_grad(set_to_none=True)  # a step would free them, and seem to need less
+        named[name].model.zero_grad(set_to_none=True)  # a step would free them, and seem to need less
         made.setdefault(name, {})[phase] = {
             **found[name, phase],
             "ms": [1000 * one for one in costs.quartiles(seconds)],

@@ -181,7 +181,7 @@ def costs_of(records: Iterable[Record], found: Sequence[Summary]) -> dict[str, C
             phases = record["costs"].get(one.variant)
             if phases is None or record["options"][one.variant] != one.options:
                 continue
-            each = {**{"exact": exact}, **phases}
+            each = {"exact": exact, **phases}
             if not one.steps.keys() <= each.keys():
                 continue
             sent = sum(share * each[phase]["gradient_bytes"] for phase, share in one.steps.items())

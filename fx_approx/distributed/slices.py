@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -88,17 +88,19 @@ def weight_uses(model: ApproxModule) -> Mapping[nn.Parameter, int]:
     return uses
 
 
+def selected(axis: Axis, mask: Tensor, slices: Sequence[slice]) -> Tensor:
+    """Which entries of an axis are selected, bool; ``mask`` and ``slices`` as :class:`Published` has them."""
+    flags = []
+    for part in axis:
+        own = torch.ones(part.count, dtype=torch.bool) if part.place == FULL else mask[slices[part.place]]
+        flags.append(own if part.block == 1 else own.repeat_interleave(part.block))
+    return torch.cat(flags)
+
+
 def indices(axes: Iterable[Axis], published: Published) -> dict[Axis, Tensor]:
     """Entries of each axis that are selected, on the device; one wait for it and one copy for all of them."""
     mask, device = published.mask.cpu(), published.mask.device
-    found = {}
-    for axis in axes:
-        flags = []
-        for part in axis:
-            full = part.place == FULL
-            own = torch.ones(part.count, dtype=torch.bool) if full else mask[published.slices[part.place]]
-            flags.append(own if part.block == 1 else own.repeat_interleave(part.block))
-        found[axis] = torch.cat(flags).nonzero().flatten()
+    found = {axis: selected(axis, mask, published.slices).nonzero().flatten() for axis in axes}
     if device.type == "cpu" or not found:
         return found
     whole = torch.cat(list(found.values())).to(device)
