@@ -192,6 +192,21 @@ def test_fine_tuning_begins_with_the_weights_of_another_configuration(
     scripts.run.main([*arguments, "--only", "exact"])
     (after,) = scripts.records.read(tmp_path / "out" / "fine.jsonl")
     assert after["final"]["accuracy"] == before["final"]["accuracy"]
+    # Frozen, they stay as they are at any rate, and cost no gradient: of 64 x 16 inputs in the first layer.
+    frozen = ["--set", "variants.exact.frozen=['*']", "--set", "training.rate=0.5"]
+    with pytest.raises(SystemExit):
+        scripts.run.main([*arguments, "--only", "exact", *frozen])
+    assert "variants.'exact': frozen: expected globs that leave parameters to train" in capsys.readouterr().err
+    frozen[1] = "variants.exact.frozen=['fc1.*']"
+    scripts.run.main([*arguments, "--only", "exact", *frozen])
+    *_, head = scripts.records.read(tmp_path / "out" / "fine.jsonl")
+    assert head["options"]["frozen"] == ["fc1.*"] and "frozen" not in after["options"]
+    assert after["step_flops"]["exact"] - head["step_flops"]["exact"] == 2 * 16 * (64 * 16 + 16 * 16)
+    (start,) = {one["run"] for one in scripts.records.read(tmp_path / "out" / "tiny.jsonl")}
+    folders = scripts.records.Records(tmp_path / "out", "tiny"), scripts.records.Records(tmp_path / "out", "fine")
+    old, new = folders[0].load(start, "final"), folders[1].load(head["run"], "final")
+    same = {name for name, value in old.items() if torch.equal(value, new[name])}
+    assert {name for name in old if name.startswith("fc1.")} == same < set(old)
 
 
 # ---- configuration
@@ -204,7 +219,14 @@ def test_fine_tuning_begins_with_the_weights_of_another_configuration(
         ("training.batch=0", "training.batch: expected 1 or more, got 0"),
         ("training.batch='x'", "training.batch: expected a value of type int, got 'x'"),
         ("training.batch=97", "training.batch: expected at most the 96 training examples, got 97"),
-        ("training.schedule=up", "training.schedule: expected one of onecycle, cosine, stairs, constant, got 'up'"),
+        (
+            "training.schedule=up",
+            "training.schedule: expected one of onecycle, cosine, stairs, trapezoid",
+        ),
+        (
+            "training.schedule=trapezoid",
+            "training.milestones: expected one share, from which a trapezoid falls",
+        ),
         ("data.kind=sounds", "data.kind: expected one of images, folder, characters, speakers, got 'sounds'"),
         ("data.folder=cifar10", "no cifar10 is there: expected cifar10/ with"),
         ("network.kind=rnn", "network.kind: expected one of mlp, cnn, wrn, torchvision, gpt, vit, minilm, got 'rnn'"),
@@ -219,6 +241,7 @@ def test_fine_tuning_begins_with_the_weights_of_another_configuration(
             "variants.value, tail.policy={kind='flops', budget=0.001}",
             "variants.'value, tail': budget: 0.001 of the exact step cannot be met",
         ),
+        ("variants.exact.frozen=['x.*']", "variants.'exact': frozen: expected a glob on parameters such as"),
         ("seeds=[1, 1]", "seeds: expected different integers of 0 or more, got [1, 1]"),
         ("training", "--set training: expected KEY=VALUE"),
     ],
@@ -354,3 +377,6 @@ def test_a_schedule_stretches_over_the_training(scripts: SimpleNamespace) -> Non
     cycle = dataclasses.replace(training, schedule="onecycle", warmup=0.25)
     rates = [scripts.costs.rate_at(cycle, step, 100) for step in (0, 25, 99)]
     assert rates == pytest.approx([0.04, 1.0, 0.0], abs=1e-3)
+    falling = dataclasses.replace(training, schedule="trapezoid", warmup=0.2, milestones=(0.6,))
+    rates = [scripts.costs.rate_at(falling, step, 10) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])

@@ -75,9 +75,11 @@ class Training:
         nesterov: Of SGD.
         weight_decay: As torch's optimisers have it.
         decay_all: Whether biases and what normalises decay, too.
-        schedule: ``onecycle``, ``cosine``, ``stairs`` or ``constant``; its length is that of the training at hand.
+        schedule: ``onecycle``, ``cosine``, ``stairs``, ``trapezoid`` (constant, then linear to 0; also called
+            warmup-stable-decay) or ``constant``; its length is that of the training at hand.
         warmup: Share of the steps with a rate that rises from 0.
-        milestones: Shares of the steps after which ``stairs`` multiplies the rate by ``factor``.
+        milestones: Shares of the steps after which ``stairs`` multiplies the rate by ``factor``; the one after which
+            ``trapezoid`` falls.
         factor: See ``milestones``.
         label_smoothing: Of the cross entropy.
         clip: Largest norm of the gradient; 0 for no limit.
@@ -105,11 +107,13 @@ class Training:
         expect("steps", self.steps, "0 or more", self.steps >= 0)
         expect("epochs", self.epochs, "more than 0, or steps instead", (self.epochs > 0) != (self.steps > 0))
         one_of("optimizer", self.optimizer, ("sgd", "adamw"))
-        one_of("schedule", self.schedule, ("onecycle", "cosine", "stairs", "constant"))
+        one_of("schedule", self.schedule, ("onecycle", "cosine", "stairs", "trapezoid", "constant"))
         expect("rate", self.rate, "more than 0", self.rate > 0)
         expect("warmup", self.warmup, "a share in [0, 1)", 0 <= self.warmup < 1)
         ordered = list(self.milestones) == sorted(self.milestones) and all(0 < m < 1 for m in self.milestones)
         expect("milestones", self.milestones, "shares in (0, 1) in order", ordered)
+        falls = self.schedule != "trapezoid" or len(self.milestones) == 1
+        expect("milestones", self.milestones, "one share, from which a trapezoid falls", falls)
         expect("label_smoothing", self.label_smoothing, "a number in [0, 1)", 0 <= self.label_smoothing < 1)
 
 
@@ -130,6 +134,7 @@ class Variant:
         every: Steps that keep one selection; 0: all that have the same ratio.
         demand: Compute only what will be read.
         rate: Factor on the learning rate.
+        frozen: Globs on parameters that are not trained, which fine-tuning may leave as they are.
         equal: A baseline that is trained exactly and costs what the variant ``to`` does, in ``flops`` or ``time``.
         to: See ``equal``.
         by: A baseline is made cheaper ``by`` fewer ``epochs``, or less ``width``.
@@ -149,6 +154,7 @@ class Variant:
     every: int = 1
     demand: bool = True
     rate: float = 1.0
+    frozen: tuple[str, ...] = ()
     equal: str = ""
     to: str = ""
     by: str = ""
@@ -184,7 +190,7 @@ class Variant:
 def plain(variant: Variant) -> dict[str, Any]:
     """``variant`` for a record. Fields that came later are left out at their defaults: older runs stay known."""
     found = dataclasses.asdict(variant)
-    return {key: value for key, value in found.items() if value or key != "preserve"}
+    return {key: value for key, value in found.items() if value or key not in ("preserve", "frozen")}
 
 
 @dataclasses.dataclass(frozen=True)

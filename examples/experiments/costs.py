@@ -122,13 +122,15 @@ def rate_at(training: Training, step: int, steps: int) -> float:
         return 1 / 25 + (1 - 1 / 25) * place / warm if training.schedule == "onecycle" else (step + 1) / (warm * steps)
     if training.schedule == "stairs":
         return training.factor ** sum(place >= milestone for milestone in training.milestones)
+    if training.schedule == "trapezoid":
+        return min(1.0, (1 - place) / (1 - training.milestones[0]))
     if training.schedule == "constant":
         return 1.0
     return (1 + math.cos(math.pi * (place - warm) / (1 - warm))) / 2
 
 
 def optimizer_of(training: Training, model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """The optimiser; with ``decay_all`` off, vectors (biases, norms) do not decay."""
+    """The optimiser; with ``decay_all`` off, vectors (biases, norms) do not decay. Fused: its fastest form."""
     parameters = [one for one in model.parameters() if one.requires_grad]
     decays = [one for one in parameters if training.decay_all or one.dim() > 1]
     chosen = {id(one) for one in decays}
@@ -137,8 +139,8 @@ def optimizer_of(training: Training, model: nn.Module, rate: float) -> torch.opt
     if rest:
         groups.append({"params": rest, "weight_decay": 0.0})
     if training.optimizer == "adamw":
-        return torch.optim.AdamW(groups, rate, weight_decay=training.weight_decay)
+        return torch.optim.AdamW(groups, rate, weight_decay=training.weight_decay, fused=True)
     nesterov = training.nesterov and training.momentum > 0
     return torch.optim.SGD(
-        groups, rate, momentum=training.momentum, nesterov=nesterov, weight_decay=training.weight_decay
+        groups, rate, momentum=training.momentum, nesterov=nesterov, weight_decay=training.weight_decay, fused=True
     )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fnmatch
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import costs
 import torch
 import variants
-from config import Config, Variant
+from config import Config, Variant, expect
 from images import Source
 from networks import Network, adopt
 from records import Records
@@ -73,6 +74,21 @@ class Budget:
     target: float | None = None
 
 
+def freeze(model: nn.Module, globs: Sequence[str]) -> None:
+    """Takes the parameters that any of ``globs`` matches out of the training.
+
+    Raises:
+        ValueError: One matches none, or together they leave nothing to train.
+    """
+    for glob in globs:
+        found = [one for name, one in model.named_parameters() if fnmatch.fnmatchcase(name, glob)]
+        expect("frozen", glob, f"a glob on parameters such as {next(iter(model.state_dict()))}", bool(found))
+        for one in found:
+            one.requires_grad_(False)
+    trained = any(one.requires_grad for one in model.parameters())
+    expect("frozen", list(globs), "globs that leave parameters to train", trained)
+
+
 class Run:
     """A variant of a configuration under a seed."""
 
@@ -99,6 +115,7 @@ class Run:
         model = network.build(source.classes, x.cpu(), budget.width)
         if weights is not None:
             adopt(model, weights)
+        freeze(model, self.variant.frozen)
         model = model.to(self.device).train()
         if x.dim() == 4:
             model = model.to(memory_format=torch.channels_last)
