@@ -227,7 +227,7 @@ def test_fine_tuning_begins_with_the_weights_of_another_configuration(
             "training.schedule=trapezoid",
             "training.milestones: expected one share, from which a trapezoid falls",
         ),
-        ("data.kind=sounds", "data.kind: expected one of images, folder, characters, speakers, got 'sounds'"),
+        ("data.kind=sounds", "data.kind: expected one of images, folder, characters, speakers, labelled, got 'sounds'"),
         ("data.folder=cifar10", "no cifar10 is there: expected cifar10/ with"),
         ("network.kind=rnn", "network.kind: expected one of mlp, cnn, wrn, torchvision, gpt, vit, minilm, got 'rnn'"),
         ("network.hidden=0", "network.hidden: expected 1 or more, got 0"),
@@ -320,16 +320,34 @@ def test_layouts_of_cifar(scripts: SimpleNamespace, tmp_path: Path) -> None:
     assert all(np.array_equal(one, other) for one, other in zip(arrays, stored, strict=True))
 
 
-def test_texts(scripts: SimpleNamespace) -> None:
+def test_texts(scripts: SimpleNamespace, tmp_path: Path) -> None:
     text = "".join(f"KING:\nWord {place} and\nmore.\n\nFOOL:\nNo {place}.\n\n" for place in range(20))
     settings = scripts.config.Data("speakers", "x", length=12)
-    speakers = scripts.texts.Speakers(text, settings, torch.device("cpu"), scripts.texts.characters_of)
+
+    def source(name: str, pairs: list[tuple[str, str]]) -> Any:
+        return scripts.texts.Labelled(name, pairs, settings, torch.device("cpu"), scripts.texts.characters_of)
+
+    speakers = source("speakers", scripts.texts.speeches(text))
     x, y = next(speakers.epoch(0, 0, 8))
     assert speakers.classes == 2 and speakers.size == 32 and x.shape == (8, 12)
     assert {chr(row[0]) for row, label in zip(x, y, strict=True) if label == y[0]} in ({"W"}, {"N"})
     letters = scripts.texts.Characters(text, settings, torch.device("cpu"))
     x, y = next(letters.epoch(0, 0, 4))
     assert torch.equal(x[:, 1:], y[:, :-1]) and letters.classes == len(set(text))
+    lines = [f"{'abc'[place % 3]}\t{'xyz'[place % 3]} text" for place in range(30)]
+    (tmp_path / "texts.tsv").write_text("\n".join(lines))
+    pairs = scripts.texts.labelled(tmp_path, "none")
+    topics = source("labelled", pairs)
+    x, y = next(topics.epoch(0, 0, 24))
+    assert (topics.classes, topics.size) == (3, 24) and [chr(120 + label) for label in y] == [chr(row[0]) for row in x]
+    tested = torch.cat([rows for rows, _ in topics.test()])
+    assert [chr(row[0]) for row in tested] == [text[0] for _, text in pairs[4::5]]
+    (tmp_path / "texts.tsv").write_text("a\tone\nb two\n")
+    with pytest.raises(scripts.config.ConfigError, match=r"texts.tsv, line 2: expected a label, a tab and a text"):
+        scripts.texts.labelled(tmp_path, "none")
+    (tmp_path / "texts.tsv").write_text("a\tone\na\ttwo\n")
+    with pytest.raises(scripts.config.ConfigError, match=r"expected two labels or more in 2 lines"):
+        scripts.texts.labelled(tmp_path, "none")
 
 
 # ---- networks

@@ -31,7 +31,8 @@ class Data:
 
     Attributes:
         kind: ``images``: IDX files, or CIFAR as python batches or packed; ``folder``: ImageFolder with train and val;
-            ``characters``: one text, next-character prediction; ``speakers``: the same text, who speaks.
+            ``characters``: one text, next-character prediction; ``speakers``: the same text, who speaks;
+            ``labelled``: a label, a tab and a text in each line of a file.
         folder: Name of the folder below ``--data``, or that folder itself.
         limit: Use so many training examples, at most.
         test_limit: Use so many test examples, at most.
@@ -54,7 +55,7 @@ class Data:
 
     def __post_init__(self) -> None:
         """Checks the fields."""
-        one_of("kind", self.kind, ("images", "folder", "characters", "speakers"))
+        one_of("kind", self.kind, ("images", "folder", "characters", "speakers", "labelled"))
         one_of("augment", self.augment, ("none", "crop", "crop-flip"))
         for name in ("limit", "test_limit", "size", "channels", "workers"):
             expect(name, getattr(self, name), "0 or more", getattr(self, name) >= 0)

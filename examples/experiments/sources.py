@@ -29,7 +29,9 @@ def open_source(config: Config, root: Path, device: torch.device, download: bool
     elif data.kind == "characters":
         found = texts.Characters(texts.read(root, name), data, device)
     else:
-        found = texts.Speakers(texts.read(root, name), data, device, _tokenizer(config))
+        speakers = data.kind == "speakers"
+        pairs = texts.speeches(texts.read(root, name)) if speakers else texts.labelled(root, name)
+        found = texts.Labelled(data.kind, pairs, data, device, _tokenizer(config))
     if found.size < config.training.batch:
         raise ConfigError(
             f"{config.path.name}: training.batch: expected at most the {found.size} training examples, "

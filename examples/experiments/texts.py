@@ -1,4 +1,4 @@
-"""Texts as batches: next characters of a text, and who speaks in a play."""
+"""Texts as batches: next characters of a text, who speaks in a play, and texts with labels."""
 
 from __future__ import annotations
 
@@ -74,23 +74,55 @@ class Characters:
         yield from zip(x.split(64), y.split(64), strict=True)
 
 
-class Speakers:
-    """Speeches of a play, the label who speaks: the ten who speak most often. Every fifth speech is for the test."""
+def speeches(text: str) -> list[tuple[str, str]]:
+    """Speaker and speech of those in ``text`` (a name with a colon, then lines up to a blank one) by the ten busiest.
 
-    def __init__(self, text: str, data: Data, device: torch.device, tokenizer: Tokenizer) -> None:
-        """Finds the speeches in ``text``: a name with a colon, then lines up to a blank one."""
-        speeches = [(found[1], found[2].replace("\n", " ")) for found in _SPEECH.finditer(text)]
-        speakers = [name for name, _ in Counter(name for name, _ in speeches).most_common(_SPEAKERS)]
-        chosen = [(speech, speakers.index(name)) for name, speech in speeches if name in speakers]
-        if len(speakers) < 2:
-            raise ConfigError("data: expected speeches of two speakers or more: NAME:, then lines up to a blank one")
-        ids = tokenizer([speech for speech, _ in chosen], data.length).to(device)
-        labels = torch.tensor([label for _, label in chosen], device=device)
+    Raises:
+        ConfigError: There are none of two speakers or more.
+    """
+    found = [(one[1], one[2].replace("\n", " ")) for one in _SPEECH.finditer(text)]
+    busiest = [name for name, _ in Counter(name for name, _ in found).most_common(_SPEAKERS)]
+    if len(busiest) < 2:
+        raise ConfigError("data: expected speeches of two speakers or more: NAME:, then lines up to a blank one")
+    return [(name, speech) for name, speech in found if name in busiest]
+
+
+def labelled(root: Path, name: str) -> list[tuple[str, str]]:
+    """Label and text of each line of ``texts.tsv``, with a tab in between, in the folder ``name`` below ``root``.
+
+    Raises:
+        ConfigError: It is not there, has a line without a tab, or fewer than two labels.
+    """
+    places = [root / name / "texts.tsv", root / "texts.tsv"]
+    place = next((place for place in places if place.is_file()), None)
+    if place is None:
+        raise ConfigError(f"--data {root}: expected {name}/texts.tsv, a label, a tab and a text in each line")
+    found = []
+    for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), 1):
+        label, tab, text = line.partition("\t")
+        if not (label and tab and text):
+            raise ConfigError(f"{place.name}, line {number}: expected a label, a tab and a text, got {line[:60]!r}")
+        found.append((label, text))
+    if len({label for label, _ in found}) < 2:
+        raise ConfigError(f"{place.name}: expected two labels or more in {len(found)} lines")
+    return found
+
+
+class Labelled:
+    """Texts with labels, to tell the label. Every fifth text is for the test."""
+
+    def __init__(
+        self, name: str, pairs: Sequence[tuple[str, str]], data: Data, device: torch.device, tokenizer: Tokenizer
+    ) -> None:
+        """Takes ``pairs`` of label and text."""
+        names = [label for label, _ in Counter(label for label, _ in pairs).most_common()]
+        ids = tokenizer([text for _, text in pairs], data.length).to(device)
+        labels = torch.tensor([names.index(label) for label, _ in pairs], device=device)
         test = torch.arange(len(labels), device=device) % 5 == 4
         limit, test_limit = data.limit or len(labels), data.test_limit or len(labels)
         self._train, self._labels = ids[~test][:limit], labels[~test][:limit]
         self._test, self._test_labels = ids[test][:test_limit], labels[test][:test_limit]
-        self.name, self.classes, self.size = "speakers", len(speakers), len(self._train)
+        self.name, self.classes, self.size = name, len(names), len(self._train)
 
     def epoch(self, seed: int, number: int, batch: int) -> Iterator[Batch]:
         """The full batches of an epoch in random order."""
@@ -100,5 +132,5 @@ class Speakers:
             yield self._train[chosen], self._labels[chosen]
 
     def test(self) -> Iterator[Batch]:
-        """All test speeches."""
+        """All test texts."""
         yield from zip(self._test.split(256), self._test_labels.split(256), strict=True)
