@@ -101,6 +101,13 @@ def test_all_variants_of_a_configuration(runner: Runner, capsys: pytest.CaptureF
     assert capsys.readouterr().out.count("recorded already") == 6
 
 
+def test_what_a_variant_saves_is_printed(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner("exact", "value, tail", more=["--report"]) == []  # nothing is trained
+    exact, sampled = capsys.readouterr().out.split("tiny: value, tail")
+    assert "all layers are exact" in exact
+    assert "32 of 64" in sampled and "fc1" in sampled and "classifier" in sampled
+
+
 def test_what_steps_cost_is_measured_beside_exact_training(
     scripts: SimpleNamespace, runner: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

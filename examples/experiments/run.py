@@ -32,6 +32,8 @@ from records import Records, digest
 from sources import REPOSITORY, open_source
 from training import Budget, Run, Settings
 
+import fx_approx
+
 FORMAT = 1
 
 
@@ -160,6 +162,12 @@ class Experiment:
         )
         return ", ".join(found)
 
+    def report(self, name: str) -> str:
+        """What the policy of a variant saves, layer by layer."""
+        with self._named(name):
+            run = self._run(name, 0, self.budget(name, 0))
+        return str(fx_approx.report(run.model)) if run.sampled else "all layers are exact"
+
     # ---- what baselines cost
 
     def budget(self, name: str, seed: int) -> Budget:
@@ -240,6 +248,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the configuration")
     made.add_argument("--list", action="store_true", help="show the runs, with what is recorded, and end")
     made.add_argument("--costs", type=int, default=0, metavar="STEPS", help="time so many steps of each, train nothing")
+    made.add_argument("--report", action="store_true", help="print what each saves by layer, train nothing")
     made.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     made.add_argument("--compile", action="store_true", help="train under torch.compile")
     made.add_argument("--autocast", default="", choices=("bfloat16",), help="precision of the products")
@@ -278,6 +287,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             torch.backends.cudnn.benchmark = True
         if options.costs:
             print(f"{config.name}: {experiment.measure(chosen, options.costs)}: measured", flush=True)
+            return
+        if options.report:
+            for name in chosen:
+                print(f"{config.name}: {name}\n\n{experiment.report(name)}\n", flush=True)
             return
         for seed in options.seeds or config.seeds:
             for name in chosen:
