@@ -102,10 +102,13 @@ def test_all_variants_of_a_configuration(runner: Runner, capsys: pytest.CaptureF
 
 
 def test_what_a_variant_saves_is_printed(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
-    assert runner("exact", "value, tail", more=["--report"]) == []  # nothing is trained
-    exact, sampled = capsys.readouterr().out.split("tiny: value, tail")
+    assert runner("exact", "value, tail", "moving", more=["--report"]) == []  # nothing is trained
+    exact, rest = capsys.readouterr().out.split("tiny: value, tail")
+    sampled, moving = rest.split("tiny: moving")
     assert "all layers are exact" in exact
-    assert "32 of 64" in sampled and "fc1" in sampled and "classifier" in sampled
+    assert "phase sampled, 18 steps" in sampled and "32 of 64" in sampled and "phase exact" not in sampled
+    # It begins with exact steps.
+    assert [f"{ratio} of 64" in moving for ratio in (16, 32, 48)] == [True] * 3 and moving.count("phase 0.") == 3
 
 
 def test_what_steps_cost_is_measured_beside_exact_training(
@@ -232,7 +235,7 @@ def test_fine_tuning_begins_with_the_weights_of_another_configuration(
         ),
         (
             "training.schedule=trapezoid",
-            "training.milestones: expected one share, from which a trapezoid falls",
+            "training.milestones: expected one share, not before warmup, from which",
         ),
         ("data.kind=sounds", "data.kind: expected one of images, folder, characters, speakers, labelled, got 'sounds'"),
         ("data.folder=cifar10", "no cifar10 is there: expected cifar10/ with"),
@@ -249,6 +252,7 @@ def test_fine_tuning_begins_with_the_weights_of_another_configuration(
             "variants.'value, tail': budget: 0.001 of the exact step cannot be met",
         ),
         ("variants.exact.frozen=['x.*']", "variants.'exact': frozen: expected a glob on parameters such as"),
+        ("variants.fewer.frozen=['fc1.*']", "variants.'fewer'.frozen: expected none beside equal, got"),
         ("seeds=[1, 1]", "seeds: expected different integers of 0 or more, got [1, 1]"),
         ("training", "--set training: expected KEY=VALUE"),
     ],

@@ -113,8 +113,8 @@ class Training:
         expect("warmup", self.warmup, "a share in [0, 1)", 0 <= self.warmup < 1)
         ordered = list(self.milestones) == sorted(self.milestones) and all(0 < m < 1 for m in self.milestones)
         expect("milestones", self.milestones, "shares in (0, 1) in order", ordered)
-        falls = self.schedule != "trapezoid" or len(self.milestones) == 1
-        expect("milestones", self.milestones, "one share, from which a trapezoid falls", falls)
+        falls = self.schedule != "trapezoid" or (len(self.milestones) == 1 and self.warmup <= self.milestones[0])
+        expect("milestones", self.milestones, "one share, not before warmup, from which a trapezoid falls", falls)
         expect("label_smoothing", self.label_smoothing, "a number in [0, 1)", 0 <= self.label_smoothing < 1)
 
 
@@ -181,6 +181,9 @@ class Variant:
             expect(self.by, given, f"none beside equal and by = {self.by!r}, which find it", given == 1)
         elif self.to or self.by:
             raise ValueError(f"equal: expected flops or time beside to = {self.to!r}, by = {self.by!r}, got ''")
+        for name, other in (("equal", self.equal), ("preserve", self.preserve)):
+            # What a frozen network costs is not known there; weights that are zeroed could not be learnt again.
+            expect("frozen", self.frozen, f"none beside {name}", not (self.frozen and other))
         rises = self.tail > 0 or self.end_ratio > 0
         expect("preserve", self.preserve, "false without tail or end_ratio", rises or not self.preserve)
         expect("preserve", self.preserve, "false beside interleave", not (self.preserve and self.interleave))

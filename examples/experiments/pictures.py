@@ -14,8 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tables import Summary, front
 
-_MARKERS = {"exact": "*", "epochs": "s", "width": "D", "sampled": "o"}
-_KINDS = {"exact": "exact", "epochs": "exact, fewer epochs", "width": "exact, narrower", "sampled": "sampled"}
+_MARKERS = {"exact": "*", "epochs": "s", "width": "D", "frozen": "^", "sampled": "o"}
+_KINDS = {
+    "exact": "exact",
+    "epochs": "exact, fewer epochs",
+    "width": "exact, narrower",
+    "frozen": "exact, in part frozen",
+    "sampled": "sampled",
+}
 
 
 def draw(found: Sequence[Summary], title: str, folder: Path, name: str) -> list[str]:

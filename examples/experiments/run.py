@@ -163,10 +163,17 @@ class Experiment:
         return ", ".join(found)
 
     def report(self, name: str) -> str:
-        """What the policy of a variant saves, layer by layer."""
+        """What a variant saves in each of its phases, layer by layer."""
+        if not self.config.variants[name].policy:
+            return "all layers are exact"
         with self._named(name):
             run = self._run(name, 0, self.budget(name, 0))
-        return str(fx_approx.report(run.model)) if run.sampled else "all layers are exact"
+        found = []
+        for phase, first in run.phases.first.items():
+            if phase != variants.EXACT:
+                run.ratios.jump(first)
+                found.append(f"phase {phase}, {run.phases.counts[phase]} steps:\n{fx_approx.report(run.model)}")
+        return "\n\n".join(found)
 
     # ---- what baselines cost
 
@@ -266,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Does the runs that are missing."""
     made = parser()
     options = made.parse_args(arguments)
+    torch.set_flush_denormal(True)  # squares of small gradients made AdamW on CPUs take a third of the step
     try:
         config = load(options.config, options.set)
         chosen = options.only or list(config.variants)
@@ -282,7 +290,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         experiment = Experiment(config, settings, options)
         if options.compile:
             torch._dynamo.config.recompile_limit = 64  # one graph for each phase of each run
-        torch.set_flush_denormal(True)  # squares of small gradients made AdamW on CPUs take a third of the step
         if options.device == "cuda":
             torch.backends.cudnn.benchmark = True
         if options.costs:
@@ -302,6 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{config.name}: {name}, seed {seed}: {said}", flush=True)
     except ConfigError as error:
         made.exit(2, f"{error}\n")
+    finally:
+        torch.set_flush_denormal(False)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Summary:
 
     Attributes:
         variant: Its name.
-        kind: ``exact``, ``epochs`` or ``width`` for baselines, ``sampled``.
+        kind: ``exact``; ``epochs``, ``width`` or ``frozen`` for baselines; ``sampled``.
         accuracies: Of each run that did not diverge, by seed.
         diverged: Runs that did.
         as_trained: Accuracies before statistics are re-estimated.
@@ -126,6 +126,8 @@ def _summary(name: str, runs: Sequence[Record]) -> Summary:
 
 
 def _kind(options: Mapping[str, Any]) -> str:
+    if options.get("frozen"):
+        return "frozen"
     if options["by"] == "width" or options["width"] != 1:
         return "width"
     return "epochs" if options["by"] == "epochs" or options["epochs"] != 1 else "exact"

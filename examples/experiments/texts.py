@@ -98,7 +98,7 @@ def labelled(root: Path, name: str) -> list[tuple[str, str]]:
     if place is None:
         raise ConfigError(f"--data {root}: expected {name}/texts.tsv, a label, a tab and a text in each line")
     found = []
-    for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(place.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         label, tab, text = line.partition("\t")
         if not (label and tab and text):
             raise ConfigError(f"{place.name}, line {number}: expected a label, a tab and a text, got {line[:60]!r}")

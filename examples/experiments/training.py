@@ -296,6 +296,8 @@ class Run:
     def _resume(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state.pop("model"))
         self.optimizer.load_state_dict(state.pop("optimizer"))
+        for group in self.optimizer.param_groups:
+            group["fused"] = True  # older checkpoints say otherwise
         sampling = state.pop("sampling")
         if sampling is not None:
             fx_approx.load_sampler_state(self.model, sampling)
