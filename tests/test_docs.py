@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import fx_approx
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -28,8 +31,16 @@ def test_schedules(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_advice(capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = BLOCK.findall((DOCS / "advice.md").read_text(encoding="utf-8"))
-    namespace: dict[str, object] = {"__name__": "__main__"}
-    exec(compile(block, "advice.md", "exec"), namespace)
+    first, second = BLOCK.findall((DOCS / "advice.md").read_text(encoding="utf-8"))
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(first, "advice.md", "exec"), namespace)
     written = capsys.readouterr()
     assert "topk" in written.out and written.err == ""
+    exec(compile(second, "advice.md", "exec"), namespace)
+    approx, scheduler = namespace["approx"], namespace["scheduler"]
+    ratios = []
+    for _ in range(namespace["steps"]):
+        ratios.append(max(scheduler.get_last_ratio().values()))
+        scheduler.step()
+    assert ratios == [1.0] * 50 + [0.5] * 930 + [1.0] * 20
+    assert sum(bool(row.samples) for row in fx_approx.report(approx).rows) == 0  # the tail is exact

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def _points(axes: Axes, found: Sequence[Summary], cost: dict[str, float]) -> Non
 
 def _axes(title: str) -> tuple[Figure, Axes]:
     plot, axes = plt.subplots(figsize=(9.6, 5.0), layout="constrained")
-    axes.set_title(title)
+    axes.set_title(textwrap.fill(title, 55))
     axes.set_ylabel("test accuracy, %")
     axes.grid(alpha=0.25)
     return plot, axes
