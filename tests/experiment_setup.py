@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "examples" / "experiments"
 
 MODULES = (
     "config",
@@ -73,3 +81,13 @@ by = "epochs"
 
 def idx(array: np.ndarray) -> bytes:
     return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def imported(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The modules of the experiments, imported as when one of them is run; forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    try:
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    finally:
+        for name in MODULES:
+            sys.modules.pop(name, None)
