@@ -290,7 +290,10 @@ def test_the_code_in_the_docs_runs(capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks:
         exec(compile(block, "docs/noise.md", "exec"), names)
     said = capsys.readouterr().out
-    assert said.startswith("layer    sampled") and said.splitlines()[0] in text and "cosine" in said.splitlines()[-1]
+    first, *_, last = said.splitlines()
+    # Widths of columns follow from digits, which differ from one processor to another.
+    assert first.startswith("layer    sampled") and first.split() in map(str.split, text.splitlines())
+    assert "cosine" in last
 
 
 def test_without_matplotlib_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
