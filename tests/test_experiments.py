@@ -221,11 +221,11 @@ def test_fine_tuning_begins_with_the_weights_of_another_configuration(
         ("training.batch=97", "training.batch: expected at most the 96 training examples, got 97"),
         (
             "training.schedule=up",
-            "training.schedule: expected one of onecycle, cosine, stairs, trapezoid",
+            "training.schedule: expected one of onecycle, cosine, stairs, trapezoid, constant, got 'up'",
         ),
         (
             "training.schedule=trapezoid",
-            "training.milestones: expected one share, not before warmup, from which",
+            "training.milestones: expected one share, not before warmup, from which a trapezoid falls, got ()",
         ),
         ("data.kind=sounds", "data.kind: expected one of images, folder, characters, speakers, labelled, got 'sounds'"),
         ("data.folder=cifar10", "no cifar10 is there: expected cifar10/ with"),
