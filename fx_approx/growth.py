@@ -95,14 +95,15 @@ def preserve(approx: ApproxModule, names: Set[str]) -> dict[str, int]:
     places = {place for place, readers in enumerate(read) if readers & names}
     wanted = (names | {name for place in places for name in read[place]}) & on
     weights = _weights(approx, wanted)
-    published = _published(approx, places) if weights else None
     kept = {}
-    for name, (path, axis) in weights.items():
-        assert published is not None
-        flags = selected(axis, published.mask.cpu(), published.slices)
-        weight = approx.get_parameter(path)
-        rows = flags.view(candidates[name].groups, -1).repeat_interleave(weight.shape[0] // candidates[name].groups, 0)
-        kept[name] = weight, rows.view(*rows.shape, *(1,) * (weight.dim() - 2)), int((~flags).sum())
+    if weights:
+        published = _published(approx, places)
+        mask = published.mask.cpu()
+        for name, (path, axis) in weights.items():
+            flags = selected(axis, mask, published.slices)
+            weight, groups = approx.get_parameter(path), candidates[name].groups
+            rows = flags.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
+            kept[name] = weight, rows.view(*rows.shape, *(1,) * (weight.dim() - 2)), int((~flags).sum())
     with torch.no_grad():
         for weight, rows, _ in kept.values():
             weight.masked_fill_(~rows.to(weight.device), 0.0)
