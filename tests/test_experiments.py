@@ -209,6 +209,50 @@ def test_fine_tuning_begins_with_the_weights_of_another_configuration(
     assert {name for name in old if name.startswith("fc1.")} == same < set(old)
 
 
+def test_the_step_after_an_exact_one_is_taught_by_it(
+    scripts: SimpleNamespace, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.Tensor, ...]] = []
+    plain = scripts.training.Run.step
+
+    def step(run: Any, x: torch.Tensor, y: torch.Tensor, optimizer: Any, *soft: torch.Tensor) -> Any:
+        loss, output = plain(run, x, y, optimizer, *soft)
+        seen.append((x, y, loss, output, *soft))
+        return loss, output
+
+    monkeypatch.setattr(scripts.training.Run, "step", step)
+    options = ("preserve=false", "interleave=4", "distill=0.25")
+    (run,) = runner("value, tail", more=[f"--set=variants.value, tail.{option}" for option in options])
+    assert run["phases"] == {"sampled": 14, "exact": 10}
+    steps = seen[-24:]  # before them some are timed
+    taught = [place for place, found in enumerate(steps) if len(found) == 5]
+    # Exact are steps 3, 7, 11, 15 and, the tail, from 18 on; an epoch of six steps, begun anew, has no teacher yet.
+    assert taught == [4, 8, 16]
+    for place in taught:
+        (x, y, _, answers), (again, labels, loss, output, soft) = steps[place - 1], steps[place]
+        assert x is again and y is labels and torch.equal(soft, answers.softmax(-1))
+        logs = output.log_softmax(-1)
+        expected = -0.75 * logs[range(len(y)), y] - 0.25 * (soft * logs).sum(-1)
+        torch.testing.assert_close(loss, expected.mean())
+
+
+def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
+    scripts: SimpleNamespace, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    transform = scripts.variants.approximate
+    monkeypatch.setattr(
+        scripts.variants,
+        "approximate",
+        lambda model, policy, *rest: (given.append(policy), transform(model, policy, *rest))[1],
+    )
+    policy = "{kind='flops', budget=0.7, minimal_k=4, granularity=4}"
+    (run,) = runner("moving", more=[f"--set=variants.moving={{policy={policy}, sensitivity=2}}"])
+    errors = given[-1].sensitivity.errors
+    assert set(errors) == {"fc1", "fc2"} and all(0 < error < 4 for error in errors.values())
+    assert 0.5 < run["flops"] / run["exact_flops"] < 0.75 and run["options"]["sensitivity"] == 2
+
+
 # ---- configuration
 
 
@@ -241,6 +285,12 @@ def test_fine_tuning_begins_with_the_weights_of_another_configuration(
             "variants.value, tail.policy={kind='flops', budget=0.001}",
             "variants.'value, tail': budget: 0.001 of the exact step cannot be met",
         ),
+        ("variants.moving.distill=2", "variants.'moving'.distill: expected a share in [0, 1], got 2"),
+        (
+            "variants.exact.distill=0.5",
+            "variants.'exact'.distill: expected 0 without interleave, whose exact steps teach",
+        ),
+        ("variants.moving.sensitivity=2", "'moving'.sensitivity: expected 0 without a budget for all layers, got 2"),
         ("variants.exact.frozen=['x.*']", "variants.'exact': frozen: expected a glob on parameters such as"),
         ("variants.fewer.frozen=['fc1.*']", "variants.'fewer'.frozen: expected none beside equal, got"),
         ("seeds=[1, 1]", "seeds: expected different integers of 0 or more, got [1, 1]"),

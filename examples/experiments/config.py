@@ -135,6 +135,9 @@ class Variant:
         every: Steps that keep one selection; 0: all that have the same ratio.
         demand: Compute only what will be read.
         rate: Factor on the learning rate.
+        distill: Share of soft labels in the loss of a step after an exact one: it has the exact one's batch again, and
+            what the exact network answered.
+        sensitivity: Batches that a budget's errors are measured on before the training; 0: they are predicted.
         frozen: Globs on parameters that are not trained, which fine-tuning may leave as they are.
         equal: A baseline that is trained exactly and costs what the variant ``to`` does, in ``flops`` or ``time``.
         to: See ``equal``.
@@ -155,6 +158,8 @@ class Variant:
     every: int = 1
     demand: bool = True
     rate: float = 1.0
+    distill: float = 0.0
+    sensitivity: int = 0
     frozen: tuple[str, ...] = ()
     equal: str = ""
     to: str = ""
@@ -173,6 +178,16 @@ class Variant:
         for name in ("rate", "epochs", "width"):
             expect(name, getattr(self, name), "more than 0", getattr(self, name) > 0)
         one_of("along", self.along, ("linear", "cosine"))
+        expect("distill", self.distill, "a share in [0, 1]", 0 <= self.distill <= 1)
+        expect(
+            "distill",
+            self.distill,
+            "0 without interleave, whose exact steps teach",
+            self.interleave or not self.distill,
+        )
+        expect("sensitivity", self.sensitivity, "0 or more", self.sensitivity >= 0)
+        budget = self.policy.get("kind") in ("flops", "time", "memory", "error") and not self.exact
+        expect("sensitivity", self.sensitivity, "0 without a budget for all layers", budget or not self.sensitivity)
         if self.equal:
             one_of("equal", self.equal, ("flops", "time"))
             one_of("by", self.by, ("epochs", "width"))
@@ -191,10 +206,13 @@ class Variant:
             raise ValueError("policy: expected one beside exact, tail, warmup, interleave or end_ratio, got none")
 
 
+_LATER = ("preserve", "frozen", "distill", "sensitivity")
+
+
 def plain(variant: Variant) -> dict[str, Any]:
     """``variant`` for a record. Fields that came later are left out at their defaults: older runs stay known."""
     found = dataclasses.asdict(variant)
-    return {key: value for key, value in found.items() if value or key not in ("preserve", "frozen")}
+    return {key: value for key, value in found.items() if value or key not in _LATER}
 
 
 @dataclasses.dataclass(frozen=True)

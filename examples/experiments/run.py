@@ -204,7 +204,9 @@ class Experiment:
         return costs.exact_flops(self.network, self.source.classes, *self.example, width)
 
     def _run(self, name: str, seed: int, budget: Budget) -> Run:
-        return Run(self.config, name, seed, self.source, self.network, self.settings, budget)
+        # What is measured on a model, and so what it costs, depends on its weights.
+        weights = self._weights(seed) if self.config.variants[name].sensitivity else None
+        return Run(self.config, name, seed, self.source, self.network, self.settings, budget, weights)
 
     def _total_flops(self, name: str, seed: int) -> float:
         run = self._run(name, seed, self.budget(name, seed))

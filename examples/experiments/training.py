@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
+import itertools
 import math
 import time
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 
 import costs
 import torch
+import torch.nn.functional as F
 import variants
 from config import Config, Variant, expect
 from images import Source
@@ -120,6 +122,9 @@ class Run:
         if x.dim() == 4:
             model = model.to(memory_format=torch.channels_last)
         policy = variants.policy_of(config, name, settings.compile)
+        if self.variant.sensitivity:
+            batches = itertools.islice(source.epoch(seed, 0, self.training.batch), self.variant.sensitivity)
+            policy = variants.measured(policy, model, list(batches))
         self.model = variants.approximate(model, policy, x, self.variant, seed)
         self.sampled = policy is not None
         self.layers = sum(bool(row.samples) for row in fx_approx.report(self.model).rows) if self.sampled else 0
@@ -203,13 +208,18 @@ class Run:
         torch.manual_seed(self.seed * 100_003 + number)
         costs.synchronise(self.device)
         start = self.settings.now()
+        taught: tuple[Tensor, ...] = ()
         for x, y in self.source.epoch(self.seed, number, self.training.batch):
             step = state["step"]
             if step == self.budget.steps:
                 break
+            exact = self.phases.names[step] == variants.EXACT
+            x, y, *soft = taught if taught and not exact else (x, y)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.peak * costs.rate_at(self.training, step, self.budget.steps)
-            losses.append(self.step(x, y, self.optimizer))
+            loss, output = self.step(x, y, self.optimizer, *soft)
+            losses.append(loss)
+            taught = (x, y, output.float().softmax(-1)) if self.variant.distill and exact else ()
             self.ratios.step()
             state["flops"] += self.flops[self.phases.names[step]]
             state["step"] = step + 1
@@ -217,26 +227,32 @@ class Run:
         costs.synchronise(self.device)
         state["seconds"] += self.settings.now() - start
         each = torch.stack(losses)
-        loss = float(each.mean())
-        state["diverged"] = not math.isfinite(loss)
+        mean = float(each.mean())
+        state["diverged"] = not math.isfinite(mean)
         ends = {"first_loss": float(each[:_ENDS].mean()), "last_loss": float(each[-_ENDS:].mean())}
-        entry = {"step": state["step"], "loss": loss, **ends, "seconds": state["seconds"], "flops": state["flops"]}
+        entry = {"step": state["step"], "loss": mean, **ends, "seconds": state["seconds"], "flops": state["flops"]}
         if not state["diverged"]:
             entry.update(self._evaluations(number, state["step"]))
         state["epochs"].append(entry)
-        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{entry.get('accuracy', math.nan):.2f}")
+        bar.set_postfix(loss=f"{mean:.3f}", accuracy=f"{entry.get('accuracy', math.nan):.2f}")
 
-    def step(self, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-        """One step of training; returns the loss."""
+    def step(
+        self, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer, soft: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One step of training, with probabilities ``soft`` of the classes beside the labels; loss and answers."""
         optimizer.zero_grad(set_to_none=True)
         with self._precision():
             output = self.call(x)
         loss = costs.loss_of(output, y, self.training.label_smoothing)
+        if soft is not None:
+            loss = torch.lerp(
+                loss, F.cross_entropy(output.flatten(0, -2).float(), soft.flatten(0, -2)), self.variant.distill
+            )
         loss.backward()
         if self.training.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
         optimizer.step()
-        return loss.detach()
+        return loss.detach(), output.detach()
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if not self.settings.autocast:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import costs
 from config import Config, ConfigError, Variant, one_of
 from torch import Tensor, nn
 
@@ -38,6 +39,19 @@ POLICIES: dict[str, Callable[..., Any]] = {
     "memory": MemoryBudget,
     "error": ErrorBudget,
 }
+
+
+def measured(policy: Any, model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Any:
+    """The budget ``policy`` with errors measured on ``batches`` of images and labels."""
+    fields = ("sampler", "scores", "share", "minimal_k", "granularity", "keep_first", "keep_last")
+    options = {field: getattr(policy, field) for field in fields}
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return costs.loss_of(model(batch[0]), batch[1])
+
+    found = fx_approx.measure_sensitivity(model, batches, loss, batches[0][0], **options)
+    return dataclasses.replace(policy, sensitivity=found)
+
 
 _ALWAYS = 2**31 - 1
 
