@@ -22,8 +22,14 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     try:
         yield importlib.import_module("tables")
     finally:
-        for name in ("tables", "pictures", "records"):
+        for name in ("tables", "pictures", "records", "summaries"):
             sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def summaries(tables: ModuleType) -> ModuleType:
+    """The module that it has its figures from."""
+    return sys.modules["summaries"]
 
 
 def record(variant: str, seed: int, values: Sequence[float], share: float, seconds: float, **options: Any) -> Any:
@@ -78,8 +84,8 @@ def by_hand() -> list[Any]:
     ]
 
 
-def test_summaries_of_runs(tables: ModuleType) -> None:
-    exact, tail, sampled, fewer, narrow = found = tables.summarised(by_hand())
+def test_summaries_of_runs(summaries: ModuleType) -> None:
+    exact, tail, sampled, fewer, narrow = found = summaries.summarised(by_hand())
     assert [one.kind for one in found] == ["exact", "sampled", "sampled", "epochs", "width"]
     assert (exact.mean, tail.mean, fewer.mean) == (91, 91.5, 89)
     assert tail.deviation == pytest.approx(0.5**0.5) and narrow.deviation is None
@@ -87,18 +93,31 @@ def test_summaries_of_runs(tables: ModuleType) -> None:
     # It ends sampled: the accuracy after re-estimating statistics, and what that takes.
     assert sampled.mean == 70 and sampled.as_trained == (60,) and sampled.flops == pytest.approx(0.3)
     assert tail.curve == ((0.25, 2.5, 81), (0.5, 5.0, 91.5)) and sampled.curve[-1][2] == 70
-    assert tables.time_to(tail, 91) == 5.0 and tables.time_to(tail, 81) == 2.5
-    assert tables.time_to(fewer, 91) is None
+    assert summaries.time_to(tail, 91) == 5.0 and summaries.time_to(tail, 81) == 2.5
+    assert summaries.time_to(fewer, 91) is None
 
 
-def test_runs_of_an_earlier_configuration_do_not_count(tables: ModuleType) -> None:
+def test_runs_of_an_earlier_configuration_do_not_count(summaries: ModuleType) -> None:
     runs = [record("a", seed, (80.0, 90.0), 0.5, 2.0, tail=0.1) for seed in (0, 1)]
     runs.append(record("a", 0, (85.0, 95.0), 0.5, 2.0, tail=0.2))
-    (found,) = tables.summarised(runs)
+    (found,) = summaries.summarised(runs)
     assert found.accuracies == {0: 95.0}
 
 
-def test_costs_of_steps_belong_to_a_variant_as_it_was_trained(tables: ModuleType) -> None:
+def test_times_of_two_machines_are_told_by_exact_training_on_each(summaries: ModuleType) -> None:
+    part = {"policy": {"kind": "paper"}, "tail": 0.2}
+    slow = [record("exact", 1, (88, 92), 1.0, 30.0), record("tail", 1, (82, 92), 0.5, 15.0, **part)]
+    unknown = record("tail", 2, (82, 92), 0.5, 8.0, **part)
+    for run, place in ((slow[0], "Q"), (slow[1], "Q"), (unknown, "R")):
+        run["environment"] = {**run["environment"], "accelerator": None, "processor": place}
+    fast = [record("exact", 0, (90, 90), 1.0, 10.0), record("tail", 0, (80, 91), 0.5, 4.0, **part)]
+    exact, tail = summaries.summarised([*fast, *slow])
+    assert exact.seconds == pytest.approx(10.0) and tail.seconds == pytest.approx((4.0 + 5.0) / 2)
+    assert tail.curve[0][1] == pytest.approx((4.0 + 5.0) / 4)
+    assert summaries.summarised([*fast, unknown])[1].seconds == pytest.approx((4.0 + 8.0) / 2)
+
+
+def test_costs_of_steps_belong_to_a_variant_as_it_was_trained(tables: ModuleType, summaries: ModuleType) -> None:
     def cost(speedup: float, peak: int, gradients: int) -> Any:
         return {"speedup": [speedup - 0.1, speedup, speedup + 0.2], "peak_bytes": peak, "gradient_bytes": gradients}
 
@@ -122,17 +141,17 @@ def test_costs_of_steps_belong_to_a_variant_as_it_was_trained(tables: ModuleType
     }
     measured["options"]["changed"] = {**runs[2]["options"], "tail": 0.25}
     elsewhere = {**measured, "setting": "eager"}
-    assert tables.sections([*runs, elsewhere]) == {"x": runs}
-    (records,) = tables.sections([*runs, measured]).values()
-    assert tables.trained(records) == runs
-    found = tables.costs_of([measured], tables.summarised(runs))
+    assert summaries.sections([*runs, elsewhere]) == {"x": runs}
+    (records,) = summaries.sections([*runs, measured]).values()
+    assert summaries.trained(records) == runs
+    found = summaries.costs_of([measured], summaries.summarised(runs))
     assert set(found) == {"tail", "moving", "narrow"}
     assert (found["tail"].memory, found["tail"].traffic) == (0.6, pytest.approx(0.5 * 0.3 + 0.5))
     assert (found["moving"].memory, found["moving"].traffic) == (0.7, pytest.approx(0.5 * 0.1 + 0.5 * 0.3))
     assert (found["narrow"].memory, found["narrow"].traffic) == (0.8, 0.6)
     assert found["tail"].time == pytest.approx(0.5 / 2 + 0.5) and found["moving"].time == pytest.approx(0.5 / 3 + 0.2)
     exact = record("exact", 0, (80, 90), 1.0, 8.0)
-    timed = {one.variant: one for one in tables.evaluated([*runs, exact, measured])[0]}
+    timed = {one.variant: one for one in summaries.evaluated([*runs, exact, measured])[0]}
     assert timed["tail"].seconds == pytest.approx(0.75 * 8) and timed["changed"].seconds == 6.0
     assert [seconds for _, seconds, _ in timed["tail"].curve] == pytest.approx([3.0, 6.0])
     assert timed["narrow"].seconds == pytest.approx(8 / 1.5) and timed["exact"].seconds == 8.0
@@ -140,7 +159,7 @@ def test_costs_of_steps_belong_to_a_variant_as_it_was_trained(tables: ModuleType
     assert tables.quicker(None, 1.234) == "1.23" and tables.quicker(None, None) == "–"
 
 
-def test_the_front_of_points(tables: ModuleType) -> None:
+def test_the_front_of_points(summaries: ModuleType) -> None:
     points = {
         "a": (1.0, 90.0),
         "b": (0.5, 89.0),
@@ -149,7 +168,7 @@ def test_the_front_of_points(tables: ModuleType) -> None:
         "e": (0.2, 50.0),
         "f": (1.0, 90.0),
     }
-    assert tables.front(points) == ["e", "b", "a", "f"]
+    assert summaries.front(points) == ["e", "b", "a", "f"]
 
 
 def test_tables_and_figures(tables: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,9 +193,11 @@ def test_tables_and_figures(tables: ModuleType, tmp_path: Path, capsys: pytest.C
     ]
 
 
-def test_a_frozen_network_is_a_rival_and_not_what_all_are_compared_with(tables: ModuleType) -> None:
+def test_a_frozen_network_is_a_rival_and_not_what_all_are_compared_with(
+    tables: ModuleType, summaries: ModuleType
+) -> None:
     frozen = record("head alone", 0, [40, 50], 0.4, 4.0, frozen=["0.*"])
-    found = tables.summarised([frozen, record("exact", 0, [60, 70], 1.0, 10.0)])
+    found = summaries.summarised([frozen, record("exact", 0, [60, 70], 1.0, 10.0)])
     assert [(one.variant, one.kind) for one in found] == [("exact", "exact"), ("head alone", "frozen")]
     (row,) = [line for line in tables.table(found, 0.5, {}).splitlines() if "head alone" in line]
     assert "-20.00" in row

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import Summary, front
+from summaries import Summary, front
 
 _MARKERS = {"exact": "*", "epochs": "s", "width": "D", "frozen": "^", "sampled": "o"}
 _KINDS = {

@@ -5,219 +5,20 @@
 writes ``tables.md`` and, with matplotlib (the extra ``figures``), three pictures of each experiment: accuracy against
 FLOPs and accuracy against time, each with the front of what no other beats in both, and learning curves.
 
-Accuracy is that of the last epoch. Of a run that ends with sampled steps in a network with BatchNorm it is that after
-re-estimating the statistics on 20 exact batches, whose FLOPs count. Means are over seeds, with the standard deviation.
-What steps cost is what ``run.py --costs`` measured, of each variant beside exact training: medians, and quartiles.
-Where it did, the time of a training is that of its steps by these medians, and not the seconds that the run took.
+What they say is told in ``summaries.py``.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from records import read, slug
+from records import read
+from summaries import Cost, Record, Summary, evaluated, processor, sections, time_to, trained
 from tabulate import tabulate
-
-Record = Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """The runs of one variant.
-
-    Attributes:
-        variant: Its name.
-        kind: ``exact``; ``epochs``, ``width`` or ``frozen`` for baselines; ``sampled``.
-        accuracies: Of each run that did not diverge, by seed.
-        diverged: Runs that did.
-        as_trained: Accuracies before statistics are re-estimated.
-        flops: Share of the exact training's, mean.
-        seconds: Of training, mean.
-        speedup: Time of an exact step over that of a sampled one, medians of steps in turn in one run; None if unknown.
-        curve: At each epoch: share of FLOPs, seconds, accuracy; means over the runs.
-        memory: Peak bytes on the device, mean; None if unknown.
-        steps: Of each phase, as shares of the steps of exact training.
-        to: Whose cost a baseline has.
-        equal: In what.
-        options: As it is configured.
-    """
-
-    variant: str
-    kind: str
-    accuracies: Mapping[int, float]
-    diverged: int
-    as_trained: tuple[float, ...]
-    flops: float
-    seconds: float
-    speedup: float | None
-    curve: tuple[tuple[float, float, float], ...]
-    memory: float | None
-    steps: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    to: str = ""
-    equal: str = ""
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def mean(self) -> float | None:
-        """Accuracy, None if every run diverged."""
-        return statistics.mean(self.accuracies.values()) if self.accuracies else None
-
-    @property
-    def deviation(self) -> float | None:
-        """Standard deviation of the accuracy, None for a single run."""
-        return statistics.stdev(self.accuracies.values()) if len(self.accuracies) > 1 else None
-
-
-def mended(record: Record) -> bool:
-    """Whether the accuracy of the run is the one after re-estimating statistics: it ends with sampled steps."""
-    options = record["options"]
-    return bool(options["policy"]) and not options["tail"] and record["final"].get("recalibrated") is not None
-
-
-def accuracy(record: Record) -> float:
-    """Of the end of a run, per cent."""
-    return float(record["final"]["recalibrated" if mended(record) else "accuracy"])
-
-
-def summarised(records: Iterable[Record]) -> list[Summary]:
-    """One summary for each variant as it was last configured, exact first, then in the order of the first run."""
-    latest: dict[str, dict[int, Record]] = {}
-    for record in records:
-        runs = latest.setdefault(record["variant"], {})
-        if any(other["options"] != record["options"] for other in runs.values()):
-            runs.clear()
-        runs[record["seed"]] = record
-    found = [_summary(name, [runs[seed] for seed in sorted(runs)]) for name, runs in latest.items()]
-    return sorted(found, key=lambda one: one.kind != "exact")
-
-
-def _summary(name: str, runs: Sequence[Record]) -> Summary:
-    ended = [run for run in runs if not run["diverged"]]
-    options = runs[0]["options"]
-    shares = [(run["flops"] + mended(run) * run["recalibration_flops"]) / run["exact_flops"] for run in ended or runs]
-    speedups = [
-        run["step_ms"]["exact"][1] / run["step_ms"]["sampled"][1]
-        for run in runs
-        if {"exact", "sampled"} <= run["step_ms"].keys()
-    ]
-    memory = [run["peak_memory"] for run in runs if run["peak_memory"]]
-    return Summary(
-        variant=name,
-        kind="sampled" if options["policy"] else _kind(options),
-        accuracies={run["seed"]: accuracy(run) for run in ended},
-        diverged=len(runs) - len(ended),
-        as_trained=tuple(run["final"]["accuracy"] for run in ended),
-        flops=statistics.mean(shares),
-        seconds=statistics.mean(run["seconds"] for run in ended or runs),
-        speedup=statistics.median(speedups) if speedups else None,
-        curve=tuple(_curve(ended)),
-        memory=statistics.mean(memory) if memory else None,
-        steps={phase: count / runs[0]["full_steps"] for phase, count in runs[0]["phases"].items()},
-        to=options["to"],
-        equal=options["equal"],
-        options=options,
-    )
-
-
-def _kind(options: Mapping[str, Any]) -> str:
-    if options.get("frozen"):
-        return "frozen"
-    if options["by"] == "width" or options["width"] != 1:
-        return "width"
-    return "epochs" if options["by"] == "epochs" or options["epochs"] != 1 else "exact"
-
-
-def _curve(runs: Sequence[Record]) -> Iterable[tuple[float, float, float]]:
-    for entries in zip(*(run["epochs"] for run in runs), strict=False):
-        own = [one.get("recalibrated", one["accuracy"]) for one in entries]
-        shares = [one["flops"] / run["exact_flops"] for one, run in zip(entries, runs, strict=True)]
-        last = entries[0] is runs[0]["epochs"][-1]
-        # The curve ends where the table says.
-        mean = statistics.mean(map(accuracy, runs) if last else own)
-        yield statistics.mean(shares), statistics.mean(one["seconds"] for one in entries), mean
-
-
-def time_to(summary: Summary, goal: float) -> float | None:
-    """Seconds of training until the mean accuracy at the end of an epoch is ``goal``; None if it never is."""
-    return next((seconds for _, seconds, reached in summary.curve if reached >= goal), None)
-
-
-def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """The names whose ``(cost, accuracy)`` no other beats in one and equals in the other, from the cheapest on."""
-
-    def beaten(own: tuple[float, float]) -> bool:
-        return any(cost <= own[0] and reached >= own[1] and (cost, reached) != own for cost, reached in points.values())
-
-    return sorted((name for name, own in points.items() if not beaten(own)), key=lambda name: points[name])
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What the steps of a variant cost.
-
-    Attributes:
-        speedup: Time of an exact step over that of the step beside it, quartiles, of each phase that is not exact.
-        memory: Most bytes that such a step allocates, as a share of an exact step's.
-        traffic: Bytes of gradients in data-parallel training, as a share of exact training's, over the whole of it.
-        time: Of the whole training, likewise: steps of each phase by the median of their speed.
-    """
-
-    speedup: Mapping[str, Sequence[float]]
-    memory: float
-    traffic: float
-    time: float
-
-
-def costs_of(records: Iterable[Record], found: Sequence[Summary]) -> dict[str, Cost]:
-    """By variant, from the last measurement of each as it was configured in its runs."""
-    made = {}
-    for record in records:
-        exact = record["costs"]["exact training"]["exact"]
-        for one in found:
-            phases = record["costs"].get(one.variant)
-            if phases is None or record["options"][one.variant] != one.options:
-                continue
-            each = {"exact": exact, **phases}
-            if not one.steps.keys() <= each.keys():
-                continue
-            sent = sum(share * each[phase]["gradient_bytes"] for phase, share in one.steps.items())
-            made[one.variant] = Cost(
-                {phase: own["speedup"] for phase, own in phases.items()},
-                max(own["peak_bytes"] for own in phases.values()) / exact["peak_bytes"],
-                sent / exact["gradient_bytes"],
-                sum(share / each[phase]["speedup"][1] for phase, share in one.steps.items()),
-            )
-    return made
-
-
-def evaluated(records: Sequence[Record]) -> tuple[list[Summary], dict[str, Cost]]:
-    """Summaries of the runs of a section, and costs of their steps."""
-    found = summarised(trained(records))
-    measured = costs_of((one for one in records if "costs" in one), found)
-    return retimed(found, measured), measured
-
-
-def retimed(found: Sequence[Summary], measured: Mapping[str, Cost]) -> list[Summary]:
-    """With the times that the costs of steps give, where they are known: runs beside others slow one another down."""
-    exact = next((one for one in found if one.kind == "exact"), None)
-    if exact is None:
-        return list(found)
-    made = []
-    for one in found:
-        cost = measured.get(one.variant)
-        factor = 1.0 if cost is None else cost.time * exact.seconds / one.seconds
-        curve = tuple((share, factor * seconds, reached) for share, seconds, reached in one.curve)
-        made.append(dataclasses.replace(one, seconds=factor * one.seconds, curve=curve))
-    return made
-
-
-# ---- tables
 
 
 def quicker(cost: Cost | None, fallback: float | None) -> str:
@@ -309,25 +110,10 @@ def rivals(found: Sequence[Summary]) -> str:
     return tabulate(rows, heads, tablefmt="pipe", disable_numparse=True) if rows else ""
 
 
-def sections(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Records that may be compared: of one configuration, computed alike, runs among them; by a name for files."""
-    found: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        found.setdefault((record["config"], record["setting"]), []).append(record)
-    ran = {key: own for key, own in found.items() if trained(own)}
-    names = [name for name, _ in ran]
-    return {slug(name + (f"-{key}" if names.count(name) > 1 else "")): own for (name, key), own in ran.items()}
-
-
-def trained(records: Iterable[Record]) -> list[Record]:
-    """Those of runs, not of measurements."""
-    return [one for one in records if "costs" not in one]
-
-
 def described(runs: Sequence[Record]) -> str:
     """How and where the runs of a section were computed."""
     common, training = runs[0]["common"], runs[0]["common"]["training"]
-    places = sorted({one["environment"]["accelerator"] or one["environment"]["processor"] for one in runs})
+    places = sorted(set(map(processor, runs)))
     how = ["compiled" if common["compile"] else "eager"]
     how += [f"autocast {common['autocast']}"] * bool(common["autocast"])
     clocks = sorted({"processor time" if one["clock"] == "cpu" else "wall clock" for one in runs})
@@ -342,12 +128,18 @@ def described(runs: Sequence[Record]) -> str:
     )
 
 
-def page(records: Sequence[Record], within: float, command: str, figures: Mapping[str, Sequence[str]]) -> str:
-    """All experiments in markdown."""
+def page(
+    parts: Mapping[str, Sequence[Record]],
+    results: Mapping[str, tuple[list[Summary], dict[str, Cost]]],
+    within: float,
+    command: str,
+    figures: Mapping[str, Sequence[str]],
+) -> str:
+    """All experiments in markdown, each with its ``results``."""
     lines = ["# Experiments", "", f"Made by `{command}` from the JSON lines that `run.py` wrote.", ""]
-    for name, own in sections(records).items():
+    for name, own in parts.items():
         runs = trained(own)
-        found, measured = evaluated(own)
+        found, measured = results[name]
         lines += [f"## {runs[0]['title']}", "", described(runs), "", table(found, within, measured), ""]
         against = rivals(found)
         if against:
@@ -368,14 +160,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not records:
         parser.exit(2, f"{options.folder}: expected files of JSON lines that run.py wrote, found none\n")
     options.to.mkdir(parents=True, exist_ok=True)
+    parts = sections(records)
+    results = {name: evaluated(own) for name, own in parts.items()}
     figures: dict[str, list[str]] = {}
     if not options.no_figures:
         import pictures  # needs matplotlib
 
-        for name, own in sections(records).items():
-            figures[name] = pictures.draw(evaluated(own)[0], own[0]["title"], options.to, name)
+        for name, own in parts.items():
+            figures[name] = pictures.draw(results[name][0], own[0]["title"], options.to, name)
     command = f"python examples/experiments/tables.py {options.folder} --to {options.to}"
-    text = page(records, options.within, command, figures)
+    text = page(parts, results, options.within, command, figures)
     (options.to / "tables.md").write_text(text, encoding="utf-8")
     print(text)
 
