@@ -61,6 +61,7 @@ policy = {{ kind = "uniform", sampler = "systematic", ratio = 0.25, scores = "st
 end_ratio = 0.75
 warmup = 0.25
 interleave = 3
+distill = 0.5
 
 [variants."fewer"]
 equal = "flops"

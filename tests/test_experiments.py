@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+import fx_approx
+
 from .experiment_setup import EXPERIMENTS, TINY, idx, imported
 
 
@@ -188,6 +190,11 @@ def test_fine_tuning_begins_with_the_weights_of_another_configuration(
     with pytest.raises(SystemExit):
         scripts.run.main([*arguments, "--only", "exact"])
     assert "expected the weights of 'exact', seed 0, of tiny" in capsys.readouterr().err
+    # What a budget chooses depends on them, what it saves and costs likewise.
+    budget = "variants.exact={policy={kind='flops', budget=0.7, minimal_k=4, granularity=4}}"
+    with pytest.raises(SystemExit):
+        scripts.run.main([*arguments, "--only", "exact", "--report", "--set", budget])
+    assert capsys.readouterr().err.startswith("fine.toml: start: expected the weights of 'exact'")
     (before,) = runner("exact")
     scripts.run.main([*arguments, "--only", "exact"])
     (after,) = scripts.records.read(tmp_path / "out" / "fine.jsonl")
@@ -240,17 +247,36 @@ def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
     scripts: SimpleNamespace, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Any] = []
-    transform = scripts.variants.approximate
-    monkeypatch.setattr(
-        scripts.variants,
-        "approximate",
-        lambda model, policy, *rest: (given.append(policy), transform(model, policy, *rest))[1],
-    )
+    trained: list[torch.Tensor] = []
+    measure, step, transform = fx_approx.measure_sensitivity, scripts.training.Run.step, scripts.variants.approximate
+
+    def measured(model: torch.nn.Module, batches: Any, *rest: Any, **options: Any) -> Any:
+        before, random = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+        found = measure(model, batches, *rest, **options)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        given.extend((batches, found))
+        return found
+
+    def approximate(model: torch.nn.Module, policy: Any, *rest: Any) -> Any:
+        given.append(policy)
+        return transform(model, policy, *rest)
+
+    def trains(run: Any, x: torch.Tensor, *rest: Any) -> Any:
+        trained.append(x)
+        return step(run, x, *rest)
+
+    monkeypatch.setattr(fx_approx, "measure_sensitivity", measured)
+    monkeypatch.setattr(scripts.variants, "approximate", approximate)
+    monkeypatch.setattr(scripts.training.Run, "step", trains)
     policy = "{kind='flops', budget=0.7, minimal_k=4, granularity=4}"
     (run,) = runner("moving", more=[f"--set=variants.moving={{policy={policy}, sensitivity=2}}"])
-    errors = given[-1].sensitivity.errors
-    assert set(errors) == {"fc1", "fc2"} and all(0 < error < 4 for error in errors.values())
-    assert 0.5 < run["flops"] / run["exact_flops"] < 0.75 and run["options"]["sensitivity"] == 2
+    batches, found, chosen = given
+    assert chosen.sensitivity is found and run["errors"] == found.errors and set(found.errors) == {"fc1", "fc2"}
+    assert len(batches) == 2 and all(torch.equal(x, y) for (x, _), y in zip(batches, trained[-24:], strict=False))
+    # Each of two batches: an exact step, and one for each of the two layers, that count like exact ones.
+    assert run["prepared"]["flops"] == 2 * 3 * run["exact_flops"] / 24
+    assert run["flops"] == run["prepared"]["flops"] + 24 * run["step_flops"]["sampled"]
 
 
 # ---- configuration
@@ -291,6 +317,10 @@ def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
             "variants.'exact'.distill: expected 0 without interleave, whose exact steps teach",
         ),
         ("variants.moving.sensitivity=2", "'moving'.sensitivity: expected 0 without a budget for all layers, got 2"),
+        (
+            "variants.exact={policy={kind='flops', budget=0.7, minimal_k=4, granularity=4}, sensitivity=9}",
+            "'exact': sensitivity: expected at most the 6 batches of an epoch, got 9",
+        ),
         ("variants.exact.frozen=['x.*']", "variants.'exact': frozen: expected a glob on parameters such as"),
         ("variants.fewer.frozen=['fc1.*']", "variants.'fewer'.frozen: expected none beside equal, got"),
         ("seeds=[1, 1]", "seeds: expected different integers of 0 or more, got [1, 1]"),

@@ -137,7 +137,9 @@ class Variant:
         rate: Factor on the learning rate.
         distill: Share of soft labels in the loss of a step after an exact one: it has the exact one's batch again, and
             what the exact network answered.
-        sensitivity: Batches that a budget's errors are measured on before the training; 0: they are predicted.
+            An exact step that ends an epoch teaches none.
+        sensitivity: Batches that a budget's errors are measured on before the training, in single precision, with the
+            weights that it begins with; 0: they are predicted.
         frozen: Globs on parameters that are not trained, which fine-tuning may leave as they are.
         equal: A baseline that is trained exactly and costs what the variant ``to`` does, in ``flops`` or ``time``.
         to: See ``equal``.
@@ -179,15 +181,11 @@ class Variant:
             expect(name, getattr(self, name), "more than 0", getattr(self, name) > 0)
         one_of("along", self.along, ("linear", "cosine"))
         expect("distill", self.distill, "a share in [0, 1]", 0 <= self.distill <= 1)
-        expect(
-            "distill",
-            self.distill,
-            "0 without interleave, whose exact steps teach",
-            self.interleave or not self.distill,
-        )
+        teaches = self.interleave > 0 or not self.distill
+        expect("distill", self.distill, "0 without interleave, whose exact steps teach", teaches)
         expect("sensitivity", self.sensitivity, "0 or more", self.sensitivity >= 0)
-        budget = self.policy.get("kind") in ("flops", "time", "memory", "error") and not self.exact
-        expect("sensitivity", self.sensitivity, "0 without a budget for all layers", budget or not self.sensitivity)
+        measurable = self.budgeted and not self.exact
+        expect("sensitivity", self.sensitivity, "0 without a budget for all layers", measurable or not self.sensitivity)
         if self.equal:
             one_of("equal", self.equal, ("flops", "time"))
             one_of("by", self.by, ("epochs", "width"))
@@ -204,6 +202,11 @@ class Variant:
         expect("preserve", self.preserve, "false beside interleave", not (self.preserve and self.interleave))
         if not self.policy and (self.exact or self.tail or self.warmup or self.interleave or self.end_ratio):
             raise ValueError("policy: expected one beside exact, tail, warmup, interleave or end_ratio, got none")
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether its policy is a budget, whose plan depends on the weights."""
+        return self.policy.get("kind") in ("flops", "time", "memory")
 
 
 _LATER = ("preserve", "frozen", "distill", "sensitivity")

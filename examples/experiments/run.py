@@ -103,6 +103,8 @@ class Experiment:
     def _named(self, name: str) -> Iterator[None]:
         try:
             yield
+        except ConfigError:
+            raise
         except ValueError as error:  # a budget that cannot be met, a width that is not there
             raise ConfigError(f"{self.config.path.name}: variants.{name!r}: {error}") from error
 
@@ -204,14 +206,18 @@ class Experiment:
         return costs.exact_flops(self.network, self.source.classes, *self.example, width)
 
     def _run(self, name: str, seed: int, budget: Budget) -> Run:
-        # What is measured on a model, and so what it costs, depends on its weights.
-        weights = self._weights(seed) if self.config.variants[name].sensitivity else None
-        return Run(self.config, name, seed, self.source, self.network, self.settings, budget, weights)
+        return Run(
+            self.config, name, seed, self.source, self.network, self.settings, budget, self._deciding(name, seed)
+        )
+
+    def _deciding(self, name: str, seed: int) -> dict[str, torch.Tensor] | None:
+        """The weights that the plan of a variant, and so its cost, depends on."""
+        return self._weights(seed) if name and self.config.variants[name].budgeted else None
 
     def _total_flops(self, name: str, seed: int) -> float:
         run = self._run(name, seed, self.budget(name, seed))
         run.count()
-        return sum(run.flops[phase] * count for phase, count in run.phases.counts.items())
+        return run.prepared["flops"] + sum(run.flops[phase] * count for phase, count in run.phases.counts.items())
 
     def _seconds(self, name: str) -> float:
         """Of a whole training of ``name``, from the times of its steps."""
@@ -230,7 +236,8 @@ class Experiment:
             found = self.records.load(key, "seconds")
             if found is None:
                 settings = dataclasses.replace(self.settings, probe=max(20, self.settings.probe))
-                run = Run(config, name, 0, self.source, self.network, settings, budget)
+                weights = self._deciding(name, 0)
+                run = Run(config, name, 0, self.source, self.network, settings, budget, weights)
                 run.measure(count=False)
                 found = {phase: quartiles[1] for phase, quartiles in run.seconds.items()}
                 self.records.save(key, found, "seconds")

@@ -88,7 +88,7 @@ def levelled(records: Sequence[Record]) -> list[Record]:
     """
     exact: dict[str, list[float]] = {}
     for record in records:
-        if not record["options"]["policy"] and _kind(record["options"]) == "exact":
+        if not record["diverged"] and not record["options"]["policy"] and _kind(record["options"]) == "exact":
             exact.setdefault(processor(record), []).append(record["seconds"])
     unit = {place: statistics.mean(seconds) for place, seconds in exact.items()}
     first = next(iter(unit.values()), 1.0)

@@ -122,9 +122,9 @@ class Run:
         if x.dim() == 4:
             model = model.to(memory_format=torch.channels_last)
         policy = variants.policy_of(config, name, settings.compile)
+        self.prepared, self.errors = {"seconds": 0.0, "flops": 0.0}, {}
         if self.variant.sensitivity:
-            batches = itertools.islice(source.epoch(seed, 0, self.training.batch), self.variant.sensitivity)
-            policy = variants.measured(policy, model, list(batches))
+            policy = self._with_sensitivity(policy, model, network)
         self.model = variants.approximate(model, policy, x, self.variant, seed)
         self.sampled = policy is not None
         self.layers = sum(bool(row.samples) for row in fx_approx.report(self.model).rows) if self.sampled else 0
@@ -143,6 +143,18 @@ class Run:
         self.warm_seconds = 0.0
 
     # ---- before the training
+
+    def _with_sensitivity(self, policy: Any, model: nn.Module, network: Network) -> Any:
+        count = self.variant.sensitivity
+        expect("sensitivity", count, f"at most the {self.per_epoch} batches of an epoch", count <= self.per_epoch)
+        start = self.settings.now()
+        batches = list(itertools.islice(self.source.epoch(self.seed, 0, self.training.batch), count))
+        policy, steps = variants.with_sensitivity(policy, model, batches, self.training.label_smoothing)
+        self.errors = dict(policy.sensitivity.errors)
+        x, y = self.example
+        each, _ = costs.exact_flops(network, self.source.classes, x, y, self.budget.width)
+        self.prepared = {"seconds": self.settings.now() - start, "flops": steps * each}
+        return policy
 
     def measure(self, count: bool = True) -> None:
         """Counts and times a step of each phase, and compiles on the way; everything is as before afterwards."""
@@ -188,7 +200,7 @@ class Run:
         """Trains from the last checkpoint, or the beginning, to the end; returns what is to be recorded."""
         warnings.filterwarnings("ignore", category=fx_approx.StaleStatisticsWarning)  # both figures are recorded
         self.measure()
-        state = records.load(key) or {"step": 0, "seconds": 0.0, "flops": 0.0, "epochs": [], "diverged": False}
+        state = records.load(key) or {"step": 0, **self.prepared, "epochs": [], "diverged": False}
         if state["step"]:
             self._resume(state)
         if self.device.type == "cuda":
@@ -343,4 +355,6 @@ class Run:
             "parameters": sum(one.numel() for one in self.model.parameters()),
             "peak_memory": torch.cuda.max_memory_allocated(self.device) if cuda else None,
             "sampled_layers": self.layers,
+            "prepared": self.prepared,
+            "errors": self.errors,
         }

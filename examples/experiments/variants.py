@@ -16,7 +16,6 @@ import fx_approx
 from fx_approx import schedules
 from fx_approx.policies import (
     Auto,
-    ErrorBudget,
     Exact,
     FlopBudget,
     MemoryBudget,
@@ -37,20 +36,7 @@ POLICIES: dict[str, Callable[..., Any]] = {
     "flops": FlopBudget,
     "time": TimeBudget,
     "memory": MemoryBudget,
-    "error": ErrorBudget,
 }
-
-
-def measured(policy: Any, model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Any:
-    """The budget ``policy`` with errors measured on ``batches`` of images and labels."""
-    fields = ("sampler", "scores", "share", "minimal_k", "granularity", "keep_first", "keep_last")
-    options = {field: getattr(policy, field) for field in fields}
-
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return costs.loss_of(model(batch[0]), batch[1])
-
-    found = fx_approx.measure_sensitivity(model, batches, loss, batches[0][0], **options)
-    return dataclasses.replace(policy, sensitivity=found)
 
 
 _ALWAYS = 2**31 - 1
@@ -80,6 +66,23 @@ def policy_of(config: Config, name: str, compiled: bool = False) -> Any:
     if variant.exact:
         policy = Override(dict.fromkeys(variant.exact, Exact()), policy)
     return policy
+
+
+def with_sensitivity(
+    policy: Any, model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], smoothing: float
+) -> tuple[Any, int]:
+    """The budget ``policy`` with errors measured on ``batches``, and the exact steps that this took at most."""
+    fields = ("sampler", "scores", "share", "minimal_k", "granularity", "keep_first", "keep_last")
+    steps = 0
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        nonlocal steps
+        steps += 1
+        return costs.loss_of(model(batch[0]), batch[1], smoothing)
+
+    options = {field: getattr(policy, field) for field in fields}
+    found = fx_approx.measure_sensitivity(model, batches, loss, batches[0][0], **options)
+    return dataclasses.replace(policy, sensitivity=found), steps
 
 
 def schedule_of(config: Config, name: str, steps: int) -> schedules.Schedule | None:
