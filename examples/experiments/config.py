@@ -136,8 +136,7 @@ class Variant:
         demand: Compute only what will be read.
         rate: Factor on the learning rate.
         distill: Share of soft labels in the loss of a step after an exact one: it has the exact one's batch again, and
-            what the exact network answered.
-            An exact step that ends an epoch teaches none.
+            what the exact network answered. An exact step that ends an epoch teaches none.
         sensitivity: Batches that a budget's errors are measured on before the training, in single precision, with the
             weights that it begins with; 0: they are predicted.
         frozen: Globs on parameters that are not trained, which fine-tuning may leave as they are.

@@ -88,7 +88,7 @@ def levelled(records: Sequence[Record]) -> list[Record]:
     """
     exact: dict[str, list[float]] = {}
     for record in records:
-        if not record["diverged"] and not record["options"]["policy"] and _kind(record["options"]) == "exact":
+        if not record["diverged"] and _kind(record["options"]) == "exact":
             exact.setdefault(processor(record), []).append(record["seconds"])
     unit = {place: statistics.mean(seconds) for place, seconds in exact.items()}
     first = next(iter(unit.values()), 1.0)
@@ -124,7 +124,7 @@ def _summary(name: str, runs: Sequence[Record]) -> Summary:
     memory = [run["peak_memory"] for run in runs if run["peak_memory"]]
     return Summary(
         variant=name,
-        kind="sampled" if options["policy"] else _kind(options),
+        kind=_kind(options),
         accuracies={run["seed"]: accuracy(run) for run in ended},
         diverged=len(runs) - len(ended),
         as_trained=tuple(run["final"]["accuracy"] for run in ended),
@@ -141,6 +141,8 @@ def _summary(name: str, runs: Sequence[Record]) -> Summary:
 
 
 def _kind(options: Mapping[str, Any]) -> str:
+    if options["policy"]:
+        return "sampled"
     if options.get("frozen"):
         return "frozen"
     if options["by"] == "width" or options["width"] != 1:

@@ -38,7 +38,6 @@ POLICIES: dict[str, Callable[..., Any]] = {
     "memory": MemoryBudget,
 }
 
-
 _ALWAYS = 2**31 - 1
 
 PLANNED, EXACT = "sampled", "exact"
