@@ -42,5 +42,5 @@ def test_advice(capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(namespace["steps"]):
         ratios.append(max(scheduler.get_last_ratio().values()))
         scheduler.step()
-    assert ratios == [1.0] * 50 + [0.65] * 930 + [1.0] * 20
+    assert ratios == [1.0] * 50 + [0.5] * 930 + [1.0] * 20
     assert sum(bool(row.samples) for row in fx_approx.report(approx).rows) == 0  # the tail is exact
