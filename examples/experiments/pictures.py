@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,9 +12,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from summaries import Summary, front
 
+_PALE = "#c8c8c8"
+_COLOURS = [to_hex(plt.get_cmap("tab20")(place)) for place in range(20) if place not in (14, 15)]  # greys
 _MARKERS = {"exact": "*", "epochs": "s", "width": "D", "frozen": "^", "sampled": "o"}
 _KINDS = {
     "exact": "exact",
@@ -25,8 +28,11 @@ _KINDS = {
 }
 
 
+_NAMED = 16  # as many variants have a colour and a name each; of more, those on a front
+
+
 def draw(found: Sequence[Summary], title: str, folder: Path, name: str) -> list[str]:
-    """Writes the figures; returns their file names."""
+    """Writes the figures; returns their file names. Of many variants those off the fronts are pale, told by kind."""
     exact = next((one for one in found if one.kind == "exact"), None)
     whole = exact.seconds if exact is not None else 1.0
     unit = "of exact" if exact is not None else "in seconds"
@@ -41,12 +47,15 @@ def draw(found: Sequence[Summary], title: str, folder: Path, name: str) -> list[
         axes.set_xlabel(label)
         files.append(_written(plot, axes, folder, f"{name}-{kind}.png"))
     plot, axes = _axes(title)
-    for place, one in enumerate(found):
+    colours = _colours(found, costs["time"][1])
+    for one in found:
         if one.curve:
             _, seconds, reached = zip(*one.curve, strict=True)
-            line = {"color": "black", "linewidth": 2.2} if one.kind == "exact" else {"color": _colour(place)}
+            colour = colours.get(one.variant, _PALE)
+            width = {"black": 2.2, _PALE: 0.8}.get(colour, 1.5)
             style = "--" if one.kind in ("epochs", "width") else "-"
-            axes.plot([s / whole for s in seconds], reached, style, label=one.variant, **line)
+            label = one.variant if one.variant in colours else f"others, {_KINDS[one.kind]}"
+            axes.plot([s / whole for s in seconds], reached, style, label=label, color=colour, linewidth=width)
     ends = [one.mean for one in found if one.mean is not None]
     curves = [reached for one in found for _, _, reached in one.curve]
     if ends:
@@ -58,34 +67,45 @@ def draw(found: Sequence[Summary], title: str, folder: Path, name: str) -> list[
     return files
 
 
-def _points(axes: Axes, found: Sequence[Summary], cost: dict[str, float]) -> None:
+def _fronts(found: Sequence[Summary], cost: Mapping[str, float]) -> tuple[list[tuple[float, float]], ...]:
+    """The front of all, and that of exact trainings."""
     there = {one.variant: (cost[one.variant], one.mean) for one in found if one.mean is not None}
-    for place, one in enumerate(found):
+    exact = {one.variant: there[one.variant] for one in found if one.variant in there and one.kind != "sampled"}
+    return tuple([points[name] for name in front(points)] for points in (there, exact))
+
+
+def _colours(found: Sequence[Summary], cost: Mapping[str, float]) -> dict[str, str]:
+    """Colours by variant, of those that have one."""
+    first = next((one.variant for one in found if one.kind == "exact"), None)
+    named = [one for one in found if one.mean is not None or one.curve]
+    if len(named) > _NAMED:
+        best = {point for points in _fronts(found, cost) for point in points}
+        named = [one for one in named if one.variant == first or (cost[one.variant], one.mean) in best]
+    return {
+        one.variant: "black" if one.kind == "exact" else _COLOURS[place % len(_COLOURS)]
+        for place, one in enumerate(named)
+    }
+
+
+def _points(axes: Axes, found: Sequence[Summary], cost: Mapping[str, float]) -> None:
+    colours = _colours(found, cost)
+    for one in found:
         if one.mean is not None:
-            colour = "black" if one.kind == "exact" else _colour(place)
+            there = one.variant in colours
             axes.errorbar(
                 cost[one.variant],
                 one.mean,
                 yerr=one.deviation or 0.0,
                 fmt=_MARKERS[one.kind],
-                color=colour,
-                markersize=13 if one.kind == "exact" else 8,
+                color=colours.get(one.variant, _PALE),
+                markersize=(13 if one.kind == "exact" else 8) if there else 6,
                 capsize=2,
-                label=one.variant,
+                zorder=2 if there else 1,
+                label=one.variant if there else f"others, {_KINDS[one.kind]}",
             )
-    best = [there[name] for name in front(there)]
-    axes.step(*zip(*best, strict=True), where="post", color="0.6", linewidth=1, zorder=0, label="front")
-    baselines = {name: there[name] for name in there if next(o for o in found if o.variant == name).kind != "sampled"}
-    if baselines:
-        exact = [there[name] for name in front(baselines)]
-        axes.step(
-            *zip(*exact, strict=True),
-            where="post",
-            color="0.6",
-            linestyle=":",
-            zorder=0,
-            label="front without sampling",
-        )
+    for points, style, label in zip(_fronts(found, cost), "-:", ("front", "front without sampling"), strict=True):
+        if points:
+            axes.step(*zip(*points, strict=True), style, where="post", color="0.6", linewidth=1, zorder=0, label=label)
 
 
 def _axes(title: str) -> tuple[Figure, Axes]:
@@ -96,12 +116,13 @@ def _axes(title: str) -> tuple[Figure, Axes]:
     return plot, axes
 
 
-def _colour(place: int) -> tuple[float, ...]:
-    return tuple(plt.get_cmap("tab20")(place % 20))
-
-
 def _written(plot: Figure, axes: Axes, folder: Path, name: str) -> str:
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    shown = [textwrap.fill(label, 45) for label in once]
+    lines = sum(1.5 + label.count("\n") for label in shown)
+    plot.set_size_inches(9.6, max(5.0, 0.155 * lines))
+    axes.legend(once.values(), shown, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
     plot.savefig(folder / name, dpi=110)
     plt.close(plot)
     return name
