@@ -201,3 +201,31 @@ def test_a_frozen_network_is_a_rival_and_not_what_all_are_compared_with(
     assert [(one.variant, one.kind) for one in found] == [("exact", "exact"), ("head alone", "frozen")]
     (row,) = [line for line in tables.table(found, 0.5, {}).splitlines() if "head alone" in line]
     assert "-20.00" in row
+
+
+def test_figures_of_many_variants_name_those_on_the_fronts_and_have_room_for_the_names(
+    tables: ModuleType, summaries: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    pictures = importlib.import_module("pictures")
+    policy = {"kind": "paper"}
+    long = "best of its operations, of a name that takes two lines"
+    best = [record(f"{long}, {n}", 0, [10, 60 + n], 0.3 + n / 50, 3 + n / 9) for n in range(20)]
+    worse = [record(f"worse {n}", 0, [10, 20 + n], 0.9, 12.0, policy=policy) for n in range(18)]
+    fewer = record("fewer", 0, [10, 30], 0.9, 12.0, by="epochs", equal="flops", to="worse 1")
+    found = summaries.summarised([record("exact", 0, [50, 90], 1.0, 10.0), *best, *worse, fewer])
+    drawn: list[Any] = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    pictures.draw(found, "X", tmp_path, "x")
+    monkeypatch.undo()
+    assert len(drawn) == 3
+    for figure in drawn:
+        legend = figure.axes[0].get_legend()
+        names = [text.get_text().replace("\n", " ") for text in legend.get_texts()]
+        named = {"exact", *(one["variant"] for one in best), "others, sampled", "others, exact, fewer epochs"}
+        assert named == set(names) - {"front", "front without sampling"}
+        assert len(names) == len(set(names))
+        figure.canvas.draw()
+        box = legend.get_window_extent()
+        assert box.y0 >= 0 and box.y1 <= figure.bbox.y1 and box.x1 <= figure.bbox.x1 + 1
+        plt.close(figure)
