@@ -26,8 +26,6 @@ _KINDS = {
     "frozen": "exact, in part frozen",
     "sampled": "sampled",
 }
-
-
 _NAMED = 16  # as many variants have a colour and a name each; of more, those on a front
 
 
@@ -51,11 +49,9 @@ def draw(found: Sequence[Summary], title: str, folder: Path, name: str) -> list[
     for one in found:
         if one.curve:
             _, seconds, reached = zip(*one.curve, strict=True)
-            colour = colours.get(one.variant, _PALE)
-            width = {"black": 2.2, _PALE: 0.8}.get(colour, 1.5)
             style = "--" if one.kind in ("epochs", "width") else "-"
-            label = one.variant if one.variant in colours else f"others, {_KINDS[one.kind]}"
-            axes.plot([s / whole for s in seconds], reached, style, label=label, color=colour, linewidth=width)
+            width = 0.8 if one.variant not in colours else 2.2 if one.kind == "exact" else 1.5
+            axes.plot([s / whole for s in seconds], reached, style, linewidth=width, **_look(one, colours))
     ends = [one.mean for one in found if one.mean is not None]
     curves = [reached for one in found for _, _, reached in one.curve]
     if ends:
@@ -67,28 +63,35 @@ def draw(found: Sequence[Summary], title: str, folder: Path, name: str) -> list[
     return files
 
 
-def _fronts(found: Sequence[Summary], cost: Mapping[str, float]) -> tuple[list[tuple[float, float]], ...]:
-    """The front of all, and that of exact trainings."""
+def _fronts(found: Sequence[Summary], cost: Mapping[str, float]) -> dict[str, list[str]]:
+    """The variants that no other beats: of all, and of exact trainings."""
     there = {one.variant: (cost[one.variant], one.mean) for one in found if one.mean is not None}
     exact = {one.variant: there[one.variant] for one in found if one.variant in there and one.kind != "sampled"}
-    return tuple([points[name] for name in front(points)] for points in (there, exact))
+    return {"front": front(there), "front without sampling": front(exact)}
 
 
 def _colours(found: Sequence[Summary], cost: Mapping[str, float]) -> dict[str, str]:
     """Colours by variant, of those that have one."""
-    first = next((one.variant for one in found if one.kind == "exact"), None)
     named = [one for one in found if one.mean is not None or one.curve]
     if len(named) > _NAMED:
-        best = {point for points in _fronts(found, cost) for point in points}
-        named = [one for one in named if one.variant == first or (cost[one.variant], one.mean) in best]
+        first = [one.variant for one in named if one.kind == "exact"][:1]
+        best = {*first, *(name for names in _fronts(found, cost).values() for name in names)}
+        named = [one for one in named if one.variant in best]
     return {
         one.variant: "black" if one.kind == "exact" else _COLOURS[place % len(_COLOURS)]
         for place, one in enumerate(named)
     }
 
 
+def _look(one: Summary, colours: Mapping[str, str]) -> dict[str, str]:
+    if one.variant in colours:
+        return {"color": colours[one.variant], "label": one.variant}
+    return {"color": _PALE, "label": f"others, {_KINDS[one.kind]}"}
+
+
 def _points(axes: Axes, found: Sequence[Summary], cost: Mapping[str, float]) -> None:
     colours = _colours(found, cost)
+    means = {one.variant: one.mean for one in found}
     for one in found:
         if one.mean is not None:
             there = one.variant in colours
@@ -97,15 +100,15 @@ def _points(axes: Axes, found: Sequence[Summary], cost: Mapping[str, float]) -> 
                 one.mean,
                 yerr=one.deviation or 0.0,
                 fmt=_MARKERS[one.kind],
-                color=colours.get(one.variant, _PALE),
                 markersize=(13 if one.kind == "exact" else 8) if there else 6,
                 capsize=2,
                 zorder=2 if there else 1,
-                label=one.variant if there else f"others, {_KINDS[one.kind]}",
+                **_look(one, colours),
             )
-    for points, style, label in zip(_fronts(found, cost), "-:", ("front", "front without sampling"), strict=True):
-        if points:
-            axes.step(*zip(*points, strict=True), style, where="post", color="0.6", linewidth=1, zorder=0, label=label)
+    for (label, names), style in zip(_fronts(found, cost).items(), "-:", strict=True):
+        if names:
+            points = zip(*((cost[name], means[name]) for name in names), strict=True)
+            axes.step(*points, style, where="post", color="0.6", linewidth=1, zorder=0, label=label)
 
 
 def _axes(title: str) -> tuple[Figure, Axes]:
