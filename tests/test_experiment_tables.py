@@ -43,7 +43,17 @@ def record(variant: str, seed: int, values: Sequence[float], share: float, secon
         }
         for place, value in enumerate(values)
     ]
-    plain = {"policy": {}, "tail": 0.0, "by": "", "to": "", "equal": "", "epochs": 1.0, "width": 1.0, "frozen": []}
+    plain = {
+        "policy": {},
+        "tail": 0.0,
+        "by": "",
+        "to": "",
+        "equal": "",
+        "epochs": 1.0,
+        "width": 1.0,
+        "frozen": [],
+        "rate": 1.0,
+    }
     return {
         "config": "x",
         "setting": "s",
@@ -104,7 +114,7 @@ def test_runs_of_an_earlier_configuration_do_not_count(summaries: ModuleType) ->
     assert found.accuracies == {0: 95.0}
 
 
-def test_times_of_two_machines_are_told_by_exact_training_on_each(summaries: ModuleType) -> None:
+def test_times_of_two_machines_are_told_by_exact_training_on_each(tables: ModuleType, summaries: ModuleType) -> None:
     part = {"policy": {"kind": "paper"}, "tail": 0.2}
     slow = [record("exact", 1, (88, 92), 1.0, 30.0), record("tail", 1, (82, 92), 0.5, 15.0, **part)]
     unknown = record("tail", 2, (82, 92), 0.5, 8.0, **part)
@@ -114,7 +124,26 @@ def test_times_of_two_machines_are_told_by_exact_training_on_each(summaries: Mod
     exact, tail = summaries.summarised([*fast, *slow])
     assert exact.seconds == pytest.approx(10.0) and tail.seconds == pytest.approx((4.0 + 5.0) / 2)
     assert tail.curve[0][1] == pytest.approx((4.0 + 5.0) / 4)
-    assert summaries.summarised([*fast, unknown])[1].seconds == pytest.approx((4.0 + 8.0) / 2)
+    # A machine without an exact run has times that nothing can be compared with.
+    mixed, alone = (summaries.summarised([*runs, unknown])[1] for runs in (fast, fast[:1]))
+    assert (mixed.time, mixed.curve[0][1]) == (4.0, 2.0) and mixed.accuracies.keys() == {0, 2}
+    assert alone.time is None and alone.accuracies == {2: 92} and summaries.time_to(alone, 80) is None
+    (row,) = [
+        line
+        for line in tables.table(summaries.summarised([*fast[:1], unknown]), 0.5, {}).splitlines()
+        if "tail" in line
+    ]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        "tail",
+        "1",
+        "92.00",
+        "+2.00",
+        "92.00",
+        "50.0",
+        "–",
+        "–",
+        "–",
+    ]
 
 
 def test_costs_of_steps_belong_to_a_variant_as_it_was_trained(tables: ModuleType, summaries: ModuleType) -> None:
@@ -157,6 +186,91 @@ def test_costs_of_steps_belong_to_a_variant_as_it_was_trained(tables: ModuleType
     assert timed["narrow"].seconds == pytest.approx(8 / 1.5) and timed["exact"].seconds == 8.0
     assert tables.quicker(found["moving"], None) == "3.00 [2.90, 3.20]; 2.50 [2.40, 2.70]"
     assert tables.quicker(None, 1.234) == "1.23" and tables.quicker(None, None) == "–"
+
+
+def test_what_is_compared_has_the_same_learning_rate(tables: ModuleType, summaries: ModuleType) -> None:
+    policy = {"kind": "paper"}
+    fewer = {"equal": "flops", "by": "epochs", "to": "tail"}
+    runs = [
+        record("exact", 0, (80, 90), 1.0, 10.0),
+        record("exact, fast", 0, (85, 93), 1.0, 12.0, rate=4.0),
+        record("tail", 0, (70, 88), 0.5, 5.0, policy=policy, tail=0.2),
+        record("tail, fast", 0, (75, 92), 0.5, 6.0, policy=policy, tail=0.2, rate=4.0),
+        record("tail, fast", 1, (75, 91), 0.5, 6.0, policy=policy, tail=0.2, rate=4.0),
+        record("tail, slow", 0, (50, 60), 0.5, 5.0, policy=policy, tail=0.2, rate=0.5),
+        record("fewer", 0, (60, 80), 0.5, 5.0, **fewer),
+        record("fewer, fast", 0, (60, 87), 0.5, 5.0, **fewer, rate=4.0),
+        record("fewer, faster", 0, (60, 86), 0.5, 5.0, **fewer, rate=8.0),
+    ]
+    step = {"speedup": [1.9, 2.0, 2.1], "peak_bytes": 60, "gradient_bytes": 50}
+    exact = {"speedup": [1, 1, 1], "peak_bytes": 100, "gradient_bytes": 100}
+    cost = {
+        "options": {one["variant"]: one["options"] for one in runs if one["variant"] in ("exact", "tail")},
+        "costs": {
+            "exact training": {"exact": exact},
+            "exact": {"exact": exact},
+            "tail": {"exact": exact, **{"sampled": step}},
+        },
+    }
+    for run in runs:
+        if run["options"]["policy"]:
+            run["phases"] = {"sampled": 2}
+    found, measured = summaries.evaluated([*runs, cost])
+    assert [line.split() for line in lines_of(tables.rivals(found))] == [
+        ["tail", "88.00", "exact,_fewer_epochs", "FLOPs", "80.00", "8.00"],
+        ["tail,_fast", "91.50_±_0.71", "exact,_fewer_epochs", "FLOPs", "87.00", "5.00"],
+    ]
+    # Exact training takes as long at each rate, and so does what was measured at one of them.
+    assert {"tail", "tail, fast", "tail, slow"} <= measured.keys()
+    assert {one.variant: one.time for one in found if one.kind != "epochs"} == {
+        "exact": 10.0,
+        "exact, fast": 10.0,
+        "tail": 5.0,
+        "tail, fast": 5.0,
+        "tail, slow": 5.0,
+    }
+    differences = {line.split()[0]: line.split()[3] for line in lines_of(tables.table(found, 0.5, measured))}
+    assert differences["tail"] == "-2.00" and differences["tail,_fast"] == "-1.50"
+    assert differences["tail,_slow"] == "-30.00" and differences["fewer,_faster"] == "-4.00"
+    assert [line.split() for line in lines_of(tables.rates(found))] == [
+        ["exact", "100.0", "–", "90.00_(1)", "93.00_(1)", "–"],
+        ["tail,_slow", "50.0", "60.00_(1)", "88.00_(1)", "91.50_±_0.71_(2)", "–"],
+        ["fewer", "50.0", "–", "80.00_(1)", "87.00_(1)", "86.00_(1)"],
+    ]
+    assert tables.rates(summaries.summarised(by_hand())) == ""
+
+
+def lines_of(table: str) -> list[str]:
+    """The rows below the head, cells without inner blanks."""
+    rows = [[cell.strip().replace(" ", "_") for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return [" ".join(row) for row in rows[2:]]
+
+
+def test_sampled_gradients_leave_the_statistics_exact(summaries: ModuleType) -> None:
+    runs = [
+        record(kind, 0, (50, 60), 0.7, 5.0, policy={"kind": kind}, final={"recalibrated": 70.0})
+        for kind in ("backward", "weight_gradient", "straight")
+    ]
+    for run in runs:
+        run["epochs"][0]["recalibrated"] = 55.0
+    found = {one.variant: one for one in summaries.summarised(runs)}
+    assert {name: one.mean for name, one in found.items()} == {"backward": 60, "weight_gradient": 60, "straight": 70}
+    assert [found[kind].curve[0][2] for kind in ("backward", "straight")] == [50, 55]
+    assert found["backward"].flops == pytest.approx(0.7) and found["straight"].flops == pytest.approx(0.75)
+
+
+def test_a_training_too_short_to_learn_has_its_losses_in_the_table_and_no_figures(
+    tables: ModuleType, tmp_path: Path
+) -> None:
+    run = record("exact", 0, (10,), 1.0, 10.0)
+    run["epochs"][0].update(first_loss=7.25, last_loss=6.5)
+    run["warm_seconds"] = 31.6
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "x.jsonl").write_text(json.dumps(run) + "\n")
+    tables.main([str(tmp_path), "--to", str(tmp_path / "to")])
+    (row,) = [line for line in (tmp_path / "to" / "tables.md").read_text().splitlines() if line.startswith("| exact")]
+    assert row.split()[-4:-1] == ["7.25", "to", "6.50"] and " 32 " in row
+    assert not list((tmp_path / "to").glob("*.png"))
 
 
 def test_the_front_of_points(summaries: ModuleType) -> None:

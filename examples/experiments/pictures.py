@@ -36,7 +36,10 @@ def draw(found: Sequence[Summary], title: str, folder: Path, name: str) -> list[
     unit = "of exact" if exact is not None else "in seconds"
     costs = {
         "flops": ("FLOPs of the training, % of exact", {one.variant: 100 * one.flops for one in found}),
-        "time": (f"time of the training, {unit}", {one.variant: one.seconds / whole for one in found}),
+        "time": (
+            f"time of the training, {unit}",
+            {one.variant: one.time / whole for one in found if one.time is not None},
+        ),
     }
     files = []
     for kind, (label, cost) in costs.items():
@@ -47,7 +50,7 @@ def draw(found: Sequence[Summary], title: str, folder: Path, name: str) -> list[
     plot, axes = _axes(title)
     colours = _colours(found, costs["time"][1])
     for one in found:
-        if one.curve:
+        if one.curve and one.timed:
             _, seconds, reached = zip(*one.curve, strict=True)
             style = "--" if one.kind in ("epochs", "width") else "-"
             width = 0.8 if one.variant not in colours else 2.2 if one.kind == "exact" else 1.5
@@ -63,9 +66,13 @@ def draw(found: Sequence[Summary], title: str, folder: Path, name: str) -> list[
     return files
 
 
+def _placed(one: Summary, cost: Mapping[str, float]) -> bool:
+    return one.mean is not None and one.variant in cost
+
+
 def _fronts(found: Sequence[Summary], cost: Mapping[str, float]) -> dict[str, list[str]]:
     """The variants that no other beats: of all, and of exact trainings."""
-    there = {one.variant: (cost[one.variant], one.mean) for one in found if one.mean is not None}
+    there = {one.variant: (cost[one.variant], one.mean) for one in found if _placed(one, cost)}
     exact = {one.variant: there[one.variant] for one in found if one.variant in there and one.kind != "sampled"}
     return {"front": front(there), "front without sampling": front(exact)}
 
@@ -93,7 +100,7 @@ def _points(axes: Axes, found: Sequence[Summary], cost: Mapping[str, float]) -> 
     colours = _colours(found, cost)
     means = {one.variant: one.mean for one in found}
     for one in found:
-        if one.mean is not None:
+        if _placed(one, cost):
             there = one.variant in colours
             axes.errorbar(
                 cost[one.variant],

@@ -1,14 +1,16 @@
 """What the runs of a variant came to, together: accuracy, operations, time; and what its steps cost.
 
-Accuracy is that of the last epoch. Of a run that ends with sampled steps in a network with BatchNorm it is that after
-re-estimating the statistics on 20 exact batches, whose FLOPs count. Means are over seeds, with the standard deviation.
-What steps cost is what ``run.py --costs`` measured, of each variant beside exact training: medians, and quartiles.
-Where it did, the time of a training is that of its steps by these medians, and not the seconds that the run took.
+Accuracy is that of the last epoch. Of a run that ends with sampled steps, in the forward pass of a network with
+BatchNorm, it is that after re-estimating the statistics on 20 exact batches, whose FLOPs count. Means are over seeds,
+with the standard deviation. What steps cost is what ``run.py --costs`` measured, of each variant beside exact training:
+medians, and quartiles; it is the same at each learning rate. Where it did, the time of a training is that of its steps
+by these medians, and not the seconds that the run took. A run on a machine that made no exact run has no time else.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,6 +18,9 @@ from typing import Any
 from records import slug
 
 Record = Mapping[str, Any]
+
+_EXACT_FORWARD = ("backward", "weight_gradient")
+"""Policies that sample gradients alone: BatchNorm sees what it would see in exact training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +34,12 @@ class Summary:
         diverged: Runs that did.
         as_trained: Accuracies before statistics are re-estimated.
         flops: Share of the exact training's, mean.
-        seconds: Of training, mean.
+        seconds: Of training, mean. Compiling is not in it.
+        timed: Whether the seconds may be compared with those of exact training.
+        warm: Seconds of compiling, of first steps and of those that were timed before the training, mean.
         speedup: Time of an exact step over that of a sampled one, medians of steps in turn in one run; None if unknown.
         curve: At each epoch: share of FLOPs, seconds, accuracy; means over the runs.
+        losses: Of the training, means of the first and of the last steps of all; None where they were not recorded.
         memory: Peak bytes on the device, mean; None if unknown.
         steps: Of each phase, as shares of the steps of exact training.
         to: Whose cost a baseline has.
@@ -53,6 +61,19 @@ class Summary:
     to: str = ""
     equal: str = ""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    timed: bool = True
+    warm: float | None = None
+    losses: tuple[float, float] | None = None
+
+    @property
+    def time(self) -> float | None:
+        """Seconds of training, None if they cannot be compared."""
+        return self.seconds if self.timed else None
+
+    @property
+    def rate(self) -> float:
+        """Factor on the learning rate."""
+        return float(self.options.get("rate", 1.0))
 
     @property
     def mean(self) -> float | None:
@@ -65,10 +86,15 @@ class Summary:
         return statistics.stdev(self.accuracies.values()) if len(self.accuracies) > 1 else None
 
 
+def _sampled_forward(options: Mapping[str, Any]) -> bool:
+    policy = options["policy"]
+    return bool(policy) and policy.get("kind") not in _EXACT_FORWARD
+
+
 def mended(record: Record) -> bool:
-    """Whether the accuracy of the run is the one after re-estimating statistics: it ends with sampled steps."""
+    """Whether the accuracy of a run is that after re-estimating statistics: the last forward passes are sampled."""
     options = record["options"]
-    return bool(options["policy"]) and not options["tail"] and record["final"].get("recalibrated") is not None
+    return _sampled_forward(options) and not options["tail"] and record["final"].get("recalibrated") is not None
 
 
 def accuracy(record: Record) -> float:
@@ -84,7 +110,7 @@ def processor(record: Record) -> str:
 def levelled(records: Sequence[Record]) -> list[Record]:
     """``records`` with the seconds of each machine in those of the first: exact training takes as long on both.
 
-    Runs on a machine without exact ones stay as they are.
+    Each says whether it is ``timed``: runs on a machine without exact ones stay as they are, and are not.
     """
     exact: dict[str, list[float]] = {}
     for record in records:
@@ -96,7 +122,8 @@ def levelled(records: Sequence[Record]) -> list[Record]:
     for record in records:
         factor = first / unit.get(processor(record), first)
         epochs = [{**one, "seconds": factor * one["seconds"]} for one in record["epochs"]]
-        made.append({**record, "seconds": factor * record["seconds"], "epochs": epochs})
+        timed = not unit or processor(record) in unit
+        made.append({**record, "seconds": factor * record["seconds"], "epochs": epochs, "timed": timed})
     return made
 
 
@@ -122,6 +149,9 @@ def _summary(name: str, runs: Sequence[Record]) -> Summary:
         if {"exact", "sampled"} <= run["step_ms"].keys()
     ]
     memory = [run["peak_memory"] for run in runs if run["peak_memory"]]
+    warm = [run["warm_seconds"] for run in runs if "warm_seconds" in run]
+    losses = [(run["epochs"][0]["first_loss"], run["epochs"][-1]["last_loss"]) for run in ended if _has_losses(run)]
+    clocked = [run for run in ended or runs if run["timed"]]
     return Summary(
         variant=name,
         kind=_kind(options),
@@ -129,7 +159,7 @@ def _summary(name: str, runs: Sequence[Record]) -> Summary:
         diverged=len(runs) - len(ended),
         as_trained=tuple(run["final"]["accuracy"] for run in ended),
         flops=statistics.mean(shares),
-        seconds=statistics.mean(run["seconds"] for run in ended or runs),
+        seconds=statistics.mean(run["seconds"] for run in clocked or ended or runs),
         speedup=statistics.median(speedups) if speedups else None,
         curve=tuple(_curve(ended)),
         memory=statistics.mean(memory) if memory else None,
@@ -137,7 +167,14 @@ def _summary(name: str, runs: Sequence[Record]) -> Summary:
         to=options["to"],
         equal=options["equal"],
         options=options,
+        timed=bool(clocked),
+        warm=statistics.mean(warm) if warm else None,
+        losses=(statistics.mean(a for a, _ in losses), statistics.mean(b for _, b in losses)) if losses else None,
     )
+
+
+def _has_losses(run: Record) -> bool:
+    return "first_loss" in run["epochs"][0]
 
 
 def _kind(options: Mapping[str, Any]) -> str:
@@ -152,17 +189,38 @@ def _kind(options: Mapping[str, Any]) -> str:
 
 def _curve(runs: Sequence[Record]) -> Iterable[tuple[float, float, float]]:
     for entries in zip(*(run["epochs"] for run in runs), strict=False):
-        own = [one.get("recalibrated", one["accuracy"]) for one in entries]
+        mend = _sampled_forward(runs[0]["options"])
+        own = [one.get("recalibrated", one["accuracy"]) if mend else one["accuracy"] for one in entries]
         shares = [one["flops"] / run["exact_flops"] for one, run in zip(entries, runs, strict=True)]
         last = entries[0] is runs[0]["epochs"][-1]
         # The curve ends where the table says.
         mean = statistics.mean(map(accuracy, runs) if last else own)
-        yield statistics.mean(shares), statistics.mean(one["seconds"] for one in entries), mean
+        clocked = [one["seconds"] for one, run in zip(entries, runs, strict=True) if run["timed"]]
+        seconds = statistics.mean(clocked or [one["seconds"] for one in entries])
+        yield statistics.mean(shares), seconds, mean
 
 
 def time_to(summary: Summary, goal: float) -> float | None:
-    """Seconds of training until the mean accuracy at the end of an epoch is ``goal``; None if it never is."""
+    """Seconds of training until the mean accuracy at the end of an epoch is ``goal``; None if never, or untimed."""
+    if not summary.timed:
+        return None
     return next((seconds for _, seconds, reached in summary.curve if reached >= goal), None)
+
+
+def exact_beside(found: Sequence[Summary], one: Summary) -> Summary | None:
+    """The exact training that ``one`` is compared with: at its learning rate, or else the first; None without any."""
+    exact = [other for other in found if other.kind == "exact" and other.mean is not None]
+    return next((other for other in exact if other.rate == one.rate), exact[0] if exact else None)
+
+
+def alike(options: Mapping[str, Any]) -> str:
+    """The same for all options that differ in the learning rate alone."""
+    return json.dumps({**options, "rate": 1.0}, sort_keys=True)
+
+
+def at_rate(found: Sequence[Summary], one: Summary, rate: float) -> Summary | None:
+    """What ``one`` is at another learning rate, None if that was not run."""
+    return next((other for other in found if other.rate == rate and alike(other.options) == alike(one.options)), None)
 
 
 def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
@@ -192,14 +250,16 @@ class Cost:
 
 
 def costs_of(records: Iterable[Record], found: Sequence[Summary]) -> dict[str, Cost]:
-    """By variant, from the last measurement of each as it was configured in its runs."""
+    """By variant, from the last measurement of each as it was configured in its runs, at whatever learning rate."""
     made = {}
     for record in records:
         exact = record["costs"]["exact training"]["exact"]
+        names = {alike(options): name for name, options in record["options"].items()}
         for one in found:
-            phases = record["costs"].get(one.variant)
-            if phases is None or record["options"][one.variant] != one.options:
+            name = one.variant if one.variant in record["options"] else names.get(alike(one.options))
+            if name not in record["costs"] or alike(record["options"][name]) != alike(one.options):
                 continue
+            phases = record["costs"][name]
             each = {"exact": exact, **phases}
             if not one.steps.keys() <= each.keys():
                 continue
@@ -221,16 +281,21 @@ def evaluated(records: Sequence[Record]) -> tuple[list[Summary], dict[str, Cost]
 
 
 def retimed(found: Sequence[Summary], measured: Mapping[str, Cost]) -> list[Summary]:
-    """With the times that the costs of steps give, where they are known: runs beside others slow one another down."""
+    """With the times that the costs of steps give, where they are known: runs beside others slow one another down.
+
+    Exact training takes as long at each learning rate.
+    """
     exact = next((one for one in found if one.kind == "exact"), None)
     if exact is None:
         return list(found)
     made = []
     for one in found:
         cost = measured.get(one.variant)
-        factor = 1.0 if cost is None else cost.time * exact.seconds / one.seconds
-        curve = tuple((share, factor * seconds, reached) for share, seconds, reached in one.curve)
-        made.append(dataclasses.replace(one, seconds=factor * one.seconds, curve=curve))
+        share = 1.0 if one.kind == "exact" else None if cost is None else cost.time
+        factor = 1.0 if share is None else share * exact.seconds / one.seconds
+        curve = tuple((part, factor * seconds, reached) for part, seconds, reached in one.curve)
+        timed = one.timed or share is not None
+        made.append(dataclasses.replace(one, seconds=factor * one.seconds, curve=curve, timed=timed))
     return made
 
 

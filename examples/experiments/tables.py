@@ -17,8 +17,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from records import read
-from summaries import Cost, Record, Summary, evaluated, processor, sections, time_to, trained
+from summaries import (
+    Cost,
+    Record,
+    Summary,
+    alike,
+    at_rate,
+    evaluated,
+    exact_beside,
+    processor,
+    sections,
+    time_to,
+    trained,
+)
 from tabulate import tabulate
+
+_NOTES = """*To exact*, and times to exact's accuracy, are of exact training at the same learning rate where it was run,
+else of the first one. *Time* is of the training alone: *compiling*, with the first steps and those that were timed,
+comes before it."""
 
 
 def quicker(cost: Cost | None, fallback: float | None) -> str:
@@ -42,14 +58,15 @@ def spread(values: Sequence[float]) -> str:
 
 
 def table(found: Sequence[Summary], within: float, measured: Mapping[str, Cost]) -> str:
-    """All variants as a table in markdown."""
-    exact = next((one for one in found if one.kind == "exact" and one.mean is not None), None)
-    goal = None if exact is None else exact.mean
+    """All variants as a table in markdown, each beside the exact training at its learning rate, if there is one."""
     rows = []
     for one in found:
-        share = None if exact is None else one.seconds / exact.seconds
+        exact = exact_beside(found, one)
+        goal = None if exact is None else exact.mean
+        share = None if exact is None or one.time is None else one.time / exact.seconds
         cost = measured.get(one.variant)
         times = [None if goal is None else time_to(one, goal - less) for less in (0.0, within)]
+        brief = one.losses is not None and len(one.curve) == 1  # all that so short a training has to show
         rows.append(
             [
                 one.variant,
@@ -59,11 +76,13 @@ def table(found: Sequence[Summary], within: float, measured: Mapping[str, Cost])
                 spread(one.as_trained),
                 figure(100 * one.flops, ".1f"),
                 figure(share),
+                figure(one.warm, ".0f"),
                 quicker(cost, one.speedup),
                 *(figure(None if t is None or exact is None else t / exact.seconds) for t in times),
                 figure(None if one.memory is None else one.memory / 2**20, ".0f"),
                 figure(None if cost is None else 100 * cost.memory, ".0f"),
                 figure(None if cost is None else 100 * cost.traffic, ".0f"),
+                "{:.2f} to {:.2f}".format(*one.losses) if brief else figure(None),
             ]
         )
     heads = [
@@ -74,12 +93,14 @@ def table(found: Sequence[Summary], within: float, measured: Mapping[str, Cost])
         "as trained %",
         "FLOPs % of exact",
         "time / exact",
+        "compiling, s",
         "exact step / this step",
         "time to exact's accuracy",
         f"to {within:g} pp less",
         "peak MiB",
         "peak memory of this step, %",
         "gradient bytes, %",
+        "loss, first to last steps",
     ]
     kept = [place for place in range(len(heads)) if any(row[place] != "–" for row in rows)]
     cells = [[row[place] for place in kept] for row in rows]
@@ -87,12 +108,18 @@ def table(found: Sequence[Summary], within: float, measured: Mapping[str, Cost])
 
 
 def rivals(found: Sequence[Summary]) -> str:
-    """What exact baselines of equal cost reach beside the variants whose cost they have; empty if there are none."""
+    """What exact baselines of equal cost reach beside the variants whose cost they have; empty if there are none.
+
+    A baseline at another learning rate stands beside its variant at that rate.
+    """
     named = {one.variant: one for one in found}
     rows = []
     for one in found:
         other = named.get(one.to)
         if not one.equal or other is None:
+            continue
+        other = at_rate(found, other, one.rate)
+        if other is None:
             continue
         seeds = sorted(one.accuracies.keys() & other.accuracies.keys())
         gains = [other.accuracies[seed] - one.accuracies[seed] for seed in seeds]
@@ -107,6 +134,25 @@ def rivals(found: Sequence[Summary]) -> str:
             ]
         )
     heads = ["variant", "accuracy %", "rival", "of equal", "accuracy %", "variant − rival, pp (by seed)"]
+    return tabulate(rows, heads, tablefmt="pipe", disable_numparse=True) if rows else ""
+
+
+def rates(found: Sequence[Summary]) -> str:
+    """Accuracies by learning rate, seeds in brackets; empty where no variant had a second one."""
+    columns = sorted({one.rate for one in found})
+    groups: dict[str, dict[float, Summary]] = {}
+    for one in found:
+        groups.setdefault(alike(one.options), {})[one.rate] = one
+    rows = []
+    for own in groups.values():
+        if own.keys() != {1.0}:
+            first = own[min(own)]
+            cells = [
+                f"{spread(list(own[r].accuracies.values()))} ({len(own[r].accuracies)})" if r in own else "–"
+                for r in columns
+            ]
+            rows.append([first.variant, figure(100 * first.flops, ".1f"), *cells])
+    heads = ["variant", "FLOPs % of exact", *(f"{rate:g} times the rate" for rate in columns)]
     return tabulate(rows, heads, tablefmt="pipe", disable_numparse=True) if rows else ""
 
 
@@ -136,14 +182,12 @@ def page(
     figures: Mapping[str, Sequence[str]],
 ) -> str:
     """All experiments in markdown, each with its ``results``."""
-    lines = ["# Experiments", "", f"Made by `{command}` from the JSON lines that `run.py` wrote.", ""]
+    lines = ["# Experiments", "", f"Made by `{command}` from the JSON lines that `run.py` wrote.", "", _NOTES, ""]
     for name, own in parts.items():
         runs = trained(own)
         found, measured = results[name]
         lines += [f"## {runs[0]['title']}", "", described(runs), "", table(found, within, measured), ""]
-        against = rivals(found)
-        if against:
-            lines += [against, ""]
+        lines += [line for text in (rivals(found), rates(found)) if text for line in (text, "")]
         lines += [f"![{runs[0]['title']}]({picture})" for picture in figures.get(name, ())] + [""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -156,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--within", type=float, default=0.5, metavar="PP", help="also time to so much less (0.5)")
     parser.add_argument("--no-figures", action="store_true", help="tables only")
     options = parser.parse_args(arguments)
-    records = [record for path in sorted(options.folder.glob("*.jsonl")) for record in read(path)]
+    records = [record for path in sorted(options.folder.rglob("*.jsonl")) for record in read(path)]
     if not records:
         parser.exit(2, f"{options.folder}: expected files of JSON lines that run.py wrote, found none\n")
     options.to.mkdir(parents=True, exist_ok=True)
@@ -167,6 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import pictures  # needs matplotlib
 
         for name, own in parts.items():
+            if max(len(run["epochs"]) for run in trained(own)) == 1:
+                continue  # nothing was learnt yet
             figures[name] = pictures.draw(results[name][0], own[0]["title"], options.to, name)
     command = f"python examples/experiments/tables.py {options.folder} --to {options.to}"
     text = page(parts, results, options.within, command, figures)
