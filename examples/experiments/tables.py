@@ -65,8 +65,8 @@ def table(found: Sequence[Summary], within: float, measured: Mapping[str, Cost])
         goal = None if exact is None else exact.mean
         share = None if exact is None or one.time is None else one.time / exact.seconds
         cost = measured.get(one.variant)
-        times = [None if goal is None else time_to(one, goal - less) for less in (0.0, within)]
-        brief = one.losses is not None and len(one.curve) == 1  # all that so short a training has to show
+        brief = one.losses is not None and len(one.curve) == 1  # too short to be about accuracy
+        times = [None if goal is None or brief else time_to(one, goal - less) for less in (0.0, within)]
         rows.append(
             [
                 one.variant,
