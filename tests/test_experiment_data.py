@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,3 +143,17 @@ def test_a_schedule_stretches_over_the_training(scripts: SimpleNamespace) -> Non
     falling = dataclasses.replace(training, schedule="trapezoid", warmup=0.2, milestones=(0.6,))
     rates = [scripts.costs.rate_at(falling, step, 10) for step in range(10)]
     assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+def test_a_package_that_is_missing_is_a_message(
+    scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cifar10").mkdir()
+    for name in ("train_1.webp", "labels.npz"):
+        (tmp_path / "cifar10" / name).touch()
+    for name in ("PIL", "PIL.Image", "safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(scripts.config.ConfigError, match=r"^this needs pillow: pip install pillow \("):
+        scripts.images.read(tmp_path, "cifar10")
+    with pytest.raises(scripts.config.ConfigError, match=r"^this needs safetensors: pip install safetensors \("):
+        scripts.config.imported("safetensors.torch", "safetensors")

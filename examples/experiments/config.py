@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,18 @@ def expect(name: str, value: Any, right: str, holds: bool) -> None:
 def one_of(name: str, value: Any, known: Sequence[str]) -> None:
     """ValueError unless ``value`` is one of ``known``."""
     expect(name, value, f"one of {', '.join(known)}", value in known)
+
+
+def imported(module: str, package: str) -> Any:
+    """A module that only some of the data and networks need.
+
+    Raises:
+        ConfigError: It is not installed; says how to get it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"this needs {package}: pip install {package} ({error})") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ stores MNIST, Fashion-MNIST or CIFAR-10 in any of the known layouts in one file,
 
 from __future__ import annotations
 
-import importlib
 import pickle
 import runpy
 import sys
@@ -18,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from config import ConfigError, Data
+from config import ConfigError, Data, imported
 from torch import Tensor
 
 Batch = tuple[Tensor, Tensor]
@@ -179,7 +178,7 @@ def _mosaics(place: Path) -> Arrays | None:
     """Pictures of 100 x 100 images, lossless, and ``labels.npz``."""
     if not ((place / "train_1.webp").is_file() and (place / "labels.npz").is_file()):
         return None
-    image = importlib.import_module("PIL.Image")
+    image = imported("PIL.Image", "pillow")
 
     def opened(name: str) -> np.ndarray:
         with image.open(place / f"{name}.webp") as picture:

