@@ -156,4 +156,4 @@ def test_a_package_that_is_missing_is_a_message(
     with pytest.raises(scripts.config.ConfigError, match=r"^this needs pillow: pip install pillow \("):
         scripts.images.read(tmp_path, "cifar10")
     with pytest.raises(scripts.config.ConfigError, match=r"^this needs safetensors: pip install safetensors \("):
-        scripts.config.imported("safetensors.torch", "safetensors")
+        scripts.minilm._weights.__wrapped__()

