@@ -11,7 +11,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile -
 unexport PYTHONDONTWRITEBYTECODE
 DEPENDENCIES := pyproject.toml constraints.txt
 # One thread a worker: the test processes share the cores.
-PYTEST := OMP_NUM_THREADS=1 $(TEST_VENV)/bin/pytest --numprocesses $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 FX_APPROX_TEST_INSTALLED=1 $(TEST_VENV)/bin/pytest --numprocesses $(JOBS)
 # multinode.py needs root, and an hour.
 BENCHMARKS := $(filter-out benchmarks/multinode.py, $(wildcard benchmarks/[!_]*.py))
 
@@ -73,7 +73,7 @@ lint: wheel ## ruff, mypy on the installed wheel, length of the files
 	$(TEST_VENV)/bin/ruff format --check .
 	cd $(TEST_VENV) && bin/mypy --strict --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p fx_approx
 	@git ls-files --cached --others --exclude-standard '*.py' | xargs wc -l \
-	  | awk '$$2 != "total" && $$1 > 400 { print $$2 ": " $$1 " lines, more than 400"; bad = 1 } END { exit bad }'
+	  | awk '$$2 != "total" && $$1 > 600 { print $$2 ": " $$1 " lines, more than 600"; bad = 1 } END { exit bad }'
 
 clean: ## remove environments, caches and builds
 	rm -rf $(VENV) $(TEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

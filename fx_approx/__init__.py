@@ -5,6 +5,12 @@ approx = torch.compile(approx)
 print(fx_approx.report(approx))               # what each layer saves, and why the others were left exact
 """
 
+from pathlib import Path
+
+# In a source checkout passes/ and policies/ stand beside this folder; an installed package has them inside.
+if not (Path(__file__).parent / "passes").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
+
 from fx_approx import distributed
 from fx_approx.api import explain, report, restore, transform
 from fx_approx.candidate import Candidate, GemmShape, Role

@@ -16,7 +16,7 @@ import pytest
 import fx_approx
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-MAX_LINES = 400
+MAX_LINES = 600
 
 _REPORTS = {"report", "rows", "demand_report", "tables", "noise", "noise_report", "figures", "coupling"}
 
