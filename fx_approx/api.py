@@ -89,7 +89,7 @@ def _transform(
     view: Callable[[], Whole] | None = None,
 ) -> M:
     root, prepared = prepared_root
-    plan = decide(prepared.candidates, Paper() if policy is None else policy, view)
+    plan = decide(prepared.candidates, Paper() if policy is None else policy, view, prepared.called is not None)
     runtime = install(root, prepared, plan, seed, every, demand)
     for part in prepared.captured.opaque:
         hint = "" if part.path else ". Where torch.compile can capture it: backend=fx_approx.backend(policy)"
@@ -117,7 +117,7 @@ def explain(
     check_model(model)
     root, prepared = _prepare(model, example_inputs)
     view = functools.partial(_view, model, example_inputs, (root, prepared), demand)
-    plan = decide(prepared.candidates, Paper() if policy is None else policy, view)
+    plan = decide(prepared.candidates, Paper() if policy is None else policy, view, prepared.called is not None)
     return Explanation(plan, prepared.predicted(root, type(model).__name__, plan, demand))
 
 
@@ -126,7 +126,7 @@ def view_of(model: nn.Module, policy: Policy, example_inputs: Any, demand: bool 
     check_model(model)
     prepared = _prepare(model, example_inputs)
     view = _view(model, example_inputs, prepared, demand)
-    return view, decide(prepared[1].candidates, policy, lambda: view)
+    return view, decide(prepared[1].candidates, policy, lambda: view, prepared[1].called is not None)
 
 
 def _view(model: nn.Module, example_inputs: Any, prepared: tuple[nn.Module, Prepared], demand: bool) -> Whole:

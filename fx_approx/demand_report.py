@@ -128,6 +128,8 @@ class Memory:
 def memory(effects: Effects, counts: Counts, products: Mapping[str, Product]) -> Memory | None:
     """Bytes that a training step keeps for backward, exact and now, and what it moves; None if shapes are not known.
 
+    Where the run on fake tensors stopped, of the operations before that.
+
     The exact step is known from a run on fake tensors: which pieces of memory autograd keeps for which operation, each
     counted once. Those that hold channels shrink with what is demanded of them; a slice of a weight, a gathered input
     and the indices of a selection are new ones. Not known: autocast; what a part that is not traced would keep if the

@@ -25,7 +25,6 @@ from fx_approx.checks import check_model, check_seed
 from fx_approx.controls import load_sampler_state, sampler_state
 from fx_approx.dynamo_frame import Frame, Known, current_frame
 from fx_approx.dynamo_run import CompiledGraph, left_exact
-from fx_approx.errors import ShapesNeededError
 from fx_approx.lifted import Lift, higher_order, lift, place_of
 from fx_approx.ops import find_op
 from fx_approx.passes import check_policy, decide
@@ -239,11 +238,7 @@ class Backend:
         frame.guard(filter(None, (place_of(frame, one.owner) for one in prepared.found)))
         if not any(lifted.root.get_submodule(one.owner).training for one in prepared.found):
             return None
-        try:
-            plan = self._plan(prepared, lifted.root)
-        except ShapesNeededError as error:
-            left_exact(str(error))
-            return None
+        plan = self._plan(prepared, lifted.root)
         return _Graph(lifted, prepared, plan, tuple(self._numbers[root.module] for root in frame.roots))
 
     def _seed_of(self, key: _Key) -> int:

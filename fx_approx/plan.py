@@ -152,7 +152,11 @@ class Policy(Protocol):
 
     @property
     def needs_shapes(self) -> bool:
-        """Whether :meth:`decide` reads ``candidate.facts``, so that example inputs must be given."""
+        """Whether :meth:`decide` reads ``candidate.facts``, so that example inputs must be given.
+
+        Even then the facts of a layer are None where the run on fake tensors does not get to it: one that is not
+        called, or that stands behind a branch on values. Such a layer shares its selection with no other.
+        """
         ...
 
     def decide(self, candidates: Sequence[Candidate]) -> Sequence[Decision]:

@@ -247,7 +247,7 @@ def build_report(
         rows.append(row)
         products[site.candidate.name] = product
     known = [row for row in rows if row.exact is not None and row.executed is not None]
-    found = memory(effects, counts, products)
+    found = memory(effects, counts, products) if effects.values is not None and effects.values.whole else None
     totals = Totals(
         exact=sum((row.exact for row in known if row.exact), RoleFlops()),
         executed=sum((row.executed for row in known if row.executed), RoleFlops()),

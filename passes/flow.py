@@ -64,6 +64,7 @@ class Values:
         storages: The pieces of memory that a value lies in; views share that of what they show.
         saved: The pieces of memory that autograd keeps for the node, parameters and buffers left out.
         bytes: Of each piece of memory.
+        whole: The run came to its end; else nothing is known of the values behind the place where it stopped.
     """
 
     shapes: Mapping[str, Shape | list[Shape]]
@@ -71,6 +72,7 @@ class Values:
     storages: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     saved: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     bytes: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    whole: bool = True
 
     def of(self, node: Any) -> Shape | None:
         """The shape of a tensor, None for anything else."""

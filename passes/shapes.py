@@ -39,7 +39,7 @@ class Shapes:
         facts: By candidate name.
         blocked: Reasons that only shapes show.
         stopped: What stopped the propagation, if anything.
-        values: Of all values of the graph; None if it was not run to its end.
+        values: Of the values of the graph, up to where the run stopped; None without a graph.
     """
 
     facts: dict[str, ProductFacts]
@@ -84,13 +84,12 @@ def propagate(
                 _run(fake, captured, recorder, fake_args, fake_kwargs)
             except _UNKNOWABLE as error:
                 message = str(error).strip().split("\n")[0]
-                return Shapes(recorder.facts, recorder.blocked, f"{type(error).__name__}: {message}")
+                return recorder.shapes(f"{type(error).__name__}: {message}")
             except ValueError as error:
                 if not silenced:
                     raise
-                stopped = f"without the hooks of {', '.join(silenced)} it does not run: {error}"
-                return Shapes(recorder.facts, recorder.blocked, stopped)
-    return Shapes(recorder.facts, recorder.blocked, values=recorder.values)
+                return recorder.shapes(f"without the hooks of {', '.join(silenced)} it does not run: {error}")
+    return recorder.shapes()
 
 
 def _without_user_hooks(fake: nn.Module) -> list[str]:
@@ -242,11 +241,12 @@ class _Recorder:
         places = [place for leaf in leaves if (place := self.storages.number(leaf)) is not None]
         self._places[node.name] = tuple(dict.fromkeys(places))
 
-    @property
-    def values(self) -> Values | None:
-        """All that was recorded; None without a graph."""
-        found = self.storages
-        return Values(self._shapes, self._bytes, self._places, found.saved, found.bytes) if self._shapes else None
+    def shapes(self, stopped: str | None = None) -> Shapes:
+        """All that was recorded, up to where the run ``stopped``."""
+        found, values = self.storages, None
+        if self._shapes:
+            values = Values(self._shapes, self._bytes, self._places, found.saved, found.bytes, stopped is None)
+        return Shapes(self.facts, self.blocked, stopped, values)
 
     def at(self, node: fx.Node) -> Found | None:
         """The candidate that ``node`` itself is (a part that is not traced holds several, and is none)."""
