@@ -9,12 +9,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from fx_approx._compat import Moved
 from fx_approx.batchnorm import note_fresh, warn_if_stale
 from fx_approx.print_passes import passes_text
 from fx_approx.runtime import Runtime
 
 
-class ApproxModule(nn.Module):
+class ApproxModule(Moved):
     """Base of a transformed model, in front of the user's own class: ``isinstance`` and methods keep working."""
 
     _fx_approx: Runtime
@@ -35,11 +36,10 @@ class ApproxModule(nn.Module):
         """
         print(passes_text(self._fx_approx.stages, whole))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ApproxModule:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+    def _fx_approx_move(self, fn: Callable[[Tensor], Tensor], usual: Callable[[], object]) -> None:
+        usual()
         if "_fx_approx" in vars(self):
-            self._fx_approx._apply(fn)
-        return self
+            self._fx_approx.move(fn)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ApproxModule:
         new = type(self).__new__(type(self))

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from fx_approx._compat import BatchNormBase
 from fx_approx.errors import StaleStatisticsWarning
 
 ENOUGH_EXACT_BATCHES = 20
@@ -36,9 +36,9 @@ class SamplingState(Protocol):
         ...
 
 
-def tracked(model: nn.Module) -> list[_BatchNorm]:
+def tracked(model: nn.Module) -> list[BatchNormBase]:
     """The BatchNorm layers of ``model`` that keep running statistics."""
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    return [m for m in model.modules() if isinstance(m, BatchNormBase) and m.running_mean is not None]
 
 
 def batches_seen(model: nn.Module) -> int:
@@ -119,7 +119,7 @@ def reestimate(model: nn.Module, batches: Iterable[Any]) -> int:
 
 
 @contextlib.contextmanager
-def _restored_on_error(layers: list[_BatchNorm]) -> Iterator[None]:
+def _restored_on_error(layers: list[BatchNormBase]) -> Iterator[None]:
     saved: list[tuple[Tensor, Tensor]] = [
         (buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)
     ]
@@ -132,7 +132,7 @@ def _restored_on_error(layers: list[_BatchNorm]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _only_training(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
+def _only_training(model: nn.Module, layers: list[BatchNormBase]) -> Iterator[None]:
     """Training mode for ``layers`` alone; flags and momenta come back at the end."""
     flags = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum) for layer in layers]

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fx_approx._compat import HOOKS, buffers_of, children_of, parameters_of, tree_leaves, tree_map_only
 from fx_approx.errors import CaptureError
-from fx_approx.tracer import HOOKS, LeafTracer, Opaque, describe
+from fx_approx.tracer import LeafTracer, Opaque, describe
 from fx_approx.watch import Reads, containers, random_state, set_random_state
 
 _ENTRY = "_fx_approx_entry"
@@ -112,7 +113,7 @@ def skeleton(model: nn.Module) -> nn.Module:
             for container in containers(value, seen):
                 elements = container.values() if isinstance(container, dict) else container
                 memo.update((id(t), t) for t in elements if isinstance(t, torch.Tensor))
-        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+        for value in (*parameters_of(module).values(), *buffers_of(module).values(), *vars(module).values()):
             if isinstance(value, torch.Tensor):
                 memo[id(value)] = value
                 if value.grad is not None and value.is_leaf:
@@ -185,7 +186,7 @@ class TensorSpec:
 
 def described(value: Any) -> Any:
     """``value`` with a :class:`TensorSpec` in place of every tensor."""
-    return torch.utils._pytree.tree_map_only(
+    return tree_map_only(
         torch.Tensor,
         lambda t: TensorSpec(tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad),
         value,
@@ -193,7 +194,7 @@ def described(value: Any) -> Any:
 
 
 def _has_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, torch.Tensor) for leaf in torch.utils._pytree.tree_leaves(value))
+    return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
 
 
 def capture(root: nn.Module, form: CallForm) -> Capture:
@@ -225,7 +226,7 @@ def _alike(constants: Mapping[str, torch.Tensor], others: Mapping[str, torch.Ten
 @contextlib.contextmanager
 def _kept_attributes(root: nn.Module) -> Iterator[None]:
     """Restores every module's attributes: a forward may store a Proxy in one, and fx adds constants."""
-    before = [(module, dict(vars(module)), dict(module._buffers), dict(module._modules)) for module in root.modules()]
+    before = [(m, dict(vars(m)), dict(buffers_of(m)), dict(children_of(m))) for m in root.modules()]
     seen: set[int] = set()
     filled = [
         (container, copy.copy(container))
@@ -242,10 +243,10 @@ def _kept_attributes(root: nn.Module) -> Iterator[None]:
         for module, attributes, buffers, modules in before:
             vars(module).clear()
             vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            module._modules.clear()
-            module._modules.update(modules)
+            buffers_of(module).clear()
+            buffers_of(module).update(buffers)
+            children_of(module).clear()
+            children_of(module).update(modules)
 
 
 def _trace(

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from fx_approx._compat import BatchNormBase, buffers_of, check_input_dim, parameters_of
 from fx_approx.modules import become, is_swapped
 from fx_approx.ops import gather, tapped_relu
 from fx_approx.sampling import Selection
 
 
-class _NarrowBatchNorm(_BatchNorm):
+class _NarrowBatchNorm(BatchNormBase):
     """Normalises the channels that are there; the running statistics of the others stay as they are.
 
     The momentum is that of the exact layer. Without one (``momentum=None``, a plain average over all batches) the
@@ -26,8 +25,7 @@ class _NarrowBatchNorm(_BatchNorm):
         """``input`` is ``[N, k, ...]``; ``chosen`` ``[1, k]`` of the layer's channels, None for all."""
         if chosen is None:
             return super().forward(input)
-        check: Callable[[Tensor], None] = self._check_input_dim
-        check(input)
+        check_input_dim(self, input)
         index = chosen.indices[0]
         weight, bias = (None if t is None else gather(t, 0, index) for t in (self.weight, self.bias))
         mean, variance = self.running_mean, self.running_var
@@ -71,8 +69,8 @@ class NarrowSyncBatchNorm(nn.SyncBatchNorm):
         if chosen is None:
             return super().forward(input)
         index = chosen.indices[0]
-        own = {name: gather(p, 0, index) for name, p in self._parameters.items() if p is not None}
-        running = {n: b for n, b in self._buffers.items() if b is not None and b.dim() == 1}
+        own = {name: gather(p, 0, index) for name, p in parameters_of(self).items() if p is not None}
+        running = {n: b for n, b in buffers_of(self).items() if b is not None and b.dim() == 1}
         kept = {name: buffer.index_select(0, index) for name, buffer in running.items()}
         result: Tensor = torch.func.functional_call(self, {**own, **kept}, (input,))
         with torch.no_grad():

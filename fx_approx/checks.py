@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fx_approx._compat import buffers_of, is_compiled, parameters_of, tree_leaves
 from fx_approx.approx import ApproxModule
 from fx_approx.errors import AlreadyTransformedError, CaptureError
 from fx_approx.modules import SampledLayer
@@ -35,7 +36,7 @@ def check_model(model: Any) -> None:
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise CaptureError(f"model: {name}{where} is scripted; transform the Python module")
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+        if is_compiled(module):
             raise CaptureError(f"model: {name}{where} is compiled; transform first, then torch.compile")
         if type(module).__name__ in _WRAPPERS:
             raise CaptureError(f"model: {name}{where} is wrapped for parallel training; transform first, then wrap")
@@ -51,7 +52,7 @@ def check_model(model: Any) -> None:
 
 
 def _uninitialised(module: nn.Module) -> bool:
-    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    own = [t for t in (*parameters_of(module).values(), *buffers_of(module).values()) if t is not None]
     return any(nn.parameter.is_lazy(tensor) for tensor in own)
 
 
@@ -78,7 +79,7 @@ def check_inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...]
             f"{type(example_inputs).__name__}"
         )
     devices = {parameter.device for parameter in model.parameters()}
-    for leaf in torch.utils._pytree.tree_leaves((args, dict(kwargs))):
+    for leaf in tree_leaves((args, dict(kwargs))):
         if isinstance(leaf, Tensor) and len(devices) == 1 and leaf.device not in devices:
             raise ValueError(f"example_inputs: a tensor is on {leaf.device}, the model on {next(iter(devices))}")
     return args, kwargs

@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fx_approx
+from fx_approx._compat import FakeTensorMode
 from fx_approx.plan import Policy
 from fx_approx.policies import parse_policy
 from fx_approx.report import SavingsReport

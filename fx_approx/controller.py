@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fx_approx._compat import tree_leaves, tree_map_only
 from fx_approx.approx import ApproxModule, find
 from fx_approx.controls import set_each
 from fx_approx.gradients import Loss, sampled_gradient
@@ -140,7 +140,7 @@ class AdaptiveRatios:
         self._loss, self._log = loss, log
         self._steps = 0
         self.position = self._nearest()
-        self._apply()
+        self._put()
 
     @property
     def last(self) -> int:
@@ -179,7 +179,7 @@ class AdaptiveRatios:
         self.position = self._moved()
         record = self.history[-1] = dataclasses.replace(self.history[-1], moved_to=self.position)
         if self.position != before:
-            self._apply()
+            self._put()
         if self._log is not None:
             ratios = self.ratios(self.position)
             values = {
@@ -245,7 +245,7 @@ class AdaptiveRatios:
 
         return min(range(self.last + 1), key=distance)
 
-    def _apply(self) -> None:
+    def _put(self) -> None:
         ratios, selectors = self.ratios(self.position), self._approx._fx_approx.selectors
         set_each(self._approx, {one: (ratios[name], one.enabled) for (name, _), one in selectors.items()})
 
@@ -277,7 +277,7 @@ class AdaptiveRatios:
             raise ValueError(f"position: expected an integer from 0 to {self.last}, got {position!r}")
         history = [NoiseRecord(**record) for record in state["history"]]
         self._steps, self.position, self.history = state["steps"], position, history
-        self._apply()
+        self._put()
 
 
 def cut(batch: Any, parts: int) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fx_approx._compat import RECOMPILE_LIMIT, compilations_of, recompile_limit
 from fx_approx.approx import ApproxModule, find
 from fx_approx.batchnorm import note_fresh, note_switch, reestimate
 from fx_approx.candidate import Role, matches
@@ -50,12 +51,12 @@ def _counted(approx: ApproxModule) -> Iterator[None]:
     if runtime.setting in runtime.settings:
         return
     runtime.settings.add(runtime.setting)
-    made = len(torch._dynamo.eval_frame._debug_get_cache_entry_list(type(approx).forward.__code__))
-    limit = torch._dynamo.config.recompile_limit
+    made = compilations_of(type(approx).forward.__code__)
+    limit = recompile_limit()
     if made >= limit - 1:
         warnings.warn(
             f"the model was compiled {made} times (every new number of pairs, mode or shape counts) and torch.compile "
-            f"ends at {limit} (torch._dynamo.config.recompile_limit): what comes then runs uncompiled, or is an error "
+            f"ends at {limit} ({RECOMPILE_LIMIT}): what comes then runs uncompiled, or is an error "
             "under fullgraph=True. Raise that limit, or use fewer ratios.",
             RecompilationWarning,
             stacklevel=5,

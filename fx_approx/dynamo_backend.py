@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fx_approx._compat import HigherOrderOperator, backend_named, backend_names, buffers_of, inductor
 from fx_approx.api import report
 from fx_approx.approx import ApproxModule, adopt
 from fx_approx.capture import TensorSpec, kept_random_state, skeleton
@@ -81,11 +82,11 @@ def backend(
         raise TypeError(f"demand: expected True or False, got {demand!r}")
     check_policy(Paper() if policy is None else policy)
     if isinstance(inner, str):
-        known = torch._dynamo.list_backends(exclude_tags=())
+        known = backend_names()
         if inner not in known:
             raise ValueError(f"inner: no backend {inner!r}; there are: {', '.join(sorted(known))}")
         if inner == "inductor":
-            torch._TorchCompileInductorWrapper(mode, options, None)
+            inductor(mode, options)
     elif not callable(inner):
         raise TypeError(f"inner: expected the name of a backend or a callable, got {inner!r}")
     return Backend(Paper() if policy is None else policy, inner, mode, options, seed, every, demand)
@@ -173,8 +174,9 @@ class Backend:
 
         copy = skeleton(model)
         for module in copy.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.clone()
+            buffers = buffers_of(module)
+            for name, buffer in buffers.items():
+                buffers[name] = None if buffer is None else buffer.clone()
         with kept_random_state():
             torch.compile(copy.train(), backend=record)(*args, **kwargs)
         if not found:
@@ -249,10 +251,10 @@ class Backend:
     def _exact(self, gm: fx.GraphModule, example_inputs: Sequence[Any], how: dict[str, Any]) -> Callable[..., Any]:
         given = {name: value for name, value in how.items() if value is not None}
         if self._inner == "inductor":
-            compiler: Callable[..., Any] = torch._TorchCompileInductorWrapper(how.get("mode"), how.get("options"), None)
+            compiler = inductor(how.get("mode"), how.get("options"))
             given = {}
         else:
-            compiler = torch._dynamo.lookup_backend(self._inner)
+            compiler = backend_named(self._inner)
         compiled: Callable[..., Any] = compiler(gm, list(example_inputs), **given)
         return compiled
 
@@ -325,7 +327,7 @@ def _take_over(approx: ApproxModule, before: ApproxModule) -> None:
 
 
 def _multiplies(node: fx.Node) -> bool:
-    higher_order = isinstance(node.target, torch._ops.HigherOrderOperator)
+    higher_order = isinstance(node.target, HigherOrderOperator)
     return node.op in ("call_function", "call_method") and (higher_order or find_op(node.target) is not None)
 
 

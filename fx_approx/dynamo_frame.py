@@ -12,10 +12,17 @@ from types import CodeType
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.source import AttrSource, DictGetItemSource, UnspecializedNNModuleSource
-from torch._dynamo.symbolic_convert import InstructionTranslator
 
+from fx_approx._compat import (
+    CHILDREN_ATTRIBUTE,
+    AttrSource,
+    DictGetItemSource,
+    GuardBuilder,
+    InstructionTranslator,
+    UnspecializedNNModuleSource,
+    children_of,
+    install_guard,
+)
 from fx_approx.errors import CaptureError
 
 
@@ -39,7 +46,7 @@ class Root:
         """The submodule at ``path``; None if it is not registered there, so that ``eval()`` does not reach it."""
         here: nn.Module | None = self.module
         for part in path.split(".") if path else ():
-            here = None if here is None else here._modules.get(part)
+            here = None if here is None else children_of(here).get(part)
         return here
 
 
@@ -86,7 +93,7 @@ class Frame:
 def _source(root: Root, path: str) -> Any:
     source = root.source
     for part in path.split(".") if path else ():
-        source = UnspecializedNNModuleSource(DictGetItemSource(AttrSource(source, "_modules"), part))
+        source = UnspecializedNNModuleSource(DictGetItemSource(AttrSource(source, CHILDREN_ATTRIBUTE), part))
     return source
 
 

@@ -7,9 +7,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
+from fx_approx._compat import FailOnRecompileLimitHit, Unsupported, buffers_of, mark_dynamic, parameters_of
 from fx_approx.approx import ApproxModule
 from fx_approx.errors import CaptureWarning
 from fx_approx.lifted import Lift
@@ -51,18 +51,18 @@ class CompiledGraph:
             _replace(self.approx, changed)
             self.held = [(place, inputs[place]) for place, _ in self.held]
         for place, dim in self.dynamic:
-            torch._dynamo.maybe_mark_dynamic(inputs[place], dim)
+            mark_dynamic(inputs[place], dim)
         values = [inputs[place].item() if place in self.scalars else inputs[place] for place in self.inputs]
         if self.cold:  # scores that learn do so from a first step that is not compiled
             self.cold = False
             return self.approx(*values)
         try:
             result = self.run(*values)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:
+        except FailOnRecompileLimitHit:
             warnings.warn("a graph has had too many settings and runs uncompiled now", CaptureWarning, stacklevel=2)
             self.run = self.approx
             return self.run(*values)
-        except torch._dynamo.exc.Unsupported as error:
+        except Unsupported as error:
             if self.exact is None:
                 raise
             left_exact(str(error).split("\n")[0])
@@ -80,7 +80,7 @@ class CompiledGraph:
 
 def _replace(approx: nn.Module, changed: dict[int, Tensor]) -> None:
     for module in approx.modules():
-        for registry in cast(list[dict[str, Any]], [module._parameters, module._buffers]):
+        for registry in cast(list[dict[str, Any]], [parameters_of(module), buffers_of(module)]):
             registry.update({name: changed[id(t)] for name, t in registry.items() if id(t) in changed})
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fx_approx._compat import tree_leaves
 from fx_approx.candidate import Candidate, GemmShape, ProductFacts, Role, RoleFlops
 from fx_approx.sampling import SamplerSpec, get_sampler, get_score
 
@@ -256,4 +257,4 @@ def _itemsize(dtype: str) -> int:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]

@@ -11,13 +11,22 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from fx_approx._compat import (
+    BatchNormBase,
+    ConvolutionBase,
+    HigherOrderOperator,
+    children_of,
+    has_one_projection,
+    parameters_of,
+    take_apart,
+)
 from fx_approx.capture import CallForm, Capture
 from fx_approx.dynamo_frame import Frame, Root
 from fx_approx.tracer import is_hooked
@@ -162,8 +171,8 @@ class _Lifter:
         """Registers a tensor in the skeleton."""
         holder, _, name = path.rpartition(".")
         module = self._module(holder)
-        if name in module._parameters:  # of a copied layer: functional_call puts plain tensors there
-            cast(dict[str, Tensor | None], module._parameters)[name] = tensor
+        if name in parameters_of(module):  # of a copied layer: functional_call puts plain tensors there
+            parameters_of(module)[name] = tensor
         elif isinstance(tensor, nn.Parameter):
             module.register_parameter(name, tensor)
         else:
@@ -175,9 +184,9 @@ class _Lifter:
         walked = ""
         for part in path.split(".") if path else ():
             walked = f"{walked}.{part}" if walked else part
-            if part not in here._modules:
+            if part not in children_of(here):
                 here.add_module(part, self._bare(walked))
-            child = here._modules[part]
+            child = children_of(here)[part]
             assert child is not None
             here = child
         return here
@@ -193,7 +202,7 @@ class _Lifter:
             if _is_plain_layer(real):
                 made = type(real).__new__(type(real))
                 made.__dict__.update(vars(real))
-                made.__dict__.update(_parameters=dict(real._parameters), _buffers=dict(real._buffers), _modules={})
+                take_apart(made, real)
                 if isinstance(made, nn.MultiheadAttention):
                     made.batch_first = False  # the function takes positions first, and what is before sees to it
         return made
@@ -251,7 +260,7 @@ class _Lifter:
         """Whether a convolution with ``given`` is the call of ``module``."""
         plain = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **given}
         return (
-            isinstance(module, nn.modules.conv._ConvNd)
+            isinstance(module, ConvolutionBase)
             and module.padding_mode == "zeros"
             and all(plain[name] == getattr(module, name) for name in ("stride", "padding", "dilation", "groups"))
             and self._own(module, given, weight="weight", bias="bias")
@@ -259,7 +268,7 @@ class _Lifter:
 
     def is_normalisation(self, module: nn.Module, given: dict[str, Any]) -> bool:
         """Whether ``F.batch_norm`` with ``given`` is the call of ``module``, with the count of its batches before."""
-        if type(module) not in _NORMALISATIONS or not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if type(module) not in _NORMALISATIONS or not isinstance(module, BatchNormBase):
             return False
         training = given.get("training", False)
         owned = self._own(
@@ -292,7 +301,7 @@ class _Lifter:
             numbers == [module.embed_dim, module.num_heads, module.dropout, True]
             and not given.get("add_zero_attn")
             and all(given.get(name) is None for name in ("bias_k", "bias_v", "static_k", "static_v"))
-            and module._qkv_same_embed_dim == (weights is not _SEPARATE)
+            and has_one_projection(module) == (weights is not _SEPARATE)
             and self._own(module, given, in_proj_bias="in_proj_bias", **dict(zip(weights, weights, strict=True)))
             and self._is(given.get("out_proj_weight"), module.out_proj, "weight")
             and self._is(given.get("out_proj_bias"), module.out_proj, "bias")
@@ -336,7 +345,7 @@ def higher_order(gm: fx.GraphModule) -> frozenset[str]:
     """Names of the operators in a graph that hold graphs themselves, or transform functions (torch.func)."""
     found = set()
     for node in gm.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if isinstance(node.target, HigherOrderOperator):
             found.add(node.target.name())
         elif node.op == "call_function" and "functorch" in str(getattr(node.target, "__module__", "")):
             found.add(str(getattr(node.target, "__name__", node.target)))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fx_approx import ops
+from fx_approx._compat import convolve, padding_of
 from fx_approx.candidate import Role
 from fx_approx.ops import OPS, Choice, Early, How, Late, ProductOp, Rule, new_running
 from fx_approx.sampling import SamplerSpec, get_sampler, get_score
@@ -263,8 +264,6 @@ class _SampledConv(SampledLayer):
     groups: int
     bias: Tensor | None
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
-    _reversed_padding_repeated_twice: list[int]
-    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor, *given: Any) -> Tensor:
         """``input`` is ``[N, C, ...]``; ``given`` as :meth:`SampledLayer.how` takes it.
@@ -281,13 +280,13 @@ class _SampledConv(SampledLayer):
         if how.selection is not None:
             input, weight = ops.select_channels(input, weight, self.groups, how.selection)
         # The layer's own call, since it knows its padding mode.
-        return self._conv_forward(input, weight, self.bias)
+        return convolve(self, input, weight, self.bias)
 
     def _padded(self, input: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """The input and the plain arguments of a convolution that pads with zeros only."""
         static = static_of(self, self.kind)
         if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            input = F.pad(input, padding_of(self), mode=self.padding_mode)
             static["padding"] = 0
         return input, static
 

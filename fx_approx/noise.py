@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
-from torch.utils._pytree import tree_map_only
 
+from fx_approx._compat import buffers_of, in_backward, set_parameters, tree_map_only, uncompiled
 from fx_approx.approx import find
 from fx_approx.candidate import Role
 from fx_approx.capture import kept_random_state
@@ -24,7 +24,7 @@ from fx_approx.noise_report import NoiseReport, ProductNoise, Tally, noise_of, s
 from fx_approx.ops import OPS, SAMPLING_ARGUMENTS, How
 from fx_approx.passes.annotate import META_KEY
 from fx_approx.runtime import Runtime
-from fx_approx.state import EVERY, SEED, STEP, Draw, draw, further, in_backward
+from fx_approx.state import EVERY, SEED, STEP, Draw, draw, further
 from fx_approx.watch import containers
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel")
@@ -113,8 +113,9 @@ def measure_error(
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The module in ``torch.compile`` and data-parallel wrappers, which act on ``.grad`` or on compiled code."""
     while True:
-        if isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
+        inner = uncompiled(model)
+        if inner is not None:
+            model = inner
         elif type(model).__name__ in _WRAPPERS and isinstance(model.module, nn.Module):
             model = model.module
         else:
@@ -191,7 +192,7 @@ class _Snapshot:
             try:
                 copies: dict[int, Tensor] = {}
                 for module in self.modules:
-                    for place in (vars(module), module._buffers):
+                    for place in (vars(module), buffers_of(module)):
                         for name, value in list(place.items()):
                             if isinstance(value, Tensor):
                                 place[name] = copies.setdefault(id(value), _own(value))
@@ -289,7 +290,7 @@ class _Recorder:
         twin: Any = copy.copy(module)  # to be called with another weight, and without the hooks
 
         def multiply(lhs: Tensor, rhs: Tensor, how: How) -> Tensor:
-            vars(twin)["_parameters"] = {"weight": rhs, "bias": None}
+            set_parameters(twin, {"weight": rhs, "bias": None})
             result: Tensor = twin.forward(lhs, *how)
             return result
 

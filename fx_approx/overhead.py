@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fx_approx._compat import tree_leaves, tree_map_only
 from fx_approx.approx import ApproxModule, find
 from fx_approx.checks import check_inputs
 from fx_approx.policies.timing import seconds

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fx_approx._compat import in_backward
 from fx_approx.modules import Selector
 from fx_approx.ops import new_running
 from fx_approx.ops.base import norm
@@ -24,7 +25,7 @@ from fx_approx.ops.observed import aged, observe
 from fx_approx.published import Published
 from fx_approx.sampling import SamplerSpec, Selection, get_score
 from fx_approx.shards import Scored, weight_scores
-from fx_approx.state import Draw, draw, in_backward, keep, recall_selection, remember_selection
+from fx_approx.state import Draw, draw, keep, recall_selection, remember_selection
 
 RECENT = 100
 """Steps within which a channel counts as covered, see :attr:`Shared.coverage`."""

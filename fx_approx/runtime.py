@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fx_approx._compat import Moved, at_end_of_backward, buffers_of, children_of, in_backward, tree_leaves
 from fx_approx.candidate import Candidate, Role
 from fx_approx.capture import Capture, described
 from fx_approx.errors import CaptureWarning, RecomputationError
@@ -31,7 +32,6 @@ from fx_approx.state import (
     fingerprint,
     forget_calls,
     further,
-    in_backward,
     new_state,
     next_key,
     recall,
@@ -53,7 +53,7 @@ def _attribute(selector: Selector) -> str:
     return f"s{selector.site}_{selector.role.value}"
 
 
-class Runtime(nn.Module):
+class Runtime(Moved):
     """Plan, selectors, graph and random state of one transformed model; not one of its submodules.
 
     So ``state_dict``, ``parameters()`` and ``buffers()`` are those of the original, and neither an averaged model nor
@@ -160,12 +160,12 @@ class Runtime(nn.Module):
 
     def forward(self, *inputs: Any) -> Draw | None:
         """The prologue: the randomness of this forward in fresh tensors, or None if nothing is drawn."""
-        drawn = self._next(_detached(inputs)) if self.draws else None
+        drawn = self._following(_detached(inputs)) if self.draws else None
         if self.sampling_swapped:
             self.drawn = drawn
         return drawn
 
-    def _next(self, inputs: list[Tensor]) -> Draw:
+    def _following(self, inputs: list[Tensor]) -> Draw:
         return self._draw(next_key(self.state, inputs, self.number))
 
     def upcoming(self, key: Tensor | None = None) -> Draw:
@@ -199,7 +199,7 @@ class Runtime(nn.Module):
                     "the graph, and nothing tells the calls apart: checkpoint the whole model, or leave the layer exact"
                 )
             return self._recalled(_detached(inputs))
-        return self._next(_detached(inputs))
+        return self._following(_detached(inputs))
 
     def _recalled(self, inputs: list[Tensor]) -> Draw:
         """The randomness that a layer had in the forward that is recomputed now.
@@ -257,7 +257,7 @@ class Runtime(nn.Module):
                 return f"attribute {name} of a {type(module).__name__} was changed"
         if not torch.compiler.is_compiling():
             for module, children in self.structure:
-                now = module._modules
+                now = children_of(module)
                 if len(now) != len(children) or any(
                     [name not in now or (child is not None and now[name] is not child) for name, child in children]
                 ):
@@ -276,7 +276,7 @@ class Runtime(nn.Module):
         kwargs: Mapping[str, Any],
         reason: str | None,
     ) -> Any:
-        self.drawn = self._next(_detached((args, kwargs))) if self.draws else None
+        self.drawn = self._following(_detached((args, kwargs))) if self.draws else None
         if self.resample is not None and self.resample.published is not None:
             self.resample.published.fill()
         self.inside, self.calls = True, {}
@@ -309,7 +309,7 @@ class Runtime(nn.Module):
             runtime = reference()
             if runtime is not None:
                 runtime.drawn = drawn
-                torch.autograd.Variable._execution_engine.queue_callback(runtime.forget)
+                at_end_of_backward(runtime.forget)
 
         for tensor in _tensors((result,)):
             if tensor.requires_grad:
@@ -334,14 +334,17 @@ class Runtime(nn.Module):
         function: Callable[..., Any] = namespace["forward"]
         return function
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Runtime:
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follows the model to its device; keeps dtypes and values."""
         for module in self.modules():
-            for name, buffer in module._buffers.items():
+            buffers = buffers_of(module)
+            for name, buffer in buffers.items():
                 if buffer is not None:
-                    module._buffers[name] = buffer.to(fn(torch.empty(0, device=buffer.device)).device)
+                    buffers[name] = buffer.to(fn(torch.empty(0, device=buffer.device)).device)
         self.drawn = None
-        return self
+
+    def _fx_approx_move(self, fn: Callable[[Tensor], Tensor], usual: Callable[[], object]) -> None:
+        self.move(fn)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """A copy with its own random state; plan, candidates and graphs are shared, since nothing changes them."""
@@ -362,7 +365,7 @@ class Runtime(nn.Module):
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _detached(value: Any) -> list[Tensor]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fx_approx._compat import in_backward, version_of
 from fx_approx.errors import RecomputationError
 from fx_approx.kernels import uniforms
 from fx_approx.sampling import Selection, derive_key, lane_uniforms, site_lanes, site_uniforms
@@ -68,11 +69,6 @@ def new_state(seed: int, every: int = 1) -> Tensor:
     return torch.tensor([0, 1, every, seed], dtype=torch.int64)
 
 
-def in_backward() -> bool:
-    """Whether this thread is inside a backward pass, so that a forward is a recomputation."""
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
 def fingerprint(owner: int, inputs: list[Tensor]) -> Fingerprint:
     """What identifies a forward to its recomputation: a checkpoint calls again with the same tensors.
 
@@ -80,7 +76,7 @@ def fingerprint(owner: int, inputs: list[Tensor]) -> Fingerprint:
     """
     return (
         owner,
-        *((t.data_ptr(), 0 if t.is_inference() else t._version, tuple(t.shape)) for t in inputs),
+        *((t.data_ptr(), 0 if t.is_inference() else version_of(t), tuple(t.shape)) for t in inputs),
     )
 
 

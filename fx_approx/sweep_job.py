@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from fx_approx._compat import tree_map_only
 from fx_approx.api import report, transform
 from fx_approx.approx import find
 from fx_approx.batchnorm import tracked

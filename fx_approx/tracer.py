@@ -15,17 +15,11 @@ import torch.utils.checkpoint
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from fx_approx._compat import HOOKS, version_of
 from fx_approx.watch import OWN_FILES, TORCH_FILES, DroppedError, Reads, grad_mode, no_side_effects, recorded, refused
 
 _LAYER_FILES = os.path.dirname(nn.__file__) + os.sep
 _CHECKPOINT_FILE = torch.utils.checkpoint.__file__
-
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 FUSED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 """Modules of torch that compute several products in one call."""
@@ -95,7 +89,7 @@ class LeafTracer(fx.Tracer):
         with torch.inference_mode(False), torch.enable_grad(), no_side_effects(root), recorded(self.reads), refused():
             self._outside = grad_mode()
             graph = super().trace(root, concrete_args)
-            if any(tensor._version != version for tensor, version in self._versions):
+            if any(version_of(tensor) != version for tensor, version in self._versions):
                 raise DroppedError("an in-place change of a tensor that does not depend on an input")
             return graph
 
@@ -110,7 +104,7 @@ class LeafTracer(fx.Tracer):
         if isinstance(a, dict) and type(a) is not dict and not type(a).__module__.startswith("torch.fx"):
             raise DroppedError(f"the type of a {type(a).__name__}")
         if isinstance(a, torch.Tensor):
-            self._versions.append((a, a._version))
+            self._versions.append((a, version_of(a)))
         return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_leaves
 
+from fx_approx._compat import DropoutBase, tree_leaves
 from fx_approx.approx import ApproxModule, find
 from fx_approx.capture import kept_random_state
 from fx_approx.checks import check_inputs
@@ -179,7 +178,7 @@ def undone(approx: ApproxModule) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in approx.buffers()]
     state, function = sampler_state(approx), runtime.function
     modules = list(approx.modules())
-    dropouts: list[tuple[nn.Module, str, float]] = [(m, "p", m.p) for m in modules if isinstance(m, _DropoutNd)]
+    dropouts: list[tuple[nn.Module, str, float]] = [(m, "p", m.p) for m in modules if isinstance(m, DropoutBase)]
     dropouts += [(m, "dropout", m.dropout) for m in modules if isinstance(m, nn.MultiheadAttention)]
     with kept_random_state():
         try:

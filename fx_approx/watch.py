@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fx_approx._compat import TENSOR_CONSTANT
+
 OWN_FILES = os.path.dirname(__file__) + os.sep
 TORCH_FILES = os.path.dirname(torch.__file__) + os.sep
 
@@ -246,7 +248,7 @@ def _changed(module: nn.Module, attributes: dict[str, Any], contents: dict[str, 
     """Names of the attributes that are new, other, or hold containers with other elements."""
     names = []
     for name, value in vars(module).items():
-        if name.startswith("_tensor_constant") or type(value) is _Poison:
+        if name.startswith(TENSOR_CONSTANT) or type(value) is _Poison:
             continue
         if (
             name not in attributes

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from fx_approx._compat import tree_leaves
 from fx_approx.candidate import Candidate, Frontend
 from fx_approx.capture import Capture, owner
 from fx_approx.modules import SAMPLED, static_of
@@ -205,7 +206,7 @@ def _call(node: fx.Node, op: ProductOp, place: str, modules: dict[str, nn.Module
     try:
         bound = op.bind(node.args, node.kwargs)
         static = {name: bound[name] for name in op.static}
-        if any(isinstance(leaf, fx.Node) for leaf in torch.utils._pytree.tree_leaves(static)):
+        if any(isinstance(leaf, fx.Node) for leaf in tree_leaves(static)):
             raise Unsupported("an argument of the call is computed at run time")
         op.check(static)
         if not isinstance(bound[op.lhs], fx.Node) or not isinstance(bound[op.rhs], fx.Node):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fx_approx._compat import DropoutBase, tree_leaves
 from fx_approx.passes.flow import Flow, first
 from fx_approx.passes.reshapes import RESHAPES, argument
 
@@ -31,7 +32,7 @@ _VIEWS = (
     *RESHAPES,
 )
 """What may give its operand, or a view of it."""
-_SAME = (nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten)
+_SAME = (nn.Identity, DropoutBase, nn.Flatten, nn.Unflatten)
 _SIZES = ("size", "dim", "ndimension", "numel", "stride")
 
 
@@ -70,7 +71,7 @@ def _elsewhere(node: fx.Node) -> list[fx.Node]:
         and isinstance(node.args[0], (list, tuple))
     ):
         changed.append(node.args[0])
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(changed) if isinstance(leaf, fx.Node)]
+    return [leaf for leaf in tree_leaves(changed) if isinstance(leaf, fx.Node)]
 
 
 def is_changed(flow: Flow, node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fx_approx._compat import tree_leaves
 from fx_approx.passes.flow import Flow, Handler, Link, Step, first
 from fx_approx.passes.layouts import Layout, Segment, regroup, stretch
 
@@ -135,7 +136,7 @@ def _reorder(flow: Flow, node: fx.Node) -> Step | None:
     if layout is None or before is None:
         return None
     arguments = [a for a in (*node.args[1:], *node.kwargs.values())]
-    if any(isinstance(leaf, fx.Node) for leaf in torch.utils._pytree.tree_leaves(arguments)):
+    if any(isinstance(leaf, fx.Node) for leaf in tree_leaves(arguments)):
         return None
     probe = torch.empty([2 if axis == layout.dim else 1 for axis in range(len(before))], device="meta")
     if node.op == "call_method":

@@ -9,6 +9,7 @@ import networkx as nx
 from torch import Tensor, fx, nn
 
 from fx_approx import ops
+from fx_approx._compat import children_of
 from fx_approx.candidate import Role
 from fx_approx.capture import owner
 from fx_approx.modules import Selector, Site, is_swapped, swap
@@ -113,7 +114,8 @@ def _children(module: nn.Module, inside: set[int]) -> tuple[tuple[str, nn.Module
     Any other layer may be replaced, such as a classifier that stays exact.
     """
     return tuple(
-        (name, child if is_swapped(child) or id(child) in inside else None) for name, child in module._modules.items()
+        (name, child if is_swapped(child) or id(child) in inside else None)
+        for name, child in children_of(module).items()
     )
 
 

@@ -12,21 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import (
+
+from fx_approx._compat import (
+    FAKE_TENSOR_LOGGER,
+    HOOKS,
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeCopyMode,
     FakeTensorMode,
     UnsupportedOperatorException,
+    storage_key,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
 )
-
 from fx_approx.candidate import Call, GemmShape, ProductFacts, RoleFlops
 from fx_approx.capture import Capture, TensorSpec, kept_random_state
 from fx_approx.flops import measured_flops, role_flops
 from fx_approx.ops import Unsupported
 from fx_approx.passes.annotate import META_KEY, Found
 from fx_approx.passes.flow import Values
-from fx_approx.tracer import HOOKS
 
 _UNKNOWABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
@@ -113,7 +118,7 @@ def _without_user_hooks(fake: nn.Module) -> list[str]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Torch logs each failure on fake tensors with a traceback; the message is raised as well."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger = logging.getLogger(FAKE_TENSOR_LOGGER)
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
@@ -147,7 +152,7 @@ def _fake(mode: FakeTensorMode, value: Any) -> Any:
             return mode.from_tensor(leaf, static_shapes=True)
         return leaf
 
-    return torch.utils._pytree.tree_map(convert, value, is_leaf=lambda leaf: isinstance(leaf, TensorSpec))
+    return tree_map(convert, value, is_leaf=lambda leaf: isinstance(leaf, TensorSpec))
 
 
 class _Interpreter(fx.Interpreter):
@@ -192,7 +197,7 @@ class _Storages:
         if tensor.layout is not torch.strided:
             return None
         storage = tensor.untyped_storage()
-        place = storage._cdata
+        place = storage_key(storage)
         if place not in self._numbers:
             self._numbers[place] = len(self._alive)
             self._alive.append(storage)
@@ -237,7 +242,7 @@ class _Recorder:
             self._shapes[node.name], self._bytes[node.name] = tuple(result.shape), result.itemsize
         elif isinstance(result, (tuple, list)) and result and all(isinstance(part, Tensor) for part in result):
             self._shapes[node.name] = [tuple(part.shape) for part in result]
-        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         places = [place for leaf in leaves if (place := self.storages.number(leaf)) is not None]
         self._places[node.name] = tuple(dict.fromkeys(places))
 
@@ -323,10 +328,10 @@ class _Recorder:
         weights: list[Tensor],
         module: nn.Module | None = None,
     ) -> None:
-        inputs = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         # On copies, so that the graph behind the inputs is not walked.
         copies = {id(t): t.detach().requires_grad_(t.requires_grad) for t in inputs}
-        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: copies[id(t)], (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, lambda t: copies[id(t)], (args, kwargs))
         flops = measured_flops(lambda: function(*args, **kwargs), list(copies.values()), weights)
         if flops.total == 0 and isinstance(module, nn.RNNBase):
             flops = _recurrent(module, inputs[0])

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from fx_approx._compat import ONE_PROJECTION, has_one_projection
 from fx_approx.capture import Capture
 from fx_approx.passes.annotate import FUSED_KEY, why_not
 from fx_approx.tracer import is_hooked
@@ -25,7 +26,7 @@ from fx_approx.tracer import is_hooked
 _SIGNATURE = inspect.signature(nn.MultiheadAttention.forward)
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 _FROZEN = (
-    *("embed_dim", "num_heads", "batch_first", "add_zero_attn", "bias_k", "bias_v", "_qkv_same_embed_dim"),
+    *("embed_dim", "num_heads", "batch_first", "add_zero_attn", "bias_k", "bias_v", ONE_PROJECTION),
     "out_proj",  # the graph calls it, while the layer itself reads its parameters only
 )
 """What the parts of an attention depend on; its dropout and its parameters are read at every call."""
@@ -90,7 +91,7 @@ def _module_problem(module: nn.MultiheadAttention) -> str | None:
         return "has hooks, which would see other arguments"
     if module.add_zero_attn or module.bias_k is not None or module.bias_v is not None:
         return "attends to a key of its own (add_bias_kv or add_zero_attn)"
-    names = ("in_proj_weight",) if module._qkv_same_embed_dim else _SEPARATE
+    names = ("in_proj_weight",) if has_one_projection(module) else _SEPARATE
     if not all(isinstance(getattr(module, name), nn.Parameter) for name in names):
         return "a weight of it is no parameter"
     problem = why_not(module.out_proj, "out_proj")
@@ -106,7 +107,7 @@ def _call_problem(module: nn.MultiheadAttention, node: fx.Node, call: Mapping[st
     inputs = [call[name] for name in ("query", "key", "value")]
     if not all(isinstance(one, fx.Node) for one in inputs):
         return "an input is no tensor of the graph"
-    if module._qkv_same_embed_dim and any(one is not inputs[0] for one in inputs):
+    if has_one_projection(module) and any(one is not inputs[0] for one in inputs):
         return "query, key and value differ, and one parameter projects all three"
     mask, causal = call["attn_mask"], call["is_causal"]
     if not isinstance(causal, bool) or not (mask is None or isinstance(mask, fx.Node)):
@@ -185,7 +186,7 @@ class _Parts:
     def _projected(self) -> list[fx.Node]:
         """Query, key and value, ``[L, N, E]``."""
         bias = self._read("in_proj_bias") if self.module.in_proj_bias is not None else None
-        if self.module._qkv_same_embed_dim:
+        if has_one_projection(self.module):
             given = (self._input("query"), self._read("in_proj_weight"), *(() if bias is None else (bias,)))
             return self._thirds(self._make("call_function", F.linear, *given))
         projected = []

@@ -15,6 +15,8 @@ import pytest
 
 import fx_approx
 
+from .private_names import own_names, private_names
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAX_LINES = 600
 
@@ -25,7 +27,7 @@ _REPORTS = {"report", "rows", "demand_report", "tables", "noise", "noise_report"
 _TRAINING = {"gradients", "schedules", "scheduler", "scalars", "controller", "growth", "sweep_report"}
 _SWEEP = {"sweep", "sweep_job"}
 LAYERS: dict[str, tuple[int, set[str]]] = {
-    "foundation": (0, {"errors", "sampling", "flops", "candidate", "plan", "work", "disk_cache"}),
+    "foundation": (0, {"_compat", "errors", "sampling", "flops", "candidate", "plan", "work", "disk_cache"}),
     "kernels": (1, {"kernels"}),
     "ops": (2, {"ops"}),
     "modules": (3, {"state", "modules", "batchnorm", "channelwise", "published", "resample", "shards"}),
@@ -194,3 +196,39 @@ def test_public_name_exists_and_is_documented(name: str) -> None:
     assert text.strip()
     # What dataclasses write when there is nothing.
     assert not text.startswith(f"{name}(")
+
+
+def test_private_names_of_torch_stand_in_one_module() -> None:
+    sources = package_sources()
+    own = own_names(path.read_text(encoding="utf-8") for path in sources.values())
+    found = [
+        f"{module}:{line}: {name}"
+        for module, path in sorted(sources.items())
+        if module != "fx_approx._compat"
+        for line, name in private_names(path.read_text(encoding="utf-8"), own)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import torch._dynamo", ["torch._dynamo"]),
+        ("from torch.utils import _pytree", ["torch.utils._pytree"]),
+        ("from torch._subclasses.fake_tensor import FakeTensorMode", ["torch._subclasses.fake_tensor.FakeTensorMode"]),
+        ("import torch\ntorch._C._functorch.is_batchedtensor", ["_functorch", "_C"]),
+        ("module._parameters", ["_parameters"]),
+        ("self._buffers", ["_buffers"]),
+        ("handle._unknown", ["_unknown"]),
+        ("class Layer(nn.Module):\n    def _apply(self, fn): ...", ["_apply"]),
+        ("vars(module)['_modules']", ["_modules"]),
+        ("getLogger('torch._subclasses.fake_tensor')", ["torch._subclasses.fake_tensor"]),
+        ("f'{module}._parameters'", ["_parameters"]),
+        ("vars(module).update(_parameters={})", ["_parameters"]),
+        ("from torch.nn import functional\nself._own\nsys._getframe(1)\nrow._replace(a=1)\nx.__dict__", []),
+        ("def f():\n    'Says what torch._dynamo does.'\n    return a._own", []),
+    ],
+)
+def test_private_names_are_found(source: str, names: list[str]) -> None:
+    own = own_names(["self._own = 1"])
+    assert [name for _, name in private_names(source, own)] == names

@@ -54,7 +54,7 @@ class Packed:
         self, buffer: Tensor, shapes: Sequence[Sequence[int]], parameters: Sequence[Tensor], index: int, last: bool
     ) -> None:
         """Gradients of these shapes, one behind the other in ``buffer``, and whose they are."""
-        self._buffer, self._shapes, self._parameters = buffer, shapes, list(parameters)
+        self._buffer, self._shapes, self._owners = buffer, shapes, list(parameters)
         self._index, self._last = index, last
 
     def buffer(self) -> Tensor:
@@ -72,7 +72,7 @@ class Packed:
 
     def parameters(self) -> list[Tensor]:
         """Whose gradients, or slices of gradients, these are."""
-        return self._parameters
+        return self._owners
 
     def index(self) -> int:
         """Of the bucket."""

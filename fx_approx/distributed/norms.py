@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from fx_approx._compat import in_backward
 from fx_approx.approx import ApproxModule
 from fx_approx.controls import synchronize_scores
 from fx_approx.modules import Selector
 from fx_approx.resample import Resample, Shared
 from fx_approx.sampling import get_score
 from fx_approx.shards import Scored, is_shard, weight_scores
-from fx_approx.state import in_backward
 
 Groups = tuple[dist.ProcessGroup, ...]
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.utils._pytree import tree_leaves
 
 from fx_approx import ops
+from fx_approx._compat import tree_leaves
 from fx_approx.distributed.norms import ScoreAgreement, ShardNorms
 from fx_approx.runtime import PROLOGUE, Runtime
 from fx_approx.shards import is_sharded

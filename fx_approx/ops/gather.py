@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fx_approx._compat import is_transformed
 from fx_approx.sampling import Selection
 
 Order = tuple[int, ...] | None
@@ -144,8 +145,7 @@ def is_batched(tensor: Tensor) -> bool:
     """Whether vmap runs over ``tensor``: it cannot be written into one that it does not run over."""
     if torch.compiler.is_compiling():
         return False
-    functorch = torch._C._functorch
-    return bool(functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
+    return is_transformed(tensor)
 
 
 def select(source: Tensor, dim: int, index: Tensor) -> Tensor:

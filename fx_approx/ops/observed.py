@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fx_approx._compat import in_backward
+
 _MOMENTUM = 0.9
 _FRESH = 0.995
 
@@ -37,7 +39,7 @@ def observe(running: Tensor, age: Tensor, norms: Tensor, index: Tensor | None, p
         index: ``[k]`` units that the norms belong to; None for all.
         place: Which member.
     """
-    if torch._C._current_graph_task_id() != -1:
+    if in_backward():
         return
     row = running[place]
     before = row if index is None else row[index]

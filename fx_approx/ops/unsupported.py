@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from fx_approx._compat import is_batched, transforms_in_progress
 from fx_approx.errors import UnsupportedTransformError
 
 
@@ -15,11 +15,8 @@ def refuse_transforms() -> None:
     Under vmap the scores would have to be those of all examples together; the sampled products have no forward-mode
     derivative.
     """
-    kinds = [interpreter.key().name for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
-    if forward_ad._current_level >= 0:
-        kinds.append("Jvp")
     unsupported = {"Vmap": "vmap", "Jvp": "forward-mode derivatives (jvp)"}
-    for kind in kinds:
+    for kind in transforms_in_progress():
         if kind in unsupported:
             raise UnsupportedTransformError(
                 f"{unsupported[kind]} of a model that samples is not supported. Call model.eval() or "
@@ -35,8 +32,7 @@ def refuse_vmap(grad: Tensor) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    functorch = torch._C._functorch
-    if functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad):
+    if is_batched(grad):
         raise UnsupportedTransformError(
             "vmap over the backward pass of a sampled product (torch.func.jacrev, is_grads_batched=True) is not "
             "supported. Call model.eval() or fx_approx.set_enabled(model, False), then the model is exact, or run the "

@@ -1,0 +1,284 @@
+"""All that fx_approx uses of torch beyond its public interface, each under a name of its own.
+
+What torch marks as private may change with every release. It is used here and nowhere else, and tests/test_compat.py
+tells by name what has changed on a torch that is new. Attributes and methods of torch's objects are private names as
+well, such as the dictionaries in which a module holds its parameters. Releases 2.11 to 2.14 are supported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import CodeType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list
+from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import AttrSource, DictGetItemSource, UnspecializedNNModuleSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+from torch.nn.modules.conv import _ConvNd as ConvolutionBase
+from torch.nn.modules.dropout import _DropoutNd as DropoutBase
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+# ---- values in nested containers
+
+# tree_leaves: the elements of nested tuples, lists and dicts, in order.
+# tree_map: the same containers with other elements; is_leaf says which containers stay whole.
+# tree_map_only: the same where only elements of one type change.
+
+# ---- modules
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Attributes of a module with the hooks that a call of it runs; some kinds of modules lack some."""
+
+TENSOR_CONSTANT = "_tensor_constant"
+"""How the names begin under which torch.fx puts tensors that a forward makes into the root."""
+
+ONE_PROJECTION = "_qkv_same_embed_dim"
+"""Attribute of ``nn.MultiheadAttention``, see :func:`has_one_projection`."""
+
+# BatchNormBase, ConvolutionBase, DropoutBase: the classes that torch's layers of the kind have in common.
+
+
+def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The dictionary in which ``module`` holds its own parameters, to be read and changed."""
+    return cast(dict[str, Tensor | None], module._parameters)
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The dictionary in which ``module`` holds its own buffers, to be read and changed."""
+    return module._buffers
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The dictionary in which ``module`` holds its children, to be read and changed."""
+    return module._modules
+
+
+def set_parameters(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> None:
+    """Gives ``module`` a dictionary of parameters of its own; plain tensors may stand in it."""
+    vars(module)["_parameters"] = dict(parameters)
+
+
+def take_apart(module: nn.Module, model: nn.Module) -> None:
+    """Gives ``module``, whose attributes are those of ``model``, dictionaries of its own, and no children."""
+    vars(module).update(_parameters=dict(model._parameters), _buffers=dict(model._buffers), _modules={})
+
+
+class Moved(nn.Module):
+    """A module that says itself what ``to``, ``half``, ``cuda`` and alike do to it."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Moved:
+        self._fx_approx_move(fn, lambda: super(Moved, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        return self
+
+    def _fx_approx_move(self, fn: Callable[[Tensor], Tensor], usual: Callable[[], object]) -> None:
+        """What a move does; the user's class stands behind this one, so the name must be none of its own.
+
+        Args:
+            fn: The tensor in its new place or data type.
+            usual: Does what torch does with any module.
+        """
+        usual()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module`` came from ``torch.compile`` or was compiled in place (``module.compile()``)."""
+    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+
+
+def uncompiled(module: nn.Module) -> nn.Module | None:
+    """The module in what ``torch.compile`` returned; None where ``module`` is something else."""
+    if not isinstance(module, OptimizedModule):
+        return None
+    inner: nn.Module = module._orig_mod
+    return inner
+
+
+def has_one_projection(module: nn.MultiheadAttention) -> bool:
+    """Whether one parameter projects query, key and value; where their widths differ, each has its own."""
+    return bool(module._qkv_same_embed_dim)
+
+
+def check_input_dim(layer: BatchNormBase, input: Tensor) -> None:
+    """Raises the error of a batch norm layer for an input of a wrong number of dimensions."""
+    layer._check_input_dim(input)
+
+
+def convolve(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The forward of a convolution layer with another weight: its own padding, stride and groups."""
+    forward: Callable[[Tensor, Tensor, Tensor | None], Tensor] = cast(Any, layer)._conv_forward
+    return forward(input, weight, bias)
+
+
+def padding_of(layer: nn.Module) -> list[int]:
+    """What a convolution that does not pad with zeros gives to ``F.pad``: last dimension first, both sides."""
+    sides: list[int] = cast(Any, layer)._reversed_padding_repeated_twice
+    return sides
+
+
+# ---- tensors
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often ``tensor`` was changed in place; an error for an inference tensor, which does not count."""
+    return tensor._version
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """A number that tensors on the same memory share, fake ones too; valid while ``storage`` lives."""
+    return int(storage._cdata)
+
+
+# FakeTensorMode: inside, tensors have shapes and data types and no values.
+# FakeCopyMode: inside, copy.deepcopy of a module makes fake parameters.
+# DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException: what cannot be known of
+# fake tensors: a result or a shape that depends on values, and an operator without a rule.
+
+FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
+"""The logger that writes a traceback for each operator that fails on fake tensors."""
+
+# ---- autograd and function transforms
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass, so that a forward is a recomputation."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Calls ``callback`` once the backward pass that is running has ended."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def transforms_in_progress() -> list[str]:
+    """Function transforms that are running, outermost first: ``Vmap``, ``Jvp``, ``Grad`` and others."""
+    kinds = [interpreter.key().name for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
+    if forward_ad._current_level >= 0:  # torch.autograd.forward_ad, which is none of torch.func's
+        kinds.append("Jvp")
+    return kinds
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether vmap, that of ``torch.func`` or that of ``is_grads_batched``, runs over ``tensor``."""
+    functorch = torch._C._functorch
+    return bool(functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is wrapped by some function transform: :func:`is_batched`, or one of another kind."""
+    functorch = torch._C._functorch
+    return bool(functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
+
+
+# ---- Dynamo and Inductor
+
+# HigherOrderOperator: the type of graph targets that hold graphs themselves.
+# FailOnRecompileLimitHit: raised under fullgraph=True for one compilation too many.
+# Unsupported: raised under fullgraph=True for what Dynamo cannot compile.
+# InstructionTranslator: its current_tx() tells of the frame that Dynamo compiles.
+# install_guard, GuardBuilder: bind compiled code to a condition.
+# AttrSource, DictGetItemSource, UnspecializedNNModuleSource: how a frame reaches a value.
+
+CHILDREN_ATTRIBUTE = "_modules"
+"""How Dynamo reaches a child of a module: an item of this attribute."""
+
+RECOMPILE_LIMIT = "torch._dynamo.config.recompile_limit"
+"""What a user sets for :func:`recompile_limit`."""
+
+
+def recompile_limit() -> int:
+    """How often ``torch.compile`` compiles one function."""
+    return int(torch._dynamo.config.recompile_limit)
+
+
+def compilations_of(code: CodeType) -> int:
+    """How often ``torch.compile`` has compiled the function of this code."""
+    return len(_debug_get_cache_entry_list(code))
+
+
+def backend_names() -> list[str]:
+    """Names that ``torch.compile(backend=...)`` knows, experimental ones too."""
+    return torch._dynamo.list_backends(exclude_tags=())
+
+
+def backend_named(name: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The backend of that name, a function of a graph and example inputs; a function stands for itself."""
+    return cast(Callable[..., Any], torch._dynamo.lookup_backend(name))
+
+
+def inductor(mode: str | None, options: Mapping[str, Any] | None) -> Callable[..., Any]:
+    """Inductor as a backend, set up as ``torch.compile`` does; a RuntimeError names a mode or option unknown to it."""
+    return cast(Callable[..., Any], torch._TorchCompileInductorWrapper(mode, options, None))
+
+
+def mark_dynamic(tensor: Tensor, dim: int) -> None:
+    """Tells Dynamo that the size of ``tensor`` along ``dim`` varies, where nothing fixes it."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+__all__ = [
+    "CHILDREN_ATTRIBUTE",
+    "FAKE_TENSOR_LOGGER",
+    "HOOKS",
+    "ONE_PROJECTION",
+    "RECOMPILE_LIMIT",
+    "TENSOR_CONSTANT",
+    "AttrSource",
+    "BatchNormBase",
+    "ConvolutionBase",
+    "DataDependentOutputException",
+    "DictGetItemSource",
+    "DropoutBase",
+    "DynamicOutputShapeException",
+    "FailOnRecompileLimitHit",
+    "FakeCopyMode",
+    "FakeTensorMode",
+    "GuardBuilder",
+    "HigherOrderOperator",
+    "InstructionTranslator",
+    "Moved",
+    "UnspecializedNNModuleSource",
+    "Unsupported",
+    "UnsupportedOperatorException",
+    "at_end_of_backward",
+    "backend_named",
+    "backend_names",
+    "buffers_of",
+    "check_input_dim",
+    "children_of",
+    "compilations_of",
+    "convolve",
+    "has_one_projection",
+    "in_backward",
+    "inductor",
+    "install_guard",
+    "is_batched",
+    "is_compiled",
+    "is_transformed",
+    "mark_dynamic",
+    "padding_of",
+    "parameters_of",
+    "recompile_limit",
+    "set_parameters",
+    "storage_key",
+    "take_apart",
+    "transforms_in_progress",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "uncompiled",
+    "version_of",
+]
