@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fx_approx._compat import BatchNormBase, buffers_of, check_input_dim, parameters_of
+from fx_approx.layers import layer_type
 from fx_approx.modules import become, is_swapped
 from fx_approx.ops import gather, tapped_relu
 from fx_approx.sampling import Selection
@@ -114,7 +115,9 @@ CHANNELWISE: dict[type[nn.Module], type[nn.Module]] = {
 def swap_channelwise(module: nn.Module) -> None:
     """Makes a ReLU or a layer of :data:`CHANNELWISE` its subclass in place; nothing if it is already."""
     if not is_swapped(module):
-        become(module, TappedReLU if type(module) is nn.ReLU else CHANNELWISE[type(module)])
+        exact = layer_type(module)
+        assert exact is not None
+        become(module, TappedReLU if exact is nn.ReLU else CHANNELWISE[exact])
 
 
 def channels_of(module: Any) -> int:

@@ -29,6 +29,7 @@ from fx_approx._compat import (
 )
 from fx_approx.capture import CallForm, Capture
 from fx_approx.dynamo_frame import Frame, Root
+from fx_approx.layers import layer_type
 from fx_approx.tracer import is_hooked
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -254,13 +255,14 @@ class _Lifter:
 
     def is_linear(self, module: nn.Module, given: dict[str, Any]) -> bool:
         """Whether ``F.linear`` with ``given`` is the call of ``module``."""
-        return type(module) in _LINEAR and self._own(module, given, weight="weight", bias="bias")
+        return layer_type(module) in _LINEAR and self._own(module, given, weight="weight", bias="bias")
 
     def is_convolution(self, module: nn.Module, given: dict[str, Any]) -> bool:
         """Whether a convolution with ``given`` is the call of ``module``."""
         plain = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **given}
         return (
             isinstance(module, ConvolutionBase)
+            and layer_type(module) in _CONVOLUTIONS.values()
             and module.padding_mode == "zeros"
             and all(plain[name] == getattr(module, name) for name in ("stride", "padding", "dilation", "groups"))
             and self._own(module, given, weight="weight", bias="bias")
@@ -268,7 +270,7 @@ class _Lifter:
 
     def is_normalisation(self, module: nn.Module, given: dict[str, Any]) -> bool:
         """Whether ``F.batch_norm`` with ``given`` is the call of ``module``, with the count of its batches before."""
-        if type(module) not in _NORMALISATIONS or not isinstance(module, BatchNormBase):
+        if layer_type(module) not in _NORMALISATIONS or not isinstance(module, BatchNormBase):
             return False
         training = given.get("training", False)
         owned = self._own(
@@ -293,7 +295,7 @@ class _Lifter:
 
     def is_attention(self, module: nn.Module, given: dict[str, Any]) -> bool:
         """Whether ``F.multi_head_attention_forward`` with ``given`` is the call of ``module`` in training."""
-        if type(module) is not nn.MultiheadAttention or not module.training:
+        if layer_type(module) is not nn.MultiheadAttention or not module.training:
             return False
         weights = _SEPARATE if given.get("use_separate_proj_weight") else ("in_proj_weight",)
         numbers = [given.get(name) for name in ("embed_dim_to_check", "num_heads", "dropout_p", "training")]
@@ -367,4 +369,4 @@ def _is_plain_layer(module: nn.Module) -> bool:
     """Whether calling ``module`` is calling torch's layer of its type, and nothing else."""
     kinds = (*_LINEAR, *_CONVOLUTIONS.values(), *_NORMALISATIONS, nn.MultiheadAttention)
     changed = is_hooked(module) or "forward" in vars(module) or parametrize.is_parametrized(module)
-    return type(module) in kinds and not changed
+    return layer_type(module) in kinds and not changed

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fx_approx import ops
 from fx_approx._compat import convolve, padding_of
 from fx_approx.candidate import Role
+from fx_approx.layers import EXACT_CLASS, layer_type, with_forward
 from fx_approx.ops import OPS, Choice, Early, How, Late, ProductOp, Rule, new_running
 from fx_approx.sampling import SamplerSpec, get_sampler, get_score
 from fx_approx.shards import refuse_shard
@@ -324,9 +325,6 @@ SAMPLED: dict[type[nn.Module], tuple[str, type[nn.Module]]] = {
 """Exact layer type -> op and sampled subclass."""
 
 
-_EXACT_CLASS = "_fx_approx_exact_class"
-
-
 def static_of(module: nn.Module, kind: str) -> dict[str, Any]:
     """The plain arguments of a layer that its op's ``static`` names."""
     return {name: getattr(module, name) for name in OPS[kind].static}
@@ -335,23 +333,28 @@ def static_of(module: nn.Module, kind: str) -> dict[str, Any]:
 def swap(module: nn.Module, site: Site) -> None:
     """Makes an exact layer its sampled subclass in place: same object, parameters, hooks and path."""
     if not isinstance(module, SampledLayer):
-        become(module, SAMPLED[type(module)][1])
+        exact = layer_type(module)
+        assert exact is not None
+        become(module, SAMPLED[exact][1])
         module.__dict__["site"] = site
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Makes ``module`` an instance of ``cls``, a subclass of its own class; :func:`unswap` takes that back."""
-    module.__dict__[_EXACT_CLASS] = type(module)
-    module.__class__ = cls
+    """Gives ``module`` the forward of ``cls``, a subclass of the layer that it is; :func:`unswap` takes that back.
+
+    It stays an instance of its own class.
+    """
+    module.__dict__[EXACT_CLASS] = type(module)
+    module.__class__ = with_forward(cls, type(module))
 
 
 def is_swapped(module: nn.Module | None) -> bool:
     """Whether ``module`` has become something else."""
-    return module is not None and _EXACT_CLASS in module.__dict__
+    return module is not None and EXACT_CLASS in module.__dict__
 
 
 def unswap(module: nn.Module) -> None:
     """The inverse of :func:`swap` and :func:`become`; nothing for any other module."""
     if is_swapped(module):
         module.__dict__.pop("site", None)
-        module.__class__ = module.__dict__.pop(_EXACT_CLASS)
+        module.__class__ = module.__dict__.pop(EXACT_CLASS)

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fx_approx._compat import HOOKS, version_of
+from fx_approx.layers import layer_type
 from fx_approx.watch import OWN_FILES, TORCH_FILES, DroppedError, Reads, grad_mode, no_side_effects, recorded, refused
 
 _LAYER_FILES = os.path.dirname(nn.__file__) + os.sep
@@ -108,10 +109,11 @@ class LeafTracer(fx.Tracer):
         return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Layers of torch without children are leaves, and modules that hooks or parametrisations have changed."""
+        """Layers of torch without children are leaves, as is what hooks or parametrisations have changed."""
         if is_hooked(m) or isinstance(m, FUSED) or parametrize.is_parametrized(m):
             return True
-        return super().is_leaf_module(m, module_qualified_name) and not list(m.children())
+        known = super().is_leaf_module(m, module_qualified_name) or layer_type(m) not in (None, nn.Sequential)
+        return known and not list(m.children())
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

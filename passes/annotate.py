@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from fx_approx._compat import tree_leaves
 from fx_approx.candidate import Candidate, Frontend
 from fx_approx.capture import Capture, owner
+from fx_approx.layers import layer_type
 from fx_approx.modules import SAMPLED, static_of
 from fx_approx.ops import OPS, ProductOp, Unsupported, find_op
 from fx_approx.tracer import FUSED, is_hooked
@@ -181,7 +182,7 @@ def why_not(module: nn.Module, path: str) -> str | None:
         return "its forward was replaced on the instance"
     if is_hooked(module):
         return "has hooks, which would see other arguments"
-    if type(module) not in SAMPLED:
+    if layer_type(module) not in SAMPLED:
         return f"{type(module).__name__} is a subclass that may compute something else"
     return _weight_problem(module.weight)
 

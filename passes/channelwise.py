@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fx_approx.channelwise import CHANNELWISE, channels_of
+from fx_approx.layers import layer_type
 from fx_approx.modules import SAMPLED
 from fx_approx.passes.annotate import attribute, why_not
 from fx_approx.passes.flow import Flow, Handler, Link, Step, Values, first
@@ -72,7 +73,7 @@ def _spatial(flow: Flow, node: fx.Node) -> Step | None:
     if layout is None or shape is None or result is None or len(shape) != len(result) or len(shape) < 3:
         return None
     module = flow.module(node)
-    name = getattr(node.target, "__name__", "") if module is None else type(module).__name__.lower()
+    name = str(getattr(node.target if module is None else layer_type(module), "__name__", "")).lower()
     axes = _DIMENSIONS.search(name)
     if axes is not None and len(shape) != int(axes[1]) + 2:  # without a batch: the first axis is the channels'
         return None
@@ -252,9 +253,9 @@ def weight_of(flow: Flow, node: fx.Node) -> tuple[Any, int, int] | None:
     """Weight, groups and first axis of the result, of a linear or convolution layer whose weight may be sliced."""
     module = flow.module(node)
     if module is not None:
-        if type(module) not in SAMPLED or why_not(module, str(node.target)) is not None:
+        if why_not(module, str(node.target)) is not None:
             return None
-        return module.weight, getattr(module, "groups", 1), 1 if type(module) in _CONVOLUTIONS else -1
+        return module.weight, getattr(module, "groups", 1), 1 if isinstance(module, _CONVOLUTIONS) else -1
     if node.op == "call_function" and node.target is F.linear:
         arguments = {**dict(zip(("input", "weight", "bias"), node.args, strict=False)), **node.kwargs}
         weight, bias = arguments.get("weight"), arguments.get("bias")
@@ -310,7 +311,8 @@ def _gated(flow: Flow, node: fx.Node) -> Step | None:
 
 def can_tap_relu(flow: Flow, node: fx.Node) -> bool:
     """Whether ``node`` is a ReLU whose value is read only: then it can give parts of it as well."""
-    is_relu = isinstance(flow.module(node), nn.ReLU) or node.target in (F.relu, torch.relu, "relu")
+    module = flow.module(node)
+    is_relu = node.target in (F.relu, torch.relu, "relu") if module is None else layer_type(module) is nn.ReLU
     return is_relu and not is_changed(flow, node)
 
 
@@ -368,7 +370,7 @@ def _handler(flow: Flow, node: fx.Node) -> Handler | None:
         module = flow.module(node)
         if module is None or is_hooked(module) or "forward" in vars(module):
             return None
-        kind = type(module)
+        kind = layer_type(module)
         return next((handler for types, handler in _MODULES if kind in types), None)
     if node.op not in ("call_function", "call_method"):
         return None

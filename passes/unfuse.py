@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from fx_approx._compat import ONE_PROJECTION, has_one_projection
 from fx_approx.capture import Capture
+from fx_approx.layers import layer_type
 from fx_approx.passes.annotate import FUSED_KEY, why_not
 from fx_approx.tracer import is_hooked
 
@@ -81,7 +82,7 @@ def _facts(path: str, module: nn.MultiheadAttention) -> list[tuple[str, str, Any
 
 def _module_problem(module: nn.MultiheadAttention) -> str | None:
     """Why a layer must stay whole however it is called, or None."""
-    if type(module) is not nn.MultiheadAttention:
+    if layer_type(module) is not nn.MultiheadAttention:
         return f"{type(module).__name__} is a subclass that may compute something else"
     if parametrize.is_parametrized(module):
         return "parametrised: its weights are computed at every access"

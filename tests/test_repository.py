@@ -30,7 +30,7 @@ LAYERS: dict[str, tuple[int, set[str]]] = {
     "foundation": (0, {"_compat", "errors", "sampling", "flops", "candidate", "plan", "work", "disk_cache"}),
     "kernels": (1, {"kernels"}),
     "ops": (2, {"ops"}),
-    "modules": (3, {"state", "modules", "batchnorm", "channelwise", "published", "resample", "shards"}),
+    "modules": (3, {"layers", "state", "modules", "batchnorm", "channelwise", "published", "resample", "shards"}),
     "capture": (4, {"watch", "tracer", "capture"}),
     "runtime": (5, {"print_passes", "runtime", "approx"}),
     "passes": (6, {"passes"}),
