@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from fx_approx._compat import buffers_of, parameters_of
+
 EXACT_CLASS = "_fx_approx_exact_class"
 """Where a layer that stands in place of an exact one keeps the class of that."""
 
@@ -35,7 +37,7 @@ def layer_type(module: nn.Module) -> type[nn.Module] | None:
             return None
         if cls.__module__.startswith(_TORCH):
             methods, values = _parts_of(cls)
-            read = {*values, *module._parameters, *module._buffers}
+            read = {*values, *parameters_of(module), *buffers_of(module)}
             changed = any(name in methods or name in read for above in own.__mro__[:place] for name in vars(above))
             return None if changed or not methods.isdisjoint(vars(module)) else cls
     return None
