@@ -19,13 +19,16 @@ Run as a script it only defines the schemas, which is what the command line's ``
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.machinery
 import importlib.util
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
+_SUFFIXES = {".so", ".pyd", ".dylib"}
 _SCHEMAS = {
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -43,27 +46,32 @@ def import_torchvision() -> ModuleType:
 
 
 def define_missing_schemas() -> None:
-    """Make a plain ``import torchvision`` work; does nothing where torchvision is missing or loads anyway."""
-    if hasattr(torch.ops.torchvision, "nms") or _compiled_library_loads():
-        return
-    # Schemas live as long as the object that defines them, so torch keeps it.
-    library = torch.ops.torchvision.fx_approx_schemas = torch.library.Library("torchvision", "DEF")
-    for name, signature in _SCHEMAS.items():
-        library.define(name + signature)
-
-
-def _compiled_library_loads() -> bool:
+    """Make a plain ``import torchvision`` work; does nothing where torchvision is missing or its library loads."""
     package = importlib.util.find_spec("torchvision")
     if package is None:
-        return True
-    library = importlib.machinery.PathFinder.find_spec("_C", package.submodule_search_locations)
-    if library is None or library.origin is None:
-        return False
-    try:
-        torch.ops.load_library(library.origin)
-    except OSError:
-        return False
-    return True
+        return
+    # Which of its libraries has the operators depends on the release. A schema that is defined here and then by the
+    # library as well would abort the process, so each is given its chance first.
+    for path in _libraries(package):
+        if _are_defined():
+            break
+        with contextlib.suppress(OSError):
+            torch.ops.load_library(str(path))
+    if not _are_defined():
+        # Schemas live as long as the object that defines them, so torch keeps it.
+        library = torch.ops.torchvision.fx_approx_schemas = torch.library.Library("torchvision", "DEF")
+        for name, signature in _SCHEMAS.items():
+            library.define(name + signature)
+
+
+def _libraries(package: importlib.machinery.ModuleSpec) -> list[Path]:
+    """The compiled libraries in the package's own folder."""
+    folders = package.submodule_search_locations or ()
+    return sorted(path for folder in folders for path in Path(folder).iterdir() if path.suffix in _SUFFIXES)
+
+
+def _are_defined() -> bool:
+    return hasattr(torch.ops.torchvision, "nms")
 
 
 if __name__ == "__main__":
