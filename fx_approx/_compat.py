@@ -49,6 +49,9 @@ TENSOR_CONSTANT = "_tensor_constant"
 ONE_PROJECTION = "_qkv_same_embed_dim"
 """Attribute of ``nn.MultiheadAttention``, see :func:`has_one_projection`."""
 
+CALLS = ("_call_impl", "_wrapped_call_impl")
+"""Methods of a module that its call goes through, before ``forward``."""
+
 # BatchNormBase, ConvolutionBase, DropoutBase: the classes that torch's layers of the kind have in common.
 
 
@@ -230,6 +233,7 @@ def mark_dynamic(tensor: Tensor, dim: int) -> None:
 
 
 __all__ = [
+    "CALLS",
     "CHILDREN_ATTRIBUTE",
     "FAKE_TENSOR_LOGGER",
     "HOOKS",

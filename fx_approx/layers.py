@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from fx_approx._compat import buffers_of, parameters_of
+from fx_approx._compat import CALLS, buffers_of, parameters_of
 
 EXACT_CLASS = "_fx_approx_exact_class"
 """Where a layer that stands in place of an exact one keeps the class of that."""
 
 _TORCH = ("torch.nn.", "torch.ao.")
-_CALLED = frozenset(("forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__"))
+_CALLED = frozenset(("forward", "__call__", *CALLS, "__getattr__", "__getattribute__"))
 _AT_REST = frozenset(("extra_repr", "reset_parameters", "reset_running_stats"))
 
 _parts: dict[type[nn.Module], tuple[frozenset[str], frozenset[str]]] = {}
