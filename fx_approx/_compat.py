@@ -30,6 +30,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.modules.conv import _ConvNd as ConvolutionBase
 from torch.nn.modules.dropout import _DropoutNd as DropoutBase
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 # ---- values in nested containers
@@ -42,6 +43,14 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Attributes of a module with the hooks that a call of it runs; some kinds of modules lack some."""
+
+MEMBERS = ("_parameters", "_buffers", "_modules")
+"""Attributes of a module with the dictionaries of its parameters, its buffers and its children."""
+
+TENSOR_STATE = ("_grad", "_grad_fn", "_version", "_base", "_backward_hooks")
+"""Attributes of a tensor about its gradient, its history and its memory."""
+
+# TorchDispatchMode: sees each operation that runs while it is on, below autograd.
 
 TENSOR_CONSTANT = "_tensor_constant"
 """How the names begin under which torch.fx puts tensors that a forward makes into the root."""
@@ -237,9 +246,11 @@ __all__ = [
     "CHILDREN_ATTRIBUTE",
     "FAKE_TENSOR_LOGGER",
     "HOOKS",
+    "MEMBERS",
     "ONE_PROJECTION",
     "RECOMPILE_LIMIT",
     "TENSOR_CONSTANT",
+    "TENSOR_STATE",
     "AttrSource",
     "BatchNormBase",
     "ConvolutionBase",
@@ -254,6 +265,7 @@ __all__ = [
     "HigherOrderOperator",
     "InstructionTranslator",
     "Moved",
+    "TorchDispatchMode",
     "UnspecializedNNModuleSource",
     "Unsupported",
     "UnsupportedOperatorException",

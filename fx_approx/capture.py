@@ -23,7 +23,7 @@ from torch import fx, nn
 from fx_approx._compat import HOOKS, buffers_of, children_of, parameters_of, tree_leaves, tree_map_only
 from fx_approx.errors import CaptureError
 from fx_approx.tracer import LeafTracer, Opaque, describe
-from fx_approx.watch import Reads, containers, random_state, set_random_state
+from fx_approx.watch import Fact, Members, Reads, containers, members, random_state, set_random_state
 
 _ENTRY = "_fx_approx_entry"
 
@@ -75,6 +75,57 @@ class CallForm:
         return values
 
 
+@dataclasses.dataclass(frozen=True)
+class Granted:
+    """What a graph takes for granted of tensors and modules, whose paths it has.
+
+    Attributes:
+        facts: Path of a module, name of a tensor in it, and what is known of that.
+        tied: Two places, each a path and a name, that hold one tensor, which the graph reads at the first.
+        members: Path of a module, the name of its dict of parameters, buffers or children, and what that holds.
+    """
+
+    facts: tuple[tuple[str, str, Fact], ...] = ()
+    tied: tuple[tuple[str, str, str, str], ...] = ()
+    members: tuple[tuple[str, str, Members], ...] = ()
+
+    def of(self, root: nn.Module) -> Held:
+        """The same for one model, with its modules."""
+        at = root.get_submodule
+        return Held(
+            tuple((at(path), name, fact) for path, name, fact in self.facts),
+            tuple((at(path), name, at(other), its) for path, name, other, its in self.tied),
+            tuple((at(path), name, held) for path, name, held in self.members),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What the graph of one model takes for granted, see :class:`Granted`."""
+
+    facts: tuple[tuple[nn.Module, str, Fact], ...] = ()
+    tied: tuple[tuple[nn.Module, str, nn.Module, str], ...] = ()
+    members: tuple[tuple[nn.Module, str, Members], ...] = ()
+
+    def changed(self) -> str | None:
+        """What of the tensors holds no more, if anything; plain Python, which ``torch.compile`` traces."""
+        for module, name, fact in self.facts:
+            if not fact.holds(getattr(module, name, None)):
+                what = f"{fact.query} of " if fact.query else ""
+                return f"{what}attribute {name} of a {type(module).__name__} was changed"
+        return None
+
+    def rearranged(self) -> str | None:
+        """What of the places of tensors and modules holds no more, if anything."""
+        for module, name, other, its in self.tied:
+            if getattr(module, name, None) is not getattr(other, its, None):
+                return f"{its} of a {type(other).__name__} is no longer {name} of a {type(module).__name__}"
+        for module, name, held in self.members:
+            if members(getattr(module, name)) != held:
+                return f"{name.strip('_')} of a {type(module).__name__} were added or removed"
+        return None
+
+
 @dataclasses.dataclass
 class Capture:
     """A captured model.
@@ -87,6 +138,7 @@ class Capture:
         constants: Tensors made while tracing, by target name.
         readers: Paths of modules whose ``training`` flag the forward reads: the graph serves calls in which they agree.
         frozen: Path, name and value of module attributes that are in the graph as they were.
+        granted: What else it takes for granted of the model.
     """
 
     graph: fx.Graph | None
@@ -96,6 +148,7 @@ class Capture:
     constants: dict[str, torch.Tensor]
     readers: tuple[str, ...] = ()
     frozen: tuple[tuple[str, str, Any], ...] = ()
+    granted: Granted = Granted()
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -216,7 +269,12 @@ def capture(root: nn.Module, form: CallForm) -> Capture:
         except Exception:  # the evaluation path alone cannot be traced: the model's own forward runs it
             readers, branching = [paths[key] for key in reads.training if key in paths], {""}
     frozen = tuple((paths[key], name, value) for (key, name), (_, _, value) in reads.plain.items() if key in paths)
-    return Capture(graph, form, opaque, tuple(sorted(branching)), constants, tuple(readers), frozen)
+    granted = Granted(
+        tuple((paths[id(m)], name, fact) for m, name, fact in reads.facts.values() if id(m) in paths),
+        tuple((paths[id(m)], a, paths[id(n)], b) for m, a, n, b in reads.tied.values() if {id(m), id(n)} <= set(paths)),
+        tuple((paths[id(m)], name, held) for m, name, held in reads.members.values() if id(m) in paths),
+    )
+    return Capture(graph, form, opaque, tuple(sorted(branching)), constants, tuple(readers), frozen, granted)
 
 
 def _alike(constants: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from fx_approx._compat import Moved, at_end_of_backward, buffers_of, children_of, in_backward, tree_leaves
 from fx_approx.candidate import Candidate, Role
-from fx_approx.capture import Capture, described
+from fx_approx.capture import Capture, Held, described
 from fx_approx.errors import CaptureWarning, RecomputationError
 from fx_approx.modules import Selector
 from fx_approx.ops import refuse_transforms
@@ -74,6 +74,7 @@ class Runtime(Moved):
         hoisting: What is not demanded may be left out.
         readers: Modules whose ``training`` flags the graph depends on.
         frozen: Module, name and value of the attributes that the graph holds.
+        held: What else the graph takes for granted.
         structure: Modules that were traced through, and what their children must be.
         candidates: All candidates.
         plan: What was decided.
@@ -99,6 +100,7 @@ class Runtime(Moved):
         self.selectors: dict[tuple[str, Role], Selector] = {}
         self.readers: tuple[nn.Module, ...] = ()
         self.frozen: tuple[tuple[nn.Module, str, Any], ...] = ()
+        self.held = Held()
         self.structure: tuple[tuple[nn.Module, tuple[tuple[str, nn.Module | None], ...]], ...] = ()
         self.sampling_swapped = False
         self.inside = False
@@ -255,17 +257,23 @@ class Runtime(Moved):
             # Identity first: NaN is not equal to itself. The type next: a tensor is not to be compared.
             if now is not value and (type(now) is not type(value) or now != value):
                 return f"attribute {name} of a {type(module).__name__} was changed"
-        if not torch.compiler.is_compiling():
-            for module, children in self.structure:
-                now = children_of(module)
-                if len(now) != len(children) or any(
-                    [name not in now or (child is not None and now[name] is not child) for name, child in children]
-                ):
-                    return f"a child of a {type(module).__name__} was changed"
-                if is_hooked(module) and module is not root and hook_count(module) != self.sharded.get(module, 0):
-                    if is_sharded(module) and module not in self.sharded:
-                        raise RuntimeError(f"a {type(module).__name__} {UNREGISTERED}")
-                    return f"a {type(module).__name__} got hooks"
+        changed = self.held.changed()
+        if changed is None and not torch.compiler.is_compiling():
+            changed = self._rebuilt(root) or self.held.rearranged()
+        return changed
+
+    def _rebuilt(self, root: nn.Module) -> str | None:
+        """Which module has got other children or hooks, if any."""
+        for module, children in self.structure:
+            now = children_of(module)
+            if len(now) != len(children) or any(
+                [name not in now or (child is not None and now[name] is not child) for name, child in children]
+            ):
+                return f"a child of a {type(module).__name__} was changed"
+            if is_hooked(module) and module is not root and hook_count(module) != self.sharded.get(module, 0):
+                if is_sharded(module) and module not in self.sharded:
+                    raise RuntimeError(f"a {type(module).__name__} {UNREGISTERED}")
+                return f"a {type(module).__name__} got hooks"
         return None
 
     def _run_python(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 import os
 import sys
@@ -15,9 +16,20 @@ import torch.utils.checkpoint
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from fx_approx._compat import HOOKS, version_of
+from fx_approx._compat import HOOKS, TENSOR_CONSTANT, version_of
 from fx_approx.layers import layer_type
-from fx_approx.watch import OWN_FILES, TORCH_FILES, DroppedError, Reads, grad_mode, no_side_effects, recorded, refused
+from fx_approx.real_tensors import Functions, Operators, RealTensors, tensors_in
+from fx_approx.watch import (
+    OWN_FILES,
+    TORCH_FILES,
+    DroppedError,
+    Reads,
+    grad_mode,
+    no_side_effects,
+    recorded,
+    refused,
+    unwatched,
+)
 
 _LAYER_FILES = os.path.dirname(nn.__file__) + os.sep
 _CHECKPOINT_FILE = torch.utils.checkpoint.__file__
@@ -80,16 +92,18 @@ class LeafTracer(fx.Tracer):
         super().__init__()
         self.reads = reads
         self.opaque: dict[str, Opaque] = {}
-        self._cache: dict[str, fx.Proxy] = {}
-        self._names: dict[int, str] = {}
+        self._read: dict[int, fx.Proxy] = {}
         self._versions: list[tuple[torch.Tensor, int]] = []
         self._outside = grad_mode()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of ``root``; what tracing would silently remove from its own forward is an error."""
+        self.real = RealTensors(root, self.reads)
         with torch.inference_mode(False), torch.enable_grad(), no_side_effects(root), recorded(self.reads), refused():
             self._outside = grad_mode()
-            graph = super().trace(root, concrete_args)
+            with Operators(self.real), Functions(self.real, self):
+                graph = super().trace(root, concrete_args)
+            self.real.check_attributes()
             if any(version_of(tensor) != version for tensor, version in self._versions):
                 raise DroppedError("an in-place change of a tensor that does not depend on an input")
             return graph
@@ -104,9 +118,33 @@ class LeafTracer(fx.Tracer):
             raise DroppedError("a value that was stored while another graph was traced")
         if isinstance(a, dict) and type(a) is not dict and not type(a).__module__.startswith("torch.fx"):
             raise DroppedError(f"the type of a {type(a).__name__}")
-        if isinstance(a, torch.Tensor):
-            self._versions.append((a, version_of(a)))
-        return super().create_arg(a)
+        if not isinstance(a, torch.Tensor):
+            return super().create_arg(a)
+        return (self.read(a) if self.real.is_in_graph(a) else self._constant(a)).node
+
+    def read(self, tensor: torch.Tensor) -> fx.Proxy:
+        """The node that reads a tensor of the model, or one that the forward has made and the graph changes."""
+        path = self.real.path(tensor)
+        if path is None:
+            return self._constant(tensor)
+        self.real.note_read(tensor)
+        return self._attribute(tensor, path)
+
+    def _attribute(self, tensor: torch.Tensor, path: str) -> fx.Proxy:
+        if id(tensor) not in self._read:
+            self._read[id(tensor)] = self.create_proxy("get_attr", path, (), {})
+        return self._read[id(tensor)]
+
+    def _constant(self, tensor: torch.Tensor) -> fx.Proxy:
+        """A tensor that the forward has made: it must not be changed behind the graph's back."""
+        path = self.tensor_attrs.get(tensor)
+        if path is None:
+            with unwatched():
+                self._versions.append((tensor, version_of(tensor)))
+            path = next(p for n in itertools.count() if not hasattr(self.root, p := f"{TENSOR_CONSTANT}{n}"))
+            self.tensor_attrs[tensor] = path
+            setattr(self.root, path, tensor)
+        return self._attribute(tensor, path)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Layers of torch without children are leaves, as is what hooks or parametrisations have changed."""
@@ -147,6 +185,8 @@ class LeafTracer(fx.Tracer):
         return result
 
     def _leaf(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for tensor in tensors_in((args, kwargs)):
+            self.real.note_changed(tensor)  # the module may change it
         self.module_stack[path] = (path, type(m))
         try:
             return self.create_proxy("call_module", path, args, kwargs)
@@ -163,26 +203,12 @@ class LeafTracer(fx.Tracer):
         for node in gone:
             self.graph.erase_node(node)
         erased = set(gone)
-        for stale in [name for name, proxy in self._cache.items() if proxy.node in erased]:
-            del self._cache[stale]
+        for stale in [key for key, proxy in self._read.items() if proxy.node in erased]:
+            del self._read[stale]
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Parameters and buffers become nodes, so that nothing is frozen at its value of today.
-
-        The base class searches all parameters at every access, which makes tracing quadratic.
-        """
-        self._cache = parameter_proxy_cache
-        if not isinstance(attr_val, torch.Tensor):
-            return attr_val
-        if not self._names:
-            self._names.update((id(p), name) for name, p in self.root.named_buffers())
-            self._names.update((id(p), name) for name, p in self.root.named_parameters())
-        name = self._names.get(id(attr_val))
-        if name is None:
-            return attr_val
-        if name not in parameter_proxy_cache:
-            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
-        return parameter_proxy_cache[name]
+        """Parameters and buffers are handed out as they are: what is computed of one makes the node that reads it."""
+        return attr_val
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Refuses to create a node inside ``torch.utils.checkpoint.checkpoint`` or ``torch.no_grad``."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fx_approx._compat import TENSOR_CONSTANT
+from fx_approx._compat import MEMBERS, TENSOR_CONSTANT
 
 OWN_FILES = os.path.dirname(__file__) + os.sep
 TORCH_FILES = os.path.dirname(torch.__file__) + os.sep
@@ -26,19 +26,61 @@ _NAMED = (enum.Enum, torch.dtype, torch.device, types.FunctionType, types.Builti
 _CONTAINERS = (list, dict, set, collections.deque)
 _LAYER_FILES = os.path.join(os.path.dirname(nn.__file__), "modules") + os.sep
 _MODULE_FILE = nn.modules.module.__file__
+_unwatched: list[None] = []
 _GLOBAL_MODES = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_autocast_dtype")
 
 
 class DroppedError(Exception):
     """The code does something that tracing would silently remove."""
 
+    does = "remove"
+
     def __init__(self, what: str, where: str = "") -> None:
-        super().__init__(f"{what}, which tracing would remove{where}")
+        super().__init__(f"{what}, which tracing would {self.does}{where}")
         self.placed = bool(where)
+
+
+class FrozenError(DroppedError):
+    """The code reads something that tracing would silently keep as it is today."""
+
+    does = "freeze"
 
 
 class _Poison:
     """Stands for a value that a part which is not traced stores while it runs; no graph node can take it."""
+
+
+Members = tuple[tuple[str, bool], ...]
+"""Names of what a dict of a module holds, and whether each is None."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """What a graph takes for granted of a tensor that a module holds by a name.
+
+    Attributes:
+        query: Attribute or method that was asked; empty if only that there is a tensor.
+        args: Arguments of the method; None for an attribute.
+        value: The answer.
+    """
+
+    query: str = ""
+    args: tuple[Any, ...] | None = None
+    value: Any = None
+
+    def holds(self, tensor: Any) -> bool:
+        """Whether ``tensor`` still gives the answer."""
+        if not isinstance(tensor, torch.Tensor):
+            return False
+        if not self.query:
+            return True
+        found = getattr(tensor, self.query)
+        return bool((found if self.args is None else found(*self.args)) == self.value)
+
+
+def members(held: dict[str, Any]) -> Members:
+    """What a module's dict of parameters, buffers or children holds, to be compared later."""
+    return tuple([(name, value is None) for name, value in held.items()])
 
 
 @dataclasses.dataclass
@@ -48,20 +90,34 @@ class Reads:
     Attributes:
         plain: Module, name and value of numbers, flags and strings: a graph holds them as they were.
         training: Modules whose ``training`` flag was read.
+        facts: Module, name of a tensor, what was asked of it with which arguments, and the answer; see :class:`Fact`.
+        tied: Two places, each a module and a name, that hold one tensor, of which the graph reads the first.
+        members: Module, the name of one of its dicts of parameters, buffers and children, and what it holds.
     """
 
     plain: dict[tuple[int, str], tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=dict)
     training: dict[int, nn.Module] = dataclasses.field(default_factory=dict)
+    facts: dict[Any, tuple[nn.Module, str, Fact]] = dataclasses.field(default_factory=dict)
+    tied: dict[tuple[int, str], tuple[nn.Module, str, nn.Module, str]] = dataclasses.field(default_factory=dict)
+    members: dict[tuple[int, str], tuple[nn.Module, str, Members]] = dataclasses.field(default_factory=dict)
 
-    def mark(self) -> tuple[int, int]:
+    def mark(self) -> tuple[int, ...]:
         """Where the reads stand, for :meth:`back_to`."""
-        return len(self.plain), len(self.training)
+        return tuple(map(len, self._all))
 
-    def back_to(self, mark: tuple[int, int]) -> None:
+    def back_to(self, mark: tuple[int, ...]) -> None:
         """Forgets what was read since ``mark``: it was taken back."""
-        for reads, length in ((self.plain, mark[0]), (self.training, mark[1])):
+        for reads, length in zip(self._all, mark, strict=True):
             for key in list(reads)[length:]:
-                reads.pop(key)  # type: ignore[call-overload]
+                reads.pop(key)
+
+    @property
+    def _all(self) -> tuple[dict[Any, Any], ...]:
+        return self.plain, self.training, self.facts, self.tied, self.members
+
+    def fact(self, module: nn.Module, name: str, fact: Fact) -> None:
+        """Writes down what the graph takes for granted of the tensor that a module holds."""
+        self.facts.setdefault((id(module), name, fact.query, fact.args), (module, name, fact))
 
 
 @contextlib.contextmanager
@@ -69,19 +125,85 @@ def recorded(reads: Reads) -> Iterator[None]:
     """Writes into ``reads`` what user code reads of modules."""
 
     def read(self: nn.Module, name: str) -> Any:
-        value = object.__getattribute__(self, name)
-        if _is_constant(value) and not name.startswith("__"):
-            file = sys._getframe(1).f_code.co_filename
-            if file.startswith(OWN_FILES):
-                return value
-            if name == "training":
+        try:
+            value = object.__getattribute__(self, name)
+        except AttributeError:
+            held = _held(self, name)
+            if held is not _Poison:
+                _note(reads, self, name, held, sys._getframe(1).f_code.co_filename)
+            raise
+        if name in MEMBERS or name == "__dict__":
+            if _is_asked_by_user(sys._getframe(1), name):
+                for member in MEMBERS if name == "__dict__" else (name,):
+                    held = object.__getattribute__(self, member)
+                    reads.members.setdefault((id(self), member), (self, member, members(held)))
+        elif name == "training" and type(value) is bool:
+            if not sys._getframe(1).f_code.co_filename.startswith(OWN_FILES):
                 reads.training.setdefault(id(self), self)
-            elif not file.startswith(TORCH_FILES) or (file.startswith(_LAYER_FILES) and file != _MODULE_FILE):
-                reads.plain.setdefault((id(self), name), (self, name, value))
+        elif (_is_constant(value) or isinstance(value, torch.Tensor) or _is_array(value)) and not name.startswith("__"):
+            _note(reads, self, name, value, sys._getframe(1).f_code.co_filename)
         return value
 
     with _patched(nn.Module, "__getattribute__", read):
         yield
+
+
+def _held(module: nn.Module, name: str) -> Any:
+    """The parameter or buffer, None included, that a module holds by that name; the class _Poison without one."""
+    attributes = object.__getattribute__(module, "__dict__")
+    for held in map(attributes.get, MEMBERS[:2]):
+        if held and name in held:
+            return held[name]
+    return _Poison
+
+
+def _note(reads: Reads, module: nn.Module, name: str, value: Any, file: str) -> None:
+    """Writes down what a forward reads of ``module``, unless code of torch or of this package in ``file`` does."""
+    if not _is_of_user(file):
+        return
+    if isinstance(value, torch.Tensor):
+        reads.fact(module, name, Fact())
+    elif _is_array(value):
+        raise FrozenError(f"the values of the NumPy array self.{name}")
+    else:
+        reads.plain.setdefault((id(module), name), (module, name, value))
+
+
+def _is_of_user(file: str) -> bool:
+    """Whether a file is user code, or that of a layer of torch."""
+    if file.startswith(OWN_FILES):
+        return False
+    return not file.startswith(TORCH_FILES) or (file.startswith(_LAYER_FILES) and file != _MODULE_FILE)
+
+
+def _is_asked_by_user(frame: types.FrameType | None, name: str) -> bool:
+    """Whether user code iterates over the members of a module, by itself or by a method such as ``parameters()``."""
+    assert frame is not None
+    if name == "__dict__" or frame.f_code.co_filename != _MODULE_FILE:
+        return _is_of_user(frame.f_code.co_filename)
+    while frame is not None and frame.f_code.co_filename.startswith(TORCH_FILES):
+        frame = frame.f_back
+    return frame is not None and not frame.f_code.co_filename.startswith(OWN_FILES)
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """For code of this package that runs in the middle of a traced forward: tensors that it touches are its own."""
+    _unwatched.append(None)
+    try:
+        yield
+    finally:
+        _unwatched.pop()
+
+
+def is_unwatched() -> bool:
+    """Whether code of this package runs."""
+    return bool(_unwatched)
 
 
 def _is_constant(value: Any) -> bool:
@@ -155,8 +277,9 @@ def set_random_state(state: tuple[Any, torch.Tensor, Any]) -> None:
 
 def _has_drawn(before: tuple[Any, torch.Tensor, Any]) -> bool:
     python, cpu, of_numpy = random_state()
-    if python != before[0] or not torch.equal(cpu, before[1]):
-        return True
+    with unwatched():
+        if python != before[0] or not torch.equal(cpu, before[1]):
+            return True
     if before[2] is None:
         return False
     return bool(of_numpy[2:] != before[2][2:] or (of_numpy[1] != before[2][1]).any())
@@ -170,14 +293,14 @@ def no_side_effects(module: nn.Module) -> Iterator[None]:
     """
     state = random_state()
     before = [(inner, dict(vars(inner)), _contents(inner)) for inner in module.modules()]
-    tensors = [kept for inner in module.modules() for kept in _plain_tensors(inner)]
+    arrays = [(value, value.copy()) for inner in module.modules() for value in vars(inner).values() if _is_array(value)]
     try:
         yield
         if _has_drawn(state):
             set_random_state(state)
             raise DroppedError("random numbers that do not depend on an input", _place(module))
-        if any(_is_changed(*kept) for kept in tensors):
-            raise DroppedError("an in-place change of a tensor or array of self", _place(module))
+        if any(_is_changed(*kept) for kept in arrays):
+            raise DroppedError("an in-place change of an array of self", _place(module))
         for inner, attributes, contents in before:
             changed = _changed(inner, attributes, contents)
             if changed:
@@ -186,36 +309,19 @@ def no_side_effects(module: nn.Module) -> Iterator[None]:
         for inner, attributes, contents in before:
             for name in _changed(inner, attributes, contents):
                 vars(inner)[name] = _Poison()
-        for value, copy in tensors:
+        for value, copy in arrays:
             if _is_changed(value, copy):
-                _restore(value, copy)
+                value[...] = copy
         raise
 
 
-def _plain_tensors(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Tensors and arrays that are neither parameters nor buffers, which the copy shares with the user's model."""
-    numpy = sys.modules.get("numpy")
-    found: list[tuple[Any, Any]] = []
-    for value in vars(module).values():
-        if isinstance(value, torch.Tensor):
-            found.append((value, value.detach().clone()))
-        elif numpy is not None and isinstance(value, numpy.ndarray):
-            found.append((value, value.copy()))
-    return found
-
-
-def _is_changed(value: Any, copy: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return not torch.equal(torch.nan_to_num(value.detach()), torch.nan_to_num(copy))
-    return bool((value != copy).any() and not ((value != value) & (copy != copy)).any())
-
-
-@torch.no_grad()
-def _restore(value: Any, copy: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        value.copy_(copy)
-    else:
-        value[...] = copy
+def _is_changed(array: Any, copy: Any) -> bool:
+    """Whether a bit differs: NaN is equal to itself, and hides no other change."""
+    if array.shape != copy.shape or array.dtype != copy.dtype:
+        return True
+    if array.dtype.hasobject:
+        return any(a is not b for a, b in zip(array.ravel(), copy.ravel(), strict=True))
+    return bool(array.tobytes() != copy.tobytes())
 
 
 Contents = list[tuple[Any, list[Any]]]

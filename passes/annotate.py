@@ -159,11 +159,18 @@ def _layer(path: str, module: nn.Module, names: dict[str, int], node: str = "") 
         return None
     kind = SAMPLED[base][0]
     static = static_of(module, kind)
-    weight: Any = module.weight
-    pairs, groups = weight.shape[1], static.get("groups", 1)
+    groups = static.get("groups", 1)
+    pairs = _pairs(module, groups)
     blocked = why_not(module, path) or _too_few(pairs, groups)
     candidate = Candidate(_unique(path, names), path, kind, frontend, node, pairs, groups, blocked=blocked)
     return Found(candidate, OPS[kind], path, path, static, f"{path}.weight" if path else "weight")
+
+
+def _pairs(module: Any, groups: int) -> int:
+    """Column-row pairs of a layer. A parametrised weight is not computed for it: that may change the model."""
+    if parametrize.is_parametrized(module):
+        return int(module.in_features if isinstance(module, nn.Linear) else module.in_channels // groups)
+    return int(module.weight.shape[1])
 
 
 def _too_few(pairs: int, groups: int) -> str | None:

@@ -97,6 +97,7 @@ def _watch(root: nn.Module, runtime: Runtime) -> None:
     readers = captured.readers or (("",) if captured.branching else ())
     runtime.readers = tuple(root.get_submodule(path) for path in readers)
     runtime.frozen = tuple((root.get_submodule(path), name, value) for path, name, value in captured.frozen)
+    runtime.held = captured.granted.of(root)
     through = {""}
     for node in captured.graph.nodes if captured.graph is not None else ():
         path = owner(node)

@@ -31,7 +31,7 @@ LAYERS: dict[str, tuple[int, set[str]]] = {
     "kernels": (1, {"kernels"}),
     "ops": (2, {"ops"}),
     "modules": (3, {"layers", "state", "modules", "batchnorm", "channelwise", "published", "resample", "shards"}),
-    "capture": (4, {"watch", "tracer", "capture"}),
+    "capture": (4, {"watch", "real_tensors", "tracer", "capture"}),
     "runtime": (5, {"print_passes", "runtime", "approx"}),
     "passes": (6, {"passes"}),
     "policies": (6, {"policies"}),
