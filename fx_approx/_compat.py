@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeCopyMode,
+    FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
 )
@@ -154,6 +155,7 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return int(storage._cdata)
 
 
+# FakeTensor: what they are.
 # FakeTensorMode: inside, tensors have shapes and data types and no values.
 # FakeCopyMode: inside, copy.deepcopy of a module makes fake parameters.
 # DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException: what cannot be known of
@@ -260,6 +262,7 @@ __all__ = [
     "DynamicOutputShapeException",
     "FailOnRecompileLimitHit",
     "FakeCopyMode",
+    "FakeTensor",
     "FakeTensorMode",
     "GuardBuilder",
     "HigherOrderOperator",

@@ -10,7 +10,7 @@ path is known, and the forward is not traced.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -198,10 +198,73 @@ def _has_proxy(value: Any) -> bool:
     return isinstance(value, fx.Proxy)
 
 
-def _changes_in_place(name: str, kwargs: dict[str, Any]) -> bool:
+def _changes_in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and hasattr(operator, name[2:-2]))
     return name.endswith("_") or kwargs.get("inplace") is True
+
+
+_ALIASES = frozenset(
+    {
+        "data",
+        "T",
+        "mT",
+        "H",
+        "mH",
+        "real",
+        "imag",
+        "detach",
+        "view",
+        "view_as",
+        "reshape",
+        "flatten",
+        "ravel",
+        "squeeze",
+    }
+    | {"unsqueeze", "t", "transpose", "permute", "movedim", "swapaxes", "getitem", "__getitem__", "select", "narrow"}
+    | {"expand", "expand_as", "unbind", "chunk", "split", "diagonal", "contiguous", "to", "float", "double", "type_as"}
+)
+"""Names of what may give the memory of its first argument."""
+
+
+def changed_attributes(node: fx.Node) -> Iterator[str]:
+    """Paths of the tensors of the model that ``node`` changes in place."""
+    if node.op not in ("call_function", "call_method"):
+        return
+    name = _target_name(node)
+    waiting = []
+    if _changes_in_place(name, node.kwargs) or name in _IN_PLACE_OPERATORS:
+        waiting.append(node.args[0] if node.args else next(iter(node.kwargs.values()), None))
+    waiting.append(node.kwargs.get("out"))
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (list, tuple)):
+            waiting += value
+        elif isinstance(value, fx.Node) and value.op == "get_attr":
+            yield str(value.target)
+        elif isinstance(value, fx.Node) and value.args:
+            name = str(value.args[1]) if value.target is getattr else _target_name(value)
+            if name in _ALIASES or _changes_in_place(name, value.kwargs):
+                waiting.append(value.args[0])
+
+
+_IN_PLACE_OPERATORS = (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+    "setitem",
+)
+
+
+def _target_name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
 
 
 class Functions(TorchFunctionMode):

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from fx_approx._compat import HOOKS, TENSOR_CONSTANT, version_of
 from fx_approx.layers import layer_type
-from fx_approx.real_tensors import Functions, Operators, RealTensors, tensors_in
+from fx_approx.real_tensors import Functions, Operators, RealTensors, changed_attributes, tensors_in
 from fx_approx.watch import (
     OWN_FILES,
     TORCH_FILES,
@@ -211,7 +211,10 @@ class LeafTracer(fx.Tracer):
         return attr_val
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Refuses to create a node inside ``torch.utils.checkpoint.checkpoint`` or ``torch.no_grad``."""
+        """Refuses to create a node inside ``torch.utils.checkpoint.checkpoint`` or ``torch.no_grad``.
+
+        And one that changes a parameter, or a buffer of a layer: their values are read ahead of what the layer does.
+        """
         frame = sys._getframe(1)
         while frame is not None:
             if frame.f_code.co_filename == _CHECKPOINT_FILE:
@@ -219,7 +222,13 @@ class LeafTracer(fx.Tracer):
             frame = frame.f_back  # type: ignore[assignment]
         if grad_mode() != self._outside:
             raise DroppedError("torch.no_grad or alike")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        for path in changed_attributes(node):
+            module, _, name = path.rpartition(".")
+            owner = self.root.get_submodule(module)
+            if isinstance(getattr(owner, name), nn.Parameter) or self.is_leaf_module(owner, module):
+                raise DroppedError(f"a change in place of {path}")
+        return node
 
 
 def describe(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fx_approx._compat import MEMBERS, TENSOR_CONSTANT
+from fx_approx._compat import MEMBERS, TENSOR_CONSTANT, TENSOR_STATE
 
 OWN_FILES = os.path.dirname(__file__) + os.sep
 TORCH_FILES = os.path.dirname(torch.__file__) + os.sep
@@ -26,6 +26,8 @@ _NAMED = (enum.Enum, torch.dtype, torch.device, types.FunctionType, types.Builti
 _CONTAINERS = (list, dict, set, collections.deque)
 _LAYER_FILES = os.path.join(os.path.dirname(nn.__file__), "modules") + os.sep
 _MODULE_FILE = nn.modules.module.__file__
+_UNTOLD = ("numpy", "__array__", "grad", "grad_fn", *TENSOR_STATE)
+"""Attributes of tensors that are no tensors of a graph, or None at times."""
 _unwatched: list[None] = []
 _GLOBAL_MODES = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_autocast_dtype")
 
@@ -215,7 +217,7 @@ def _is_constant(value: Any) -> bool:
 
 @contextlib.contextmanager
 def refused() -> Iterator[None]:
-    """Stops a forward that enters autocast, asks for global modes, or assigns to ``.data`` or ``.grad``."""
+    """Stops a forward that enters autocast, asks for global modes, or for what a traced value cannot tell of itself."""
     with contextlib.ExitStack() as stack:
         for name in _GLOBAL_MODES:
             stack.enter_context(_patched(torch, name, _asked(getattr(torch, name), name)))
@@ -228,6 +230,14 @@ def refused() -> Iterator[None]:
                 raise DroppedError(f"an assignment to .{name} of a tensor")
             object.__setattr__(self, name, value)
 
+        ask = fx.Proxy.__getattr__
+
+        def asked(self: fx.Proxy, name: str) -> Any:
+            if name in _UNTOLD:
+                raise FrozenError(f".{name} of a value that depends on an input")
+            return ask(self, name)
+
+        stack.enter_context(_patched(fx.Proxy, "__getattr__", asked))
         stack.enter_context(_patched(torch.autocast, "__enter__", enter))
         stack.enter_context(_patched(fx.Proxy, "__setattr__", assign))
         yield

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from fx_approx._compat import (
     FAKE_TENSOR_LOGGER,
@@ -19,6 +20,7 @@ from fx_approx._compat import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeCopyMode,
+    FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
     storage_key,
@@ -33,7 +35,28 @@ from fx_approx.ops import Unsupported
 from fx_approx.passes.annotate import META_KEY, Found
 from fx_approx.passes.flow import Values
 
-_UNKNOWABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
+
+class _NoValuesError(Exception):
+    """The forward asks a fake tensor for its values."""
+
+
+class _Values(TorchFunctionMode):
+    """Says what is wrong where a forward asks a tensor for its values, which fake ones have not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Runs ``func`` unless it is about values."""
+        name = getattr(func, "__name__", "")
+        if name in ("numpy", "__array__", "data_ptr") and args and isinstance(args[0], FakeTensor):
+            raise _NoValuesError(f"{name}() of a tensor, which is not run here")
+        return func(*args, **(kwargs or {}))
+
+
+_UNKNOWABLE = (
+    _NoValuesError,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +106,14 @@ def propagate(
         vars(fake).update({name: mode.from_tensor(value) for name, value in captured.constants.items()})
         silenced = _without_user_hooks(fake)
         recorder.watch(fake)
-        with mode, _quiet():
+        with mode, _quiet(), _Values():
             fake_args, fake_kwargs = _fake(mode, args), _fake(mode, dict(kwargs))
             try:
                 _run(fake, captured, recorder, fake_args, fake_kwargs)
             except _UNKNOWABLE as error:
                 message = str(error).strip().split("\n")[0]
-                return recorder.shapes(f"{type(error).__name__}: {message}")
+                kind = "" if isinstance(error, _NoValuesError) else f"{type(error).__name__}: "
+                return recorder.shapes(kind + message)
             except ValueError as error:
                 if not silenced:
                     raise

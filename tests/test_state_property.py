@@ -1,0 +1,113 @@
+"""Whatever a forward does with the state of its model, at ratio 1.0 it is the model, and the user's is untouched."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from typing import Any
+
+import hypothesis
+import numpy
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fx_approx
+from fx_approx.policies import Uniform
+
+from .state_forwards import CHANGES, READS, WIDTH, WRITES, State, copied, everything, generators, tensors_of
+
+MENU = [*(f"read {name}" for name in READS), *(f"write {name}" for name in WRITES)]
+steps = st.lists(st.sampled_from(MENU), min_size=1, max_size=5)
+MANY = int(os.environ.get("FX_APPROX_STATE_EXAMPLES", "2000"))
+
+
+def built(outer: list[str], inner: list[str] | None, seed: int) -> State:
+    def named(names: list[str]) -> list[Any]:
+        return [{"read": READS, "write": WRITES}[name.partition(" ")[0]][name.partition(" ")[2]] for name in names]
+
+    torch.manual_seed(seed)
+    return State(named(outer), None if inner is None else State(named(inner)))
+
+
+def stepped(model: nn.Module, x: Tensor, seed: int) -> Any:
+    """One step of plain SGD: the output, or the kind of error that the model raises."""
+    torch.manual_seed(seed), random.seed(seed), numpy.random.seed(seed)
+    learnt = [t for t in tensors_of(model).values() if t.is_leaf and t.requires_grad]
+    for tensor in learnt:
+        tensor.grad = None
+    try:
+        output = model(x)
+        output.square().mean().backward()
+    except Exception as error:
+        return type(error)
+    with torch.no_grad():
+        for tensor in learnt:
+            if tensor.grad is not None:
+                tensor -= 0.01 * tensor.grad
+    return output.detach().numpy().tobytes()
+
+
+def transformed(model: nn.Module, x: Tensor, scores: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
+        fx_approx.explain(model, Uniform("topk", 0.5, scores=scores, share="value"), x)
+        return fx_approx.transform(model, Uniform("topk", 1.0, scores=scores, share="value"), x)
+
+
+def assert_is_the_model(
+    outer: list[str], inner: list[str] | None, change: str, modes: list[bool], scores: str, seed: int
+) -> None:
+    model = built(outer, inner, seed).train(modes[0])
+    exact, x = copied(model), torch.randn(5, WIDTH)
+    random.seed(seed), numpy.random.seed(seed)
+    state, drawn = everything(model), generators()
+    versions = {place: t._version for place, t in tensors_of(model).items()}
+    approx = transformed(model, x, scores)
+    assert everything(model) == state, "the user's model has changed"
+    assert {place: t._version for place, t in tensors_of(model).items()} == versions
+    assert generators() == drawn
+    assert list(approx.state_dict()) == list(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
+        for number, mode in enumerate(modes):
+            approx.train(mode), exact.train(mode)
+            expected = stepped(exact, x, number)
+            assert stepped(approx, x, number) == expected, f"output of step {number}"
+            if isinstance(expected, type):
+                return
+            ours, theirs = everything(approx), everything(exact)
+            assert {k: ours.get(k) for k in theirs} == theirs, f"state after step {number}"
+            if number == 0:
+                CHANGES[change](approx), CHANGES[change](exact)
+
+
+given = hypothesis.given(
+    outer=steps,
+    inner=st.one_of(st.none(), steps),
+    change=st.sampled_from(list(CHANGES)),
+    modes=st.lists(st.booleans(), min_size=3, max_size=3),
+    scores=st.sampled_from(["weight", "online"]),
+    seed=st.integers(0, 1000),
+)
+
+
+@hypothesis.settings(max_examples=40)
+@given
+def test_at_ratio_one_it_is_the_model(**case: Any) -> None:
+    assert_is_the_model(**case)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=MANY, suppress_health_check=list(hypothesis.HealthCheck))
+@given
+def test_at_ratio_one_it_is_the_model_many_times(**case: Any) -> None:
+    assert_is_the_model(**case)
+
+
+@pytest.mark.parametrize("name", MENU)
+@pytest.mark.parametrize("training", [True, False])
+def test_each_step_alone(name: str, training: bool) -> None:
+    assert_is_the_model(["read layer", name], None, "fill", [training] * 3, "weight", 0)
