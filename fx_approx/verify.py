@@ -31,7 +31,7 @@ class Difference:
         kind: ``output``, ``loss``, ``gradient`` or ``statistics``.
         name: Of the parameter or buffer; a number for an output.
         difference: Largest absolute difference.
-        scale: Largest absolute value of all tensors of this kind, without demand.
+        scale: Largest absolute value of all tensors of this kind, without demand; 1 for integers and truth values.
     """
 
     kind: str
@@ -130,9 +130,11 @@ def verify(
         if kind == "statistics":  # of the channels that were computed; other buffers did not change
             changed = {name: tensor != before[name] for name, tensor in tensors.items()}
             tensors, others = ({name: t[changed[name]] for name, t in made.items()} for made in (tensors, others))
-        scale = max((float(t.abs().max()) for t in others.values() if t.numel()), default=0.0)
+        numbers = [t for t in others.values() if t.numel() and _is_number(t)]
+        scale = max((float(t.abs().max()) for t in numbers), default=0.0)
         for name, tensor in tensors.items():
-            found.append(Difference(kind, name, _distance(tensor, others[name]), scale))
+            own = scale if _is_number(tensor) else 1.0  # an index or a mask has no rounding, and is no scale of others
+            found.append(Difference(kind, name, _distance(tensor, others[name]), own))
     limit = TOLERANCE.get(dtype, 0.1) if tolerance is None else tolerance
     return Verification(tuple(found), limit, hoisted)
 
@@ -141,7 +143,12 @@ def _distance(one: Tensor, other: Tensor) -> float:
     if not one.numel():
         return 0.0
     same = (one == other) | (one.isnan() & other.isnan())
-    return float(torch.where(same, 0.0, (one.double() - other.double()).abs()).nan_to_num(nan=math.inf).max())
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    return float(torch.where(same, 0.0, (one.to(wide) - other.to(wide)).abs()).nan_to_num(nan=math.inf).max())
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def mean_square(result: Any) -> Tensor:

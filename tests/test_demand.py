@@ -217,6 +217,41 @@ def test_verify_finds_wrong_statistics_beside_a_large_buffer() -> None:
     assert result.worst.kind == "statistics"
 
 
+class Labels(torch.nn.Module):
+    """Gives scores, with their largest places far from zero, a mask and complex numbers beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.net(x)
+        return y, y.argmax(-1) + 10**9, y > 0, torch.complex(y, -y)
+
+
+def test_verify_takes_indices_masks_and_complex_numbers_for_what_they_are() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, dtype=torch.float64)
+    approx = fx_approx.transform(Labels().double(), Layers(share="value"), x)
+    result = fx_approx.verify(approx, x)
+    assert result.hoisted
+    assert result.passed, str(result)
+    runtime = approx._fx_approx
+    exact = runtime.function
+    for place, wrong in ((0, lambda y: y * (1 + 1e-8)), (1, lambda y: y + 1), (2, torch.logical_not)):
+
+        def other(root: Any, *args: Any, place: int = place, wrong: Any = wrong) -> Any:
+            made = list(exact(root, *args))
+            made[place] = wrong(made[place])
+            return tuple(made)
+
+        runtime.function = other
+        result = fx_approx.verify(approx, x)
+        assert not result.passed
+        assert max(result.differences, key=lambda one: one.relative * (one.kind == "output")).name == str(place)
+    runtime.function = exact
+
+
 def test_verify_leaves_everything_as_it_was() -> None:
     model, x = built("squeeze-excite")
     approx = fx_approx.transform(model, Layers("systematic", scores="stale", share="group"), x)
