@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import trace_rules
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 from torch._dynamo.guards import GuardBuilder, install_guard
@@ -209,6 +210,12 @@ def is_transformed(tensor: Tensor) -> bool:
 CHILDREN_ATTRIBUTE = "_modules"
 """How Dynamo reaches a child of a module: an item of this attribute."""
 
+CHECKPOINT_CONTEXT = "_checkpoint_context_fn"
+"""Where the graph of a checkpoint has the ``context_fn`` that it was called with."""
+
+RESUMED = "torch_dynamo_resume"
+"""How the names of functions begin that Dynamo makes of the rest of a frame behind a graph break."""
+
 RECOMPILE_LIMIT = "torch._dynamo.config.recompile_limit"
 """What a user sets for :func:`recompile_limit`."""
 
@@ -221,6 +228,16 @@ def recompile_limit() -> int:
 def compilations_of(code: CodeType) -> int:
     """How often ``torch.compile`` has compiled the function of this code."""
     return len(_debug_get_cache_entry_list(code))
+
+
+def is_skipped_code(function: Callable[..., Any]) -> bool:
+    """Whether Dynamo leaves a call of ``function`` from Python to Python."""
+    return bool(trace_rules.check(function))
+
+
+def is_checkpoint(target: Any) -> bool:
+    """Whether a node's target is the operator that Dynamo writes for ``torch.utils.checkpoint.checkpoint``."""
+    return target is torch.ops.higher_order.tag_activation_checkpoint
 
 
 def backend_names() -> list[str]:
@@ -245,12 +262,14 @@ def mark_dynamic(tensor: Tensor, dim: int) -> None:
 
 __all__ = [
     "CALLS",
+    "CHECKPOINT_CONTEXT",
     "CHILDREN_ATTRIBUTE",
     "FAKE_TENSOR_LOGGER",
     "HOOKS",
     "MEMBERS",
     "ONE_PROJECTION",
     "RECOMPILE_LIMIT",
+    "RESUMED",
     "TENSOR_CONSTANT",
     "TENSOR_STATE",
     "AttrSource",
@@ -285,7 +304,9 @@ __all__ = [
     "inductor",
     "install_guard",
     "is_batched",
+    "is_checkpoint",
     "is_compiled",
+    "is_skipped_code",
     "is_transformed",
     "mark_dynamic",
     "padding_of",

@@ -9,38 +9,41 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fx_approx._compat import HigherOrderOperator, backend_named, backend_names, buffers_of, inductor
-from fx_approx.api import report
 from fx_approx.approx import ApproxModule, adopt
 from fx_approx.capture import TensorSpec, kept_random_state, skeleton
 from fx_approx.checks import check_model, check_seed
 from fx_approx.controls import load_sampler_state, sampler_state
-from fx_approx.dynamo_frame import Frame, Known, current_frame
-from fx_approx.dynamo_run import CompiledGraph, left_exact
-from fx_approx.lifted import Lift, higher_order, lift, place_of
+from fx_approx.dynamo_frame import Frame, Known, compiled_in_place, current_frame, is_skipped
+from fx_approx.dynamo_report import Compilation, Key, Left, Owners, Steps, whole_report
+from fx_approx.dynamo_run import CompiledGraph
+from fx_approx.errors import CaptureError, CaptureWarning, NoEffectWarning
+from fx_approx.lifted import Lift, higher_order, lift, multiplying, place_of
 from fx_approx.ops import find_op
 from fx_approx.passes import check_policy, decide
 from fx_approx.pipeline import Prepared, install, prepare
-from fx_approx.plan import Plan, Policy
+from fx_approx.plan import Decision, Plan, Policy, make_plan
 from fx_approx.policies import Override, Paper
 from fx_approx.report import Explanation, SavingsReport, merged_reports
 from fx_approx.tracer import describe
 from fx_approx.whole import Whole
 
-_Key = tuple[CodeType, tuple[int, ...], frozenset[str]]
-
 _STREAMS = 0x1B873593CC9E2D51  # odd: the seeds of a model's graphs stay apart
 _OUTSIDE = "called outside any module of the frame, so no training flag says when to sample"
 _UNREACHED = "in no registered submodule, so that eval() does not reach it"
+_SKIPPED = (
+    "torch skips the frames of its own modules, so that nn.Sequential(...).compile(backend=...) hands nothing over; "
+    "use torch.compile(model, backend=...) there"
+)
+_EVALUATING = "its layers are in evaluation mode"
 _PARAMETRISATION = "part of a parametrisation: it makes a weight"
 
 
@@ -112,11 +115,25 @@ class Backend:
         self.policy = policy
         self._inner, self._how = inner, {"mode": mode, "options": options}
         self._seed, self._every, self._demand = seed, every, demand
-        self._graphs: list[_Compilation] = []
-        self._streams: dict[_Key, int] = {}
+        self._graphs: list[Compilation] = []
+        self._steps = Steps()
+        self._warned: set[str] = set()
+        self._streams: dict[Key, int] = {}
         self._numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._known: Known = weakref.WeakKeyDictionary()
         self._unmatched = list(policy.rules) if isinstance(policy, Override) else []
+
+    @property
+    def __name__(self) -> str:
+        """``fx_approx``; torch.compile asks for it when it is given the backend, before any frame runs.
+
+        Warns:
+            CaptureWarning: It compiles a module in place whose frames torch skips, so that it would do so silently.
+        """
+        module = compiled_in_place()
+        if module is not None and is_skipped(module):
+            self._warn(f"{type(module).__name__}.compile() compiles nothing of its own: {_SKIPPED}", CaptureWarning)
+        return "fx_approx"
 
     @property
     def pieces(self) -> tuple[nn.Module, ...]:
@@ -130,20 +147,26 @@ class Backend:
     def report(self) -> SavingsReport:
         """What each layer saves, over all graphs compiled in training mode so far, and why the others are exact.
 
-        Where a graph was compiled again, for other shapes or with other layers in it, the last one counts.
+        Where a graph was compiled again, for other shapes or with other layers in it, the last one counts. Layers that
+        multiply in no graph, as behind a graph break, or in one that cannot be taken apart, have rows too. For their
+        operations a copy of the model runs once on fake tensors, shaped as the first step's; a note says where that
+        cannot be done, so that the totals leave them out.
 
         Raises:
             ValueError: Nothing was compiled yet.
         """
         self._graphs = [graph for graph in self._graphs if graph.alive]
         if not self._graphs:
-            raise ValueError("nothing was compiled in training mode yet: run a training step first")
-        taken: list[tuple[_Key, SavingsReport]] = []
+            raise ValueError(
+                "nothing was compiled in training mode yet: run a training step first. If one was run, torch compiled "
+                f"no frame of it that multiplies: {_SKIPPED}"
+            )
+        taken: list[Compilation] = []
         for graph in reversed(self._graphs):
             code, roots, names = graph.key
-            if not any((code, roots) == key[:2] and names & key[2] for key, _ in taken):
-                taken.append((graph.key, graph.report()))
-        merged = merged_reports([report for _, report in reversed(taken)])
+            if not any((code, roots) == other.key[:2] and names & other.key[2] for other in taken):
+                taken.append(graph)
+        merged = whole_report(taken[::-1], self._steps)
         notes = [f"No layer of any graph so far matches the rule {rule!r}." for rule in self._unmatched]
         return dataclasses.replace(merged, notes=(*merged.notes, *notes))
 
@@ -165,11 +188,14 @@ class Backend:
         """
         check_model(model)
         found: list[tuple[Plan, SavingsReport]] = []
+        left: list[str] = []
 
         def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             graph = self._analysed(gm, example_inputs)
-            if graph is not None:
+            if isinstance(graph, _Graph):
                 found.append((graph.plan, graph.predicted(self._demand)))
+            elif graph is not None:
+                left.append(graph.note)
             return gm.forward
 
         copy = skeleton(model)
@@ -180,7 +206,8 @@ class Backend:
         with kept_random_state():
             torch.compile(copy.train(), backend=record)(*args, **kwargs)
         if not found:
-            raise ValueError(f"model: no graph that Dynamo captures of {type(model).__name__} multiplies")
+            why = f"can be sampled. {' '.join(left)}" if left else "multiplies"
+            raise ValueError(f"model: no graph that Dynamo captures of {type(model).__name__} {why}")
         decisions = tuple(decision for plan, _ in found for decision in plan)
         counts = collections.Counter(decision.name for decision in decisions)
         twice = [name for name, count in counts.items() if count > 1]
@@ -190,7 +217,10 @@ class Backend:
                 "backend a policy instead, or remove the graph breaks between"
             )
         identities = {name: identity for plan, _ in found for name, identity in plan.identities.items()}
-        return Explanation(Plan(decisions, identities), merged_reports([report for _, report in found]))
+        report = merged_reports([report for _, report in found])
+        return Explanation(
+            Plan(decisions, identities), dataclasses.replace(report, notes=(*report.notes, *dict.fromkeys(left)))
+        )
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **how: Any) -> Callable[..., Any]:
         """Compiles one graph; called by Dynamo.
@@ -204,8 +234,13 @@ class Backend:
         graph = self._analysed(gm, example_inputs)
         if graph is None:
             return self._exact(gm, example_inputs, how)
+        if isinstance(graph, Left):
+            self._leave(graph)
+            return self._exact(gm, example_inputs, how)
         if not graph.plan.sampled:
-            self._graphs.append(_Compilation(graph.key, graph.name, graph.predicted(self._demand)))
+            reason = "; ".join(dict.fromkeys(decision.reason for decision in graph.plan))
+            kind = CaptureWarning if graph.blocked else NoEffectWarning
+            self._leave(Left(graph.key, graph.name, reason, graph.owners, graph.predicted(self._demand)), kind)
             return self._exact(gm, example_inputs, how)
         root = graph.lifted.root
         runtime = install(root, graph.prepared, graph.plan, self._seed_of(graph.key), self._every, self._demand)
@@ -214,36 +249,66 @@ class Backend:
             before = other.approx() if other.key == graph.key and other.approx is not None else None
             if before is not None:
                 _take_over(approx, before)
-        self._graphs.append(_Compilation(graph.key, graph.name, None, weakref.ref(approx)))
+        compilation = Compilation(graph.key, graph.name, graph.owners, approx=weakref.ref(approx))
+        self._graphs.append(compilation)
+        inputs = list(example_inputs)
+
+        def exact(reason: str) -> Callable[..., Any]:
+            self._graphs = [other for other in self._graphs if other is not compilation]
+            self._leave(graph.left(reason, self._demand))
+            return self._exact(gm, inputs, how)
+
         # Torch's eager backend would make functions without second derivatives of what has them.
         run = approx if self._inner == "eager" else torch.compile(approx, backend=self._inner, fullgraph=True, **how)
-        return CompiledGraph(approx, run, graph.lifted, functools.partial(self._exact, gm, list(example_inputs), how))
+        return CompiledGraph(approx, run, graph.lifted, exact)
 
-    def _analysed(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> _Graph | None:
-        """A graph with its plan; None if no layer of it can be sampled now."""
+    def _analysed(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> _Graph | Left | None:
+        """A graph with its plan, or why there is none; None if it multiplies nothing, or is no training step's."""
         if not any(_multiplies(node) for node in gm.graph.nodes):
             return None
         frame = current_frame(self._known)
         for root in frame.roots:
             self._numbers.setdefault(root.module, len(self._numbers))
+        training = frame.training
+        if training:
+            self._steps.add(frame)
         special = higher_order(gm)
-        if special:
-            left_exact(f"it contains {', '.join(sorted(special))}")
-            return None
         try:
+            if special:
+                raise CaptureError(f"it contains {', '.join(sorted(special))}")
             lifted = lift(gm, frame)
             called = tuple(_described(example_inputs[p], p in lifted.scalars) for p in lifted.inputs)
             prepared = _owned(prepare(lifted.root, lifted.captured, (called, {})), frame)
         except Exception as error:  # whatever a graph may hold: exact training goes on
-            left_exact(describe(error))
-            return None
-        frame.guard(filter(None, (place_of(frame, one.owner) for one in prepared.found)))
+            frame.guard((root, "") for root in frame.roots)
+            reason = str(error) if isinstance(error, CaptureError) else describe(error)
+            layers = multiplying(gm, frame)
+            key = frame.code, self._numbers_of(frame), frozenset(layers)
+            owners = frame.owners({name: place_of(frame, path) for name, path in layers.items()})
+            return Left(key, _name(frame), reason, owners) if training else None
+        frame.guard([*filter(None, (place_of(frame, one.owner) for one in prepared.found))])
+        graph = _Graph(lifted, prepared, Plan((), {}), self._numbers_of(frame))
         if not any(lifted.root.get_submodule(one.owner).training for one in prepared.found):
-            return None
-        plan = self._plan(prepared, lifted.root)
-        return _Graph(lifted, prepared, plan, tuple(self._numbers[root.module] for root in frame.roots))
+            frame.guard((root, "") for root in frame.roots)
+            blocked = [one.candidate.blocked for one in prepared.found if one.candidate.blocked]
+            reason = "; ".join(dict.fromkeys(blocked)) if len(blocked) == len(prepared.found) else _EVALUATING
+            return graph.left(reason, self._demand) if training else None
+        return dataclasses.replace(graph, plan=self._plan(prepared, lifted.root))
 
-    def _seed_of(self, key: _Key) -> int:
+    def _numbers_of(self, frame: Frame) -> tuple[int, ...]:
+        return tuple(self._numbers[root.module] for root in frame.roots)
+
+    def _leave(self, left: Left, kind: type[Warning] = CaptureWarning) -> None:
+        """Notes that a graph of a training step is not sampled, and warns once of each reason."""
+        self._graphs.append(Compilation(left.key, left.name, left.owners, left))
+        self._warn(f"a graph stays exact: {left.reason}", kind)
+
+    def _warn(self, message: str, kind: type[Warning]) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, kind, stacklevel=4)
+
+    def _seed_of(self, key: Key) -> int:
         """Each set of layers has its own stream of random numbers, the first one that of the seed itself."""
         number = self._streams.setdefault(key, len(self._streams))
         return (self._seed + _STREAMS * number + 2**63) % 2**64 - 2**63
@@ -279,40 +344,46 @@ class _Graph:
     @property
     def name(self) -> str:
         """The class of the frame's first module."""
-        return next((type(root.module).__name__ for root in self.lifted.frame.roots), "graph")
+        return _name(self.lifted.frame)
 
     @property
-    def key(self) -> _Key:
+    def key(self) -> Key:
         """What tells the layers of the graph from those of others, however often it is compiled."""
         names = frozenset(candidate.name for candidate in self.prepared.candidates)
         return self.lifted.frame.code, self.roots, names
+
+    @property
+    def owners(self) -> Owners:
+        """By candidate, the module in whose forward it stands."""
+        frame = self.lifted.frame
+        return frame.owners({one.candidate.name: place_of(frame, one.owner) for one in self.prepared.found})
+
+    @property
+    def blocked(self) -> bool:
+        """Whether something other than the policy keeps a candidate exact."""
+        return any(candidate.blocked for candidate in self.prepared.candidates)
 
     def predicted(self, demand: bool) -> SavingsReport:
         """Its report before anything is rewritten."""
         return self.prepared.predicted(self.lifted.root, self.name, self.plan, demand)
 
+    def left(self, reason: str, demand: bool) -> Left:
+        """The graph as one that stays exact."""
+        found = [
+            dataclasses.replace(
+                one, candidate=dataclasses.replace(one.candidate, blocked=one.candidate.blocked or reason)
+            )
+            for one in self.prepared.found
+        ]
+        prepared = dataclasses.replace(self.prepared, found=found)
+        candidates = prepared.candidates
+        plan = make_plan(candidates, [Decision(candidate.name) for candidate in candidates])
+        graph = dataclasses.replace(self, prepared=prepared, plan=plan)
+        return Left(self.key, self.name, reason, self.owners, graph.predicted(demand))
 
-@dataclasses.dataclass(frozen=True)
-class _Compilation:
-    """A graph that was compiled in training mode: its report, or the transformed graph that makes one."""
 
-    key: _Key
-    name: str
-    made: SavingsReport | None
-    approx: weakref.ref[ApproxModule] | None = None
-
-    @property
-    def alive(self) -> bool:
-        """Whether the code that runs it still exists."""
-        return self.approx is None or self.approx() is not None
-
-    def report(self) -> SavingsReport:
-        """Its report, with the ratios as they are now."""
-        approx = None if self.approx is None else self.approx()
-        if approx is None:
-            assert self.made is not None
-            return self.made
-        return dataclasses.replace(report(approx), model=self.name)
+def _name(frame: Frame) -> str:
+    return next((type(root.module).__name__ for root in frame.roots), "graph")
 
 
 def _take_over(approx: ApproxModule, before: ApproxModule) -> None:

@@ -7,10 +7,14 @@ on modules: on their ``training`` flags, and each has its own samples.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, MutableMapping
-from types import CodeType
+import functools
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from types import CodeType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fx_approx._compat import (
@@ -22,6 +26,7 @@ from fx_approx._compat import (
     UnspecializedNNModuleSource,
     children_of,
     install_guard,
+    is_skipped_code,
 )
 from fx_approx.errors import CaptureError
 
@@ -59,15 +64,43 @@ class Frame:
         code: Its code.
         tensors: What parameters, buffers and other tensors its graph's inputs stand for, by the name of the input.
         sources: Dynamo's word for each module with parameters or buffers, by the module's id.
+        inner: Modules that the frame reaches by themselves although they are parts of a root.
+        values: Its local variables when it began, those of functions around it too.
+        globals: Those of its module.
     """
 
     roots: tuple[Root, ...]
     code: CodeType
     tensors: dict[str, Tensor]
     sources: dict[int, Any]
+    inner: tuple[Root, ...] = ()
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    globals: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def root_of(self, name: str) -> tuple[Root, str] | None:
-        """The root of a module named as in ``nn_module_stack``, and the module's path in it."""
+    @property
+    def training(self) -> bool:
+        """Whether a training step runs it: one of its modules is in training, or there is none and gradients are on."""
+        return any(root.module.training for root in self.roots) if self.roots else torch.is_grad_enabled()
+
+    @functools.cached_property
+    def _places(self) -> dict[str, tuple[Root, str]]:
+        """Root and path of each registered module, by its id as ``nn_module_stack`` writes it."""
+        places: dict[str, tuple[Root, str]] = {}
+        for root in self.roots:
+            for path, module in root.module.named_modules():
+                places.setdefault(str(id(module)), (root, path))
+        return places
+
+    def place_of(self, key: str, name: str) -> tuple[Root, str] | None:
+        """The root of a module in ``nn_module_stack``, and the module's path in it.
+
+        Dynamo's name for a module is the source text that reached it, and that need not be a path: it goes through
+        ``__dict__`` where a class has a ``__getattr__``. The key is the module's identity (``@`` counts its calls). The
+        name tells of modules that are registered nowhere.
+        """
+        place = self._places.get(key.partition("@")[0])
+        if place is not None:
+            return place
         for root in self.roots:
             if name == root.name:
                 return root, ""
@@ -75,12 +108,17 @@ class Frame:
                 return root, name[len(root.name) + 1 :]
         return None
 
+    def owners(self, paths: Mapping[str, tuple[Root, str] | None]) -> dict[str, weakref.ref[nn.Module] | None]:
+        """The modules at some places, None where there is none."""
+        modules = {name: None if place is None else place[0].find(place[1]) for name, place in paths.items()}
+        return {name: None if module is None else weakref.ref(module) for name, module in modules.items()}
+
     def guard(self, modules: Iterable[tuple[Root, str]]) -> None:
         """Binds the compiled code to these roots, and to the training flags of these modules in them.
 
         Another instance of the same class, or another mode, is then compiled by itself.
         """
-        for root in self.roots:
+        for root in (*self.roots, *self.inner):
             install_guard(root.source.make_guard(GuardBuilder.ID_MATCH))
         for root, path in modules:
             module = root.find(path)
@@ -135,8 +173,26 @@ def current_frame(known: Known | None = None) -> Frame:
                 outermost = Root(_name(one), found, one)
         if outermost is not None:
             roots.setdefault(id(outermost.module), outermost)
-    named = [dataclasses.replace(root, path=_path(root, {} if known is None else known)) for root in roots.values()]
-    return Frame(tuple(named), output.root_tx.f_code, tensors, sources)
+    parts = {id(part) for root in roots.values() for part in root.module.modules() if part is not root.module}
+    known = {} if known is None else known
+    outer = [dataclasses.replace(root, path=_path(root, known)) for key, root in roots.items() if key not in parts]
+    inner = [root for key, root in roots.items() if key in parts]
+    values = scope["L"], scope["G"]
+    return Frame(tuple(outer), output.root_tx.f_code, tensors, sources, tuple(inner), *values)
+
+
+def compiled_in_place() -> nn.Module | None:
+    """The module whose ``compile`` the caller's caller is in, None for another call of ``torch.compile``."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not nn.Module.compile.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    module = None if frame is None else frame.f_locals.get("self")
+    return module if isinstance(module, nn.Module) else None
+
+
+def is_skipped(module: nn.Module) -> bool:
+    """Whether Dynamo leaves a call of the module's own forward to Python, unless a frame around is compiled."""
+    return isinstance(module.forward, MethodType) and is_skipped_code(module.forward)
 
 
 def _path(root: Root, known: Known) -> str:

@@ -32,10 +32,11 @@ class CompiledGraph:
     # Dynamo would copy it.
 
     def __init__(
-        self, approx: ApproxModule, run: Callable[..., Any], lifted: Lift, exact: Callable[[], Callable[..., Any]]
+        self, approx: ApproxModule, run: Callable[..., Any], lifted: Lift, exact: Callable[[str], Callable[..., Any]]
     ) -> None:
+        """``exact`` is told why and compiles the graph as it was, where the inner backend cannot take ours."""
         self.approx, self.run = approx, run
-        self.exact: Callable[[], Callable[..., Any]] | None = exact
+        self.exact: Callable[[str], Callable[..., Any]] | None = exact
         self.inputs, self.dynamic, self.scalars = lifted.inputs, lifted.dynamic, lifted.scalars
         self.held = [(place, _tensor(approx, path)) for place, path in lifted.parameters]
         self.cold = _learns_yet(approx)
@@ -65,8 +66,7 @@ class CompiledGraph:
         except Unsupported as error:
             if self.exact is None:
                 raise
-            left_exact(str(error).split("\n")[0])
-            return self._go_exact(self.exact(), inputs)
+            return self._go_exact(self.exact(str(error).split("\n")[0]), inputs)
         self.exact = None
         return result
 
@@ -94,14 +94,10 @@ def _release(compiled: weakref.ref[CompiledGraph]) -> None:
     gone = compiled()
     if gone is not None and hasattr(gone, "approx"):
         del gone.approx, gone.run, gone.held
+        gone.exact = None
 
 
 def _tensor(root: nn.Module, path: str) -> Tensor:
     holder, _, name = path.rpartition(".")
     value: Tensor = getattr(root.get_submodule(holder), name)
     return value
-
-
-def left_exact(reason: str) -> None:
-    """Warns that a graph is not sampled."""
-    warnings.warn(f"a graph stays exact: {reason}", CaptureWarning, stacklevel=4)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,15 @@ from fx_approx._compat import (
     HigherOrderOperator,
     children_of,
     has_one_projection,
+    is_checkpoint,
     parameters_of,
     take_apart,
 )
 from fx_approx.capture import CallForm, Capture
+from fx_approx.checkpoints import CHECKPOINT_KEY, Checkpoint, checkpoint_of
 from fx_approx.dynamo_frame import Frame, Root
 from fx_approx.layers import layer_type
+from fx_approx.ops import find_op
 from fx_approx.tracer import is_hooked
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -104,7 +108,9 @@ class _Lifter:
         self.gm, self.frame = gm, frame
         self.root = Lifted()
         self.graph = fx.Graph()
-        self.copies: dict[fx.Node, fx.Node] = {}
+        self.copies: dict[fx.Node, Any] = {}
+        self.checkpoints: tuple[Checkpoint, ...] = ()
+        self.constants: dict[str, Tensor] = {}
         self.counts: dict[fx.Node, fx.Node] = {}
         self.inputs: list[int] = []
         self.sizes: list[fx.Node] = []
@@ -145,15 +151,10 @@ class _Lifter:
                 self.sizes.append(self.copies[node])
         for node in nodes:
             if node.op != "placeholder":
-                self.copies[node] = self._copy(node)
+                self._add(node, self.gm)
         self._sweep()
         names = tuple(str(node.target) for node in self.graph.find_nodes(op="placeholder"))
-        constants = {
-            str(node.target): value
-            for node in self.graph.find_nodes(op="get_attr")
-            if isinstance(value := getattr(self.gm, str(node.target), None), Tensor)
-        }
-        captured = Capture(self.graph, CallForm(names, names, {}, {}), (), (), constants)
+        captured = Capture(self.graph, CallForm(names, names, {}, {}), (), (), self.constants)
         marks = tuple((position, dim) for position, dim, _ in dynamic)
         held = tuple(parameters.items())
         scalars = frozenset(position for position in self.inputs if _is_number(given[position]))
@@ -208,17 +209,55 @@ class _Lifter:
                     made.batch_first = False  # the function takes positions first, and what is before sees to it
         return made
 
+    def _add(self, node: fx.Node, gm: fx.GraphModule) -> None:
+        """Copies one node of ``gm``, of a checkpoint all that is in it."""
+        held = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(held, fx.GraphModule):
+            return
+        if is_checkpoint(node.target):
+            self._open(node, gm)
+            return
+        source = node.args[0] if node.target is operator.getitem else None
+        results = self.copies[source] if isinstance(source, fx.Node) else None
+        if isinstance(results, (tuple, list)):
+            self.copies[node] = results[cast(int, node.args[1])]
+        else:
+            self.copies[node] = self._copy(node)
+            if isinstance(held, Tensor):
+                # Graphs in a graph count their constants for themselves.
+                name = str(node.target)
+                while name in self.constants and self.constants[name] is not held:
+                    name += "_"
+                self.constants[name], self.copies[node].target = held, name
+
+    def _open(self, node: fx.Node, gm: fx.GraphModule) -> None:
+        """Copies the graph of a checkpoint, each node marked with it."""
+        body, *given = node.args
+        assert isinstance(body, fx.Node)
+        inner: fx.GraphModule = getattr(gm, str(body.target))
+        taken = iter(fx.map_arg(tuple(given), lambda other: self.copies[other]))
+        around = self.checkpoints
+        self.checkpoints = (*around, checkpoint_of(node, inner))
+        for one in inner.graph.nodes:
+            if one.op == "placeholder":
+                self.copies[one] = next(taken)
+            elif one.op == "output":
+                self.copies[node] = fx.map_arg(one.args[0], lambda other: self.copies[other])
+            else:
+                self._add(one, inner)
+        self.checkpoints = around
+
     def _copy(self, node: fx.Node) -> fx.Node:
         number = node.args[0] if node.op == "call_method" and node.target == "item" else None
         if isinstance(number, fx.Node) and _is_number(number):
-            return self.copies[number]
+            return cast(fx.Node, self.copies[number])
         copy = self.graph.node_copy(node, lambda other: self.copies[other])
-        copy.meta = {}
+        copy.meta = {CHECKPOINT_KEY: self.checkpoints} if self.checkpoints else {}
         stack: dict[str, tuple[str, Any]] = {}
         if self.top:
             stack[self.top] = (self.top, type(self.frame.roots[0].module))
-        for name, kind in (node.meta.get("nn_module_stack") or {}).values():
-            found = self.frame.root_of(name)
+        for key, (name, kind) in (node.meta.get("nn_module_stack") or {}).items():
+            found = self.frame.place_of(key, name)
             if found is not None:
                 path = ".".join(filter(None, (prefix_of(self.frame, found[0]), found[1])))
                 stack[path] = (path, kind)
@@ -344,14 +383,34 @@ _CALLS: tuple[tuple[Any, tuple[str, ...], _Fits], ...] = (
 
 
 def higher_order(gm: fx.GraphModule) -> frozenset[str]:
-    """Names of the operators in a graph that hold graphs themselves, or transform functions (torch.func)."""
-    found = set()
+    """Names of the operators in a graph that hold graphs or transform functions (torch.func); not of checkpoints."""
+    operators, calls = set[str](), set[str]()
     for node in gm.graph.nodes:
-        if isinstance(node.target, HigherOrderOperator):
-            found.add(node.target.name())
+        if is_checkpoint(node.target):
+            operators |= higher_order(getattr(gm, str(node.args[0].target)))
+        elif isinstance(node.target, HigherOrderOperator):
+            operators.add(node.target.name())
         elif node.op == "call_function" and "functorch" in str(getattr(node.target, "__module__", "")):
-            found.add(str(getattr(node.target, "__name__", node.target)))
-    return frozenset(found)
+            calls.add(str(getattr(node.target, "__name__", node.target)))
+    # A transform is several calls; what begins it has its name.
+    transforms = {begun[1] for name in calls if (begun := re.fullmatch(r"_(\w+)_increment_nesting", name))}
+    return frozenset(operators | (transforms or calls))
+
+
+def multiplying(gm: fx.GraphModule, frame: Frame) -> dict[str, str]:
+    """By a name for it, the path of the owner of each multiply in a graph and in the graphs that it holds."""
+    found: dict[str, str] = {}
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            if node.op not in ("call_function", "call_method") or find_op(node.target) is None:
+                continue
+            owner = ""
+            for key, (name, _) in (node.meta.get("nn_module_stack") or {}).items():
+                place = frame.place_of(key, name)
+                if place is not None:
+                    owner = ".".join(filter(None, (prefix_of(frame, place[0]), place[1])))
+            found[owner if owner and owner not in found else f"{owner}.{node.name}".strip(".")] = owner
+    return found
 
 
 def _is_number(node: Any) -> bool:

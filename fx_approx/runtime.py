@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from fx_approx._compat import Moved, at_end_of_backward, buffers_of, children_of, in_backward, tree_leaves
 from fx_approx.candidate import Candidate, Role
 from fx_approx.capture import Capture, Held, described
+from fx_approx.checkpoints import is_checkpointed, outlined
 from fx_approx.errors import CaptureWarning, RecomputationError
 from fx_approx.modules import Selector
 from fx_approx.ops import refuse_transforms
@@ -333,6 +334,12 @@ class Runtime(Moved):
 
     def compiled(self, graph: fx.Graph) -> Callable[..., Any]:
         """Python code of ``graph``, called with the model and the inputs."""
+        if is_checkpointed(graph):
+            function = self._code(outlined(graph, self._code))
+            return lambda model, *inputs: function(model, model, *inputs)
+        return self._code(graph)
+
+    def _code(self, graph: fx.Graph) -> Callable[..., Any]:
         code = graph.python_code("self")
         name = f"<fx_approx {self.number}.{next(_numbers)}>"
         weakref.finalize(self, linecache.cache.pop, name, None)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
 
 import fx_approx
 from fx_approx import SamplerSpec
@@ -284,25 +283,6 @@ def test_a_function_of_two_modules_names_both_and_leaves_its_own_products_exact(
     assert [row.name for row in report.rows] == ["body.fc1", "body.fc2", "body.fc3", "head", "matmul"]
     assert "outside any module" in report["matmul"].reason
     assert sampled_inputs(head) == 16
-
-
-class Checkpointed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.last = Block(), nn.Linear(32, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.last(checkpoint(self.body, x, use_reentrant=False))
-        return result
-
-
-def test_a_graph_with_a_checkpoint_stays_exact_and_says_so() -> None:
-    model, x = Checkpointed(), torch.randn(4, 32)
-    expected = gradients(model, model, x)
-    compiled = torch.compile(model, backend=fx_approx.backend(VALUE, inner="aot_eager"))
-    with pytest.warns(fx_approx.CaptureWarning, match="stays exact: it contains tag_activation_checkpoint"):
-        found = gradients(model, compiled, x)
-    torch.testing.assert_close(found, expected)
 
 
 class Switching(nn.Module):

@@ -171,3 +171,50 @@ def test_training_with_inductor_gives_finite_gradients(make: Callable[[], Made])
             assert torch.isfinite(loss)
             assert all(torch.isfinite(g).all() for g in gradients)
     assert backend.report().totals.saved > 0.4
+
+
+def adapted() -> Made:
+    """The names of Dynamo go through ``__dict__`` here, since the wrapper has a ``__getattr__``."""
+    peft = pytest.importorskip("peft")
+    model, inputs = llama()
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
+    return peft.get_peft_model(model, settings), inputs
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # PEFT asks transformers by its old name
+def test_a_model_with_adapters_is_sampled() -> None:
+    model, inputs = adapted()
+    backend = fx_approx.backend(VALUE, inner="eager")
+    step(model.train(), torch.compile(model, backend=backend), inputs)
+    report = backend.report()
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert {row.name for row in report.rows if row.samples} == set(linears)
+    assert report["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default"].samples
+
+
+def _checkpointing(model: Any) -> None:
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing()
+    else:
+        model.gradient_checkpointing_enable()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize(
+    "make", [llama, timm_vit, *(pytest.param(one, marks=pytest.mark.slow) for one in (bert, gpt2, vit, timm_resnet))]
+)
+def test_checkpointing_of_the_library_changes_no_gradient(make: Callable[[], Made]) -> None:
+    model, inputs = make()
+    without_dropout(model.train())
+    state = copy.deepcopy(model.state_dict())
+    found, sampled = [], []
+    for checkpointed in (False, True):
+        torch._dynamo.reset()
+        model.load_state_dict(state)
+        if checkpointed:
+            _checkpointing(model)
+        backend = fx_approx.backend(VALUE, inner="eager")
+        found.append(step(model, torch.compile(model, backend=backend), inputs))
+        sampled.append(sum(1 for row in backend.report().rows if row.samples))
+    assert sampled[0] == sampled[1] > 5
+    torch.testing.assert_close(found[1], found[0])

@@ -26,13 +26,14 @@ _REPORTS = {"report", "rows", "demand_report", "tables", "noise", "noise_report"
 # rank and of its own layer, so layers of equal rank know nothing of each other. A new module is placed here.
 _TRAINING = {"gradients", "schedules", "scheduler", "scalars", "controller", "growth", "sweep_report"}
 _SWEEP = {"sweep", "sweep_job"}
+_DYNAMO = {f"dynamo_{part}" for part in ("backend", "frame", "report", "run", "step")} | {"lifted"}
 LAYERS: dict[str, tuple[int, set[str]]] = {
     "foundation": (0, {"_compat", "errors", "sampling", "flops", "candidate", "plan", "work", "disk_cache"}),
     "kernels": (1, {"kernels"}),
     "ops": (2, {"ops"}),
     "modules": (3, {"layers", "state", "modules", "batchnorm", "channelwise", "published", "resample", "shards"}),
     "capture": (4, {"watch", "real_tensors", "tracer", "capture"}),
-    "runtime": (5, {"print_passes", "runtime", "approx"}),
+    "runtime": (5, {"print_passes", "checkpoints", "runtime", "approx"}),
     "passes": (6, {"passes"}),
     "policies": (6, {"policies"}),
     "surface": (
@@ -40,7 +41,7 @@ LAYERS: dict[str, tuple[int, set[str]]] = {
         {*_REPORTS, "checks", "controls", "verify", "overhead", "distributed", *_TRAINING},
     ),
     "pipeline": (8, {"pipeline", "whole"}),
-    "api": (9, {"api", "dynamo_backend", "dynamo_frame", "dynamo_run", "lifted", "sensitivity", "prediction", *_SWEEP}),
+    "api": (9, {"api", *_DYNAMO, "sensitivity", "prediction", *_SWEEP}),
     "entry": (10, {"__init__", "__main__", "cli"}),
 }
 
