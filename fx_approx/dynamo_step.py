@@ -98,7 +98,9 @@ class Step:
                     return self._counted(modules, twins, _empty)
             except Exception as error:  # whatever a forward does with tensors that have no values
                 reason = describe(error)
-            if sum(p.numel() * p.itemsize for one in modules.values() for p in one.parameters()) > _SMALL:
+            size = sum(p.numel() * p.itemsize for one in modules.values() for p in one.parameters())
+            # The other ranks would not take part in what the forward exchanges.
+            if size > _SMALL or (torch.distributed.is_available() and torch.distributed.is_initialized()):
                 raise UncountableError(reason)
             try:
                 return self._counted(modules, copy.deepcopy(modules), _harmless)
