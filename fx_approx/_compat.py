@@ -7,12 +7,13 @@ well, such as the dictionaries in which a module holds its parameters. Releases 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import CodeType
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType, ModuleType
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo import trace_rules
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
@@ -164,6 +165,46 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 
 FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
 """The logger that writes a traceback for each operator that fails on fake tensors."""
+
+# ---- checks
+
+CHECKS: tuple[Callable[..., None], ...] = (torch._check, torch._check_index, torch._check_value, torch._assert)
+"""Functions that compute nothing, and raise an error where a condition does not hold."""
+
+
+def assert_true(condition: Any, message: str) -> None:
+    """An assertion that ``torch.compile`` keeps in its graph, of a tensor too."""
+    if isinstance(condition, Tensor) and torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise AssertionError(message)
+
+
+# ---- torch.fx
+
+
+def is_erased(node: fx.Node) -> bool:
+    """Whether ``node`` was taken out of its graph."""
+    return node._erased
+
+
+@contextlib.contextmanager
+def checks_replaced(by: Callable[[Callable[..., None]], Callable[..., None]]) -> Iterator[None]:
+    """Puts ``by(check)`` in the place of each of :data:`CHECKS` that has no ``__torch_function__``."""
+    own = CHECKS[:3]
+    for check in own:
+        setattr(torch, check.__name__, by(check))
+    try:
+        yield
+    finally:
+        for check in own:
+            setattr(torch, check.__name__, check)
+
+
+def wrap_functions(tracer: fx.Tracer, module: ModuleType) -> None:
+    """Makes calls of the tracer's ``autowrap_functions`` nodes where they are called as attributes of ``module``."""
+    tracer._autowrap_search.append(module)
+
 
 # ---- autograd and function transforms
 

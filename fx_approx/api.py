@@ -13,11 +13,12 @@ from torch import nn
 
 from fx_approx.approx import ApproxModule, adopt, find
 from fx_approx.candidate import Role
-from fx_approx.capture import CallForm, call_form, capture, described, skeleton
+from fx_approx.capture import CallForm, call_form, capture, skeleton
 from fx_approx.checks import check_inputs, check_model, check_seed
 from fx_approx.controls import load_sampler_state, sampler_state
 from fx_approx.demand_report import coverages
 from fx_approx.errors import CaptureWarning, NoEffectWarning
+from fx_approx.known_values import described
 from fx_approx.modules import unswap
 from fx_approx.passes import annotate, decide, find_effects, find_flow
 from fx_approx.pipeline import Prepared, install, prepare, with_shapes
@@ -92,7 +93,7 @@ def _transform(
     plan = decide(prepared.candidates, Paper() if policy is None else policy, view, prepared.called is not None)
     runtime = install(root, prepared, plan, seed, every, demand)
     for part in prepared.captured.opaque:
-        hint = "" if part.path else ". Where torch.compile can capture it: backend=fx_approx.backend(policy)"
+        hint = ". Where torch.compile can capture it: backend=fx_approx.backend(policy)" if part.elsewhere else ""
         warnings.warn(f"not traced, served by module swap: {part}{hint}", CaptureWarning, stacklevel=4)
     if not plan.sampled:
         what = "it has no matrix product or convolution" if not prepared.found else "every layer stays exact"
@@ -155,9 +156,9 @@ def _prepare(
     """
     args, kwargs = check_inputs(model, example_inputs)
     root = skeleton(model)
-    captured = capture(root, call_form(root, args, kwargs) if form is None else form)
     if args is not None:
         called = described(args), described(kwargs)
+    captured = capture(root, call_form(root, args, kwargs) if form is None else form, called)
     return root, prepare(root, captured, called)
 
 

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fx_approx._compat import HOOKS, buffers_of, children_of, parameters_of, tree_leaves, tree_map_only
+from fx_approx._compat import HOOKS, buffers_of, children_of, parameters_of, tree_leaves
 from fx_approx.errors import CaptureError
+from fx_approx.known_values import KnownValues, SizeGuard
+from fx_approx.traced import NeedsValues
 from fx_approx.tracer import LeafTracer, Opaque, describe
 from fx_approx.watch import Fact, Members, Reads, containers, members, random_state, set_random_state
 
@@ -126,6 +128,10 @@ class Held:
         return None
 
 
+class UnfitGraphError(Exception):
+    """The graph does not run on inputs on which the model's own forward does."""
+
+
 @dataclasses.dataclass
 class Capture:
     """A captured model.
@@ -139,6 +145,7 @@ class Capture:
         readers: Paths of modules whose ``training`` flag the forward reads: the graph serves calls in which they agree.
         frozen: Path, name and value of module attributes that are in the graph as they were.
         granted: What else it takes for granted of the model.
+        guard: What the inputs of a call must share with the example inputs; None if nothing was relied upon.
     """
 
     graph: fx.Graph | None
@@ -149,6 +156,7 @@ class Capture:
     readers: tuple[str, ...] = ()
     frozen: tuple[tuple[str, str, Any], ...] = ()
     granted: Granted = Granted()
+    guard: SizeGuard | None = None
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -221,52 +229,51 @@ def call_form(model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[st
     return CallForm(names, dynamic, constants, defaults)
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """What shape propagation needs of a tensor, without its values."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    requires_grad: bool
-
-    def empty(self) -> torch.Tensor:
-        """A tensor of this description; inside a fake tensor mode it takes no memory."""
-        made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-        return made.requires_grad_(self.requires_grad)
-
-
-def described(value: Any) -> Any:
-    """``value`` with a :class:`TensorSpec` in place of every tensor."""
-    return tree_map_only(
-        torch.Tensor,
-        lambda t: TensorSpec(tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad),
-        value,
-    )
-
-
 def _has_tensor(value: Any) -> bool:
     return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
 
 
-def capture(root: nn.Module, form: CallForm) -> Capture:
-    """Traces ``root`` (a :func:`skeleton`; its attributes and training flags are as before afterwards)."""
-    reads = Reads()
-    with _one_at_a_time, kept_random_state(), _kept_attributes(root), warnings.catch_warnings():
+def capture(root: nn.Module, form: CallForm, called: tuple[Any, Any] | None = None) -> Capture:
+    """Traces ``root`` (a :func:`skeleton`; its attributes and training flags are as before afterwards).
+
+    Args:
+        root: The model.
+        form: How it is called.
+        called: Example inputs, see :func:`fx_approx.known_values.described`. Where tracing would stop or go wrong for
+            want of a length or a size, the model is traced again with what they tell.
+    """
+    inputs = None if called is None else form.bind(*called)
+    with _one_at_a_time, kept_random_state(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the model says of Proxies is of no use to anyone
         try:
-            graph, opaque, constants = _trace(root, form, reads, training=True)
+            captured, failed = _capture(root, form, None, inputs is not None)
+        except NeedsValues:
+            captured, failed = None, True
+        if inputs is not None and failed:
+            captured, _ = _capture(root, form, KnownValues(root, form.dynamic, inputs), False)
+    assert captured is not None
+    return captured
+
+
+def _capture(root: nn.Module, form: CallForm, known: KnownValues | None, may_ask: bool) -> tuple[Capture, bool]:
+    """The capture, and whether anything could not be traced for want of knowledge."""
+    reads = Reads()
+    with _kept_attributes(root):
+        try:
+            tracer, graph, constants = _trace(root, form, reads, True, known, may_ask)
         except Exception as error:  # whatever a user's forward does with a Proxy
-            return Capture(None, form, (Opaque("", describe(error)),), (), {})
+            return Capture(None, form, (Opaque("", describe(error), True),), (), {}), True
+        failed = tracer.failed
         paths = {id(module): path for path, module in root.named_modules()}
         try:
-            evaluation, _, others = _trace(root, form, reads, training=False)
+            other, evaluation, others = _trace(root, form, reads, False, known, may_ask)
+            failed |= other.failed
             readers = [paths[key] for key in reads.training if key in paths]
             branching = _merge(graph, evaluation, readers[0] if readers else None)
             if not _alike(constants, others):
                 branching.add("")
         except Exception:  # the evaluation path alone cannot be traced: the model's own forward runs it
+            failed = True
             readers, branching = [paths[key] for key in reads.training if key in paths], {""}
     frozen = tuple((paths[key], name, value) for (key, name), (_, _, value) in reads.plain.items() if key in paths)
     granted = Granted(
@@ -274,7 +281,9 @@ def capture(root: nn.Module, form: CallForm) -> Capture:
         tuple((paths[id(m)], a, paths[id(n)], b) for m, a, n, b in reads.tied.values() if {id(m), id(n)} <= set(paths)),
         tuple((paths[id(m)], name, held) for m, name, held in reads.members.values() if id(m) in paths),
     )
-    return Capture(graph, form, opaque, tuple(sorted(branching)), constants, tuple(readers), frozen, granted)
+    opaque, branches = tuple(tracer.opaque.values()), tuple(sorted(branching))
+    guard = None if known is None else known.guard
+    return Capture(graph, form, opaque, branches, constants, tuple(readers), frozen, granted, guard), failed
 
 
 def _alike(constants: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> bool:
@@ -308,14 +317,16 @@ def _kept_attributes(root: nn.Module) -> Iterator[None]:
 
 
 def _trace(
-    root: nn.Module, form: CallForm, reads: Reads, training: bool
-) -> tuple[fx.Graph, tuple[Opaque, ...], dict[str, torch.Tensor]]:
+    root: nn.Module, form: CallForm, reads: Reads, training: bool, known: KnownValues | None, may_ask: bool
+) -> tuple[LeafTracer, fx.Graph, dict[str, torch.Tensor]]:
     for module in root.modules():
         module.training = training
     before = set(vars(root))
-    tracer = LeafTracer(reads)
+    if known is not None:
+        known.begin(training)
+    tracer = LeafTracer(reads, known, may_ask)
     tracer.traced_func_name = _ENTRY
-    with _entry(root, form):
+    with _entry(root, form, known):
         graph = tracer.trace(root)
     constants = {name: value for name, value in vars(root).items() if name not in before}
     for name in constants:
@@ -323,7 +334,7 @@ def _trace(
     used = {node.target for node in graph.nodes if node.op == "get_attr"}
     constants = {name: value for name, value in constants.items() if name in used}
     _copy_constants(graph, constants)
-    return graph, tuple(tracer.opaque.values()), constants
+    return tracer, graph, constants
 
 
 def _copy_constants(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
@@ -343,12 +354,13 @@ def _copy_constants(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _entry(root: nn.Module, form: CallForm) -> Iterator[None]:
+def _entry(root: nn.Module, form: CallForm, known: KnownValues | None) -> Iterator[None]:
     """Gives root's class a method whose parameters are the graph's inputs and which calls ``forward``."""
     cls = type(root)
 
     def call(self: nn.Module, *values: Any) -> Any:
-        arguments = {**form.constants, **dict(zip(form.dynamic, values, strict=True))}
+        opened = values if known is None else known.opened(values)
+        arguments = {**form.constants, **dict(zip(form.dynamic, opened, strict=True))}
         keyword = {p.name for p in inspect.signature(cls.forward).parameters.values() if p.kind is p.KEYWORD_ONLY}
         positional = [arguments[name] for name in form.names if name not in keyword]
         return cls.forward(self, *positional, **{name: arguments[name] for name in keyword if name in arguments})
@@ -427,11 +439,15 @@ class _Merge:
             self.differs |= not isinstance(ours, fx.Node) or self.twins.get(ours) is not theirs
             return ours
         if isinstance(ours, (list, tuple)) and type(ours) is type(theirs) and len(ours) == len(theirs):
-            return type(ours)([self.value(a, b) for a, b in zip(ours, theirs, strict=True)])
+            parts = [self.value(a, b) for a, b in zip(ours, theirs, strict=True)]
+            return type(ours)(*parts) if hasattr(ours, "_fields") else type(ours)(parts)
         if isinstance(ours, dict) and isinstance(theirs, dict) and list(ours) == list(theirs):
             return {key: self.value(ours[key], theirs[key]) for key in ours}
         if isinstance(ours, slice) and isinstance(theirs, slice):
             return slice(*(self.value(getattr(ours, f), getattr(theirs, f)) for f in ("start", "stop", "step")))
+        if _holds_node(ours) or _holds_node(theirs):  # containers of another form
+            self.differs = True
+            return ours
         if ours is theirs or (type(ours) is type(theirs) and ours == theirs):
             return ours
         flag = self.flag.node()
@@ -442,6 +458,12 @@ class _Merge:
             return flag
         with self.graph.inserting_before(self.node):
             return self.graph.call_function(select_by_mode, (flag, ours, theirs))
+
+
+def _holds_node(value: Any) -> bool:
+    found: list[fx.Node] = []
+    fx.map_arg(value, found.append)
+    return bool(found)
 
 
 class _Flag:

@@ -19,13 +19,14 @@ from torch import Tensor, fx, nn
 
 from fx_approx._compat import HigherOrderOperator, backend_named, backend_names, buffers_of, inductor
 from fx_approx.approx import ApproxModule, adopt
-from fx_approx.capture import TensorSpec, kept_random_state, skeleton
+from fx_approx.capture import kept_random_state, skeleton
 from fx_approx.checks import check_model, check_seed
 from fx_approx.controls import load_sampler_state, sampler_state
 from fx_approx.dynamo_frame import Frame, Known, compiled_in_place, current_frame, is_skipped
 from fx_approx.dynamo_report import Compilation, Key, Left, Owners, Steps, whole_report
 from fx_approx.dynamo_run import CompiledGraph
 from fx_approx.errors import CaptureError, CaptureWarning, NoEffectWarning
+from fx_approx.known_values import TensorSpec
 from fx_approx.lifted import Lift, higher_order, lift, multiplying, place_of
 from fx_approx.ops import find_op
 from fx_approx.passes import check_policy, decide

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fx_approx.candidate import Candidate, with_facts
-from fx_approx.capture import Capture
+from fx_approx.capture import Capture, UnfitGraphError
 from fx_approx.errors import CaptureWarning
 from fx_approx.passes import (
     Flow,
@@ -26,6 +26,7 @@ from fx_approx.passes.flow import Values
 from fx_approx.plan import Plan
 from fx_approx.report import SavingsReport, build_report
 from fx_approx.runtime import Runtime
+from fx_approx.tracer import Opaque
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,10 @@ def prepare(root: nn.Module, captured: Capture, called: tuple[Any, Any] | None) 
     captured = unfuse(root, captured)
     found, values = annotate(root, captured), None
     if called is not None:
-        found, values = with_shapes(root, captured, found, called)
+        try:
+            found, values = with_shapes(root, captured, found, called)
+        except UnfitGraphError as error:
+            return prepare(root, Capture(None, captured.form, (Opaque("", str(error), True),), (), {}), called)
     return Prepared(captured, found, called, values)
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, fx, nn
 
 from fx_approx._compat import Moved, at_end_of_backward, buffers_of, children_of, in_backward, tree_leaves
 from fx_approx.candidate import Candidate, Role
-from fx_approx.capture import Capture, Held, described
+from fx_approx.capture import Capture, Held
 from fx_approx.checkpoints import is_checkpointed, outlined
 from fx_approx.errors import CaptureWarning, RecomputationError
+from fx_approx.known_values import described
 from fx_approx.modules import Selector
 from fx_approx.ops import refuse_transforms
 from fx_approx.plan import Plan
@@ -250,6 +251,10 @@ class Runtime(Moved):
             return ""
         if values is None:
             return f"it is called in another way than it was captured ({', '.join(self.capture.form.dynamic)})"
+        guard = self.capture.guard
+        misfit = None if guard is None else guard.misfit(values, next(root.parameters(), None))
+        if misfit is not None:
+            return misfit
         flags = [module.training for module in self.readers]
         if not all(flags) and (any(flags) or self.capture.branching):
             return ""

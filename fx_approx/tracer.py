@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import operator
+import math
 import os
 import sys
 import traceback
@@ -16,9 +16,12 @@ import torch.utils.checkpoint
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from fx_approx._compat import HOOKS, TENSOR_CONSTANT, version_of
+from fx_approx._compat import HOOKS, TENSOR_CONSTANT, checks_replaced, version_of, wrap_functions
+from fx_approx.containers import built
+from fx_approx.known_values import KnownValues
 from fx_approx.layers import layer_type
 from fx_approx.real_tensors import Functions, Operators, RealTensors, changed_attributes, tensors_in
+from fx_approx.traced import NeedsValues, TracedValue
 from fx_approx.watch import (
     OWN_FILES,
     TORCH_FILES,
@@ -50,34 +53,28 @@ def hook_count(module: nn.Module) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Opaque:
-    """A module that stays a leaf although it is not a layer of torch: why, and where tracing stopped."""
+    """A module that stays a leaf although it is not a layer of torch: why, and where tracing stopped.
+
+    Attributes:
+        path: Of the module.
+        reason: Why, and where.
+        elsewhere: Another frontend may well capture what its forward does.
+    """
 
     path: str
     reason: str
+    elsewhere: bool = False
 
     def __str__(self) -> str:
         """One line for warnings and reports."""
         return f"{self.path or 'the model'}: {self.reason}"
 
 
-class InPlaceProxy(fx.Proxy):
-    """A traced value of which ``x += y`` is recorded as the change in place that it is.
-
-    ``fx.Proxy`` leaves it to Python, which falls back to ``x = x + y``: another name of ``x`` would keep the old value.
-    """
-
-
-def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    target = getattr(operator, name)
-
-    def change(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", target, (self, other), {})
-
-    return change
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
-    setattr(InPlaceProxy, f"__{_name}__", _in_place(_name))
+_FACTORIES = (
+    *(torch.zeros, torch.ones, torch.empty, torch.full, torch.rand, torch.randn, torch.randint, torch.randperm),
+    *(torch.arange, torch.linspace, torch.eye),
+)
+"""What takes sizes and no tensor, so that torch itself does not see that a size is traced."""
 
 
 class LeafTracer(fx.Tracer):
@@ -85,11 +82,22 @@ class LeafTracer(fx.Tracer):
 
     Attributes:
         opaque: The submodules kept whole, by path.
+        failed: Some of them, because their forward cannot be traced.
         reads: What the traced code has read of modules.
+        parts: The parts of tuples whose length is known, by node.
+
+    Args:
+        reads: Filled while tracing.
+        values: What example inputs tell of traced values.
+        may_ask: A question that example inputs could answer is :class:`NeedsValues`.
     """
 
-    def __init__(self, reads: Reads) -> None:
-        super().__init__()
+    def __init__(self, reads: Reads, values: KnownValues | None = None, may_ask: bool = False) -> None:
+        super().__init__(autowrap_modules=(math,), autowrap_functions=_FACTORIES)
+        wrap_functions(self, torch)
+        self._example, self._may_ask = values, may_ask
+        self.failed = False
+        self.parts: dict[fx.Node, list[Any]] = {}
         self.reads = reads
         self.opaque: dict[str, Opaque] = {}
         self._read: dict[int, fx.Proxy] = {}
@@ -101,21 +109,58 @@ class LeafTracer(fx.Tracer):
         self.real = RealTensors(root, self.reads)
         with torch.inference_mode(False), torch.enable_grad(), no_side_effects(root), recorded(self.reads), refused():
             self._outside = grad_mode()
-            with Operators(self.real), Functions(self.real, self):
+            with Operators(self.real), Functions(self.real, self), checks_replaced(self._as_node):
                 graph = super().trace(root, concrete_args)
             self.real.check_attributes()
+            for node in graph.nodes:
+                node.meta.pop("is_wrapped", None)  # generated code would register what it calls, for good
+            if self._example is not None:
+                self._example.settle(graph)
             if any(version_of(tensor) != version for tensor, version in self._versions):
                 raise DroppedError("an in-place change of a tensor that does not depend on an input")
             return graph
 
+    def _as_node(self, check: Callable[..., None]) -> Callable[..., None]:
+        def ask(condition: Any, message: Any = None) -> None:
+            if isinstance(condition, fx.Proxy):
+                self.create_proxy("call_function", check, (condition,), {})
+            else:
+                check(condition, message)
+
+        return ask
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The traced value of ``node``."""
-        return InPlaceProxy(node, self)
+        return TracedValue(node, self)
+
+    def now_known(self) -> KnownValues | None:
+        """What example inputs tell of traced values, if they are at hand."""
+        return self._example
+
+    def known(self) -> KnownValues | None:
+        """The same for a question without whose answer tracing ends, or goes wrong.
+
+        Raises:
+            NeedsValues: They are not at hand, but could be.
+        """
+        if self._example is None and self._may_ask:
+            raise NeedsValues
+        return self._example
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        """The keys of a dict."""
+        return obj.keys()
 
     def create_arg(self, a: Any) -> Any:
         """Remembers the state of a tensor that becomes a constant: it must not be changed behind the graph's back."""
         if isinstance(a, fx.Proxy) and a.tracer is not self:
             raise DroppedError("a value that was stored while another graph was traced")
+        if isinstance(a, fx.Proxy):
+            return a.node
+        made = built(a)
+        if made is not None:
+            args, kwargs = made
+            return self.create_node("call_function", type(a), self.create_arg(args), self.create_arg(kwargs))
         if isinstance(a, dict) and type(a) is not dict and not type(a).__module__.startswith("torch.fx"):
             raise DroppedError(f"the type of a {type(a).__name__}")
         if not isinstance(a, torch.Tensor):
@@ -157,6 +202,8 @@ class LeafTracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Traces into ``m``, or takes back what was traced of it and calls it as a leaf."""
+        if self._example is not None and self._example.busy:
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             inner = [name for name, _ in m.named_children() if name != "parametrizations"]
@@ -179,9 +226,9 @@ class LeafTracer(fx.Tracer):
             self.module_stack.update(stack)
             for nested in set(self.opaque) - known:
                 del self.opaque[nested]
-            reason = describe(error)
+            reason, self.failed = describe(error), True
         result = self._leaf(m, path, args, kwargs)
-        self.opaque[path] = Opaque(path, reason)
+        self.opaque[path] = Opaque(path, reason, True)
         return result
 
     def _leaf(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -205,6 +252,7 @@ class LeafTracer(fx.Tracer):
         erased = set(gone)
         for stale in [key for key, proxy in self._read.items() if proxy.node in erased]:
             del self._read[stale]
+        self.parts = {node: parts for node, parts in self.parts.items() if node not in erased}
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Parameters and buffers are handed out as they are: what is computed of one makes the node that reads it."""

@@ -285,7 +285,8 @@ def set_random_state(state: tuple[Any, torch.Tensor, Any]) -> None:
         sys.modules["numpy"].random.set_state(of_numpy)
 
 
-def _has_drawn(before: tuple[Any, torch.Tensor, Any]) -> bool:
+def has_drawn(before: tuple[Any, torch.Tensor, Any]) -> bool:
+    """Whether the generators have moved on since :func:`random_state` gave ``before``."""
     python, cpu, of_numpy = random_state()
     with unwatched():
         if python != before[0] or not torch.equal(cpu, before[1]):
@@ -306,7 +307,7 @@ def no_side_effects(module: nn.Module) -> Iterator[None]:
     arrays = [(value, value.copy()) for inner in module.modules() for value in vars(inner).values() if _is_array(value)]
     try:
         yield
-        if _has_drawn(state):
+        if has_drawn(state):
             set_random_state(state)
             raise DroppedError("random numbers that do not depend on an input", _place(module))
         if any(_is_changed(*kept) for kept in arrays):
@@ -315,7 +316,7 @@ def no_side_effects(module: nn.Module) -> Iterator[None]:
             changed = _changed(inner, attributes, contents)
             if changed:
                 raise DroppedError(f"an assignment to {_named(module, inner, changed[0])}", _place(module))
-    except Exception:
+    except BaseException:
         for inner, attributes, contents in before:
             for name in _changed(inner, attributes, contents):
                 vars(inner)[name] = _Poison()

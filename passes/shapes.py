@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,7 +14,6 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fx_approx._compat import (
-    FAKE_TENSOR_LOGGER,
     HOOKS,
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -28,9 +26,11 @@ from fx_approx._compat import (
     tree_map,
     tree_map_only,
 )
+from fx_approx.branches import only_checks
 from fx_approx.candidate import Call, GemmShape, ProductFacts, RoleFlops
-from fx_approx.capture import Capture, TensorSpec, kept_random_state
+from fx_approx.capture import Capture, UnfitGraphError, kept_random_state
 from fx_approx.flops import measured_flops, role_flops
+from fx_approx.known_values import TensorSpec, quiet
 from fx_approx.ops import Unsupported
 from fx_approx.passes.annotate import META_KEY, Found
 from fx_approx.passes.flow import Values
@@ -91,6 +91,7 @@ def propagate(
         kwargs: Keyword example inputs.
 
     Raises:
+        UnfitGraphError: Its graph does not run on these inputs, but its own forward does.
         ValueError: The model does not run on these inputs; names the place.
     """
     recorder = _Recorder({one.candidate.name: one for one in found})
@@ -106,7 +107,7 @@ def propagate(
         vars(fake).update({name: mode.from_tensor(value) for name, value in captured.constants.items()})
         silenced = _without_user_hooks(fake)
         recorder.watch(fake)
-        with mode, _quiet(), _Values():
+        with mode, quiet(), _Values():
             fake_args, fake_kwargs = _fake(mode, args), _fake(mode, dict(kwargs))
             try:
                 _run(fake, captured, recorder, fake_args, fake_kwargs)
@@ -139,18 +140,6 @@ def _without_user_hooks(fake: nn.Module) -> list[str]:
     return changed
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Torch logs each failure on fake tensors with a traceback; the message is raised as well."""
-    logger = logging.getLogger(FAKE_TENSOR_LOGGER)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _run(
     fake: nn.Module, captured: Capture, recorder: _Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -165,7 +154,19 @@ def _run(
     except Exception as error:  # whatever an operator says of inputs that do not fit
         place = recorder.place or type(fake).__name__
         message = str(error).strip().split("\n")[0]
+        if captured.graph is not None and values is not None and _runs_itself(fake, args, kwargs):
+            raise UnfitGraphError(f"its graph does not compute what its Python does: at {place}: {message}") from error
         raise ValueError(f"example_inputs: the model does not run on them: at {place}: {message}") from error
+
+
+def _runs_itself(fake: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        fake(*args, **kwargs)
+    except _UNKNOWABLE:
+        return True
+    except Exception:
+        return False
+    return True
 
 
 def _fake(mode: FakeTensorMode, value: Any) -> Any:
@@ -185,6 +186,8 @@ class _Interpreter(fx.Interpreter):
         self.recorder = recorder
 
     def run_node(self, n: fx.Node) -> Any:
+        if only_checks(n.target):  # of values that are not known here
+            return None
         self.recorder.place = str(n.target) if n.op == "call_module" else n.name
         one = self.recorder.at(n)
         if one is not None:

@@ -32,7 +32,10 @@ LAYERS: dict[str, tuple[int, set[str]]] = {
     "kernels": (1, {"kernels"}),
     "ops": (2, {"ops"}),
     "modules": (3, {"layers", "state", "modules", "batchnorm", "channelwise", "published", "resample", "shards"}),
-    "capture": (4, {"watch", "real_tensors", "tracer", "capture"}),
+    "capture": (
+        4,
+        {"watch", "real_tensors", "branches", "containers", "known_values", "traced", "tracer", "capture"},
+    ),
     "runtime": (5, {"print_passes", "checkpoints", "runtime", "approx"}),
     "passes": (6, {"passes"}),
     "policies": (6, {"policies"}),

@@ -1,0 +1,42 @@
+"""Containers that keep their type in a graph: how one is made again from its parts."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+
+
+def built(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Arguments with which the class of ``value`` makes it again, or None if that is not known or not needed.
+
+    Known are dataclasses (the outputs of Hugging Face models among them) and dicts whose class has no ``__init__`` of
+    its own, as an ``OrderedDict``.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [field.name for field in dataclasses.fields(value) if field.init]
+        if isinstance(value, dict) and not set(value) <= set(fields):
+            return None
+        return (), {name: getattr(value, name) for name in fields}
+    if not isinstance(value, dict) or type(value) is dict or type(value).__module__.startswith("torch.fx"):
+        return None
+    if type(value).__init__ not in (dict.__init__, collections.OrderedDict.__init__) or getattr(
+        value, "__dict__", None
+    ):
+        return None
+    return ([(key, one) for key, one in value.items()],), {}
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in nested containers and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [found for one in value.values() for found in tensors(one)]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [found for one in value for found in tensors(one)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [found for field in dataclasses.fields(value) for found in tensors(getattr(value, field.name, None))]
+    return []
