@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from fx_approx.passes.annotate import Found
+from fx_approx.passes.differentiated import asked_inside
 from fx_approx.passes.flow import Flow, Link, first, reads_shape_only
 from fx_approx.passes.in_place import changes_in_place
 from fx_approx.passes.share import Sharing, follows, share
@@ -175,6 +176,7 @@ def share_and_propagate(flow: Flow, graph: fx.Graph, found: list[Found], plan: P
     layers = {node for node in decisions if flow.steps[node].action == "produce"}
     follow = frozenset(node for node, decision in decisions.items() if follows(decision) and node in layers)
     rigid = frozenset(node for node, decision in decisions.items() if decision.roles and node not in follow)
+    rigid |= asked_inside(flow)
     while True:
         sharing = share(flow, graph, found, plan, apart)
         demand = propagate_demand(flow, sharing, follow, rigid)

@@ -15,6 +15,7 @@ from fx_approx.channelwise import swap_channelwise
 from fx_approx.modules import Site, swap
 from fx_approx.passes.channelwise import can_tap_relu, is_changed
 from fx_approx.passes.demand import FULL, Demand
+from fx_approx.passes.differentiated import asked_inside, handed_out
 from fx_approx.passes.flow import Flow, first
 from fx_approx.passes.header import Header
 from fx_approx.passes.reshapes import argument
@@ -39,6 +40,8 @@ class Hoist:
         self.graph, self.copies, self.runtime = header.graph, copies, runtime
         self._narrowed: dict[tuple[fx.Node, int, fx.Node], fx.Node] = {}
         self._taps: list[tuple[fx.Node, fx.Node, fx.Node]] = []
+        self._asked = asked_inside(flow)
+        self._held = self._asked | handed_out(flow)
 
     def run(self) -> None:
         """Rewrites every node whose value has channels, in order."""
@@ -89,12 +92,13 @@ class Hoist:
             return self._narrowed[key]
         value = self.copies[source]
         early = value.op == "placeholder" or source in self.flow.constants
-        if early or is_changed(self.flow, source):
+        if early or source in self._held or is_changed(self.flow, source):
             with self.graph.inserting_before(before):
                 part = self.graph.call_function(ops.narrow, (value, dim, index))
         else:
             part = self._tap(source, value, dim, index)
-        self._narrowed[key] = part
+        if source not in self._asked:  # which may be marked between one reader and the next
+            self._narrowed[key] = part
         return part
 
     def _tap(self, source: fx.Node, value: fx.Node, dim: int, index: fx.Node) -> fx.Node:

@@ -89,11 +89,11 @@ def is_changed(flow: Flow, node: fx.Node) -> bool:
 def changed_for_others(flow: Flow, node: fx.Node) -> set[fx.Node]:
     """What lies in the memory that ``node`` changes, if not only ``node`` reads it; else nothing."""
     if elsewhere := _elsewhere(node):
-        return {found for changed in elsewhere for found in _same_memory(flow, changed)}
+        return {found for changed in elsewhere for found in same_memory(flow, changed)}
     source: Any = first(node)
     if not isinstance(source, fx.Node) or not changes_in_place(flow, node) or not _is_seen(flow, source):
         return set()
-    return set(_same_memory(flow, source))
+    return set(same_memory(flow, source))
 
 
 def _may_be_view(flow: Flow, node: fx.Node) -> bool:
@@ -134,7 +134,7 @@ def _is_seen(flow: Flow, source: fx.Node) -> bool:
 _RESHAPED = tuple(RESHAPES)
 
 
-def _same_memory(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
+def same_memory(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
     """All values that may lie where ``node`` does."""
     while _shares(flow, node) and isinstance(above := first(node), fx.Node):
         node = above
