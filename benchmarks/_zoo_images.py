@@ -47,8 +47,8 @@ _TIMM: dict[str, dict[str, Any]] = {
     "cait_xxs24_224": {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 4},
     "xcit_nano_12_p16_224": {"img_size": 64, "depth": 2, "embed_dim": 64},
     "pvt_v2_b0": {"depths": (1, 1, 1, 1)},
-    "poolformer_s12": {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)},
-    "levit_128s": {"batch": 1, "depth": (1, 1, 1)},
+    "poolformer_s12": {},
+    "levit_128s": {"depth": (1, 1, 1)},
     "mobilevit_xxs": {},
     "edgenext_xx_small": {},
     "mixer_s32_224": {"img_size": 64, "num_blocks": 2, "embed_dim": 64},
@@ -58,7 +58,7 @@ _TIMM: dict[str, dict[str, Any]] = {
 
 _CLASSIFIERS: dict[str, dict[str, Any]] = {
     "alexnet": {"size": 63},
-    "inception_v3": {"size": 96, "init_weights": False},
+    "inception_v3": {"size": 96, "init_weights": False, "aux_logits": False},
     "googlenet": {"init_weights": False},
 }
 
@@ -88,6 +88,7 @@ def images(size: int = 64, batch: int = 2) -> Tensor:
 
 def timm_model(name: str) -> Made:
     """A model of timm."""
+    torchvision_models()  # timm imports torchvision
     import timm
 
     options = dict(_TIMM[name])

@@ -10,12 +10,12 @@ path is known, and the forward is not traced.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from fx_approx._compat import TENSOR_STATE, TorchDispatchMode, buffers_of, parameters_of, storage_key
 from fx_approx.watch import DroppedError, Fact, FrozenError, Reads, is_unwatched, unwatched
@@ -267,17 +267,50 @@ def _target_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
 
 
+_TAKING_SIZES = ("expand", "new_empty", "new_ones", "new_zeros")
+"""Methods of a tensor whose sizes torch counts before it asks who overrides them, where the first is no number."""
+
+
 class Functions(TorchFunctionMode):
     """Makes nodes of what a forward computes of the model's own tensors."""
 
     def __init__(self, real: RealTensors, reader: Reader) -> None:
         super().__init__()
         self.real, self.reader = real, reader
+        self._methods: dict[Any, Callable[..., Any]] = {}
+
+    def __enter__(self) -> Functions:
+        """Begins, methods that would refuse a traced size as their first argument included."""
+        is_tensor_method_or_property(Tensor.expand)  # torch looks for all methods once: now, not with ours in place
+        for name in _TAKING_SIZES:
+            method = getattr(Tensor, name)
+            ours = self._taking_sizes(name, method)
+            self._methods[ours] = method
+            setattr(Tensor, name, ours)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Ends it."""
+        for name in _TAKING_SIZES:
+            delattr(Tensor, name)
+        super().__exit__(*error)
+
+    def _taking_sizes(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def called(tensor: Tensor, *sizes: Any, **kwargs: Any) -> Any:
+            first = sizes[0] if sizes else None
+            if is_unwatched() or not isinstance(first, fx.Proxy):
+                return method(tensor, *sizes, **kwargs)
+            source = self.reader.read(tensor) if self.real.is_in_graph(tensor) else tensor
+            return first.tracer.create_proxy("call_method", name, (source, *sizes), kwargs)
+
+        return called
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Runs ``func`` on what the forward has made, and records it otherwise."""
         kwargs = kwargs or {}
         real = self.real
+        func = self._methods.get(func, func)  # torch finds the method by its name
         if is_unwatched():
             return func(*args, **kwargs)
         found = list(tensors_in((args, kwargs)))
