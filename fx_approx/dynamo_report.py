@@ -167,6 +167,7 @@ class _Rest:
         self.notes: list[str] = []
         self.done: dict[nn.Module, RoleFlops] = {}
         self.unseen: dict[nn.Module, str] = {}
+        self.loose = RoleFlops()  # of rows whose module is registered nowhere: counted where it is called
         self.gone: list[tuple[str, str]] = []
         for graph in graphs:
             made = graph.report()
@@ -180,6 +181,8 @@ class _Rest:
                         self.unseen[module] = graph.left.reason
                 elif module is not None and flops is not None:
                     self.done[module] = self.done.get(module, RoleFlops()) + flops.get(name, RoleFlops())
+                elif flops is not None:
+                    self.loose += flops.get(name, RoleFlops())
 
     def add(self, steps: Steps, step: Step | None, modules: Mapping[str, nn.Module], broken: bool) -> None:
         """What a call of ``modules`` multiplies in no graph."""
@@ -207,7 +210,9 @@ class _Rest:
             parts = [] if module is None else list(module.modules()) if path in layers else [module]
             known = sum((self.done[part] for part in parts if part in self.done), RoleFlops())
             whole = sum(kinds.values(), RoleFlops())
-            left = RoleFlops(*(max(0, a - b) for a, b in zip(_parts(whole), _parts(known), strict=True)))
+            left = _difference(whole, known)
+            if path not in layers:
+                left, self.loose = _difference(left, self.loose), _difference(self.loose, left)
             if not left.total:
                 if path in missing and not kinds:  # it ran, but in a fused function that cannot be counted
                     self._row(path, _kind(layers[path]), None, _NO_GRAPH)
@@ -246,6 +251,10 @@ def _layers(model: nn.Module, name: str) -> dict[str, nn.Module]:
 
 def _kind(layer: nn.Module) -> str:
     return type(layer).__name__.lower()
+
+
+def _difference(one: RoleFlops, other: RoleFlops) -> RoleFlops:
+    return RoleFlops(*(max(0, a - b) for a, b in zip(_parts(one), _parts(other), strict=True)))
 
 
 def _parts(flops: RoleFlops) -> tuple[int, ...]:

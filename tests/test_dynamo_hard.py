@@ -202,7 +202,16 @@ class Hidden(nn.Module):
         return result
 
 
-@pytest.mark.parametrize("kind", ["list", "attribute", "key"])
+def test_a_key_that_is_no_name_is_still_a_path() -> None:
+    model = Hidden("key")
+    call, backend = compiled(model, inner="eager")
+    step(model, call, X)
+    assert [(row.name, bool(row.samples)) for row in backend.report().rows] == [("named.x[0]", True), ("own", True)]
+    model.eval()
+    torch.testing.assert_close(call(X), model(X), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["list", "attribute"])
 def test_modules_that_no_flag_reaches_are_exact(kind: str) -> None:
     model = Hidden(kind)
     call, backend = compiled(model)
