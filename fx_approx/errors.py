@@ -37,6 +37,10 @@ class UnsupportedTransformError(RuntimeError):
     """A function transform of torch.func that sampling does not support, such as vmap over a model in training."""
 
 
+class WidthError(RuntimeError):
+    """A value has another number of channels than its reader; the layers themselves tell it in torch's own words."""
+
+
 class NoEffectWarning(UserWarning):
     """A call changed nothing, for example a transform that sampled no layer."""
 

@@ -129,7 +129,7 @@ class Selector(nn.Module):
         refuse_shard(rhs)
         if not self.active or not rhs.is_floating_point() or rhs.layout is not torch.strided:
             return None
-        if lhs is not None and lhs.layout is not torch.strided:
+        if lhs is not None and (lhs.layout is not torch.strided or not op.fits(lhs, rhs, self.static)):
             return None
         apart = self.role is not Role.OUTPUT or self.spec.per_batch
         if lhs is None or not apart:
@@ -275,6 +275,8 @@ class _SampledConv(SampledLayer):
             return self._sliced(input, given[0])
         how = self.how(input, given)
         weight = self.weight
+        if not ops.has_channels(input, weight, self.groups):
+            how = How(None, None, None, False)  # the exact call tells what is wrong
         if how.gradients_apart:
             input, static = self._padded(input)
             return ops.convolve(input, weight, self.bias, static, how)
@@ -292,6 +294,7 @@ class _SampledConv(SampledLayer):
         return input, static
 
     def _sliced(self, input: Tensor, slices: ops.Slices) -> Tensor:
+        ops.check_width(input, 1 - self.weight.dim(), slices.weight.shape[1] * slices.groups)
         input, static = self._padded(input)
         exact: Callable[..., Tensor] = getattr(F, self.kind)
         return exact(input, slices.weight, slices.bias, **{**static, "groups": slices.groups})

@@ -17,7 +17,7 @@ from fx_approx._compat import Moved, at_end_of_backward, buffers_of, children_of
 from fx_approx.candidate import Candidate, Role
 from fx_approx.capture import Capture, Held
 from fx_approx.checkpoints import is_checkpointed, outlined
-from fx_approx.errors import CaptureWarning, RecomputationError
+from fx_approx.errors import CaptureWarning, RecomputationError, WidthError
 from fx_approx.known_values import described
 from fx_approx.modules import Selector
 from fx_approx.ops import refuse_transforms
@@ -232,17 +232,24 @@ class Runtime(Moved):
         unfit = self._unfit(root, values)
         if unfit is not None or values is None or self.function is None:
             return self._run_python(root, exact, args, kwargs, unfit)
-        if not self.sampling_swapped:
-            result = self.function(root, *values)
-        else:
-            self.inside, self.calls = True, {}
-            try:
-                result = self.function(root, *values)
-            finally:
-                self.inside = False
-            self._mark(result)
+        try:
+            result = self._run_graph(root, values)
+        except WidthError:  # the model's own layers say what does not fit
+            return self._run_python(root, exact, args, kwargs, "a value has another number of channels")
         if self.resample is not None and root.training and not torch.compiler.is_compiling():
             self.resample.known = True
+        return result
+
+    def _run_graph(self, root: nn.Module, values: list[Any]) -> Any:
+        assert self.function is not None
+        if not self.sampling_swapped:
+            return self.function(root, *values)
+        self.inside, self.calls = True, {}
+        try:
+            result = self.function(root, *values)
+        finally:
+            self.inside = False
+        self._mark(result)
         return result
 
     def _unfit(self, root: nn.Module, values: list[Any] | None) -> str | None:

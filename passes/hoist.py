@@ -94,19 +94,26 @@ class Hoist:
         early = value.op == "placeholder" or source in self.flow.constants
         if early or source in self._held or is_changed(self.flow, source):
             with self.graph.inserting_before(before):
-                part = self.graph.call_function(ops.narrow, (value, dim, index))
+                part = self.graph.call_function(ops.narrow, (value, dim, index, self._size(source)))
         else:
             part = self._tap(source, value, dim, index)
         if source not in self._asked:  # which may be marked between one reader and the next
             self._narrowed[key] = part
         return part
 
+    def _size(self, source: fx.Node) -> int | None:
+        """The whole number of channels of a value; None if a part is there, or if a layer's weights give them."""
+        layout = self.flow.layout(source)
+        whole = layout is not None and all(place == FULL for place in self.demand.have[source])
+        made = self.flow.steps[source].action in ("produce", "depthwise", "layer")
+        return layout.size if layout is not None and whole and not made else None
+
     def _tap(self, source: fx.Node, value: fx.Node, dim: int, index: fx.Node) -> fx.Node:
         """Takes a part of a value where it is made; whoever reads the whole of it reads it behind that."""
         both = self._tapped_relu(source, value, dim, index)
         if both is None:
             with self.graph.inserting_after(value):
-                both = self.graph.call_function(ops.tapped, (value, dim, index))
+                both = self.graph.call_function(ops.tapped, (value, dim, index, self._size(source)))
         with self.graph.inserting_after(both):
             part = self.graph.call_function(operator.getitem, (both, 1))
             whole = self.graph.call_function(operator.getitem, (both, 0))
@@ -134,7 +141,7 @@ class Hoist:
         """A value of which no one reads the whole is narrowed only."""
         for both, whole, part in reversed(self._taps):
             if not whole.users and both.target is ops.tapped:
-                both.target, both.args = ops.narrow, both.args[:3]
+                both.target = ops.narrow
                 part.replace_all_uses_with(both)
                 self.graph.erase_node(whole)
                 self.graph.erase_node(part)
@@ -161,7 +168,7 @@ class Hoist:
                 pairs = self._pairs(node)
                 flat = self.graph.call_function(ops.spread, (chosen, pairs)) if groups > 1 else chosen
                 axis = -1 if isinstance(module, nn.Linear) or module is None else 1
-                input = self.graph.call_function(ops.narrow, (input, axis, flat))
+                input = self.graph.call_function(ops.narrow, (input, axis, flat, pairs * groups))
         weight, bias = self._weights(node)
         slicing = (weight, bias, chosen, outputs, groups)
         slices = self._sliced(slicing, own)

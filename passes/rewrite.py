@@ -267,7 +267,9 @@ class _Site:
                 chosen = self.header.positions(segments, places)
                 if self.captured in sharing.loose and one.candidate.groups > 1:
                     chosen = self.graph.call_function(ops.spread, (chosen, one.candidate.pairs))
-                input = self.graph.call_function(ops.narrow, (input, dim, chosen))
+                input = self.graph.call_function(
+                    ops.narrow, (input, dim, chosen, sum(part.entries for part in segments))
+                )
             self.graph.call_module(target, (input, *(self.header.units(place) for place in places)))
 
 

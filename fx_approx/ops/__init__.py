@@ -5,6 +5,7 @@ from fx_approx.ops.base import OPS, SAMPLING_ARGUMENTS, ProductOp, Unsupported, 
 from fx_approx.ops.channels import (
     Part,
     Slices,
+    check_width,
     narrow,
     positions,
     remaining,
@@ -16,7 +17,7 @@ from fx_approx.ops.channels import (
     tapped_relu,
     width,
 )
-from fx_approx.ops.conv import conv1d, conv2d, conv3d
+from fx_approx.ops.conv import conv1d, conv2d, conv3d, has_channels
 from fx_approx.ops.conv_backward import convolve
 from fx_approx.ops.einsum import einsum
 from fx_approx.ops.gather import gather, select_channels
@@ -41,6 +42,7 @@ __all__ = [
     "addmm",
     "baddbmm",
     "bmm",
+    "check_width",
     "conv1d",
     "conv2d",
     "conv3d",
@@ -48,6 +50,7 @@ __all__ = [
     "einsum",
     "find_op",
     "gather",
+    "has_channels",
     "linear",
     "matmul",
     "mm",

@@ -88,6 +88,8 @@ class ProductOp:
         roles: The same for the gradients.
         keeps_both: Whether autograd keeps both operands whichever of them needs a gradient (one backward function makes
             both gradients), instead of each for the gradient of the other.
+        fits: Whether two operands have as many entries to contract over; where not, the exact call is made, which
+            raises torch's own error.
         check: Raises :class:`Unsupported` for plain arguments that cannot be sampled whatever the shapes.
     """
 
@@ -101,6 +103,7 @@ class ProductOp:
     scores: ScoreFunction
     roles: RolePairs
     check: Callable[[Mapping[str, Any]], None] = lambda static: None
+    fits: Callable[[Tensor, Tensor, Mapping[str, Any]], bool] = lambda lhs, rhs, static: True
     methods: tuple[str, ...] = ()
     static: tuple[str, ...] = ()
     keeps_both: bool = False

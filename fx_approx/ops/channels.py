@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fx_approx.errors import WidthError
 from fx_approx.ops.gather import flat_indices, gather, select_weight, tap
 from fx_approx.ops.rectified import tap_relu
 from fx_approx.sampling import Selection
@@ -82,19 +83,33 @@ def positions(parts: Sequence[Part], groups: int = 1) -> Selection | None:
     return Selection(index.view(groups, -1) - starts, factors)
 
 
-def narrow(input: Tensor, dim: int, chosen: Selection | None) -> Tensor:
+def narrow(input: Tensor, dim: int, chosen: Selection | None, size: int | None = None) -> Tensor:
     """The chosen entries of ``input`` along ``dim``; all without a selection. Keeps channels_last.
 
     Args:
         input: Any shape.
         dim: The axis that ``chosen``, ``[1, k]``, counts; its scale is not applied.
         chosen: As :func:`positions` gave it.
+        size: Entries that ``input`` must have, where another operation does not see to it.
+
+    Raises:
+        WidthError: It has more or fewer.
     """
+    if chosen is not None:
+        check_width(input, dim, size)
     return input if chosen is None else gather(input, dim, chosen.indices[0])
 
 
-def tapped(input: Tensor, dim: int, chosen: Selection | None) -> tuple[Tensor, Tensor]:
+def check_width(input: Tensor, dim: int, size: int | None) -> None:
+    """Nothing if ``input`` has ``size`` entries along ``dim``, or if that is None; else :class:`WidthError`."""
+    if size is not None and (not -input.dim() <= dim < input.dim() or input.shape[dim] != size):
+        raise WidthError(f"expected {size} entries along axis {dim}, got a tensor of shape {list(input.shape)}")
+
+
+def tapped(input: Tensor, dim: int, chosen: Selection | None, size: int | None = None) -> tuple[Tensor, Tensor]:
     """``input`` and what :func:`narrow` makes of it, for a value that is read both ways; see :func:`gather.tap`."""
+    if chosen is not None:
+        check_width(input, dim, size)
     return (input, input) if chosen is None else tap(input, dim, chosen.indices[0])
 
 

@@ -34,6 +34,8 @@ def _make(exact: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
         straight_through: bool = False,
     ) -> Tensor:
         how = How(selection, grad_input, grad_weight, straight_through)
+        if not has_channels(input, weight, groups):
+            return exact(input, weight, bias, stride, padding, dilation, groups)
         if how.gradients_apart:
             static = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
             return convolve(input, weight, bias, static, how)
@@ -83,6 +85,15 @@ def output_positions(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]
     )
 
 
+def has_channels(input: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether ``input`` has the channels that a convolution by ``weight`` reads."""
+    return input.dim() >= weight.dim() - 1 and input.shape[1 - weight.dim()] == weight.shape[1] * groups
+
+
+def _fits(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> bool:
+    return has_channels(lhs, rhs, static["groups"])
+
+
 def _geometry(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]) -> GemmShape:
     groups, block = static["groups"], math.prod(rhs[2:])
     examples = lhs[0] if len(lhs) == len(rhs) else 1
@@ -124,6 +135,7 @@ for _exact, _sampled in ((F.conv1d, conv1d), (F.conv2d, conv2d), (F.conv3d, conv
             geometry=_geometry,
             pairs=_pairs,
             scores=_scores,
+            fits=_fits,
             roles=ConvPairs(),
             static=("stride", "padding", "dilation", "groups"),
             keeps_both=True,

@@ -44,6 +44,8 @@ def linear(
         ``[..., n]``. Unless ``straight_through``, both gradients are zero outside ``selection``.
     """
     how = How(selection, grad_input, grad_weight, straight_through)
+    if not _fits(input, weight, {}):
+        return F.linear(input, weight, bias)
     if how.gradients_apart:
         rows = product(*_view(input, weight, {}), bias, how)
         return rows.view(*input.shape[:-1], weight.shape[0])
@@ -64,6 +66,10 @@ def linear(
 
 def _view(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return lhs.reshape(-1, lhs.shape[-1]), rhs
+
+
+def _fits(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> bool:
+    return lhs.dim() > 0 and lhs.shape[-1] == rhs.shape[-1]
 
 
 def _geometry(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]) -> GemmShape:
@@ -94,6 +100,7 @@ LINEAR = register_op(
         geometry=_geometry,
         pairs=_pairs,
         scores=_scores,
+        fits=_fits,
         roles=MatrixPairs(_view),
     )
 )

@@ -24,7 +24,8 @@ from fx_approx.sampling import ScoreKind, Selection
 
 def _multiply(exact: Callable[[Tensor, Tensor], Tensor], lhs: Tensor, rhs: Tensor, how: How) -> Tensor:
     """``exact(lhs, rhs)``, a product, each of its products from its own selection; exact if one operand is sparse."""
-    if lhs.layout is not torch.strided or rhs.layout is not torch.strided:
+    strided = lhs.layout is torch.strided and rhs.layout is torch.strided
+    if not strided or not _fits(lhs, rhs, {}):
         return exact(lhs, rhs)
     selection = how.selection
     if how.gradients_apart or (selection is not None and selection.indices.shape[0] > 1):
@@ -38,6 +39,10 @@ def _multiply(exact: Callable[[Tensor, Tensor], Tensor], lhs: Tensor, rhs: Tenso
             rhs = scaled(rhs, scale.unsqueeze(-1))
         lhs = gather(lhs, -1, index)
     return exact(lhs, rhs)
+
+
+def _fits(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> bool:
+    return lhs.dim() < 2 or rhs.dim() < 2 or lhs.shape[-1] == rhs.shape[-2]
 
 
 def _view(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -186,6 +191,7 @@ def _register(kind: str, function: Any, lhs: str, rhs: str, targets: tuple[Any, 
             geometry=_geometry,
             pairs=_pairs,
             scores=_scores,
+            fits=_fits,
             roles=MatrixPairs(_view),
         )
     )

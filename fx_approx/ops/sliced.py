@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fx_approx.ops.channels import Slices
+from fx_approx.ops.channels import Slices, check_width
 from fx_approx.ops.gather import gather, is_batched, is_opaque, scaled
 
 
@@ -53,9 +53,13 @@ def sliced_linear(input: Tensor, weight: Tensor, bias: Tensor | None, slices: Sl
         weight: The whole weight ``[out_features, in_features]``.
         bias: The whole bias ``[out_features]`` or None.
         slices: Of both; see :func:`fx_approx.ops.channels.slice_weights`.
+
+    Raises:
+        WidthError: The input has other features than the slice.
     """
     if slices is None:
         return F.linear(input, weight, bias)
+    check_width(input, -1, slices.weight.shape[1])
     kept = not (torch.is_grad_enabled() and input.requires_grad)
     if kept or torch.is_autocast_enabled(input.device.type) or is_batched(input):
         return F.linear(input, slices.weight, slices.bias)
