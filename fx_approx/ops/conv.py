@@ -87,7 +87,8 @@ def output_positions(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]
 
 def has_channels(input: Tensor, weight: Tensor, groups: int) -> bool:
     """Whether ``input`` has the channels that a convolution by ``weight`` reads."""
-    return input.dim() >= weight.dim() - 1 and input.shape[1 - weight.dim()] == weight.shape[1] * groups
+    axes = weight.dim() - 1
+    return isinstance(input, Tensor) and input.dim() >= axes and input.shape[-axes] == weight.shape[1] * groups
 
 
 def _fits(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> bool:

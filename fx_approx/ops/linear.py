@@ -69,7 +69,7 @@ def _view(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> tuple[Tensor, 
 
 
 def _fits(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> bool:
-    return lhs.dim() > 0 and lhs.shape[-1] == rhs.shape[-1]
+    return isinstance(lhs, Tensor) and lhs.dim() > 0 and lhs.shape[-1] == rhs.shape[-1]
 
 
 def _geometry(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]) -> GemmShape:
