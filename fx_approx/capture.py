@@ -24,7 +24,7 @@ from fx_approx._compat import HOOKS, buffers_of, children_of, parameters_of, tre
 from fx_approx.errors import CaptureError
 from fx_approx.known_values import KnownValues, SizeGuard
 from fx_approx.traced import NeedsValues
-from fx_approx.tracer import LeafTracer, Opaque, describe
+from fx_approx.tracer import FUSED, LeafTracer, Opaque, describe
 from fx_approx.watch import Fact, Members, Reads, containers, members, random_state, set_random_state
 
 _ENTRY = "_fx_approx_entry"
@@ -257,6 +257,10 @@ def capture(root: nn.Module, form: CallForm, called: tuple[Any, Any] | None = No
 
 def _capture(root: nn.Module, form: CallForm, known: KnownValues | None, may_ask: bool) -> tuple[Capture, bool]:
     """The capture, and whether anything could not be traced for want of knowledge."""
+    if isinstance(root, FUSED):
+        return Capture(
+            None, form, (Opaque("", "a layer of torch that is several products in one call"),), (), {}
+        ), False
     reads = Reads()
     with _kept_attributes(root):
         try:
