@@ -14,8 +14,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo import trace_rules
-from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list
+from torch._dynamo import trace_rules as _trace_rules
+from torch._dynamo.eval_frame import OptimizedModule as _OptimizedModule
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, DictGetItemSource, UnspecializedNNModuleSource
@@ -111,12 +112,12 @@ class Moved(nn.Module):
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``module`` came from ``torch.compile`` or was compiled in place (``module.compile()``)."""
-    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+    return isinstance(module, _OptimizedModule) or module._compiled_call_impl is not None
 
 
 def uncompiled(module: nn.Module) -> nn.Module | None:
     """The module in what ``torch.compile`` returned; None where ``module`` is something else."""
-    if not isinstance(module, OptimizedModule):
+    if not isinstance(module, _OptimizedModule):
         return None
     inner: nn.Module = module._orig_mod
     return inner
@@ -273,7 +274,7 @@ def compilations_of(code: CodeType) -> int:
 
 def is_skipped_code(function: Callable[..., Any]) -> bool:
     """Whether Dynamo leaves a call of ``function`` from Python to Python."""
-    return bool(trace_rules.check(function))
+    return bool(_trace_rules.check(function))
 
 
 def is_checkpoint(target: Any) -> bool:
@@ -304,6 +305,7 @@ def mark_dynamic(tensor: Tensor, dim: int) -> None:
 __all__ = [
     "CALLS",
     "CHECKPOINT_CONTEXT",
+    "CHECKS",
     "CHILDREN_ATTRIBUTE",
     "FAKE_TENSOR_LOGGER",
     "HOOKS",
@@ -332,11 +334,13 @@ __all__ = [
     "UnspecializedNNModuleSource",
     "Unsupported",
     "UnsupportedOperatorException",
+    "assert_true",
     "at_end_of_backward",
     "backend_named",
     "backend_names",
     "buffers_of",
     "check_input_dim",
+    "checks_replaced",
     "children_of",
     "compilations_of",
     "convolve",
@@ -347,6 +351,7 @@ __all__ = [
     "is_batched",
     "is_checkpoint",
     "is_compiled",
+    "is_erased",
     "is_skipped_code",
     "is_transformed",
     "mark_dynamic",
@@ -362,4 +367,5 @@ __all__ = [
     "tree_map_only",
     "uncompiled",
     "version_of",
+    "wrap_functions",
 ]

@@ -291,7 +291,7 @@ def test_a_model_compiled_in_place() -> None:
     refused(fx_approx.CaptureError, "compiled", model, HALF)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated; a FutureWarning from torch 2.14 on
 def test_a_scripted_model() -> None:
     refused(fx_approx.CaptureError, "model: .*is scripted", torch.jit.script(mlp()), HALF)
     refused(fx_approx.CaptureError, "model: .*is scripted", torch.jit.trace(mlp(), X), HALF)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
 import logging
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,40 +18,27 @@ from torch.utils.checkpoint import checkpoint
 
 from fx_approx import _compat
 
-
-@pytest.fixture
-def compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+from . import test_compat_dynamo
 
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.inner(x)
-        return x * 2 if self.training else x
-
-
-def in_frame(read: Callable[[Any], object], model: nn.Module | None = None) -> list[object]:
-    """What ``read`` finds in each translator of a frame that Dynamo compiles, as a backend is called."""
-    found: list[object] = []
-
-    def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        found.append(read(_compat.InstructionTranslator.current_tx()))
-        return graph.forward
-
-    torch.compile(Layer() if model is None else model, backend=backend)(torch.randn(2, 3))
-    return found
+def names_of_torch() -> set[str]:
+    """What the module defines, and what it imports from torch's private parts."""
+    found = set()
+    for node in ast.parse(inspect.getsource(_compat)).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.ImportFrom) and "._" in f"{node.module}.{'.'.join(a.name for a in node.names)}":
+            found |= {alias.asname or alias.name for alias in node.names}
+    return {name for name in found if not name.startswith("_")}
 
 
 def test_every_name_has_a_test() -> None:
-    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
-    assert set(_compat.__all__) - tested == set()
-    assert [name for name in _compat.__all__ if not hasattr(_compat, name)] == []
+    tested = {name.removeprefix("test_") for name in {*globals(), *vars(test_compat_dynamo)}}
+    assert names_of_torch() - tested == set()
+    assert names_of_torch() - set(_compat.__all__) == set()
 
 
 # ---- values in nested containers
@@ -84,6 +74,47 @@ def test_HOOKS() -> None:
         handle = register[name](lambda *_: None)
         assert len(getattr(layer, name)) == 1, f"{name}: a hook was registered elsewhere"
         handle.remove()
+
+
+def test_MEMBERS() -> None:
+    model = nn.Module()
+    model.inner = nn.Linear(1, 1)
+    model.register_buffer("count", torch.zeros(1))
+    assert [list(vars(model)[name]) for name in _compat.MEMBERS] == [[], ["count"], ["inner"]]
+    assert set(vars(nn.Linear(1, 1))["_parameters"]) == {"weight", "bias"}
+
+
+def test_TENSOR_STATE() -> None:
+    missing = [name for name in _compat.TENSOR_STATE if not hasattr(torch.ones(1), name)]
+    assert missing == []
+
+
+def test_CALLS() -> None:
+    names: list[str] = []
+
+    class Watched(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            frame = inspect.currentframe()
+            while frame is not None and frame.f_code is not test_CALLS.__code__:
+                names.append(frame.f_code.co_name)
+                frame = frame.f_back
+            return input
+
+    Watched(1, 1)(torch.ones(1))
+    assert names[0] == "forward" and set(names[1:]) == set(_compat.CALLS)
+
+
+def test_TorchDispatchMode() -> None:
+    seen: list[object] = []
+
+    class Noting(_compat.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Noting():
+        nn.functional.linear(torch.ones(1, 2), torch.ones(3, 2, requires_grad=True), torch.ones(3))
+    assert torch.ops.aten.addmm.default in seen, seen
 
 
 def test_TENSOR_CONSTANT() -> None:
@@ -246,6 +277,12 @@ def test_storage_key() -> None:
             assert keys[0] == keys[1] != keys[2], mode
 
 
+def test_FakeTensor() -> None:
+    with _compat.FakeTensorMode():
+        assert isinstance(torch.ones(1), _compat.FakeTensor)
+    assert not isinstance(torch.ones(1), _compat.FakeTensor)
+
+
 def test_FakeTensorMode() -> None:
     real = torch.ones(2, 3)
     with _compat.FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -300,6 +337,55 @@ def test_FAKE_TENSOR_LOGGER(caplog: pytest.LogCaptureFixture) -> None:
         assert [record.name for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
+# ---- checks and torch.fx
+
+
+def test_CHECKS() -> None:
+    for check, error in zip(_compat.CHECKS, (RuntimeError, IndexError, ValueError, AssertionError), strict=True):
+        message: Any = "wrong" if error is AssertionError else lambda: "wrong"
+        check(True, message)
+        with pytest.raises(error, match="wrong"):
+            check(False, message)
+
+
+def test_is_erased() -> None:
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    assert not _compat.is_erased(node)
+    graph.erase_node(node)
+    assert _compat.is_erased(node)
+
+
+def test_checks_replaced() -> None:
+    seen: list[object] = []
+
+    def noting(check: Callable[..., None]) -> Callable[..., None]:
+        return lambda *args: seen.append(check)
+
+    with _compat.checks_replaced(noting):
+        torch._check(False)
+        torch._check_index(False)
+        torch._check_value(False)
+    assert seen == list(_compat.CHECKS[:3])
+    with pytest.raises(RuntimeError):
+        torch._check(False)
+
+
+def test_wrap_functions() -> None:
+    own = types.ModuleType("own")
+    own.scaled = lambda x: x * 2  # type: ignore[attr-defined]
+    function = own.scaled
+
+    class Calling(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return own.scaled(x)
+
+    tracer = fx.Tracer(autowrap_functions=(function,))
+    _compat.wrap_functions(tracer, own)
+    targets = [node.target for node in tracer.trace(Calling()).nodes if node.op == "call_function"]
+    assert targets == [function] and own.scaled is function
+
+
 # ---- autograd and function transforms
 
 
@@ -331,7 +417,6 @@ def test_at_end_of_backward() -> None:
     assert order == ["outer", "inner", "end"]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by torch's own jvp
 def test_transforms_in_progress() -> None:
     seen: list[list[str]] = []
 
@@ -383,209 +468,3 @@ def test_is_transformed() -> None:
     y.register_hook(watched)
     torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
     assert seen == [False, True, True, True]
-
-
-# ---- Dynamo and Inductor
-
-
-@pytest.mark.usefixtures("compiler")
-def test_HigherOrderOperator() -> None:
-    found: list[object] = []
-
-    def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        found.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
-        return graph.forward
-
-    def checkpointed(x: Tensor) -> Any:
-        return checkpoint(torch.sin, x, use_reentrant=False)
-
-    torch.compile(checkpointed, backend=backend)(torch.ones(2, requires_grad=True))
-    holding = [target for target in found if isinstance(target, _compat.HigherOrderOperator)]
-    assert len(holding) == 1 and isinstance(holding[0].name(), str)
-    assert not isinstance(torch.sin, _compat.HigherOrderOperator)
-
-
-@pytest.mark.usefixtures("compiler")
-def test_InstructionTranslator() -> None:
-    model = Layer()
-
-    def read(translator: Any) -> object:
-        output = translator.output
-        inputs = {
-            node.name: node.meta["grapharg"].source for node in output.graph.find_nodes(op="placeholder") if node.meta
-        }
-        names = sorted(str(s.name() if callable(s.name) else s.name) for s in inputs.values() if s is not None)
-        assert any("inner" in name and "weight" in name for name in names), names
-        assert output.root_tx.f_locals["self"] is model and isinstance(output.root_tx.f_globals, dict)
-        return output.root_tx.f_code
-
-    assert in_frame(read, model) == [Layer.forward.__code__]
-    with pytest.raises(AttributeError):  # how a call outside of a compilation shows
-        _compat.InstructionTranslator.current_tx().output  # noqa: B018
-
-
-def guarded(condition: Callable[[Any], None]) -> tuple[Callable[..., Any], Layer, list[int]]:
-    """A compiled function of a layer whose graph is bound to ``condition``, the layer, and its compilations."""
-    compiled: list[int] = []
-
-    def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        compiled.append(1)
-        sources = [node.meta["grapharg"].source for node in graph.graph.find_nodes(op="placeholder")]
-        condition(next(source for source in sources if "inner" in str(source)))
-        return graph.forward
-
-    model = Layer()
-    return torch.compile(model, backend=backend), model, compiled
-
-
-def outermost(source: Any) -> Any:
-    """Of a parameter's source, that of the frame's own module."""
-    while getattr(source, "base", None) is not None:
-        source = source.base
-    return source
-
-
-@pytest.mark.usefixtures("compiler")
-def test_install_guard() -> None:
-    def bound(source: Any) -> None:
-        _compat.install_guard(outermost(source).make_guard(_compat.GuardBuilder.ID_MATCH))
-
-    run, _, compiled = guarded(bound)
-    run(torch.randn(2, 3))
-    run(torch.randn(2, 3))
-    assert compiled == [1]
-
-
-@pytest.mark.usefixtures("compiler")
-def test_GuardBuilder() -> None:
-    def bound(source: Any) -> None:
-        flag = _compat.AttrSource(outermost(source), "bound")
-        _compat.install_guard(flag.make_guard(_compat.GuardBuilder.CONSTANT_MATCH))
-
-    run, model, compiled = guarded(bound)
-    model.bound = 1
-    run(torch.randn(2, 3))
-    run(torch.randn(2, 3))
-    assert compiled == [1]
-    model.bound = 2
-    run(torch.randn(2, 3))
-    assert compiled == [1, 1], "a guard on a constant does not hold the code to its value"
-
-
-@pytest.mark.usefixtures("compiler")
-def test_AttrSource() -> None:
-    names: list[object] = []
-    run, _, _ = guarded(lambda source: names.append(_compat.AttrSource(outermost(source), "training")))
-    run(torch.randn(2, 3))
-    assert evaluated(names[0], Layer()) is True
-
-
-@pytest.mark.usefixtures("compiler")
-def test_DictGetItemSource() -> None:
-    names: list[object] = []
-
-    def noted(source: Any) -> None:
-        children = _compat.AttrSource(outermost(source), _compat.CHILDREN_ATTRIBUTE)
-        names.append(_compat.DictGetItemSource(children, "inner"))
-
-    run, model, _ = guarded(noted)
-    run(torch.randn(2, 3))
-    assert evaluated(names[0], model) is model.inner
-
-
-@pytest.mark.usefixtures("compiler")
-def test_UnspecializedNNModuleSource() -> None:
-    seen: list[object] = []
-
-    def bound(source: Any) -> None:
-        children = _compat.AttrSource(outermost(source), _compat.CHILDREN_ATTRIBUTE)
-        inner = _compat.UnspecializedNNModuleSource(_compat.DictGetItemSource(children, "inner"))
-        seen.append(inner.base is not None)
-        _compat.install_guard(_compat.AttrSource(inner, "training").make_guard(_compat.GuardBuilder.CONSTANT_MATCH))
-
-    run, model, compiled = guarded(bound)
-    run(torch.randn(2, 3))
-    model.inner.eval()
-    run(torch.randn(2, 3))
-    assert seen == [True, True] and compiled == [1, 1]
-
-
-def test_CHILDREN_ATTRIBUTE() -> None:
-    model = Layer()
-    assert getattr(model, _compat.CHILDREN_ATTRIBUTE)["inner"] is model.inner
-
-
-def evaluated(source: Any, model: nn.Module) -> object:
-    """The value of a source's name in a frame whose ``self`` is ``model``."""
-    return eval(str(source.name() if callable(source.name) else source.name), {"L": {"self": model}})
-
-
-@pytest.mark.usefixtures("compiler")
-def test_FailOnRecompileLimitHit() -> None:
-    run = torch.compile(lambda x, n: x * n, backend="eager", fullgraph=True, dynamic=False)
-    with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(_compat.FailOnRecompileLimitHit):
-        for n in range(4):
-            run(torch.ones(1), n)
-
-
-@pytest.mark.usefixtures("compiler")
-def test_Unsupported() -> None:
-    def broken(x: Tensor) -> Tensor:
-        torch._dynamo.graph_break()
-        return x
-
-    with pytest.raises(_compat.Unsupported):
-        torch.compile(broken, backend="eager", fullgraph=True)(torch.ones(1))
-
-
-@pytest.mark.usefixtures("compiler")
-def test_recompile_limit() -> None:
-    with torch._dynamo.config.patch(recompile_limit=3):
-        assert _compat.recompile_limit() == 3
-
-
-def test_RECOMPILE_LIMIT() -> None:
-    assert eval(_compat.RECOMPILE_LIMIT, {"torch": torch}) == _compat.recompile_limit()
-
-
-@pytest.mark.usefixtures("compiler")
-def test_compilations_of() -> None:
-    def scaled(x: Tensor, n: int) -> Tensor:
-        return x * n
-
-    run = torch.compile(scaled, backend="eager", dynamic=False)
-    assert _compat.compilations_of(scaled.__code__) == 0
-    for n in (1, 2, 2):
-        run(torch.ones(1), n)
-    assert _compat.compilations_of(scaled.__code__) == 2
-
-
-def test_backend_names() -> None:
-    assert {"inductor", "eager", "aot_eager"} <= set(_compat.backend_names())
-
-
-def test_backend_named() -> None:
-    graph = fx.symbolic_trace(lambda x: x + 1)
-    assert _compat.backend_named("eager")(graph, [torch.ones(1)])(torch.ones(1)).item() == 2
-    assert _compat.backend_named(len) is len
-
-
-def test_inductor() -> None:
-    assert callable(_compat.inductor(None, None)) and callable(_compat.inductor("default", {"max_autotune": False}))
-    with pytest.raises(RuntimeError, match="nothing"):
-        _compat.inductor("nothing", None)
-    with pytest.raises(RuntimeError, match="nothing"):
-        _compat.inductor(None, {"nothing": 1})
-
-
-@pytest.mark.usefixtures("compiler")
-def test_mark_dynamic() -> None:
-    def scaled(x: Tensor) -> Tensor:
-        return x * 2
-
-    run = torch.compile(scaled, backend="eager")
-    for size in (5, 6, 7):
-        x = torch.ones(size, 3)
-        _compat.mark_dynamic(x, 0)
-        run(x)
-    assert _compat.compilations_of(scaled.__code__) == 1

@@ -165,7 +165,6 @@ def test_functional_call_and_grad(mode: str) -> None:
 
 
 @modes
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_vmap_and_jvp_are_clear_errors_while_sampling(mode: str) -> None:
     approx, x = fx_approx.transform(cnn(), MODES[mode]), images(4)
     with pytest.raises(fx_approx.UnsupportedTransformError, match=r"vmap .*model\.eval\(\)"):

@@ -198,7 +198,6 @@ def dual(model: nn.Module, x: Tensor) -> Any:
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("sampler", ["systematic", "topk"])
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @modes
 def test_what_is_not_supported_while_sampling_says_so(mode: str, sampler: str, transform: str) -> None:
     policy = MODES[mode](0.5)
