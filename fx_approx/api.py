@@ -133,12 +133,16 @@ def view_of(model: nn.Module, policy: Policy, example_inputs: Any, demand: bool 
 def _view(model: nn.Module, example_inputs: Any, prepared: tuple[nn.Module, Prepared], demand: bool) -> Whole:
     """What a policy for the whole graph is shown; it times models with the example inputs, if there are any."""
 
+    @functools.cache
+    def twin() -> nn.Module:
+        return skeleton(model, shared=False)
+
     def build(decisions: Mapping[str, Decision]) -> nn.Module:
         if not decisions:
-            return skeleton(model)
+            return skeleton(twin())
         candidates = prepared[1].candidates
         plan = make_plan(candidates, [decisions.get(one.name, Decision(one.name)) for one in candidates])
-        return _transform(model, plan, _prepare(model, example_inputs), 0, 1, demand)
+        return _transform(twin(), plan, _prepare(twin(), example_inputs), 0, 1, demand)
 
     args, kwargs = check_inputs(model, example_inputs)
     return Whole(*prepared, demand, build, None if args is None else (args, kwargs))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fx_approx._compat import Moved
 from fx_approx.batchnorm import note_fresh, warn_if_stale
+from fx_approx.errors import CaptureError
 from fx_approx.print_passes import passes_text
 from fx_approx.runtime import Runtime
 
@@ -40,6 +41,17 @@ class ApproxModule(Moved):
         usual()
         if "_fx_approx" in vars(self):
             self._fx_approx.move(fn)
+
+    def __prepare_scriptable__(self) -> ApproxModule:
+        """What ``torch.jit.script`` calls first.
+
+        Raises:
+            CaptureError: A graph that samples is no TorchScript.
+        """
+        raise CaptureError(
+            f"torch.jit.script: {type(self).__name__} is a transformed model, which cannot be scripted. "
+            "Script the exact model: fx_approx.restore(model)"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ApproxModule:
         new = type(self).__new__(type(self))

@@ -14,7 +14,7 @@ import dataclasses
 import inspect
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -159,8 +159,12 @@ class Capture:
     guard: SizeGuard | None = None
 
 
-def skeleton(model: nn.Module) -> nn.Module:
+def skeleton(model: nn.Module, shared: bool = True) -> nn.Module:
     """A copy of the module structure with the same parameter and buffer objects, and the user's own hooks.
+
+    Args:
+        model: The model.
+        shared: False copies the tensors too, their gradients excepted: the copy may be run.
 
     Raises:
         CaptureError: A module cannot be copied.
@@ -173,12 +177,11 @@ def skeleton(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             for container in containers(value, seen):
                 elements = container.values() if isinstance(container, dict) else container
-                memo.update((id(t), t) for t in elements if isinstance(t, torch.Tensor))
+                memo.update(_taken(elements, shared))
         for value in (*parameters_of(module).values(), *buffers_of(module).values(), *vars(module).values()):
-            if isinstance(value, torch.Tensor):
-                memo[id(value)] = value
-                if value.grad is not None and value.is_leaf:
-                    memo[id(value.grad)] = value.grad
+            memo.update(_taken((value,), shared))
+            if isinstance(value, torch.Tensor) and value.is_leaf and value.grad is not None:
+                memo[id(value.grad)] = value.grad
         for name in HOOKS:
             for hook in getattr(module, name).values():
                 # A bound method would be copied with the user's object; one of the model's own modules must be.
@@ -188,6 +191,13 @@ def skeleton(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(f"model: {type(model).__name__} cannot be copied: {describe(error)}") from error
+
+
+def _taken(values: Iterable[Any], shared: bool) -> Iterator[tuple[int, torch.Tensor]]:
+    """What a copy holds in place of tensors: the same, or a copy of the results, which are not copied by themselves."""
+    for value in values:
+        if isinstance(value, torch.Tensor) and (shared or not value.is_leaf):
+            yield id(value), value if shared else value.detach().clone()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from fx_approx._compat import Moved, at_end_of_backward, buffers_of, children_of
 from fx_approx.candidate import Candidate, Role
 from fx_approx.capture import Capture, Held
 from fx_approx.checkpoints import is_checkpointed, outlined
-from fx_approx.errors import CaptureWarning, RecomputationError, WidthError
+from fx_approx.errors import CaptureError, CaptureWarning, RecomputationError, WidthError
 from fx_approx.known_values import described
 from fx_approx.modules import Selector
 from fx_approx.ops import refuse_transforms
@@ -224,8 +224,10 @@ class Runtime(Moved):
 
     def run(self, root: nn.Module, exact: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One forward of ``root``: through the graph, or through its own Python ``exact`` with swapped layers."""
-        if self.called is None and not torch.compiler.is_compiling():
-            self.called = described(args), described(dict(kwargs))
+        if not torch.compiler.is_compiling():
+            _refuse_proxies(root, (*args, *kwargs.values()))
+            if self.called is None:
+                self.called = described(args), described(dict(kwargs))
         if root.training and self.samples and not torch.compiler.is_compiling():
             refuse_transforms()
         values = None if self.function is None else self.capture.form.bind(args, kwargs)
@@ -389,6 +391,14 @@ class Runtime(Moved):
     def seed(self) -> int:
         """The seed that all samples depend on."""
         return int(self.state[SEED])
+
+
+def _refuse_proxies(root: nn.Module, values: tuple[Any, ...]) -> None:
+    if any([isinstance(value, fx.Proxy) for value in values]):
+        raise CaptureError(
+            f"torch.fx: {type(root).__name__} is a transformed model, which cannot be traced symbolically again. "
+            "Trace the exact model, fx_approx.restore(model); torch.compile and torch.export take this one"
+        )
 
 
 def _tensors(value: Any) -> list[Tensor]:

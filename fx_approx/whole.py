@@ -47,7 +47,8 @@ class Whole:
             root: The model's structure on its parameters.
             prepared: Its capture with shapes.
             demand: What no one reads is not computed.
-            build: Makes the model transformed by some decisions, the exact one by none; for :meth:`time`.
+            build: Makes the model transformed by some decisions, the exact one by none; for :meth:`time`, which runs
+                them, so on tensors of their own.
             inputs: Example inputs with values, positional and by keyword.
         """
         self._root, self._prepared, self._demand = root, prepared, demand
@@ -110,17 +111,11 @@ class Whole:
         if self._build is None or self._inputs is None:
             raise ValueError("example_inputs: none were given, so no step can be timed")
         args, kwargs = self._inputs
-        buffers = [(buffer, buffer.clone()) for buffer in self._root.buffers()]
-        try:
-            with kept_random_state(), torch.enable_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                models = [self._build(plan).train() for plan in ({}, *plans)]
-                calls = [torch.compile(model, dynamic=False) if compiled else model for model in models]
-                times = _alternate(calls, models, args, kwargs, repeats)
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+        with kept_random_state(), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            models = [self._build(plan).train() for plan in ({}, *plans)]
+            calls = [torch.compile(model, dynamic=False) if compiled else model for model in models]
+            times = _alternate(calls, models, args, kwargs, repeats)
         exact = times[0]
         return [StepTime(statistics.median(own), _quartiles(exact, own)) for own in times]
 

@@ -111,3 +111,89 @@ def test_at_ratio_one_it_is_the_model_many_times(**case: Any) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_each_step_alone(name: str, training: bool) -> None:
     assert_is_the_model(["read layer", name], None, "fill", [training] * 3, "weight", 0)
+
+
+def test_a_policy_that_times_steps_leaves_the_model_alone() -> None:
+    """It runs the forward, on tensors of its own."""
+    names = ["read layer", "write average", "write attribute", "write parameters", "write held"]
+    model = built(names, None, 0)
+    random.seed(0), numpy.random.seed(0)
+    state, drawn = everything(model), generators()
+    versions = {place: t._version for place, t in tensors_of(model).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        view, _ = fx_approx.api.view_of(model, Uniform("topk", 0.5), torch.ones(5, WIDTH))
+        view.time([{}], repeats=1)
+    assert (everything(model), generators()) == (state, drawn)
+    assert {place: t._version for place, t in tensors_of(model).items()} == versions
+
+
+def test_an_error_leaves_the_model_alone() -> None:
+    model = built(["read penalty", "write average in the graph", "write number", "read spectral"], None, 0)
+    state, drawn = everything(model), generators()
+    with pytest.raises(ValueError, match="does not run on them"):
+        transformed(model, torch.randn(5, WIDTH + 1), "weight")
+    assert (everything(model), generators()) == (state, drawn)
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["read numpy"], r"the value of ema as Python sees it \(numpy\), which tracing would freeze"),
+        (["read numpy of x"], r"\.numpy of a value that depends on an input"),
+        (["read gradient"], r"the value of l\.weight as Python sees it \(\.grad\)"),
+        (["read array"], r"the values of the NumPy array self\.array"),
+        (["read in an object"], r"a tensor of shape \(6,\) that is neither an attribute of a module nor made here"),
+        (["write clamp"], r"a change in place of l\.weight"),
+        (["write of a tensor"], r"an assignment to an attribute of l\.weight"),
+    ],
+)
+def test_what_is_not_traced_says_why(names: list[str], reason: str) -> None:
+    with pytest.warns(fx_approx.CaptureWarning, match=reason):
+        fx_approx.transform(built(["read layer", *names], None, 0), Uniform("topk", 0.5))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "penalty",
+            "vector",
+            "named",
+            "matrices",
+            "other than",
+            "buffers",
+            "state dict",
+            "modules",
+            "children",
+            "list",
+        ),
+        *("dict", "of attribute", "alphas", "another name", "shape", "rows", "wanted", "kind", "made", "functional"),
+    ],
+)
+def test_what_can_be_traced_is(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fx_approx.transform(built(["read layer", f"read {name}"], None, 0), Uniform("topk", 0.5))
+
+
+@pytest.mark.parametrize("change", ["grow", "freeze", "replace"])
+def test_what_the_graph_takes_for_granted_is_checked(change: str) -> None:
+    names = {"grow": "read penalty", "freeze": "read wanted", "replace": "read shape"}
+    approx = fx_approx.transform(built([names[change]], None, 0), Uniform("topk", 0.5))
+    CHANGES[change](approx)
+    if change == "replace":
+        approx.l.weight = nn.Parameter(torch.randn(WIDTH + 1, WIDTH))
+        approx.l.bias = None
+    with pytest.warns(fx_approx.CaptureWarning, match="the graph of State cannot serve this call"):
+        approx(torch.randn(5, WIDTH))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("trace", [torch.jit.script, torch.fx.symbolic_trace])
+def test_scripting_and_tracing_a_transformed_model_say_what_to_do(trace: Any) -> None:
+    approx = fx_approx.transform(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), Uniform("topk", 0.5))
+    for model in (approx, nn.Sequential(approx)):
+        with pytest.raises(fx_approx.CaptureError, match=r"fx_approx\.restore\(model\)"):
+            trace(model)
+    trace(fx_approx.restore(approx))
