@@ -204,24 +204,23 @@ def _changes_in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
     return name.endswith("_") or kwargs.get("inplace") is True
 
 
+IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+"""Names in ``operator`` of Python's ``x += y`` and alike."""
+
 _ALIASES = frozenset(
-    {
-        "data",
-        "T",
-        "mT",
-        "H",
-        "mH",
-        "real",
-        "imag",
-        "detach",
-        "view",
-        "view_as",
-        "reshape",
-        "flatten",
+    {"data", "T", "mT", "H", "mH", "real", "imag", "detach", "view", "view_as", "reshape", "flatten", "squeeze", "t"}
+    | {
+        "unsqueeze",
+        "transpose",
+        "permute",
+        "movedim",
+        "swapaxes",
+        "getitem",
+        "__getitem__",
+        "select",
+        "narrow",
         "ravel",
-        "squeeze",
     }
-    | {"unsqueeze", "t", "transpose", "permute", "movedim", "swapaxes", "getitem", "__getitem__", "select", "narrow"}
     | {"expand", "expand_as", "unbind", "chunk", "split", "diagonal", "contiguous", "to", "float", "double", "type_as"}
 )
 """Names of what may give the memory of its first argument."""
@@ -233,7 +232,7 @@ def changed_attributes(node: fx.Node) -> Iterator[str]:
         return
     name = _target_name(node)
     waiting = []
-    if _changes_in_place(name, node.kwargs) or name in _IN_PLACE_OPERATORS:
+    if _changes_in_place(name, node.kwargs) or name in (*IN_PLACE_OPERATORS, "setitem"):
         waiting.append(node.args[0] if node.args else next(iter(node.kwargs.values()), None))
     waiting.append(node.kwargs.get("out"))
     while waiting:
@@ -246,21 +245,6 @@ def changed_attributes(node: fx.Node) -> Iterator[str]:
             name = str(value.args[1]) if value.target is getattr else _target_name(value)
             if name in _ALIASES or _changes_in_place(name, value.kwargs):
                 waiting.append(value.args[0])
-
-
-_IN_PLACE_OPERATORS = (
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
-    "ifloordiv",
-    "imod",
-    "ipow",
-    "iand",
-    "ior",
-    "ixor",
-    "setitem",
-)
 
 
 def _target_name(node: fx.Node) -> str:
@@ -363,7 +347,7 @@ class Functions(TorchFunctionMode):
             raise FrozenError(f"the value of {what} as Python sees it (.{name})")
         return getattr(self.reader.read(tensor), name)
 
-    def _parts(self, tensor: Tensor, result: fx.Proxy, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _parts(self, tensor: Tensor, result: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The rows of a tensor whose number is known."""
         dim = kwargs.get("dim", rest[0] if rest else 0)
         return tuple(result[i] for i in range(self.real.describe(tensor, "shape", None)[dim]))
@@ -376,7 +360,7 @@ class Operators(TorchDispatchMode):
     """
 
     def __init__(self, real: RealTensors) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.real = real
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

@@ -14,6 +14,7 @@ from torch.fx.proxy import Attribute, TraceError
 
 from fx_approx.branches import required, requirement, unpacked
 from fx_approx.known_values import KnownValues, NotKnownError
+from fx_approx.real_tensors import IN_PLACE_OPERATORS
 from fx_approx.watch import OWN_FILES, TORCH_FILES
 
 
@@ -241,5 +242,5 @@ def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     return change
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+for _name in IN_PLACE_OPERATORS:
     setattr(TracedValue, f"__{_name}__", _in_place(_name))
