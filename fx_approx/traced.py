@@ -15,7 +15,7 @@ from torch.fx.proxy import Attribute, TraceError
 from fx_approx.branches import required, requirement, unpacked
 from fx_approx.known_values import KnownValues, NotKnownError
 from fx_approx.real_tensors import IN_PLACE_OPERATORS
-from fx_approx.watch import OWN_FILES, TORCH_FILES
+from fx_approx.watch import OWN_FILES, TORCH_FILES, UNTOLD, FrozenError
 
 
 class NeedsValues(BaseException):
@@ -57,6 +57,8 @@ class TracedValue(fx.Proxy):
             return type(self)
 
     def __getattr__(self, name: str) -> Any:
+        if name in UNTOLD:
+            raise FrozenError(f".{name} of a value that depends on an input")
         if name == "ndim":
             found = self._dims()
             if found is not None:

@@ -26,7 +26,7 @@ _NAMED = (enum.Enum, torch.dtype, torch.device, types.FunctionType, types.Builti
 _CONTAINERS = (list, dict, set, collections.deque)
 _LAYER_FILES = os.path.join(os.path.dirname(nn.__file__), "modules") + os.sep
 _MODULE_FILE = nn.modules.module.__file__
-_UNTOLD = ("numpy", "__array__", "grad", "grad_fn", *TENSOR_STATE)
+UNTOLD = ("numpy", "__array__", "grad", "grad_fn", *TENSOR_STATE)
 """Attributes of tensors that are no tensors of a graph, or None at times."""
 _unwatched: list[None] = []
 _GLOBAL_MODES = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_autocast_dtype")
@@ -230,14 +230,6 @@ def refused() -> Iterator[None]:
                 raise DroppedError(f"an assignment to .{name} of a tensor")
             object.__setattr__(self, name, value)
 
-        ask = fx.Proxy.__getattr__
-
-        def asked(self: fx.Proxy, name: str) -> Any:
-            if name in _UNTOLD:
-                raise FrozenError(f".{name} of a value that depends on an input")
-            return ask(self, name)
-
-        stack.enter_context(_patched(fx.Proxy, "__getattr__", asked))
         stack.enter_context(_patched(torch.autocast, "__enter__", enter))
         stack.enter_context(_patched(fx.Proxy, "__setattr__", assign))
         yield

@@ -130,9 +130,10 @@ def test_a_policy_that_times_steps_leaves_the_model_alone() -> None:
 
 def test_an_error_leaves_the_model_alone() -> None:
     model = built(["read penalty", "write average in the graph", "write number", "read spectral"], None, 0)
+    x = torch.randn(5, WIDTH + 1)
     state, drawn = everything(model), generators()
     with pytest.raises(ValueError, match="does not run on them"):
-        transformed(model, torch.randn(5, WIDTH + 1), "weight")
+        transformed(model, x, "weight")
     assert (everything(model), generators()) == (state, drawn)
 
 
