@@ -2,24 +2,30 @@
 PYTHON ?= python3
 VENV ?= .venv
 TEST_VENV ?= .venv-test
+LATEST_VENV ?= .venv-latest
+CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 PYTEST_ARGS ?=
 
 # Compiling all of torch to bytecode would take as long as the rest of an installation; what is imported is
 # compiled once, on import, whatever the caller's environment says.
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --constraint $(CONSTRAINTS)
 unexport PYTHONDONTWRITEBYTECODE
-DEPENDENCIES := pyproject.toml constraints.txt
+DEPENDENCIES := pyproject.toml $(CONSTRAINTS)
 # One thread a worker: the test processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 FX_APPROX_TEST_INSTALLED=1 $(TEST_VENV)/bin/pytest --numprocesses $(JOBS)
+# The fast half: what rests on torch's internals. Left out is what rests on the rest of the package.
+LATEST_FAST := $(foreach name,sampling policies,--ignore=tests/$(name)) \
+  $(foreach name,benchmark* controller* distributed docs example* experiment* fsdp growth noise* prediction readme \
+    reference* repository scalars schedule* sensitivity source* sweep* synchronize theory whole,'--ignore-glob=tests/test_$(name).py')
 # multinode.py needs root, and an hour.
 BENCHMARKS := $(filter-out benchmarks/multinode.py, $(wildcard benchmarks/[!_]*.py))
 
 .DELETE_ON_ERROR:
-.PHONY: help dev demo bench test slow lint clean fresh-test-env wheel
+.PHONY: help dev demo bench test test-latest test-latest-fast slow lint clean fresh-test-env wheel
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 # ---- the working environment: editable, kept until the dependencies change
 
@@ -75,6 +81,18 @@ lint: wheel ## ruff, mypy on the installed wheel, length of the files
 	@git ls-files --cached --others --exclude-standard '*.py' | xargs wc -l \
 	  | awk '$$2 != "total" && $$1 > 600 { print $$2 ": " $$1 " lines, more than 600"; bad = 1 } END { exit bad }'
 
+# ---- the newest torch that is supported, in an environment of its own (5.5 GB)
+
+build/constraints-latest.txt: constraints-latest.txt constraints.txt
+	mkdir -p build
+	awk -F== 'NR == FNR { latest[$$1]; print; next } !($$1 in latest)' $^ > $@
+
+test-latest: build/constraints-latest.txt ## `make test` on the newest torch
+	$(MAKE) --no-print-directory test TEST_VENV=$(LATEST_VENV) CONSTRAINTS=$<
+
+test-latest-fast: build/constraints-latest.txt ## the half of it that rests on torch's internals
+	$(MAKE) --no-print-directory test TEST_VENV=$(LATEST_VENV) CONSTRAINTS=$< PYTEST_ARGS="$(LATEST_FAST) $(PYTEST_ARGS)"
+
 clean: ## remove environments, caches and builds
-	rm -rf $(VENV) $(TEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TEST_VENV) $(LATEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
