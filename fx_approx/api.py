@@ -18,7 +18,6 @@ from fx_approx.checks import check_inputs, check_model, check_seed
 from fx_approx.controls import load_sampler_state, sampler_state
 from fx_approx.demand_report import coverages
 from fx_approx.errors import CaptureWarning, NoEffectWarning
-from fx_approx.known_values import described
 from fx_approx.modules import unswap
 from fx_approx.passes import annotate, decide, find_effects, find_flow
 from fx_approx.pipeline import Prepared, install, prepare, with_shapes
@@ -26,6 +25,7 @@ from fx_approx.plan import Decision, Plan, Policy, make_plan
 from fx_approx.policies import Paper
 from fx_approx.report import Explanation, SavingsReport, build_report
 from fx_approx.runtime import Runtime
+from fx_approx.size_guards import described
 from fx_approx.whole import Whole
 
 M = TypeVar("M", bound=nn.Module)

@@ -22,7 +22,8 @@ from torch import fx, nn
 
 from fx_approx._compat import HOOKS, buffers_of, children_of, parameters_of, tree_leaves
 from fx_approx.errors import CaptureError
-from fx_approx.known_values import KnownValues, SizeGuard
+from fx_approx.known_values import KnownValues
+from fx_approx.size_guards import SizeGuard
 from fx_approx.traced import NeedsValues
 from fx_approx.tracer import FUSED, LeafTracer, Opaque, describe
 from fx_approx.watch import Fact, Members, Reads, containers, members, random_state, set_random_state
@@ -249,7 +250,7 @@ def capture(root: nn.Module, form: CallForm, called: tuple[Any, Any] | None = No
     Args:
         root: The model.
         form: How it is called.
-        called: Example inputs, see :func:`fx_approx.known_values.described`. Where tracing would stop or go wrong for
+        called: Example inputs, see :func:`fx_approx.size_guards.described`. Where tracing would stop or go wrong for
             want of a length or a size, the model is traced again with what they tell.
     """
     inputs = None if called is None else form.bind(*called)
@@ -260,9 +261,16 @@ def capture(root: nn.Module, form: CallForm, called: tuple[Any, Any] | None = No
         except NeedsValues:
             captured, failed = None, True
         if inputs is not None and failed:
-            captured, _ = _capture(root, form, KnownValues(root, form.dynamic, inputs), False)
+            captured, _ = _capture(root, form, _known_values(root, form, inputs), False)
     assert captured is not None
     return captured
+
+
+def _known_values(root: nn.Module, form: CallForm, inputs: list[Any]) -> KnownValues | None:
+    try:
+        return KnownValues(root, form.dynamic, inputs)
+    except Exception:  # whatever a user's __deepcopy__ says of fake tensors
+        return None
 
 
 def _capture(root: nn.Module, form: CallForm, known: KnownValues | None, may_ask: bool) -> tuple[Capture, bool]:

@@ -26,7 +26,6 @@ from fx_approx.dynamo_frame import Frame, Known, compiled_in_place, current_fram
 from fx_approx.dynamo_report import Compilation, Key, Left, Owners, Steps, whole_report
 from fx_approx.dynamo_run import CompiledGraph
 from fx_approx.errors import CaptureError, CaptureWarning, NoEffectWarning
-from fx_approx.known_values import TensorSpec
 from fx_approx.lifted import Lift, higher_order, lift, multiplying, place_of
 from fx_approx.ops import find_op
 from fx_approx.passes import check_policy, decide
@@ -34,6 +33,7 @@ from fx_approx.pipeline import Prepared, install, prepare
 from fx_approx.plan import Decision, Plan, Policy, make_plan
 from fx_approx.policies import Override, Paper
 from fx_approx.report import Explanation, SavingsReport, merged_reports
+from fx_approx.size_guards import TensorSpec
 from fx_approx.tracer import describe
 from fx_approx.whole import Whole
 

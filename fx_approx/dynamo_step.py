@@ -38,9 +38,9 @@ from fx_approx.candidate import RoleFlops
 from fx_approx.capture import kept_random_state
 from fx_approx.dynamo_frame import Frame
 from fx_approx.flops import measured_flops, role_flops
-from fx_approx.known_values import TensorSpec
 from fx_approx.lifted import prefix_of
 from fx_approx.ops import Unsupported, find_op
+from fx_approx.size_guards import TensorSpec
 from fx_approx.tracer import describe
 
 Products = Mapping[str, Mapping[str, RoleFlops]]

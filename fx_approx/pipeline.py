@@ -36,7 +36,7 @@ class Prepared:
     Attributes:
         captured: The graph.
         found: Its candidates.
-        called: What the graph was called with, see :func:`fx_approx.capture.described`; None without example inputs.
+        called: What the graph was called with (:func:`fx_approx.size_guards.described`); None without example inputs.
         values: Shapes of all values; None if they are not known.
     """
 

@@ -18,12 +18,12 @@ from fx_approx.candidate import Candidate, Role
 from fx_approx.capture import Capture, Held
 from fx_approx.checkpoints import is_checkpointed, outlined
 from fx_approx.errors import CaptureError, CaptureWarning, RecomputationError, WidthError
-from fx_approx.known_values import described
 from fx_approx.modules import Selector
 from fx_approx.ops import refuse_transforms
 from fx_approx.plan import Plan
 from fx_approx.resample import Resample, Shared
 from fx_approx.shards import UNREGISTERED, is_sharded
+from fx_approx.size_guards import described
 from fx_approx.state import (
     EVERY,
     INCREMENT,
@@ -68,7 +68,7 @@ class Runtime(Moved):
         graph: The rewritten graph that runs.
         stages: The graph after each pass, by name; the last one runs.
         resample: Makes the selections that are made ahead; None if there are none.
-        called: What a forward was called with, as described by :func:`fx_approx.capture.described`.
+        called: What a forward was called with, as described by :func:`fx_approx.size_guards.described`.
         learnt: The candidates' shapes were propagated from that.
         shaped: They were known at the transform.
         facts: What the passes found, see :class:`fx_approx.passes.Facts`.

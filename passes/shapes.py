@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fx_approx._compat import (
-    HOOKS,
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeCopyMode,
@@ -30,10 +29,11 @@ from fx_approx.branches import only_checks
 from fx_approx.candidate import Call, GemmShape, ProductFacts, RoleFlops
 from fx_approx.capture import Capture, UnfitGraphError, kept_random_state
 from fx_approx.flops import measured_flops, role_flops
-from fx_approx.known_values import TensorSpec, quiet
+from fx_approx.known_values import quiet, without_user_hooks
 from fx_approx.ops import Unsupported
 from fx_approx.passes.annotate import META_KEY, Found
 from fx_approx.passes.flow import Values
+from fx_approx.size_guards import TensorSpec
 
 
 class _NoValuesError(Exception):
@@ -105,7 +105,7 @@ def propagate(
             module.training = True
         recorder.storages.ignore([*fake.parameters(), *fake.buffers()])
         vars(fake).update({name: mode.from_tensor(value) for name, value in captured.constants.items()})
-        silenced = _without_user_hooks(fake)
+        silenced = without_user_hooks(fake)
         recorder.watch(fake)
         with mode, quiet(), _Values():
             fake_args, fake_kwargs = _fake(mode, args), _fake(mode, dict(kwargs))
@@ -120,24 +120,6 @@ def propagate(
                     raise
                 return recorder.shapes(f"without the hooks of {', '.join(silenced)} it does not run: {error}")
     return recorder.shapes()
-
-
-def _without_user_hooks(fake: nn.Module) -> list[str]:
-    """Removes hooks that are not torch's own (weight_norm's and alike are): they may keep what they are shown.
-
-    Returns:
-        Paths of the modules that lost a hook.
-    """
-    changed = []
-    for path, module in fake.named_modules():
-        for name in HOOKS:
-            hooks = getattr(module, name)
-            users = [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.")]
-            for key in users:
-                del hooks[key]
-            if users:
-                changed.append(path or "the model")
-    return changed
 
 
 def _run(

@@ -110,6 +110,14 @@ def test_the_container_of_an_untraced_part_can_be_read(kind: str) -> None:
     assert same(tensors(approx(x)), tensors(model(x)))
 
 
+def test_hooks_see_nothing_of_the_questions() -> None:
+    model, seen = Segmenter("ordered"), []
+    model.backbone.register_forward_hook(lambda *args: seen.append(args))
+    with pytest.warns(fx_approx.CaptureWarning, match=r"backbone: has hooks"):
+        fx_approx.transform(model, VALUE, x)
+    assert seen == []
+
+
 def test_outputs_of_hugging_face_keep_their_type() -> None:
     generic = pytest.importorskip("transformers.utils.generic")
 

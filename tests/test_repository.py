@@ -34,7 +34,17 @@ LAYERS: dict[str, tuple[int, set[str]]] = {
     "modules": (3, {"layers", "state", "modules", "batchnorm", "channelwise", "published", "resample", "shards"}),
     "capture": (
         4,
-        {"watch", "real_tensors", "branches", "containers", "known_values", "traced", "tracer", "capture"},
+        {
+            "watch",
+            "real_tensors",
+            "branches",
+            "containers",
+            "known_values",
+            "size_guards",
+            "traced",
+            "tracer",
+            "capture",
+        },
     ),
     "runtime": (5, {"print_passes", "checkpoints", "runtime", "approx"}),
     "passes": (6, {"passes"}),
