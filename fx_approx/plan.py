@@ -71,7 +71,8 @@ class Decision:
 
     Raises:
         TypeError: A role's value is no SamplerSpec.
-        ValueError: An unknown role or scope, scores that a role does not have, or ``straight_through`` without OUTPUT.
+        ValueError: An unknown role or scope, scores that a role does not have or that cannot be shared, or
+            ``straight_through`` without OUTPUT.
     """
 
     name: str
@@ -85,7 +86,7 @@ class Decision:
     def __post_init__(self) -> None:
         """Checks the roles."""
         check_roles(self.roles, self.straight_through)
-        check_share(self.share)
+        check_share(self.share, self.spec)
 
     @property
     def spec(self) -> SamplerSpec | None:
@@ -120,10 +121,20 @@ SCOPES = ("site", "value", "group")
 """With whom a selection is shared, see :class:`Decision`."""
 
 
-def check_share(share: Any) -> None:
-    """ValueError if ``share`` is no scope."""
+def check_share(share: Any, spec: SamplerSpec | None) -> None:
+    """ValueError if ``share`` is no scope, or one in which selections by ``spec`` cannot be shared."""
     if share not in SCOPES:
         raise ValueError(f"share: expected one of {', '.join(SCOPES)}, got {share!r}")
+    if share == "site" or spec is None:
+        return
+    if not get_score(spec.scores).ahead:
+        ahead = [repr(kind.name) for kind in SCORES.values() if kind.ahead and "output" in kind.products]
+        raise ValueError(
+            f"share: {share!r} shares a selection that is made before the layers run, but scores {spec.scores!r} read "
+            f"the activations; set scores to {', '.join(ahead[:-1])} or {ahead[-1]}, or share to 'site'"
+        )
+    if spec.per_batch:
+        raise ValueError(f"share: {share!r} is one selection for all, per_batch=True many; set one of them otherwise")
 
 
 def check_roles(roles: Mapping[Role, SamplerSpec], straight_through: bool) -> None:

@@ -58,7 +58,7 @@ class GraphPolicy:
     def __post_init__(self) -> None:
         """Checks the fields."""
         self.spec(0.5)
-        check_share(self.share)
+        check_share(self.share, None)
         if self.mode not in ("forward", "backward"):
             raise ValueError(f"mode: expected forward or backward, got {self.mode!r}")
         if self.mode == "backward":

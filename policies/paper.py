@@ -28,7 +28,8 @@ class Paper:
 
     Raises:
         TypeError: At construction, a field of the wrong type.
-        ValueError: At construction, a value out of range or an unknown name; the message lists the known ones.
+        ValueError: At construction, a value out of range, an unknown name (the message lists the known ones), or a
+            ``share`` that the scores do not allow.
     """
 
     ratio: float = 0.5
@@ -39,8 +40,7 @@ class Paper:
 
     def __post_init__(self) -> None:
         """Checks the fields."""
-        self.spec  # noqa: B018  (building the spec is the check)
-        check_share(self.share)
+        check_share(self.share, self.spec)
 
     @property
     def needs_shapes(self) -> bool:

@@ -62,7 +62,8 @@ def step(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> list[
 def test_ratio_one_and_eval_are_bitwise_exact(name: str) -> None:
     torch.manual_seed(0)
     exact = MODELS[name]().cuda()
-    approx = fx_approx.transform(copy.deepcopy(exact), Uniform("topk", 0.5, minimal_k=1, share="value"), images())
+    policy = Uniform("topk", 0.5, minimal_k=1, scores="weight", share="value")
+    approx = fx_approx.transform(copy.deepcopy(exact), policy, images())
     fx_approx.set_ratio(approx, 1.0)
     x = images()
     with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):

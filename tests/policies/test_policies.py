@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from fx_approx.policies import (
     MemoryBudget,
     Override,
     Paper,
+    PerLayer,
     TimeBudget,
     Uniform,
     parse_policy,
@@ -154,12 +155,38 @@ def test_policies_as_text(text: str, policy: Policy) -> None:
         ("topk:nan", "ratio"),
         ("topk:0.5:norms", "online"),
         ("topk:0.5:online:x", "share: expected one of site, value, group, got 'x'"),
+        ("topk:0.5:online:value", "share: 'value' shares .* scores 'online' .*set scores to 'weight'"),
         ("topk:0.5:online:site:x", "topk"),
     ],
 )
 def test_wrong_policies_as_text(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_policy(text)
+
+
+@pytest.mark.parametrize("share", ["value", "group"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda share: Uniform("topk", 0.5, share=share),
+        lambda share: Uniform("topk", 0.5, scores="input", share=share),
+        lambda share: Paper(share=share),
+        lambda share: dataclasses.replace(HALF, share=share),
+        lambda share: PerLayer({"0": 0.5}, uniform=Uniform(share=share)),
+        lambda share: Decision("0", {Role.OUTPUT: SamplerSpec("topk", 0.5)}, share=share),
+        lambda share: plan_of(mlp(), HALF).edit("0", SamplerSpec("topk", 0.5), share=share),
+        lambda share: Plan.from_json(plan_of(mlp(), HALF).to_json().replace('"share": "site"', f'"share": "{share}"')),
+    ],
+    ids=["Uniform", "input", "Paper", "replace", "PerLayer", "Decision", "edit", "json"],
+)
+def test_scores_that_read_activations_cannot_be_shared(make: Callable[[str], Any], share: str) -> None:
+    pattern = (
+        f"share: '{share}' shares .*scores '(online|input)'.*set scores to 'weight', 'stale' or 'uniform', or share"
+    )
+    with pytest.raises(ValueError, match=pattern):
+        make(share)
+    with pytest.raises(ValueError, match="per_batch"):
+        Decision("0", {Role.OUTPUT: SamplerSpec("topk", 0.5, scores="weight", per_batch=True)}, share=share)
 
 
 def test_explain_edit_transform() -> None:
