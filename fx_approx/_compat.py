@@ -68,6 +68,20 @@ CALLS = ("_call_impl", "_wrapped_call_impl")
 # BatchNormBase, ConvolutionBase, DropoutBase: the classes that torch's layers of the kind have in common.
 
 
+_FUSED_ATTENTION = ("efficient_attention", "flash_attention", "cudnn_attention", "fused_attention_overrideable")
+
+
+def fused_attention() -> tuple[list[Any], list[Any]]:
+    """The operators that ``F.scaled_dot_product_attention`` becomes on some device, and those of its backward pass.
+
+    The first arguments of the former are query, key and value; of the latter the output's gradient and those three.
+    """
+    names = [f"_scaled_dot_product_{name}" for name in (*_FUSED_ATTENTION, "flash_attention_for_cpu")]
+    forward = [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
+    names = [f"{name}_backward" for name in names]
+    return forward, [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
+
+
 def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The dictionary in which ``module`` holds its own parameters, to be read and changed."""
     return cast(dict[str, Tensor | None], module._parameters)

@@ -7,13 +7,14 @@ GRAD_WEIGHT; a role that autograd does not run (the first layer's GRAD_INPUT, a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fx_approx._compat import tree_leaves
+from fx_approx._compat import fused_attention, tree_leaves
 from fx_approx.candidate import Candidate, GemmShape, ProductFacts, Role, RoleFlops
 from fx_approx.sampling import SamplerSpec, get_sampler, get_score
 
@@ -221,8 +222,62 @@ def _groups(shape: GemmShape, role: Role, spec: SamplerSpec) -> int:
     return (1 if role is Role.GRAD_WEIGHT else shape.groups) * (shape.batch if spec.per_batch else 1)
 
 
+def attention_flops(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Operations of the forward pass of fused attention, as torch counts them: QKᵀ and PV, causal ones in full.
+
+    Args:
+        query: Shape ``[B, heads, T, d]``.
+        key: ``[B, heads, S, d]``; there may be fewer heads than of the queries, each of which reads one all the same.
+        value: ``[B, heads, S, e]``.
+        args: The operator's other arguments, which do not matter.
+        out_shape: Of the result.
+        kwargs: As ``args``.
+    """
+    scores = 2 * math.prod(query[:-1]) * key[-2]
+    return scores * (query[-1] + value[-1])
+
+
+def attention_backward_flops(
+    grad: Sequence[int],
+    query: Sequence[int],
+    key: Sequence[int],
+    value: Sequence[int],
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    """The same of the backward pass: QKᵀ again, the gradients of P and V, and those of Q and K.
+
+    Args:
+        grad: Shape of the gradient of the output.
+        query: As in :func:`attention_flops`.
+        key: As there.
+        value: As there.
+        args: As there.
+        out_shape: As there.
+        kwargs: As there.
+    """
+    scores = 2 * math.prod(query[:-1]) * key[-2]
+    return scores * (3 * query[-1] + 2 * value[-1])
+
+
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    **dict.fromkeys(fused_attention()[0], attention_flops),
+    **dict.fromkeys(fused_attention()[1], attention_backward_flops),
+}
+"""Of operators that torch's counter does not know on every device, or not in every release."""
+
+
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+
+
 def measured_flops(function: Callable[..., Any], inputs: list[torch.Tensor], weights: list[torch.Tensor]) -> RoleFlops:
     """Operations of a multiply that is no single GEMM, as ``FlopCounterMode`` counts them on fake tensors.
+
+    Fused attention counts by formula, the same on every device.
 
     Args:
         function: Called without arguments; its tensor outputs are differentiated.
@@ -230,7 +285,7 @@ def measured_flops(function: Callable[..., Any], inputs: list[torch.Tensor], wei
         weights: Parameters; the rest of the backward pass counts as ``grad_weight``.
     """
     with torch.enable_grad():
-        counter = FlopCounterMode(display=False)
+        counter = _counter()
         with counter:
             result = function()
         forward = counter.get_total_flops()
@@ -242,7 +297,7 @@ def measured_flops(function: Callable[..., Any], inputs: list[torch.Tensor], wei
         def backward(targets: list[torch.Tensor]) -> int:
             if not targets or not outputs:
                 return 0
-            with FlopCounterMode(display=False) as counter:
+            with _counter() as counter:
                 torch.autograd.grad(outputs, targets, seeds, retain_graph=True, allow_unused=True)
             return int(counter.get_total_flops())
 
