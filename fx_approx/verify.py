@@ -17,7 +17,7 @@ from fx_approx.approx import ApproxModule, find
 from fx_approx.capture import kept_random_state
 from fx_approx.checks import check_inputs
 from fx_approx.controls import load_sampler_state, sampler_state
-from fx_approx.runtime import Runtime
+from fx_approx.repeatable import Randomness
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
 """Largest difference that is rounding, by data type, relative to the largest value of the kind."""
@@ -32,17 +32,23 @@ class Difference:
         name: Of the parameter or buffer; a number for an output.
         difference: Largest absolute difference.
         scale: Largest absolute value of all tensors of this kind, without demand; 1 for integers and truth values.
+        missing: Which graph gives None in its place, the difference being infinite then; empty where both give it.
     """
 
     kind: str
     name: str
     difference: float
     scale: float
+    missing: str = ""
 
     @property
     def relative(self) -> float:
         """The difference as a share of the scale; NaN and Inf where the tensors hold such in different places."""
         return self.difference / self.scale if self.scale else self.difference
+
+    def __str__(self) -> str:
+        """Where it is."""
+        return f"{self.name} ({self.missing})" if self.missing else self.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +59,19 @@ class Verification:
         differences: Of every output, the loss, every gradient, and the running statistics that were computed.
         tolerance: Up to which share of the scale a difference is rounding.
         hoisted: Some work is not done because no one reads it; if not, there was nothing to verify.
+        incomparable: Where the model itself draws random numbers, more with all channels than with some, so that
+            numbers cannot be compared; None where it draws none, or the same.
     """
 
     differences: tuple[Difference, ...]
     tolerance: float
     hoisted: bool
+    incomparable: str | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether all differences are rounding."""
-        return all(one.relative <= self.tolerance for one in self.differences)
+        """Whether all differences are rounding. False, too, where numbers cannot be compared."""
+        return self.incomparable is None and all(one.relative <= self.tolerance for one in self.differences)
 
     @property
     def worst(self) -> Difference:
@@ -75,8 +84,10 @@ class Verification:
         for kind in dict.fromkeys(one.kind for one in self.differences):
             of_kind = [one for one in self.differences if one.kind == kind]
             worst = max(of_kind, key=lambda one: math.inf if math.isnan(one.relative) else one.relative)
-            rows.append([kind, len(of_kind), f"{worst.relative:.1e}", f"{worst.scale:.3g}", worst.name])
+            rows.append([kind, len(of_kind), f"{worst.relative:.1e}", f"{worst.scale:.3g}", str(worst)])
         said = "the same numbers" if self.passed else "DIFFERENT numbers"
+        if self.incomparable is not None:
+            said = f"cannot be compared, since the model draws random numbers of its own: {self.incomparable}"
         if not self.hoisted:
             said = "nothing is hoisted, so there was nothing to compare"
         table = tabulate(rows, ["kind", "tensors", "largest difference", "of", "at"], disable_numparse=True)
@@ -88,8 +99,10 @@ def verify(
 ) -> Verification:
     """Runs a training step with and without demand, under the same selections, and compares all that comes of it.
 
-    The model is as before afterwards: parameters, gradients, buffers, sampler state and random state. Dropout layers
-    are off meanwhile, since a mask over fewer channels is another mask.
+    The model is as before afterwards: parameters, gradients, buffers, plain attributes, sampler state and random state.
+    Dropout is off meanwhile, in layers, functions and attention, and so are the random slopes of RReLU, since a mask
+    over fewer channels is another mask. Where the model draws other random numbers by the channel (noise), the result
+    says that it cannot be compared, and where. It fails where one graph gives None and the other a tensor.
 
     Args:
         model: A transformed model, on its device, in training mode.
@@ -119,27 +132,38 @@ def verify(
             approx(*args, **kwargs)  # the first step of learnt scores is exact
         before = {name: buffer.clone() for name, buffer in approx.named_buffers()}
         with undone(approx):
-            ours = _step(approx, runtime, args, kwargs, loss)
+            ours, drawn = _step(approx, args, kwargs, loss)
         with undone(approx):
             if plain is not None:
                 runtime.function = runtime.compiled(plain)
-            theirs = _step(approx, runtime, args, kwargs, loss)
+            theirs, drawn_whole = _step(approx, args, kwargs, loss)
     found = []
     for kind, tensors in ours.items():
         others = theirs[kind]
         if kind == "statistics":  # of the channels that were computed; other buffers did not change
-            changed = {name: tensor != before[name] for name, tensor in tensors.items()}
-            tensors, others = ({name: t[changed[name]] for name, t in made.items()} for made in (tensors, others))
-        numbers = [t for t in others.values() if t.numel() and _is_number(t)]
+            changed = {name: t != before[name] for name, t in tensors.items() if t is not None}
+            tensors, others = ({n: made[n][changed[n]] for n in changed} for made in (tensors, others))  # type: ignore[index]
+        numbers = [t for t in others.values() if t is not None and t.numel() and _is_number(t)]
         scale = max((float(t.abs().max()) for t in numbers), default=0.0)
-        for name, tensor in tensors.items():
-            own = scale if _is_number(tensor) else 1.0  # an index or a mask has no rounding, and is no scale of others
-            found.append(Difference(kind, name, _distance(tensor, others[name]), own))
+        for name in dict.fromkeys((*tensors, *others)):
+            if kind != "output" or not tensors.get(name) is others.get(name) is None:
+                found.append(_difference(kind, name, tensors.get(name), others.get(name), scale))
     limit = TOLERANCE.get(dtype, 0.1) if tolerance is None else tolerance
-    return Verification(tuple(found), limit, hoisted)
+    return Verification(tuple(found), limit, hoisted, drawn_whole.differs_from(drawn))
+
+
+def _difference(kind: str, name: str, one: Tensor | None, other: Tensor | None, scale: float) -> Difference:
+    if one is None and other is None:
+        return Difference(kind, name, 0.0, scale)
+    if one is None or other is None:
+        return Difference(kind, name, math.inf, scale, f"None {'with' if one is None else 'without'} demand")
+    # An index or a mask has no rounding, and is no scale of others.
+    return Difference(kind, name, _distance(one, other), scale if _is_number(one) else 1.0)
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
+    if one.shape != other.shape:
+        return math.inf
     if not one.numel():
         return 0.0
     same = (one == other) | (one.isnan() & other.isnan())
@@ -158,35 +182,39 @@ def mean_square(result: Any) -> Tensor:
 
 
 def _step(
-    approx: ApproxModule, runtime: Runtime, args: tuple[Any, ...], kwargs: Any, loss: Callable[[Any], Tensor] | None
-) -> dict[str, dict[str, Tensor]]:
-    """All that a training step makes, by kind and name."""
+    approx: ApproxModule, args: tuple[Any, ...], kwargs: Any, loss: Callable[[Any], Tensor] | None
+) -> tuple[dict[str, dict[str, Tensor | None]], Randomness]:
+    """All that a training step makes, by kind and name, and the random numbers that the model drew for it."""
     with torch.enable_grad():
-        result = approx(*args, **kwargs)
-        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        with Randomness() as drawn:
+            result = approx(*args, **kwargs)
+        outputs = {str(place): leaf for place, leaf in enumerate(tree_leaves(result))}
         scalar = (mean_square if loss is None else loss)(result)
         wanted = {name: p for name, p in approx.named_parameters() if p.requires_grad}
         grads = torch.autograd.grad(scalar, list(wanted.values()), allow_unused=True)
-    return {
-        "output": {str(i): t.detach() for i, t in enumerate(outputs)},
+    buffers = {name: buffer.clone() for name, buffer in approx.named_buffers() if buffer.is_floating_point()}
+    made: dict[str, dict[str, Tensor | None]] = {
+        "output": {n: t.detach() if isinstance(t, Tensor) else None for n, t in outputs.items()},
         "loss": {"loss": scalar.detach()},
-        "gradient": {
-            name: torch.zeros_like(p) if grad is None else grad
-            for (name, p), grad in zip(wanted.items(), grads, strict=True)
-        },
-        "statistics": {name: buffer.clone() for name, buffer in approx.named_buffers() if buffer.is_floating_point()},
+        "gradient": dict(zip(wanted, grads, strict=True)),
+        "statistics": {**buffers},
     }
+    return made, drawn
+
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 @contextlib.contextmanager
 def undone(approx: ApproxModule) -> Iterator[None]:
-    """Puts buffers, sampler state, random state, dropout and the graph back."""
+    """Puts buffers, plain attributes, sampler state, random state, dropout and the graph back."""
     runtime = approx._fx_approx
     buffers = [(buffer, buffer.clone()) for buffer in approx.buffers()]
     state, function = sampler_state(approx), runtime.function
     modules = list(approx.modules())
     dropouts: list[tuple[nn.Module, str, float]] = [(m, "p", m.p) for m in modules if isinstance(m, DropoutBase)]
-    dropouts += [(m, "dropout", m.dropout) for m in modules if isinstance(m, nn.MultiheadAttention)]
+    dropouts += [(m, "dropout", m.dropout) for m in modules if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))]
+    plain = [(m, {name: value for name, value in vars(m).items() if isinstance(value, _PLAIN)}) for m in modules]
     with kept_random_state():
         try:
             for module, name, _ in dropouts:
@@ -196,6 +224,8 @@ def undone(approx: ApproxModule) -> Iterator[None]:
             runtime.function = function
             for module, name, share in dropouts:
                 setattr(module, name, share)
+            for module, attributes in plain:  # such as a count of calls
+                vars(module).update(attributes)
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
