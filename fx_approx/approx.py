@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from fx_approx._compat import Moved
-from fx_approx.batchnorm import note_fresh, warn_if_stale
+from fx_approx.batchnorm import averages, note_fresh, warn_if_stale
 from fx_approx.errors import CaptureError
 from fx_approx.print_passes import passes_text
 from fx_approx.runtime import Runtime
@@ -24,8 +24,12 @@ class ApproxModule(Moved):
 
     def train(self, mode: bool = True) -> ApproxModule:
         """As ``nn.Module.train``; warns once if BatchNorm statistics do not fit the exact evaluation that follows."""
-        if not mode and self.training and "_fx_approx" in vars(self):
-            warn_if_stale(self, self._fx_approx)
+        runtime = vars(self).get("_fx_approx")
+        if runtime is not None and runtime.gathered:
+            note_fresh(self, runtime)
+            runtime.gathered = False
+        if runtime is not None and not mode and self.training:
+            warn_if_stale(self, runtime)
         super().train(mode)
         return self
 
@@ -89,6 +93,7 @@ def adopt(root: nn.Module, runtime: Runtime, reduce: Callable[[ApproxModule], tu
     }
     root.__class__ = type(f"Approx{cls.__name__}", (ApproxModule, cls), namespace)
     root.__dict__["_fx_approx"] = runtime
+    runtime.averages = averages(root)
     note_fresh(root, runtime)
     return cast(ApproxModule, root)
 

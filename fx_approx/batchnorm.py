@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 from fx_approx._compat import BatchNormBase
 from fx_approx.errors import StaleStatisticsWarning
 
-ENOUGH_EXACT_BATCHES = 20
-"""After so many exact training batches the running averages of the default momentum hold 88 % exact values."""
+EXACT_SHARE = 0.88
+"""Share of exact values from which running statistics fit exact evaluation: 20 batches at the default momentum, 0.1."""
+
+
+_TAIL = ", or end training with some exact steps: fx_approx.set_enabled(model, False) for at least {} batches"
 
 
 class SamplingState(Protocol):
@@ -41,15 +45,44 @@ def tracked(model: nn.Module) -> list[BatchNormBase]:
     return [m for m in model.modules() if isinstance(m, BatchNormBase) and m.running_mean is not None]
 
 
+def averages(model: nn.Module) -> bool:
+    """Whether all BatchNorm layers of ``model`` that keep statistics average plainly over the batches since a reset.
+
+    That is what ``torch.optim.swa_utils.update_bn`` makes of them while it gathers statistics.
+    """
+    layers = tracked(model)
+    return bool(layers) and all([layer.momentum is None for layer in layers])
+
+
 def batches_seen(model: nn.Module) -> int:
     """Training batches that the BatchNorm layers have seen (the most of any layer)."""
     counts = [m.num_batches_tracked for m in tracked(model)]
     return max((int(count) for count in counts if count is not None), default=0)
 
 
-def _stale(seen: int, state: SamplingState) -> bool:
+def enough_exact_batches(layers: Iterable[BatchNormBase]) -> int | None:
+    """Exact training batches until the running statistics of ``layers`` hold :data:`EXACT_SHARE` of exact values.
+
+    After n batches at momentum m that share is 1 - (1 - m)^n; the slowest layer decides. None where one averages
+    plainly over all batches (``momentum=None``), so that no number is enough.
+    """
+    most = 0
+    for layer in layers:
+        if layer.momentum is None:
+            return None
+        if 0 < layer.momentum < 1:
+            # Rounded, so that 20 batches at 0.1, which give 0.878, are enough.
+            most = max(most, round(math.log(1 - EXACT_SHARE) / math.log(1 - layer.momentum)))
+        most = max(most, layer.momentum > 0)
+    return most
+
+
+def _stale(model: nn.Module, seen: int, state: SamplingState) -> bool:
     sampled_until = seen if state.exact_since is None else state.exact_since
-    return sampled_until > state.stale_from and seen - sampled_until < ENOUGH_EXACT_BATCHES
+    if sampled_until <= state.stale_from:
+        return False
+    enough = enough_exact_batches(tracked(model))
+    return enough is None or seen - sampled_until < enough
 
 
 def note_switch(model: nn.Module, state: SamplingState) -> None:
@@ -60,7 +93,7 @@ def note_switch(model: nn.Module, state: SamplingState) -> None:
     if not state.samples:
         state.exact_since = seen
         return
-    if not _stale(seen, state):
+    if not _stale(model, seen, state):
         state.stale_from = seen
     state.exact_since = None
 
@@ -75,13 +108,33 @@ def warn_if_stale(model: nn.Module, state: SamplingState) -> None:
     """Warns once when ``model`` is about to be evaluated with statistics gathered while sampling."""
     if "batchnorm" in state.warned or not tracked(model):
         return
-    if not _stale(batches_seen(model), state):
+    if not _stale(model, batches_seen(model), state):
         return
     state.warned.add("batchnorm")
+    enough = enough_exact_batches(tracked(model))
     warnings.warn(
         "BatchNorm statistics were gathered while sampling and do not fit exact evaluation, which can cost many points "
-        "of accuracy. Call fx_approx.recalibrate(model, batches) first, or end training with some exact steps: "
-        f"fx_approx.set_enabled(model, False) for at least {ENOUGH_EXACT_BATCHES} batches.",
+        "of accuracy. Call fx_approx.recalibrate(model, batches) first (of an averaged model, "
+        f"torch.optim.swa_utils.update_bn does the same){'' if enough is None else _TAIL.format(enough)}.",
+        StaleStatisticsWarning,
+        stacklevel=4,
+    )
+
+
+def warn_of_short_tail(model: nn.Module, steps: int) -> None:
+    """Warns where an exact tail of so many batches leaves the statistics of ``model`` unfit for exact evaluation."""
+    layers = [layer for layer in tracked(model) if layer.training or not model.training]  # frozen ones stay so
+    enough = enough_exact_batches(layers)
+    if enough is not None and steps >= enough:
+        return
+    need = (
+        f"need {enough} exact batches, so with a step for each batch steps={enough} would do"
+        if enough is not None
+        else "average plainly over all batches (momentum=None), so no tail is long enough"
+    )
+    warnings.warn(
+        f"ExactTail: steps={steps} is too short for the BatchNorm statistics: they {need}; otherwise call "
+        "fx_approx.recalibrate(model, batches) before an exact evaluation.",
         StaleStatisticsWarning,
         stacklevel=4,
     )

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from fx_approx._compat import HigherOrderOperator, backend_named, backend_names, buffers_of, inductor
 from fx_approx.approx import ApproxModule, adopt
+from fx_approx.batchnorm import averages
 from fx_approx.capture import kept_random_state, skeleton
 from fx_approx.checks import check_model, check_seed
 from fx_approx.controls import load_sampler_state, sampler_state
@@ -288,6 +289,10 @@ class Backend:
             owners = frame.owners({name: place_of(frame, path) for name, path in layers.items()})
             return Left(key, _name(frame), reason, owners) if training else None
         frame.guard([*filter(None, (place_of(frame, one.owner) for one in prepared.found))])
+        if not torch.is_grad_enabled():
+            frame.guard_momenta()
+            if any(averages(root.module) for root in frame.roots):  # as update_bn of torch runs it: exact statistics
+                return None
         graph = _Graph(lifted, prepared, Plan((), {}), self._numbers_of(frame))
         if not any(lifted.root.get_submodule(one.owner).training for one in prepared.found):
             frame.guard((root, "") for root in frame.roots)

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from fx_approx._compat import (
     CHILDREN_ATTRIBUTE,
     AttrSource,
+    BatchNormBase,
     DictGetItemSource,
     GuardBuilder,
     InstructionTranslator,
@@ -126,6 +127,14 @@ class Frame:
                 continue
             source = self.sources.get(id(module)) or _source(root, path)
             install_guard(AttrSource(source, "training").make_guard(GuardBuilder.CONSTANT_MATCH))
+
+    def guard_momenta(self) -> None:
+        """Binds the compiled code to the momenta of all BatchNorm layers, which say what a forward is there for."""
+        for root in self.roots:
+            for path, module in root.module.named_modules():
+                if isinstance(module, BatchNormBase):
+                    source = self.sources.get(id(module)) or _source(root, path)
+                    install_guard(AttrSource(source, "momentum").make_guard(GuardBuilder.CONSTANT_MATCH))
 
 
 def _source(root: Root, path: str) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fx_approx._compat import Moved, at_end_of_backward, buffers_of, children_of, in_backward, tree_leaves
+from fx_approx.batchnorm import averages
 from fx_approx.candidate import Candidate, Role
 from fx_approx.capture import Capture, Held
 from fx_approx.checkpoints import is_checkpointed, outlined
@@ -83,6 +84,8 @@ class Runtime(Moved):
         selection_time: What the selections were measured to cost, if they were.
         settings: Ratios and switches that the model has had.
         sampling_swapped: Some layer in an untraced part is sampled.
+        averages: BatchNorm layers averaged plainly at the transform already, see :meth:`gathers`.
+        gathered: Statistics were gathered by exact forwards since the last change of mode.
         sharded: Modules that the graph calls by ``fully_shard``'s hooks, and how many hooks those are.
     """
 
@@ -121,6 +124,7 @@ class Runtime(Moved):
         self.sharded: dict[nn.Module, int] = {}
         self.stale_from = 0
         self.exact_since: int | None = None
+        self.averages = self.gathered = False
 
     def add(self, name: str, selector: Selector) -> None:
         """Registers a selector of candidate ``name``."""
@@ -228,6 +232,8 @@ class Runtime(Moved):
             _refuse_proxies(root, (*args, *kwargs.values()))
             if self.called is None:
                 self.called = described(args), described(dict(kwargs))
+        if self.gathers(root):
+            return self._run_exact(root, exact, args, kwargs)
         if root.training and self.samples and not torch.compiler.is_compiling():
             refuse_transforms()
         values = None if self.function is None else self.capture.form.bind(args, kwargs)
@@ -252,6 +258,29 @@ class Runtime(Moved):
         finally:
             self.inside = False
         self._mark(result)
+        return result
+
+    def gathers(self, root: nn.Module) -> bool:
+        """Whether this forward is there to gather BatchNorm statistics, as ``update_bn`` of torch runs it.
+
+        Its signs: training mode, no gradients, and plain averages where there were running ones at the transform. Grad
+        mode alone says nothing: a reentrant activation checkpoint runs its forward without gradients, too.
+        """
+        return root.training and not torch.is_grad_enabled() and not self.averages and averages(root)
+
+    def _run_exact(
+        self, root: nn.Module, exact: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The forward of the exact model; neither switches nor what is drawn or learnt change."""
+        selectors = [(selector, selector.enabled) for selector in self.selectors.values()]
+        for selector, _ in selectors:
+            selector.enabled = False
+        try:
+            result = exact(root, *args, **kwargs)
+        finally:
+            for selector, enabled in selectors:
+                selector.enabled = enabled
+        self.gathered = True
         return result
 
     def _unfit(self, root: nn.Module, values: list[Any] | None) -> str | None:

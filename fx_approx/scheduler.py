@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fx_approx.approx import find
+from fx_approx.batchnorm import warn_of_short_tail
 from fx_approx.candidate import Role, matches
 from fx_approx.controls import set_each
 from fx_approx.errors import NoEffectWarning
@@ -16,7 +17,7 @@ from fx_approx.growth import check_preservable
 from fx_approx.growth import preserve as preserve_layers
 from fx_approx.modules import Selector
 from fx_approx.scalars import ScalarLogger
-from fx_approx.schedules import Schedule, check_ratio, check_step
+from fx_approx.schedules import Schedule, check_ratio, check_step, exact_tail
 
 
 class RatioScheduler:
@@ -56,6 +57,10 @@ class RatioScheduler:
             ValueError: ``model`` is not transformed, or a glob matches no sampled layer, or none that an earlier one
                 does not match; with ``preserve``, a sampler scales what it reads, or parameters are sharded.
             ShapesNeededError: ``preserve`` for a model that was transformed without example inputs.
+
+        Warns:
+            StaleStatisticsWarning: An :class:`fx_approx.schedules.ExactTail` is too short for the model's BatchNorm
+                statistics, if a step is a batch.
         """
         rules = dict(schedule) if isinstance(schedule, Mapping) else {"*": schedule}
         for pattern, one in rules.items():
@@ -76,6 +81,7 @@ class RatioScheduler:
         self.schedules: dict[str, Schedule] = rules
         self._layers = self._matched()
         self._planned = {selector: selector.spec.ratio for selector in self._selectors}
+        self._check_tails(approx)
         self.last_step = 0
         self._set(0)
 
@@ -100,6 +106,14 @@ class RatioScheduler:
                 f"schedule: {', '.join(map(repr, unused))} decides about no sampled layer; there are: {there}"
             )
         return found
+
+    def _check_tails(self, approx: nn.Module) -> None:
+        """Warns where the shortest exact tail of the layers whose outputs are sampled is too short."""
+        patterns = {self._layers.get(name) for (name, role) in self._runtime.selectors if role is Role.OUTPUT}
+        tails = [exact_tail(self.schedules[pattern]) for pattern in patterns if pattern is not None]
+        found = [steps for steps in tails if steps is not None]
+        if found:
+            warn_of_short_tail(approx, min(found))
 
     def step(self) -> None:
         """Goes on to the next step."""

@@ -299,6 +299,15 @@ class ExactTail(_Around):
         return self.schedule.ratio(step) if step < self.total - self.steps else 1.0
 
 
+def exact_tail(schedule: Schedule) -> int | None:
+    """Exact steps that ``schedule`` ends with, the longest of its tails; None without an :class:`ExactTail`."""
+    found: list[int] = []
+    while isinstance(schedule, _Around):
+        found += [schedule.steps] if isinstance(schedule, ExactTail) else []
+        schedule = schedule.schedule
+    return max(found, default=None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Interleaved(_Around):
     """Every ``every``-th step exact, the last of each stretch; the others by the schedule.

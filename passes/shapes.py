@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fx_approx._compat import (
+    BatchNormBase,
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeCopyMode,
@@ -103,6 +104,8 @@ def propagate(
             fake = copy.deepcopy(root)
         for module in fake.modules():
             module.training = True
+            if isinstance(module, BatchNormBase) and module.momentum is None:
+                module.momentum = 0.0  # a plain average reads how many batches there were
         recorder.storages.ignore([*fake.parameters(), *fake.buffers()])
         vars(fake).update({name: mode.from_tensor(value) for name, value in captured.constants.items()})
         silenced = without_user_hooks(fake)

@@ -49,6 +49,7 @@ def in_force(model: nn.Module) -> set[float]:
     ],
     ids=lambda schedule: type(schedule).__name__,
 )
+@pytest.mark.filterwarnings("ignore:ExactTail:fx_approx.StaleStatisticsWarning")
 def test_every_step_has_its_ratio(schedule: Schedule) -> None:
     model = transformed()
     scheduler = RatioScheduler(model, schedule)
@@ -114,6 +115,7 @@ def test_an_exact_step_is_the_exact_model_s() -> None:
     assert torch.equal(model(IMAGES), plain(IMAGES))
 
 
+@pytest.mark.filterwarnings("ignore:ExactTail:fx_approx.StaleStatisticsWarning")
 def test_compilations_are_the_distinct_ratios() -> None:
     """Exact, 0.75 and 0.5, in any order and back: three graphs."""
     torch._dynamo.reset()
