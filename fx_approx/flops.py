@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 from fx_approx._compat import fused_attention, tree_leaves
 from fx_approx.candidate import Candidate, GemmShape, ProductFacts, Role, RoleFlops
@@ -268,6 +268,10 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     **dict.fromkeys(fused_attention()[1], attention_backward_flops),
 }
 """Of operators that torch's counter does not know on every device, or not in every release."""
+
+# So that the report stays what the counter finds on the running model: those that it does not know at all.
+for _operator in [one for one in _FORMULAS if one not in flop_registry]:
+    register_flop_formula(_operator)(_FORMULAS[_operator])
 
 
 def _counter() -> FlopCounterMode:

@@ -81,6 +81,18 @@ def test_the_report_counts_both_products_forward_and_backward(case: str) -> None
     assert report.totals.exact.total == sum(one.exact.total for one in report.rows if one.exact is not None)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_torchs_counter_finds_as_much_on_the_running_model(case: str) -> None:
+    options, length = CASES[case]
+    model, given = Attend(**options), tuple(t.requires_grad_() for t in inputs(length))
+    approx = fx_approx.transform(model, VALUE, given)
+    report = fx_approx.report(approx)
+    for one, total in ((model, report.totals.exact.total), (approx, report.totals.executed.total)):
+        with FlopCounterMode(display=False) as counter:
+            one(*given).sum().backward()
+        assert counter.get_total_flops() == total
+
+
 def test_the_formulas_are_those_of_torch() -> None:
     for query, key, value in (
         ((2, 4, 24, 8), (2, 4, 40, 8), (2, 4, 40, 16)),
