@@ -19,13 +19,16 @@ VALUE = Uniform("topk", 0.5, scores="weight", share="value")
 X = torch.randn(8, 16)
 
 
-class Asserting(nn.Module):
+class Branching(nn.Module):
+    """Python goes another way for some values."""
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
 
     def forward(self, x: Tensor) -> Tensor:
-        assert not torch.isinf(x).any()
+        if torch.isinf(x).any():
+            x = x.nan_to_num()
         return self.second(self.first(x).relu())
 
 
@@ -118,7 +121,7 @@ class Translate(nn.Module):
         return self.t(x, x, tgt_mask=nn.Transformer.generate_square_subsequent_mask(x.shape[1]))  # type: ignore[no-any-return]
 
 
-PARTS = [Asserting, Dropping, Routed]
+PARTS = [Branching, Dropping, Routed]
 UNKNOWN = "not shared: its shapes are not known"
 
 
@@ -158,12 +161,12 @@ def test_the_numbers_are_those_of_the_same_selections_without_demand(part: type[
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("model", [Asserting, Uncalled, Translate])
+@pytest.mark.parametrize("model", [Branching, Uncalled, Translate])
 @pytest.mark.parametrize(
     "policy", [VALUE, Paper(0.5, scores="stale", share="group"), Override({"*": VALUE}, Exact())], ids=type
 )
 def test_no_layer_refuses_the_model(model: type[nn.Module], policy: Policy) -> None:
-    x = torch.randn(4, 32) if model is Asserting else torch.randn(4, 16)
+    x = torch.randn(4, 32) if model is Branching else torch.randn(4, 16)
     made = model()
     explained = fx_approx.explain(made, policy, x)
     approx = fx_approx.transform(made, policy, x)
@@ -187,6 +190,6 @@ def test_budgets_decide_about_what_is_known(policy: Policy, part: type[nn.Module
 
 
 def test_without_any_example_inputs_sharing_is_still_refused() -> None:
-    for policy in (VALUE, fx_approx.explain(Around(Asserting()), VALUE, X).plan):
+    for policy in (VALUE, fx_approx.explain(Around(Branching()), VALUE, X).plan):
         with pytest.raises(fx_approx.ShapesNeededError, match="give example_inputs"):
-            fx_approx.transform(Around(Asserting()), policy)
+            fx_approx.transform(Around(Branching()), policy)
