@@ -33,7 +33,9 @@ from torch._subclasses.fake_tensor import (
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.modules.conv import _ConvNd as ConvolutionBase
+from torch.nn.modules.conv import _ConvTransposeNd as TransposedBase
 from torch.nn.modules.dropout import _DropoutNd as DropoutBase
+from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -65,7 +67,8 @@ ONE_PROJECTION = "_qkv_same_embed_dim"
 CALLS = ("_call_impl", "_wrapped_call_impl")
 """Methods of a module that its call goes through, before ``forward``."""
 
-# BatchNormBase, ConvolutionBase, DropoutBase: the classes that torch's layers of the kind have in common.
+# BatchNormBase, InstanceNormBase, ConvolutionBase, TransposedBase, DropoutBase: the classes that torch's layers of the
+# kind have in common.
 
 
 _FUSED_ATTENTION = ("efficient_attention", "flash_attention", "cudnn_attention", "fused_attention_overrideable")
@@ -142,8 +145,8 @@ def has_one_projection(module: nn.MultiheadAttention) -> bool:
     return bool(module._qkv_same_embed_dim)
 
 
-def check_input_dim(layer: BatchNormBase, input: Tensor) -> None:
-    """Raises the error of a batch norm layer for an input of a wrong number of dimensions."""
+def check_input_dim(layer: BatchNormBase | InstanceNormBase, input: Tensor) -> None:
+    """Raises the error of a normalisation layer for an input of a wrong number of dimensions."""
     layer._check_input_dim(input)
 
 
@@ -342,9 +345,11 @@ __all__ = [
     "FakeTensorMode",
     "GuardBuilder",
     "HigherOrderOperator",
+    "InstanceNormBase",
     "InstructionTranslator",
     "Moved",
     "TorchDispatchMode",
+    "TransposedBase",
     "UnspecializedNNModuleSource",
     "Unsupported",
     "UnsupportedOperatorException",

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fx_approx._compat import BatchNormBase, buffers_of, check_input_dim, parameters_of
+from fx_approx._compat import (
+    BatchNormBase,
+    InstanceNormBase,
+    TransposedBase,
+    buffers_of,
+    check_input_dim,
+    parameters_of,
+)
 from fx_approx.layers import layer_type
 from fx_approx.modules import become, is_swapped
-from fx_approx.ops import gather, tapped_relu
+from fx_approx.ops import NARROW_CALLS, gather, tapped_relu
 from fx_approx.sampling import Selection
 
 
@@ -80,6 +88,83 @@ class NarrowSyncBatchNorm(nn.SyncBatchNorm):
         return result
 
 
+class _NarrowInstanceNorm(InstanceNormBase):
+    """Normalises the channels that are there; the running statistics of the others stay as they are."""
+
+    def forward(self, input: Tensor, chosen: Selection | None = None) -> Tensor:
+        """``input`` is ``[N, k, ...]``; ``chosen`` ``[1, k]`` of the layer's channels, None for all."""
+        if chosen is None:
+            return super().forward(input)
+        check_input_dim(self, input)
+        running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        own = self.training or not self.track_running_stats
+        momentum = 0.0 if self.momentum is None else self.momentum
+        return NARROW_CALLS[F.instance_norm](
+            *(input, *running, self.weight, self.bias, own, momentum, self.eps),
+            chosen=chosen,
+            channels=self.num_features,
+        )
+
+
+class NarrowInstanceNorm1d(_NarrowInstanceNorm, nn.InstanceNorm1d):
+    """``nn.InstanceNorm1d`` on the channels that are there."""
+
+
+class NarrowInstanceNorm2d(_NarrowInstanceNorm, nn.InstanceNorm2d):
+    """``nn.InstanceNorm2d`` on the channels that are there."""
+
+
+class NarrowInstanceNorm3d(_NarrowInstanceNorm, nn.InstanceNorm3d):
+    """``nn.InstanceNorm3d`` on the channels that are there."""
+
+
+class NarrowGroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` on the groups of channels that are there."""
+
+    def forward(self, input: Tensor, chosen: Selection | None = None) -> Tensor:
+        """``input`` is ``[N, k, ...]``; ``chosen`` ``[1, k]`` of the layer's channels in whole groups, None for all."""
+        return NARROW_CALLS[F.group_norm](
+            *(input, self.num_groups, self.weight, self.bias, self.eps), chosen=chosen, channels=self.num_channels
+        )
+
+
+class _NarrowConvTranspose(TransposedBase):
+    kind: str
+
+    def forward(self, input: Tensor, chosen: Any = None) -> Tensor:
+        """``input`` is ``[N, k, ...]``; ``chosen`` ``[1, k]`` of the layer's channels, None for all.
+
+        Or the size of the output, as the exact layer takes it.
+        """
+        exact: Callable[..., Tensor] = super().forward
+        if not isinstance(chosen, Selection):
+            return exact(input, chosen)
+        return NARROW_CALLS[getattr(F, self.kind)](
+            *(input, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups),
+            dilation=self.dilation,
+            chosen=chosen,
+            channels=self.in_channels,
+        )
+
+
+class NarrowConvTranspose1d(_NarrowConvTranspose, nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` with one kernel for each channel, on the channels that are there."""
+
+    kind = "conv_transpose1d"
+
+
+class NarrowConvTranspose2d(_NarrowConvTranspose, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` with one kernel for each channel, on the channels that are there."""
+
+    kind = "conv_transpose2d"
+
+
+class NarrowConvTranspose3d(_NarrowConvTranspose, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` with one kernel for each channel, on the channels that are there."""
+
+    kind = "conv_transpose3d"
+
+
 class NarrowPReLU(nn.PReLU):
     """``nn.PReLU`` with a slope for each channel, on the channels that are there."""
 
@@ -107,7 +192,14 @@ CHANNELWISE: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: NarrowBatchNorm2d,
     nn.BatchNorm3d: NarrowBatchNorm3d,
     nn.SyncBatchNorm: NarrowSyncBatchNorm,
+    nn.InstanceNorm1d: NarrowInstanceNorm1d,
+    nn.InstanceNorm2d: NarrowInstanceNorm2d,
+    nn.InstanceNorm3d: NarrowInstanceNorm3d,
+    nn.GroupNorm: NarrowGroupNorm,
     nn.PReLU: NarrowPReLU,
+    nn.ConvTranspose1d: NarrowConvTranspose1d,
+    nn.ConvTranspose2d: NarrowConvTranspose2d,
+    nn.ConvTranspose3d: NarrowConvTranspose3d,
 }
 """Exact layer type -> its subclass that takes a selection."""
 
@@ -122,4 +214,5 @@ def swap_channelwise(module: nn.Module) -> None:
 
 def channels_of(module: Any) -> int:
     """How many channels a layer of :data:`CHANNELWISE` has parameters or statistics for."""
-    return int(module.num_parameters if isinstance(module, nn.PReLU) else module.num_features)
+    names = ("num_features", "num_channels", "num_parameters", "in_channels")
+    return int(next(getattr(module, name) for name in names if hasattr(module, name)))

@@ -93,9 +93,8 @@ def _once(flow: Flow, sharing: Sharing, follow: frozenset[fx.Node], closed: set[
 
 def _fits(flow: Flow, sharing: Sharing, node: fx.Node, want: int) -> bool:
     """A grouped convolution computes as many channels of each group."""
-    module = flow.module(node)
-    groups = int(getattr(module, "groups", 1)) if flow.steps[node].action == "produce" else 1
-    return want == FULL or sharing.classes[want].groups % groups == 0
+    step = flow.steps[node]
+    return want == FULL or step.action != "produce" or sharing.classes[want].groups % step.groups == 0
 
 
 def _read(
@@ -108,9 +107,7 @@ def _read(
     wants: list[int],
     stops: list[str],
 ) -> None:
-    layout, shape = flow.layout(node), flow.shape(node)
-    assert layout is not None
-    if shape is not None and reads_shape_only(user, layout, len(shape)):
+    if flow.shape(node) is not None and reads_shape_only(user, node):
         return
     if user in sharing.reads and user in follow and flow.readers[user][0] is node:
         for place, wanted in enumerate(sharing.reads[user]):

@@ -7,7 +7,6 @@ Facts only: nothing is decided and nothing is rewritten. What an operation does 
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,10 +36,11 @@ class Step:
         links: Which channels of which operands it needs for which of its own.
         follow: Operands without channels of their own that have one entry for each of the node's, with the axis.
         action: How it is made to work on some channels only: ``plain`` (it does by itself), ``layer`` (takes the
-            selection), ``produce`` (a linear or convolution layer), ``depthwise``, ``resize``, ``split``; ``given`` for
-            a value that is always whole.
+            selection), ``produce`` (a linear or convolution layer), ``depthwise``, ``resize``, ``split``, ``take`` (a
+            stretch of the channels), ``pad`` (channels around them); ``given`` for a value that is always whole.
         axis: Of ``resize``, position in the new shape.
-        sections: Of ``split``, the segments of each part, first and last.
+        sections: Of ``split``, the segments of each part, first and last; of ``pad``, those of the operand.
+        groups: Of a convolution.
     """
 
     layout: Layout | None = None
@@ -49,6 +49,7 @@ class Step:
     action: str = "given"
     axis: int = 0
     sections: tuple[tuple[int, int], ...] = ()
+    groups: int = 1
 
 
 Handler = Callable[["Flow", fx.Node], "Step | None"]
@@ -161,24 +162,27 @@ def _constants(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def reads_shape_only(node: fx.Node, layout: Layout, dims: int) -> bool:
-    """Whether ``node`` asks its operand for sizes only, and not for the number of channels."""
-    if node.op == "call_method" and node.target in ("dim", "ndimension"):
+def reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
+    """Whether ``user`` asks ``node`` for what is the same for all selections, or for sizes.
+
+    Sizes are those of the whole value wherever it is narrowed, see :func:`fx_approx.ops.channels.whole_size`.
+    """
+    if user.op == "call_method" and user.target in ("dim", "ndimension"):
         return True
-    if node.op == "call_method" and node.target == "size" and len(node.args) == 2 and isinstance(node.args[1], int):
-        return node.args[1] % dims != layout.dim
-    whole = (node.op == "call_method" and node.target == "size" and len(node.args) == 1) or (
-        node.op == "call_function" and node.target is getattr and node.args[1:2] == ("shape",)
-    )
-    if node.op == "call_function" and node.target is getattr and node.args[1] in ("dtype", "device", "ndim", "is_cuda"):
-        return True
-    if not whole:
-        return False
-    for user in node.users:
-        place = user.args[1] if user.op == "call_function" and user.target is operator.getitem else None
-        if isinstance(place, slice) and all(isinstance(edge, (int, type(None))) for edge in (place.start, place.stop)):
-            if layout.dim in range(dims)[place]:
-                return False
-        elif not isinstance(place, int) or place % dims == layout.dim:
-            return False
-    return True
+    if user.op == "call_function" and user.target is getattr:
+        return user.args[1] in ("shape", "dtype", "device", "ndim", "is_cuda")
+    if user.op == "call_method" and user.target in AS_ANOTHER:
+        return user.args[0] is not node
+    return asks_sizes(user)
+
+
+def asks_sizes(user: fx.Node) -> bool:
+    """Whether ``user`` is ``x.size()``, ``x.size(1)`` or ``x.shape``."""
+    if user.op == "call_function":
+        return user.target is getattr and user.args[1] == "shape"
+    plain = not user.kwargs and all(isinstance(place, int) for place in user.args[1:])
+    return user.op == "call_method" and user.target == "size" and plain
+
+
+AS_ANOTHER = ("view_as", "reshape_as", "expand_as")
+"""Methods that take the sizes of another tensor."""

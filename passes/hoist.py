@@ -13,12 +13,15 @@ from torch import fx, nn
 from fx_approx import ops
 from fx_approx.channelwise import swap_channelwise
 from fx_approx.modules import Site, swap
+from fx_approx.passes.annotate import attribute
 from fx_approx.passes.channelwise import can_tap_relu, is_changed
 from fx_approx.passes.demand import FULL, Demand
 from fx_approx.passes.differentiated import asked_inside, handed_out
-from fx_approx.passes.flow import Flow, first
+from fx_approx.passes.flow import AS_ANOTHER, Flow, asks_sizes, first
 from fx_approx.passes.header import Header
-from fx_approx.passes.reshapes import argument
+from fx_approx.passes.layers import CONVOLUTIONS
+from fx_approx.passes.layouts import Layout
+from fx_approx.passes.reshapes import argument, spelled_out
 from fx_approx.runtime import Runtime
 
 
@@ -51,15 +54,26 @@ class Hoist:
                 self._produce(node, have)
                 continue
             self._edges(node)
-            if step.layout is None or all(place == FULL for place in have):
-                continue
-            if step.action in ("layer", "depthwise"):
-                self._layer(node, have)
-            elif step.action == "resize":
-                self._resize(node, have)
-            elif step.action == "split":
-                self._split(node, have)
+            if step.action == "take":
+                self._take(node, have)
+            elif step.layout is not None and any(place != FULL for place in have):
+                self._some(node, have)
+        for node, step in self.flow.steps.items():
+            if step.layout is not None and any(place != FULL for place in self.demand.have[node]):
+                self._sizes(node, step.layout)
         self._untap()
+
+    def _some(self, node: fx.Node, have: Sequence[int]) -> None:
+        """A value of which some channels are there."""
+        action = self.flow.steps[node].action
+        if action in ("layer", "depthwise"):
+            self._layer(node, have)
+        elif action == "resize":
+            self._resize(node, have)
+        elif action == "split":
+            self._split(node, have)
+        elif action == "pad":
+            self._pad(node, have)
 
     def _edges(self, node: fx.Node) -> None:
         """Narrows the operands that hold more than the node computes."""
@@ -153,12 +167,14 @@ class Hoist:
         step = self.flow.steps[node]
         reads = self.header.sharing.reads.get(node)
         chosen = own.args[1] if module is not None and len(own.args) > 1 else own.kwargs.get("selection")
-        others = own.args[2:] if module is not None else [v for k, v in own.kwargs.items() if k.startswith("grad_")]
+        others: Any = own.args[2:]
+        if module is None:
+            others = [value for name, value in own.kwargs.items() if name.startswith(("grad_", "straight_"))]
         outputs = None if step.layout is None else self.header.positions(step.layout.segments, have)
         if any(others) or (outputs is None and reads is None):
             return
         input = own.args[0] if own.args else own.kwargs["input"]
-        groups = int(getattr(module, "groups", 1))
+        groups = step.groups
         if reads is not None:
             source, layout = self.flow.readers[node]
             input = self.narrowed(source, reads, own)
@@ -167,7 +183,7 @@ class Hoist:
             with self.graph.inserting_before(own):
                 pairs = self._pairs(node)
                 flat = self.graph.call_function(ops.spread, (chosen, pairs)) if groups > 1 else chosen
-                axis = -1 if isinstance(module, nn.Linear) or module is None else 1
+                axis = 1 if self._convolution(node) else -1
                 input = self.graph.call_function(ops.narrow, (input, axis, flat, pairs * groups))
         weight, bias = self._weights(node)
         slicing = (weight, bias, chosen, outputs, groups)
@@ -176,8 +192,21 @@ class Hoist:
             swap(module, Site({}, False, self.runtime))
             own.args, own.kwargs = (input, slices), {}
             return
-        with self.graph.inserting_before(own):
-            new = self.graph.call_function(ops.sliced_linear, (input, weight, bias, slices))
+        self._call_sliced(node, (input, weight, bias, slices))
+
+    def _convolution(self, node: fx.Node) -> bool:
+        module = self.flow.module(node)
+        return any(node.target is one for one in CONVOLUTIONS) if module is None else not isinstance(module, nn.Linear)
+
+    def _call_sliced(self, node: fx.Node, operands: tuple[Any, ...]) -> None:
+        """Puts a product with slices in place of a functional one; ``operands`` end with the slices."""
+        with self.graph.inserting_before(self.copies[node]):
+            if not self._convolution(node):
+                new = self.graph.call_function(ops.sliced_linear, operands)
+            else:
+                names = ("stride", "padding", "dilation", "groups")
+                static = {name: value for place, name in enumerate(names, 3) if (value := argument(node, place, name))}
+                new = self.graph.call_function(ops.SLICED_CONVOLUTIONS[node.target], operands, static)
         self._take_over(node, new)
 
     def _sliced(self, slicing: tuple[Any, ...], before: fx.Node) -> fx.Node:
@@ -191,7 +220,7 @@ class Hoist:
 
     def _pairs(self, node: fx.Node) -> int:
         module = self.flow.module(node)
-        weight = module.weight if module is not None else None
+        weight = attribute(self.flow.root, argument(node, 1, "weight")) if module is None else module.weight
         assert isinstance(weight, torch.Tensor)
         return int(weight.shape[1])
 
@@ -200,34 +229,101 @@ class Hoist:
         if module is not None:
             weight = self.header.read(f"{node.target}.weight")
             return weight, None if module.bias is None else self.header.read(f"{node.target}.bias")
-        arguments: dict[str, Any] = {**dict(zip(("input", "weight", "bias"), node.args, strict=False)), **node.kwargs}
-        bias = arguments.get("bias")
-        weight = self.header.read(str(arguments["weight"].target))
+        given, bias = argument(node, 1, "weight"), argument(node, 2, "bias")
+        weight = self.header.read(str(given.target))
         return weight, None if bias is None else self.header.read(str(bias.target))
 
     def _layer(self, node: fx.Node, have: Sequence[int]) -> None:
-        """A layer that takes the selection: normalisation, activation with parameters, depthwise convolution."""
+        """What takes the selection: normalisation, activation with parameters, depthwise convolution."""
         step, own, module = self.flow.steps[node], self.copies[node], self.flow.module(node)
-        assert module is not None and step.layout is not None
+        assert step.layout is not None
         chosen = self.header.positions(step.layout.segments, have)
         if step.action == "depthwise":
             weight, bias = self._weights(node)
-            chosen = self._sliced((weight, bias, None, chosen, int(getattr(module, "groups", 1)), True), own)
+            chosen = self._sliced((weight, bias, None, chosen, step.groups, True), own)
+            if module is None:
+                self._call_sliced(node, (first(own), weight, bias, chosen))
+                return
             swap(module, Site({}, False, self.runtime))
+        elif module is None:
+            own.target = ops.NARROW_CALLS[own.target]
+            own.kwargs = {**own.kwargs, "chosen": chosen, "channels": step.layout.size}
+            return
         else:
             swap_channelwise(module)
         own.args, own.kwargs = (first(own), chosen), {}
+
+    def _sizes(self, node: fx.Node, layout: Layout) -> None:
+        """Whoever asks for the sizes of a narrowed value is told those of the whole."""
+        value = self.copies[node]
+        for user in node.users:
+            if asks_sizes(user):
+                self._tell_size(user, value, layout)
+            elif user.op == "call_method" and user.target in AS_ANOTHER and user.args[0] is not node:
+                own = self.copies[user]
+                if own.op == "call_method" and own.target == user.target:
+                    with self.graph.inserting_before(own):
+                        size = self.graph.call_function(ops.whole_size, (value, layout.dim, layout.size))
+                    own.target, own.args = str(own.target).removesuffix("_as"), (own.args[0], size)
+
+    def _tell_size(self, user: fx.Node, value: fx.Node, layout: Layout) -> None:
+        own = self.copies[user]
+        which = () if user.op == "call_function" else user.args[1:]
+        with self.graph.inserting_before(own):
+            new = self.graph.call_function(ops.whole_size, (value, layout.dim, layout.size, *which))
+        self._take_over(user, new)
+
+    def _take(self, node: fx.Node, have: Sequence[int]) -> None:
+        """A stretch of the channels: where it begins depends on what is there."""
+        step, own = self.flow.steps[node], self.copies[node]
+        link = step.links[0]
+        source = self.flow.layout(link.source)
+        assert step.layout is not None and source is not None
+        there = self.demand.wanted(step.links, node)[link.source]
+        if all(place == FULL for place in there):
+            return
+        before = self.header.parts(source.segments[: link.start], there[: link.start])
+        parts = self.header.parts(step.layout.segments, have)
+        with self.graph.inserting_before(own):
+            new = self.graph.call_function(ops.take_parts, (first(own), source.dim, before, parts))
+            if node.target is operator.getitem:
+                sizes = self.flow.shape(link.source)
+                places = None if sizes is None else spelled_out(node.args[1], len(sizes))
+                assert places is not None
+                axes = [at for at, place in enumerate(places) if place is not None]
+                places[axes[source.dim]] = slice(None)
+                new = self.graph.call_function(operator.getitem, (new, tuple(places)))
+        self._take_over(node, new)
+
+    def _pad(self, node: fx.Node, have: Sequence[int]) -> None:
+        step, own = self.flow.steps[node], self.copies[node]
+        assert step.layout is not None
+        parts = self.header.parts(step.layout.segments, have)
+        (start, end), pads, value = step.sections[0], argument(own, 1, "pad"), argument(own, 3, "value")
+        ends = parts[:start], parts[end:]
+        with self.graph.inserting_before(own):
+            new = self.graph.call_function(ops.pad_parts, (first(own), tuple(pads), value, step.layout.dim, ends))
+        self._take_over(node, new)
 
     def _resize(self, node: fx.Node, have: Sequence[int]) -> None:
         step, own = self.flow.steps[node], self.copies[node]
         assert step.layout is not None
         sizes = own.args[1:] if len(own.args) > 1 else (own.kwargs.get("shape", own.kwargs.get("size")),)
-        shape = tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else tuple(sizes)
         parts = self.header.parts(step.layout.segments, have)
         method = str(own.target) if own.op == "call_method" else "reshape"
         with self.graph.inserting_before(own):
+            if method in AS_ANOTHER:
+                method, sizes = method.removesuffix("_as"), (self._size_of(node.args[1]),)
+            shape = sizes[0] if len(sizes) == 1 else tuple(sizes)
             new = self.graph.call_function(ops.resize, (first(own), shape, step.axis, parts, method))
         self._take_over(node, new)
+
+    def _size_of(self, node: Any) -> fx.Node:
+        """The size of the whole of a value."""
+        layout, value = self.flow.layout(node), self.copies[node]
+        if layout is None:
+            return self.graph.call_method("size", (value,))
+        return self.graph.call_function(ops.whole_size, (value, layout.dim, layout.size))
 
     def _split(self, node: fx.Node, have: Sequence[int]) -> None:
         step, own = self.flow.steps[node], self.copies[node]

@@ -26,13 +26,14 @@ _MUTATING_METHODS = (
 
 _VIEWS = (
     *("contiguous", "float", "half", "double", "bfloat16", "to", "type", "type_as", "detach", "requires_grad_"),
-    *("view_as", "reshape_as", "expand", "expand_as", "narrow", "select", "diagonal", "unfold"),
-    *(torch.narrow, torch.select, torch.diagonal, torch.detach, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
-    *(F.alpha_dropout, F.feature_alpha_dropout),
+    *("select", "diagonal", "unfold", "broadcast_to", torch.broadcast_to, torch.select, torch.diagonal, torch.detach),
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    *(torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout),
     *RESHAPES,
 )
 """What may give its operand, or a view of it."""
 _SAME = (nn.Identity, DropoutBase, nn.Flatten, nn.Unflatten)
+_FACTS = ("shape", "dtype", "device", "ndim", "is_cuda")
 _SIZES = ("size", "dim", "ndimension", "numel", "stride")
 
 
@@ -101,6 +102,8 @@ def _may_be_view(flow: Flow, node: fx.Node) -> bool:
         return isinstance(flow.module(node), _SAME)
     if node.op not in ("call_function", "call_method"):
         return False
+    if node.target is getattr:
+        return node.args[1] not in _FACTS
     name = getattr(node.target, "__name__", "")
     return name == "stochastic_depth" or any(node.target is one or node.target == one for one in _VIEWS)
 
@@ -115,7 +118,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
         user
         for user in node.users
         if not (user.op == "call_method" and user.target in _SIZES)
-        and not (user.target is getattr and user.args[1] in ("shape", "dtype", "device", "ndim", "is_cuda"))
+        and not (user.target is getattr and user.args[1] in _FACTS)
     ]
 
 

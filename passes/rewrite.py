@@ -261,7 +261,7 @@ class _Site:
             return
         input = node.args[0] if node.args else node.kwargs["input"]
         assert isinstance(input, fx.Node)
-        narrowed = node.target is ops.sliced_linear or _slices(node)
+        narrowed = node.target in (ops.sliced_linear, *ops.SLICED_CONVOLUTIONS.values()) or _slices(node)
         with self.graph.inserting_before(node):
             if not narrowed:
                 chosen = self.header.positions(segments, places)

@@ -51,7 +51,7 @@ LAYERS: dict[str, tuple[int, set[str]]] = {
     "policies": (6, {"policies"}),
     "surface": (
         7,
-        {*_REPORTS, "checks", "controls", "repeatable", "verify", "overhead", "distributed", *_TRAINING},
+        {*_REPORTS, "checks", "operations", "controls", "repeatable", "verify", "overhead", "distributed", *_TRAINING},
     ),
     "pipeline": (8, {"pipeline", "whole"}),
     "api": (9, {"api", *_DYNAMO, "sensitivity", "prediction", *_SWEEP}),

@@ -7,14 +7,17 @@ from fx_approx.ops.channels import (
     Slices,
     check_width,
     narrow,
+    pad_parts,
     positions,
     remaining,
     resize,
     slice_weights,
     split_parts,
     spread,
+    take_parts,
     tapped,
     tapped_relu,
+    whole_size,
     width,
 )
 from fx_approx.ops.conv import conv1d, conv2d, conv3d, has_channels
@@ -23,13 +26,16 @@ from fx_approx.ops.einsum import einsum
 from fx_approx.ops.gather import gather, select_channels
 from fx_approx.ops.linear import linear
 from fx_approx.ops.matmul import addmm, baddbmm, bmm, matmul, mm
+from fx_approx.ops.narrow_calls import NARROW_CALLS, SLICED_CONVOLUTIONS
 from fx_approx.ops.running import new_running
 from fx_approx.ops.sliced import sliced_linear
 from fx_approx.ops.unsupported import refuse_transforms
 
 __all__ = [
+    "NARROW_CALLS",
     "OPS",
     "SAMPLING_ARGUMENTS",
+    "SLICED_CONVOLUTIONS",
     "Choice",
     "Early",
     "How",
@@ -56,6 +62,7 @@ __all__ = [
     "mm",
     "narrow",
     "new_running",
+    "pad_parts",
     "positions",
     "refuse_transforms",
     "register_op",
@@ -66,7 +73,9 @@ __all__ = [
     "sliced_linear",
     "split_parts",
     "spread",
+    "take_parts",
     "tapped",
     "tapped_relu",
+    "whole_size",
     "width",
 ]

@@ -8,7 +8,7 @@ A *part* describes one stretch of a tensor's axis: ``(selection, count, block)``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -162,11 +162,50 @@ def resize(input: Tensor, shape: Sequence[int], axis: int, parts: Sequence[Part]
         parts: What stands along that axis of the result.
         method: ``"reshape"``, ``"view"`` or ``"expand"``.
     """
-    sizes = list(shape)
+    sizes = list(shape) if isinstance(shape, (tuple, list)) else [shape]
     if sizes[axis] != -1 and any(chosen is not None for chosen, _, _ in parts):
         sizes[axis] = width(parts)
     result: Tensor = getattr(input, method)(sizes)
     return result
+
+
+def whole_size(input: Tensor, dim: int, size: int, which: int | None = None) -> Any:
+    """The size of a value of which only some entries along ``dim`` are there, as if all ``size`` of them were.
+
+    Args:
+        input: Any shape.
+        dim: The axis.
+        size: Its length where all are there.
+        which: The axis that is asked for; None for all.
+    """
+    sizes = [*input.shape[:dim], size, *input.shape[dim + 1 :]]
+    return torch.Size(sizes) if which is None else sizes[which]
+
+
+def take_parts(input: Tensor, dim: int, before: Sequence[Part], parts: Sequence[Part]) -> Tensor:
+    """The stretch ``parts`` of an axis, of which ``before`` stands before it, as far as the units are there."""
+    return input.narrow(dim, width(before), width(parts))
+
+
+def pad_parts(
+    input: Tensor,
+    pad: Sequence[int],
+    value: float | None,
+    dim: int,
+    ends: Sequence[Sequence[Part]],
+) -> Tensor:
+    """``F.pad`` with a constant, of channels too, of which only the selected ones are made.
+
+    Args:
+        input: Any shape.
+        pad: As ``F.pad`` takes it.
+        value: As there.
+        dim: The axis of the channels.
+        ends: What stands before and behind those of ``input`` along that axis.
+    """
+    place = 2 * (input.dim() - 1 - dim)
+    sizes = [*pad[:place], *(width(parts) for parts in ends), *pad[place + 2 :]]
+    return F.pad(input, sizes, "constant", value)
 
 
 def split_parts(input: Tensor, sections: Sequence[Sequence[Part]], dim: int) -> tuple[Tensor, ...]:
