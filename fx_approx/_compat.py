@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._nn import pad as native_pad
 from torch._dynamo import trace_rules as _trace_rules
 from torch._dynamo.eval_frame import OptimizedModule as _OptimizedModule
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
@@ -163,6 +164,8 @@ def padding_of(layer: nn.Module) -> list[int]:
 
 
 # ---- tensors
+
+# native_pad: what F.pad calls, with the same arguments; Dynamo writes it in the place of F.pad.
 
 
 def version_of(tensor: Tensor) -> int:
@@ -374,6 +377,7 @@ __all__ = [
     "is_skipped_code",
     "is_transformed",
     "mark_dynamic",
+    "native_pad",
     "padding_of",
     "parameters_of",
     "recompile_limit",

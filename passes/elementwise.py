@@ -98,7 +98,7 @@ def _lies(flow: Flow, operand: fx.Node, node: fx.Node, dim: int) -> bool:
     return layout.dim + len(result) - len(shape) == dim and layout.size == result[dim]
 
 
-_DIMENSIONS = re.compile(r"(\d)d$")
+_DIMENSIONS = re.compile(r"(\d)d(?:_with_indices)?$")
 
 
 def has_batch(flow: Flow, node: fx.Node, dims: int) -> bool:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fx_approx._compat import tree_leaves
+from fx_approx._compat import native_pad, tree_leaves
 from fx_approx.passes.flow import AS_ANOTHER, Flow, Handler, Link, Step, first
 from fx_approx.passes.layouts import Layout, Segment, regroup, stretch
 
@@ -395,6 +395,7 @@ RESHAPES: dict[Any, Handler] = {
 REGROUPINGS: dict[Any, Handler] = {
     torch.stack: _stack,
     F.pad: _pad,
+    native_pad: _pad,
     getattr: _attribute,
     **dict.fromkeys((F.pixel_shuffle, F.pixel_unshuffle, F.unfold, F.fold), _blocks),
 }

@@ -484,8 +484,7 @@ class C2f(nn.Module):
         self.inner = nn.ModuleList(Bottleneck(hidden) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        halves = F.silu(self.norm(self.enter(x.relu()))).chunk(2, 1)
-        y = [halves[0], halves[1]]
+        y = list(F.silu(self.norm(self.enter(x.relu()))).chunk(2, 1))
         y.extend(block(y[-1]) for block in self.inner)
         return torch.cat(y, 1)
 

@@ -231,6 +231,30 @@ def test_BatchNormBase() -> None:
     assert not issubclass(nn.InstanceNorm2d, _compat.BatchNormBase)
 
 
+def test_InstanceNormBase() -> None:
+    for layer in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d):
+        assert issubclass(layer, _compat.InstanceNormBase), layer
+
+
+def test_TransposedBase() -> None:
+    for layer in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+        assert issubclass(layer, _compat.TransposedBase), layer
+    assert not issubclass(nn.Conv2d, _compat.TransposedBase)
+
+
+def test_native_pad(compiler: None) -> None:
+    targets = []
+
+    def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        targets.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    x = torch.ones(1, 2)
+    padded = torch.compile(lambda x: nn.functional.pad(x, (1, 0), value=2.0), backend=backend)(x)
+    assert torch.equal(padded, _compat.native_pad(x, (1, 0), "constant", 2.0))
+    assert _compat.native_pad in targets
+
+
 def test_ConvolutionBase() -> None:
     for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         assert issubclass(layer, _compat.ConvolutionBase), layer

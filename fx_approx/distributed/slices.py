@@ -42,6 +42,7 @@ def find_slices(model: ApproxModule) -> tuple[dict[nn.Parameter, Sliced], dict[s
     candidates = {one.name: one for one in runtime.candidates}
     found, whole = {}, {}
     uses = weight_uses(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     operations = {one.candidate: one for one in effects.operations}
     shared = {reading.name for one in effects.classes for reading in one.readings}
     for name, candidate in candidates.items():
@@ -51,7 +52,9 @@ def find_slices(model: ApproxModule) -> tuple[dict[nn.Parameter, Sliced], dict[s
             if decision.roles:
                 whole[name] = "its shapes are not known" if not effects.operations else "it has no weight of its own"
             continue
-        parameter = model.get_parameter(path)
+        if path not in parameters:  # a function of a buffer
+            continue
+        parameter = parameters[path]
         rows = operation.axis if effects.hoisted and operation.action in ("produce", "depthwise") else ()
         columns = effects.reads.get(name, ()) if candidate.groups == 1 else ()
         rows, columns = _narrow(rows), _narrow(columns)
