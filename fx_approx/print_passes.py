@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from torch import fx
 
 _FREED = re.compile(r";  .*")
-_OURS = "slice_weights|positions|narrow|tapped_relu|tapped|remaining|resize|split_parts|spread|sliced|take_parts|pad_parts|whole_size"
+_OURS = (
+    "slice_weights|positions|narrow|tapped_relu|tapped|remaining|resize|split_parts|spread|sliced|take_parts|pad_parts|"
+    "whole_size"
+)
 _PREFIX = re.compile(rf"fx_approx_ops_\w+?_(?=(?:{_OURS}))")
 
 
