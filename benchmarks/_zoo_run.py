@@ -206,7 +206,8 @@ def examine(entry: Entry) -> Result:
             said = " ".join(str(error).split())[:300]
             result = dataclasses.replace(blank, failure=f"{type(error).__name__}: {said}")
     told = [str(one.message) for one in heard if issubclass(one.category, fx_approx.CaptureWarning)]
-    untraced = tuple(dict.fromkeys((*result.untraced, *told)))
+    folder = re.compile(r"(?<![\w.~:/-])/\S*/")  # of this machine, before the name of a file
+    untraced = tuple(dict.fromkeys(folder.sub("", note) for note in (*result.untraced, *told)))
     return dataclasses.replace(result, untraced=untraced, seconds=time.perf_counter() - start)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from _zoo_run import Result
 from tabulate import tabulate
 
 _COLUMNS = ("model", "sampled", "narrowed", "FLOPs saved", "untraced", "where demand stopped", "verify", "error")
+_MOST = 25  # reasons of all models
 _SHOWN = 3  # reasons of one model
 _LONGEST = 70  # characters of a reason
 
@@ -41,15 +43,22 @@ def reasons(results: Sequence[Result]) -> list[tuple[str, int, int]]:
     counts: collections.Counter[str] = collections.Counter()
     models: collections.Counter[str] = collections.Counter()
     for one in results:
+        own = collections.Counter[str]()
         for reason, count in one.stops:
-            counts[reason] += count
-            models[reason] += 1
+            own[_kind(reason)] += count
+        counts.update(own)
+        models.update(own.keys())
     return [(reason, count, models[reason]) for reason, count in counts.most_common()]
+
+
+def _kind(reason: str) -> str:
+    """A reason without the numbers in names of values."""
+    return re.sub(r"_?N(?=_|\b)|N(?=[a-z])", "", reason).removeprefix("_")
 
 
 def row(one: Result) -> list[str]:
     """One model."""
-    stops = "; ".join(f"{_short(reason)} ({count})" for reason, count in one.stops[:_SHOWN])
+    stops = "; ".join(f"{_short(_kind(reason))} ({count})" for reason, count in one.stops[:_SHOWN])
     verified = {None: "nothing left out", True: f"{one.verify_error or 0.0:.0e}", False: "**differs**"}[one.verified]
     error = "**" + _short(_wrong(one)) + "**" if not one.passed else f"{one.error:.1e}"
     if one.passed and one.tolerance > 1e-6:
@@ -67,6 +76,7 @@ def row(one: Result) -> list[str]:
 
 
 def _short(text: str) -> str:
+    text = re.sub(r"(?<![\w.~:/-])/\S*/", "", text)  # folders of one machine
     cut = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
     return cut.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
 
@@ -92,7 +102,7 @@ def markdown(results: Sequence[Result], environment: Mapping[str, Any]) -> str:
         frontends = " and ".join(sorted({f"`{one.frontend}`" for one in own}))
         table = tabulate([row(one) for one in own], _COLUMNS, "github", disable_numparse=True)
         parts += [f"## {family} ({len(own)}, by {frontends})", table]
-    found = [(_short(reason), count, models) for reason, count, models in reasons(results)]
+    found = [(_short(reason), count, models) for reason, count, models in reasons(results)][:_MOST]
     parts += ["## Where demand stopped", tabulate(found, ["reason", "values", "models"], "github")]
     notes = [f"- {one.name}: {_short(note)}" for one in results for note in one.untraced]
     if notes:
