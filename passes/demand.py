@@ -135,12 +135,14 @@ def _join(wants: list[int], place: int, wanted: int, stops: list[str], user: fx.
 
 
 def _for_nothing(flow: Flow, demand: Demand, node: fx.Node) -> bool:
-    """Whether following the demand costs a gather too many.
+    """Whether following the demand costs a gather too many, or cannot be done.
 
-    That is where every operand of an operation of several would have to be narrowed for it, and where an operation in
-    place would change a copy instead.
+    That is where every operand of an operation of several would have to be narrowed for it, where an operation in place
+    would change a copy instead, and where the operand is a tuple of parts, of which nothing can be gathered.
     """
     step = flow.steps[node]
+    if any(flow.shape(link.source) is None and not _agree(demand, node, link) for link in step.links):
+        return True
     if changes_in_place(flow, node):
         changed = [link for link in step.links if link.source is first(node)]
         if not all(_agree(demand, node, link) for link in changed):

@@ -321,3 +321,24 @@ def test_what_is_changed_in_place_is_not_a_part_of_what_is_always_whole() -> Non
     model.stem.register_forward_hook(lambda module, args, output: None)
     hoisted = assert_hoisting_changes_nothing(model, Layers(share="value"), x, steps=1)
     assert narrow_producers(hoisted) == set()
+
+
+class PartReadTwice(nn.Module):
+    """Takes one part of a split twice, by two numbers, for readers that choose differently."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(8, 16, 1)
+        self.one, self.two, self.three = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.split(self.stem(x), 8, 1)
+        blended = self.three(x) + parts[1]
+        return self.one(blended.relu()) + self.two(parts[-1].relu()) + self.one(parts[0].relu())
+
+
+def test_a_part_of_a_split_that_is_taken_twice() -> None:
+    torch.manual_seed(0)
+    model, x = PartReadTwice().double(), torch.randn(2, 8, 3, 3, dtype=torch.float64)
+    for share in ("site", "value", "group"):
+        assert_hoisting_changes_nothing(model, Layers(share=share), x, steps=1)
