@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import operator
 import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from torch.fx.proxy import Attribute, TraceError
 from fx_approx.branches import required, requirement, unpacked
 from fx_approx.known_values import KnownValues, NotKnownError
 from fx_approx.real_tensors import IN_PLACE_OPERATORS
-from fx_approx.watch import OWN_FILES, TORCH_FILES, UNTOLD, FrozenError
+from fx_approx.watch import OWN_FILES, TORCH_FILES, UNTOLD, FrozenError, patched
 
 
 class NeedsValues(BaseException):
@@ -25,6 +26,31 @@ class NeedsValues(BaseException):
     """
 
 
+@contextlib.contextmanager
+def kinds_told() -> Iterator[None]:
+    """Lets ``isinstance`` in the model's code see what a traced value stands for.
+
+    Python's function is replaced and not the attribute ``__class__``, which torch's C++ reads as well: it would take
+    the value for a tensor in memory.
+    """
+    usual = builtins.isinstance
+
+    def told(value: Any, kinds: Any) -> bool:
+        if issubclass(type(value), TracedValue):
+            frame = sys._getframe(1)
+            if frame.f_code is torch.is_tensor.__code__ and frame.f_back is not None:
+                frame = frame.f_back
+            if not frame.f_code.co_filename.startswith((TORCH_FILES, OWN_FILES)):
+                try:
+                    return issubclass(value.told_kind(), kinds)
+                except TypeError:  # what is a class only for isinstance, such as torch.FloatTensor
+                    return usual(value, kinds)
+        return usual(value, kinds)
+
+    with patched(builtins, "isinstance", told):
+        yield
+
+
 class TracedValue(fx.Proxy):
     """A traced value that knows what the example inputs tell of it.
 
@@ -32,27 +58,18 @@ class TracedValue(fx.Proxy):
     Python, which falls back to ``x = x + y``: another name of ``x`` would keep the old value.)
     """
 
-    _is_param = False  # nn.Parameter asks everything that says it is a tensor
-
     def _known(self) -> KnownValues | None:
         known: KnownValues | None = self.tracer.known()  # type: ignore[attr-defined]
         return known
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """The class for ``isinstance`` in the model's code, which must take the branch that it will take later."""
-        frame: types.FrameType | None = sys._getframe(1)
-        while frame is not None and (
-            frame.f_globals.get("__name__") == "abc" or frame.f_code is torch.is_tensor.__code__
-        ):
-            frame = frame.f_back
-        if frame is None or frame.f_code.co_filename.startswith((TORCH_FILES, OWN_FILES)):
-            return type(self)
+    def told_kind(self) -> type:
+        """The class that the model's code is to see, whose branch it will take later; this one if it is not known."""
         known = self._known()
         if known is None:
             return type(self)
         try:
-            return known.kind(self.node)
+            found: type = known.kind(self.node)
+            return found
         except NotKnownError:
             return type(self)
 

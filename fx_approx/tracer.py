@@ -21,7 +21,7 @@ from fx_approx.containers import built
 from fx_approx.known_values import KnownValues
 from fx_approx.layers import layer_type
 from fx_approx.real_tensors import Functions, Operators, RealTensors, changed_attributes, tensors_in
-from fx_approx.traced import NeedsValues, TracedValue
+from fx_approx.traced import NeedsValues, TracedValue, kinds_told
 from fx_approx.watch import (
     OWN_FILES,
     TORCH_FILES,
@@ -109,7 +109,7 @@ class LeafTracer(fx.Tracer):
         self.real = RealTensors(root, self.reads)
         with torch.inference_mode(False), torch.enable_grad(), no_side_effects(root), recorded(self.reads), refused():
             self._outside = grad_mode()
-            with Operators(self.real), Functions(self.real, self), checks_replaced(self._as_node):
+            with Operators(self.real), Functions(self.real, self), checks_replaced(self._as_node), kinds_told():
                 graph = super().trace(root, concrete_args)
             self.real.check_attributes()
             for node in graph.nodes:

@@ -146,7 +146,7 @@ def recorded(reads: Reads) -> Iterator[None]:
             _note(reads, self, name, value, sys._getframe(1).f_code.co_filename)
         return value
 
-    with _patched(nn.Module, "__getattribute__", read):
+    with patched(nn.Module, "__getattribute__", read):
         yield
 
 
@@ -220,7 +220,7 @@ def refused() -> Iterator[None]:
     """Stops a forward that enters autocast, asks for global modes, or for what a traced value cannot tell of itself."""
     with contextlib.ExitStack() as stack:
         for name in _GLOBAL_MODES:
-            stack.enter_context(_patched(torch, name, _asked(getattr(torch, name), name)))
+            stack.enter_context(patched(torch, name, _asked(getattr(torch, name), name)))
 
         def enter(self: torch.autocast) -> None:
             raise DroppedError("torch.autocast")
@@ -230,8 +230,8 @@ def refused() -> Iterator[None]:
                 raise DroppedError(f"an assignment to .{name} of a tensor")
             object.__setattr__(self, name, value)
 
-        stack.enter_context(_patched(torch.autocast, "__enter__", enter))
-        stack.enter_context(_patched(fx.Proxy, "__setattr__", assign))
+        stack.enter_context(patched(torch.autocast, "__enter__", enter))
+        stack.enter_context(patched(fx.Proxy, "__setattr__", assign))
         yield
 
 
@@ -245,7 +245,8 @@ def _asked(original: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _patched(place: Any, name: str, value: Any) -> Iterator[None]:
+def patched(place: Any, name: str, value: Any) -> Iterator[None]:
+    """Gives ``place`` another attribute ``name`` for a while."""
     own = vars(place).get(name, _Poison)
     setattr(place, name, value)
     try:
