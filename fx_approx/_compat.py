@@ -148,7 +148,7 @@ def has_one_projection(module: nn.MultiheadAttention) -> bool:
 
 def check_input_dim(layer: BatchNormBase | InstanceNormBase, input: Tensor) -> None:
     """Raises the error of a normalisation layer for an input of a wrong number of dimensions."""
-    layer._check_input_dim(input)
+    layer._check_input_dim(input)  # type: ignore[no-untyped-call]
 
 
 def convolve(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -336,6 +336,7 @@ class _Lifter:
         """Whether ``F.multi_head_attention_forward`` with ``given`` is the call of ``module`` in training."""
         if layer_type(module) is not nn.MultiheadAttention or not module.training:
             return False
+        assert isinstance(module, nn.MultiheadAttention)
         weights = _SEPARATE if given.get("use_separate_proj_weight") else ("in_proj_weight",)
         numbers = [given.get(name) for name in ("embed_dim_to_check", "num_heads", "dropout_p", "training")]
         return (

@@ -271,14 +271,14 @@ class Functions(TorchFunctionMode):
             ours = self._taking_sizes(name, method)
             self._methods[ours] = method
             setattr(Tensor, name, ours)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Ends it."""
         for name in _TAKING_SIZES:
             delattr(Tensor, name)
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def _taking_sizes(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def called(tensor: Tensor, *sizes: Any, **kwargs: Any) -> Any:

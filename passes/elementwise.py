@@ -230,8 +230,8 @@ def matrices(flow: Flow, node: fx.Node) -> Step | None:
 
 def repeat(flow: Flow, node: fx.Node) -> Step | None:
     """repeat: along other axes only, or the same channels would stand there twice."""
-    source, times = first(node), node.args[1:]
-    times = times[0] if len(times) == 1 and isinstance(times[0], (tuple, list)) else times
+    source, given = first(node), node.args[1:]
+    times = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
     layout, shape, result = flow.layout(source), flow.shape(source), flow.shape(node)
     if layout is None or shape is None or result is None or not isinstance(times, (tuple, list)):
         return None
