@@ -366,6 +366,7 @@ __all__ = [
     "children_of",
     "compilations_of",
     "convolve",
+    "fused_attention",
     "has_one_projection",
     "in_backward",
     "inductor",

@@ -204,8 +204,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "values of the same shape",
         pointwise,
-        calls=(torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.rand_like, torch.randn_like),
-        passes="always; random values are other numbers",
+        calls=(torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like),
+        passes="always",
+        stops="random values (`randn_like`), which would be other numbers",
     ),
     Rule(
         "additions",

@@ -82,14 +82,14 @@ def _facts(path: str, module: nn.MultiheadAttention) -> list[tuple[str, str, Any
 
 def _module_problem(module: nn.MultiheadAttention) -> str | None:
     """Why a layer must stay whole however it is called, or None."""
-    if layer_type(module) is not nn.MultiheadAttention:
-        return f"{type(module).__name__} is a subclass that may compute something else"
     if parametrize.is_parametrized(module):
         return "parametrised: its weights are computed at every access"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     if is_hooked(module):
         return "has hooks, which would see other arguments"
+    if layer_type(module) is not nn.MultiheadAttention:
+        return f"{type(module).__name__} is a subclass that may compute something else"
     if module.add_zero_attn or module.bias_k is not None or module.bias_v is not None:
         return "attends to a key of its own (add_bias_kv or add_zero_attn)"
     names = ("in_proj_weight",) if has_one_projection(module) else _SEPARATE

@@ -71,7 +71,7 @@ reduction_ranks.MODELS.update({"grouped": Grouped, "turns": Turns})
 def made(name: str, sampler: str = "topk", scores: str = "weight", share: str = "value", **options: Any) -> nn.Module:
     """In float64, so that norms which are added up in another order choose the same."""
     torch.manual_seed(0)
-    policy = Uniform(sampler, 0.5, minimal_k=4, scores=scores, share=share)
+    policy = Uniform(sampler, 0.5, minimal_k=4, scores=scores, share="site" if scores == "online" else share)
     return fx_approx.transform(reduction_ranks.MODELS[name]().double(), policy, batch(0, 0)[0], **options)
 
 

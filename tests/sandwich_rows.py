@@ -110,7 +110,7 @@ MATHEMATICS: tuple[Row, ...] = (
     _fn("torch.addcmul", lambda x: torch.addcmul(x, x, x, value=0.5)),
     _fn("Tensor.addcdiv", lambda x: x.addcdiv(x, x * x + 1, value=0.5)),
     _fn("torch.lerp", lambda x: torch.lerp(x, x * 2, 0.3)),
-    _fn("noise", lambda x: x + 0.0 * torch.randn_like(x)),
+    _fn("noise", lambda x: x + 0.0 * torch.randn_like(x), "stops"),
     _fn("torch.zeros_like", lambda x: x + torch.zeros_like(x) + torch.full_like(x, 0.1)),
     _with("a scale for each channel", lambda self, x: x * self.w, tensors=lambda: {"w": _channel(WIDTH, 1, 1)}),
     _with("a shift for each channel", lambda self, x: x + self.w.view(1, -1, 1, 1), tensors=lambda: {"w": _channel()}),

@@ -242,17 +242,14 @@ def test_TransposedBase() -> None:
     assert not issubclass(nn.Conv2d, _compat.TransposedBase)
 
 
-def test_native_pad(compiler: None) -> None:
-    targets = []
-
-    def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        targets.extend(node.target for node in graph.graph.nodes)
-        return graph.forward
-
-    x = torch.ones(1, 2)
-    padded = torch.compile(lambda x: nn.functional.pad(x, (1, 0), value=2.0), backend=backend)(x)
-    assert torch.equal(padded, _compat.native_pad(x, (1, 0), "constant", 2.0))
-    assert _compat.native_pad in targets
+def test_fused_attention() -> None:
+    forward, backward = _compat.fused_attention()
+    assert len(forward) >= 4 and len(backward) >= 4
+    for operator, names in ((forward, ["query", "key", "value"]), (backward, ["query", "key", "value"])):
+        for packet in operator:
+            arguments = [one.name for one in packet.default._schema.arguments]
+            first = 0 if operator is forward else 1
+            assert arguments[first : first + 3] == names, packet
 
 
 def test_ConvolutionBase() -> None:

@@ -306,3 +306,17 @@ def test_mark_dynamic() -> None:
         _compat.mark_dynamic(x, 0)
         run(x)
     assert _compat.compilations_of(scaled.__code__) == 1
+
+
+@pytest.mark.usefixtures("compiler")
+def test_native_pad() -> None:
+    targets = []
+
+    def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        targets.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    x = torch.ones(1, 2)
+    padded = torch.compile(lambda x: nn.functional.pad(x, (1, 0), value=2.0), backend=backend)(x)
+    assert torch.equal(padded, _compat.native_pad(x, (1, 0), "constant", 2.0))
+    assert _compat.native_pad in targets

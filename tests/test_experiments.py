@@ -131,7 +131,7 @@ def test_what_steps_cost_is_measured_beside_exact_training(
     [
         ("mlp", "hidden = 16", "classifier", "value, tail"),
         ("cnn", "channels = [8, 8]\nkernel = 3\nhidden = 16\nnorm = true", "classifier", "moving"),
-        ("wrn", "depth = 10\nwiden = 0.5", "8", "value, tail"),
+        ("wrn", "depth = 10\nwiden = 1", "8", "value, tail"),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(

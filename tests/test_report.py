@@ -24,12 +24,12 @@ from .models import (
     CalledTwice,
     Checkpointed,
     Cnn,
+    DataDependent,
     FusedAttention,
     OwnParameters,
     PlainCnn,
     Recurrent,
     WithDataDependent,
-    encoder_layer,
     loss_of,
     mlp,
     normed,
@@ -54,7 +54,7 @@ COUNTED: dict[str, tuple[Any, Any]] = {
     "recurrent": (lambda: Recurrent().double(), lambda: torch.randn(3, 5, 8, dtype=torch.float64)),
     "fused_attention": (FusedAttention, lambda: torch.randn(3, 5, 8)),
     "opaque_part": (hooked_container, lambda: torch.randn(6, 12)),
-    "opaque_model": (encoder_layer, lambda: torch.randn(3, 5, 8)),
+    "opaque_model": (DataDependent, lambda: torch.randn(6, 16)),
     "normed": (normed, lambda: torch.randn(6, 12)),
 }
 
@@ -159,8 +159,13 @@ def test_without_example_inputs_the_first_forward_fills_the_report(name: str) ->
     assert before.totals.exact.total == 0 and "rows without shapes" in before.notes[-1]
     assert "?" in str(before) and before.to_json() and before.to_csv() and before.to_html()
     approx(x)
-    after, given = fx_approx.report(approx), fx_approx.report(transformed(model, HALF, x))
-    assert after.to_dict() == given.to_dict()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "shapes are known only in part", fx_approx.CaptureWarning)
+        after = fx_approx.report(approx).to_dict()
+        given = fx_approx.report(transformed(model, HALF, x)).to_dict()
+    if name == "opaque_model":  # why it is not traced depends on whether there were inputs to ask
+        assert [len(one.pop("notes")) for one in (after, given)] == [1, 1]
+    assert after == given
 
 
 def test_rows_behind_data_dependent_control_flow_stay_unknown() -> None:

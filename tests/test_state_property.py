@@ -53,8 +53,9 @@ def stepped(model: nn.Module, x: Tensor, seed: int) -> Any:
 def transformed(model: nn.Module, x: Tensor, scores: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fx_approx.CaptureWarning)
-        fx_approx.explain(model, Uniform("topk", 0.5, scores=scores, share="value"), x)
-        return fx_approx.transform(model, Uniform("topk", 1.0, scores=scores, share="value"), x)
+        share = "site" if scores == "online" else "value"
+        fx_approx.explain(model, Uniform("topk", 0.5, scores=scores, share=share), x)
+        return fx_approx.transform(model, Uniform("topk", 1.0, scores=scores, share=share), x)
 
 
 def assert_is_the_model(

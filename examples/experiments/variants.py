@@ -162,7 +162,9 @@ class Ratios:
         """Sets the ratios of step 0; ``preserve`` as in :class:`fx_approx.RatioScheduler`."""
         self._scheduler = None
         if schedule is not None and any(row.samples for row in fx_approx.report(model).rows):
-            self._scheduler = fx_approx.RatioScheduler(model, schedule, preserve=preserve)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", fx_approx.StaleStatisticsWarning)  # recalibrated ones are recorded
+                self._scheduler = fx_approx.RatioScheduler(model, schedule, preserve=preserve)
 
     def jump(self, step: int) -> None:
         """To the ratios of ``step``."""

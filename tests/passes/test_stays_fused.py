@@ -18,7 +18,12 @@ from .attention import AHEAD, HEADS, LENGTH, ONLINE, SIZE, Calls, names, transfo
 
 
 class Subclass(nn.MultiheadAttention):
-    pass
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class Named(nn.MultiheadAttention):
+    """Overrides nothing."""
 
 
 def attention(**options: Any) -> nn.MultiheadAttention:
@@ -94,13 +99,24 @@ def test_a_decoder_layer_is_traced_and_its_packed_cross_attention_stays_whole() 
     assert fx_approx.verify(approx, (x, memory)).passed
 
 
-def test_an_encoder_layer_is_not_traced_and_stays_exact_in_evaluation() -> None:
+def test_a_subclass_that_overrides_nothing_is_taken_apart() -> None:
+    model = Calls(no_weights, Named(SIZE, HEADS, batch_first=True))
+    approx = transformed(model, Override({"fc": ONLINE}, Exact()), torch.randn(3, LENGTH, SIZE))
+    assert names(approx) == ["fc", "attn.linear", "attn.scaled_dot_product_attention", "attn.out_proj"]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_an_encoder_layer_is_traced_with_example_inputs_and_exact_in_evaluation(given: bool) -> None:
     """Its Python asks for the number of axes, to find torch's fast path."""
     layer = nn.TransformerEncoderLayer(SIZE, HEADS, 32, batch_first=True)
     model, x = nn.Sequential(nn.Linear(SIZE, SIZE), layer), torch.randn(3, LENGTH, SIZE)
-    with pytest.warns(fx_approx.CaptureWarning, match="not traced"):
+    if given:
         approx = fx_approx.transform(model, AHEAD, x)
-    assert names(approx) == ["0", "1.self_attn", "1.linear1", "1.linear2"]
-    assert "fused multi-head attention" in fx_approx.report(approx)["1.self_attn"].reason
+        assert "1.self_attn.linear" in names(approx)
+    else:
+        with pytest.warns(fx_approx.CaptureWarning, match="not traced"):
+            approx = fx_approx.transform(model, ONLINE)
+        assert names(approx) == ["0", "1.self_attn", "1.linear1", "1.linear2"]
+        assert "fused multi-head attention" in fx_approx.report(approx)["1.self_attn"].reason
     with torch.no_grad():
         assert torch.equal(approx.eval()(x), model.eval()(x))
