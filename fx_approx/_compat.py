@@ -297,6 +297,12 @@ def is_skipped_code(function: Callable[..., Any]) -> bool:
     return bool(_trace_rules.check(function))
 
 
+def compiles_in_place(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` compiles a forward that Dynamo leaves to Python otherwise: from torch 2.14 on."""
+    wraps = getattr(_OptimizedModule, "_should_wrap_module_call_impl", None)
+    return wraps is not None and bool(wraps(module._call_impl))
+
+
 def is_checkpoint(target: Any) -> bool:
     """Whether a node's target is the operator that Dynamo writes for ``torch.utils.checkpoint.checkpoint``."""
     return target is torch.ops.higher_order.tag_activation_checkpoint
@@ -365,6 +371,7 @@ __all__ = [
     "checks_replaced",
     "children_of",
     "compilations_of",
+    "compiles_in_place",
     "convolve",
     "fused_attention",
     "has_one_projection",

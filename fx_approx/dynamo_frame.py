@@ -26,6 +26,7 @@ from fx_approx._compat import (
     InstructionTranslator,
     UnspecializedNNModuleSource,
     children_of,
+    compiles_in_place,
     install_guard,
     is_skipped_code,
 )
@@ -200,8 +201,9 @@ def compiled_in_place() -> nn.Module | None:
 
 
 def is_skipped(module: nn.Module) -> bool:
-    """Whether Dynamo leaves a call of the module's own forward to Python, unless a frame around is compiled."""
-    return isinstance(module.forward, MethodType) and is_skipped_code(module.forward)
+    """Whether ``module.compile()`` leaves its own forward to Python, unless a frame around is compiled."""
+    skipped = isinstance(module.forward, MethodType) and is_skipped_code(module.forward)
+    return skipped and not compiles_in_place(module)
 
 
 def _path(root: Root, known: Known) -> str:

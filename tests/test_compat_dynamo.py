@@ -320,3 +320,17 @@ def test_native_pad() -> None:
     padded = torch.compile(lambda x: nn.functional.pad(x, (1, 0), value=2.0), backend=backend)(x)
     assert torch.equal(padded, _compat.native_pad(x, (1, 0), "constant", 2.0))
     assert _compat.native_pad in targets
+
+
+@pytest.mark.usefixtures("compiler")
+def test_compiles_in_place() -> None:
+    graphs = []
+
+    def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.compile(backend=backend)
+    model(torch.ones(1, 2))
+    assert _compat.compiles_in_place(nn.Sequential(nn.Linear(2, 2))) == bool(graphs)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fx_approx
+from fx_approx._compat import compiles_in_place
 from fx_approx.policies import Exact, Paper, Uniform
 
 # Dynamo looks at it on the tensors that it resumes with.
@@ -275,9 +276,14 @@ def test_a_step_that_cannot_be_counted_is_a_note() -> None:
     assert any("The totals are those of the captured graphs" in note for note in report.notes)
 
 
-def test_compiling_a_container_of_torch_in_place_says_that_it_does_nothing() -> None:
+def test_compiling_a_container_of_torch_in_place_samples_or_says_that_it_does_nothing() -> None:
     sampling = fx_approx.backend(VALUE, inner="eager")
     model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4))
+    if compiles_in_place(model):  # torch 2.14
+        model.compile(backend=sampling)
+        model(X).sum().backward()
+        assert len(sampling.pieces) == 1 and all(row.samples for row in sampling.report().rows)
+        return
     with pytest.warns(
         fx_approx.CaptureWarning, match=r"Sequential\.compile\(\) compiles nothing.*torch\.compile\(model"
     ):
