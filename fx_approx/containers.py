@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fx_approx._compat import tree_leaves
+
 
 def built(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Arguments with which the class of ``value`` makes it again, or None if that is not known or not needed.
@@ -15,7 +17,7 @@ def built(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     Known are dataclasses (the outputs of Hugging Face models among them) and dicts whose class has no ``__init__`` of
     its own, as an ``OrderedDict``.
     """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if is_record(value):
         fields = [field.name for field in dataclasses.fields(value) if field.init]
         if isinstance(value, dict) and not set(value) <= set(fields):
             return None
@@ -29,6 +31,20 @@ def built(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     return ([(key, one) for key, one in value.items()],), {}
 
 
+def leaves(value: Any) -> list[Any]:
+    """The elements of nested containers and dataclasses, in order; None is one."""
+    if is_record(value):
+        return [found for field in dataclasses.fields(value) for found in leaves(getattr(value, field.name, None))]
+    return [
+        found for one in tree_leaves(value, is_leaf=is_record) for found in (leaves(one) if is_record(one) else [one])
+    ]
+
+
+def is_record(value: Any) -> bool:
+    """Whether ``value`` is an object of a dataclass."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
 def tensors(value: Any) -> list[Tensor]:
     """All tensors in nested containers and dataclasses, in order."""
     if isinstance(value, Tensor):
@@ -37,6 +53,6 @@ def tensors(value: Any) -> list[Tensor]:
         return [found for one in value.values() for found in tensors(one)]
     if isinstance(value, (list, tuple, set, frozenset)):
         return [found for one in value for found in tensors(one)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if is_record(value):
         return [found for field in dataclasses.fields(value) for found in tensors(getattr(value, field.name, None))]
     return []

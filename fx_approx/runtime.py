@@ -18,6 +18,7 @@ from fx_approx.batchnorm import averages
 from fx_approx.candidate import Candidate, Role
 from fx_approx.capture import Capture, Held
 from fx_approx.checkpoints import is_checkpointed, outlined
+from fx_approx.containers import tensors
 from fx_approx.errors import CaptureError, CaptureWarning, RecomputationError, WidthError
 from fx_approx.modules import Selector
 from fx_approx.ops import refuse_transforms
@@ -363,7 +364,7 @@ class Runtime(Moved):
                 runtime.drawn = drawn
                 at_end_of_backward(runtime.forget)
 
-        for tensor in _tensors((result,)):
+        for tensor in tensors(result):
             if tensor.requires_grad:
                 tensor.register_hook(restore)
 

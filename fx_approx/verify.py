@@ -12,10 +12,11 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fx_approx._compat import DropoutBase, tree_leaves
+from fx_approx._compat import DropoutBase
 from fx_approx.approx import ApproxModule, find
 from fx_approx.capture import kept_random_state
 from fx_approx.checks import check_inputs
+from fx_approx.containers import leaves, tensors
 from fx_approx.controls import load_sampler_state, sampler_state
 from fx_approx.repeatable import Randomness
 
@@ -138,16 +139,16 @@ def verify(
                 runtime.function = runtime.compiled(plain)
             theirs, drawn_whole = _step(approx, args, kwargs, loss)
     found = []
-    for kind, tensors in ours.items():
+    for kind, mine in ours.items():
         others = theirs[kind]
         if kind == "statistics":  # of the channels that were computed; other buffers did not change
-            changed = {name: t != before[name] for name, t in tensors.items() if t is not None}
-            tensors, others = ({n: made[n][changed[n]] for n in changed} for made in (tensors, others))  # type: ignore[index]
+            changed = {name: t != before[name] for name, t in mine.items() if t is not None}
+            mine, others = ({n: made[n][changed[n]] for n in changed} for made in (mine, others))  # type: ignore[index]
         numbers = [t for t in others.values() if t is not None and t.numel() and _is_number(t)]
         scale = max((float(t.abs().max()) for t in numbers), default=0.0)
-        for name in dict.fromkeys((*tensors, *others)):
-            if kind != "output" or not tensors.get(name) is others.get(name) is None:
-                found.append(_difference(kind, name, tensors.get(name), others.get(name), scale))
+        for name in dict.fromkeys((*mine, *others)):
+            if kind != "output" or not mine.get(name) is others.get(name) is None:
+                found.append(_difference(kind, name, mine.get(name), others.get(name), scale))
     limit = TOLERANCE.get(dtype, 0.1) if tolerance is None else tolerance
     return Verification(tuple(found), limit, hoisted, drawn_whole.differs_from(drawn))
 
@@ -177,7 +178,7 @@ def _is_number(tensor: Tensor) -> bool:
 
 def mean_square(result: Any) -> Tensor:
     """A scalar of a model's output: the mean of the squares of each of its tensors, added up."""
-    squares = [t.square().mean() for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
+    squares = [t.square().mean() for t in tensors(result) if t.is_floating_point()]
     return torch.stack(squares).sum()
 
 
@@ -188,7 +189,7 @@ def _step(
     with torch.enable_grad():
         with Randomness() as drawn:
             result = approx(*args, **kwargs)
-        outputs = {str(place): leaf for place, leaf in enumerate(tree_leaves(result))}
+        outputs = {str(place): leaf for place, leaf in enumerate(leaves(result))}
         scalar = (mean_square if loss is None else loss)(result)
         wanted = {name: p for name, p in approx.named_parameters() if p.requires_grad}
         grads = torch.autograd.grad(scalar, list(wanted.values()), allow_unused=True)

@@ -211,3 +211,19 @@ def test_nested_containers_are_looked_through() -> None:
     a, b, c = torch.ones(1), torch.ones(2), torch.ones(3)
     assert same(tensors({"x": [a, Record(b, [c])], "y": (None, 3)}), [a, b, c])
     assert tensors(collections.UserDict()) == []
+
+
+def test_records_are_verified_leaf_by_leaf() -> None:
+    class Recorded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Record:
+            hidden = self.a(x).relu()
+            return Record(self.b(hidden), [hidden.sum()])
+
+    x = torch.randn(3, 12)
+    found = fx_approx.verify(fx_approx.transform(Recorded(), VALUE, x), x)
+    assert found.passed
+    assert [one.name for one in found.differences if one.kind == "output"] == ["0", "1"]
