@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from fx_approx.approx import ApproxModule, adopt, find
 from fx_approx.candidate import Role
-from fx_approx.capture import CallForm, call_form, capture, skeleton
+from fx_approx.capture import CallForm, Calls, Section, call_form, capture, skeleton
 from fx_approx.checks import check_inputs, check_model, check_seed
 from fx_approx.controls import load_sampler_state, sampler_state
 from fx_approx.demand_report import coverages
@@ -25,6 +25,7 @@ from fx_approx.plan import Decision, Plan, Policy, make_plan
 from fx_approx.policies import Paper
 from fx_approx.report import Explanation, SavingsReport, build_report
 from fx_approx.runtime import Runtime
+from fx_approx.sections import with_sections, with_these
 from fx_approx.size_guards import described
 from fx_approx.whole import Whole
 
@@ -94,7 +95,7 @@ def _transform(
     runtime = install(root, prepared, plan, seed, every, demand)
     for part in prepared.captured.opaque:
         hint = ". Where torch.compile can capture it: backend=fx_approx.backend(policy)" if part.elsewhere else ""
-        warnings.warn(f"not traced, served by module swap: {part}{hint}", CaptureWarning, stacklevel=4)
+        warnings.warn(f"not traced, served by {part.served}: {part}{hint}", CaptureWarning, stacklevel=4)
     if not plan.sampled:
         what = "it has no matrix product or convolution" if not prepared.found else "every layer stays exact"
         warnings.warn(f"transform changed nothing in {type(model).__name__}: {what}", NoEffectWarning, stacklevel=4)
@@ -153,16 +154,22 @@ def _prepare(
     example_inputs: Any,
     form: CallForm | None = None,
     called: tuple[Any, Any] | None = None,
+    known: tuple[Sequence[Section], Mapping[str, Calls]] | None = None,
 ) -> tuple[nn.Module, Prepared]:
     """Capture and annotate: everything before a decision.
 
-    ``form`` and ``called`` say how the model is called where there are no example inputs.
+    ``form`` and ``called`` say how the model is called where there are no example inputs, and ``known`` how modules in
+    it are.
     """
     args, kwargs = check_inputs(model, example_inputs)
     root = skeleton(model)
     if args is not None:
         called = described(args), described(kwargs)
     captured = capture(root, call_form(root, args, kwargs) if form is None else form, called)
+    if called is not None and known is not None:
+        captured = with_these(root, captured, called, *known)
+    elif called is not None:
+        captured = with_sections(root, captured, called, None if args is None else (args, dict(kwargs)))
     return root, prepare(root, captured, called)
 
 
@@ -227,7 +234,8 @@ def _reduce(approx: ApproxModule) -> tuple[Any, ...]:
     runtime = approx._fx_approx
     switches = {key: (s.spec, s.enabled) for key, s in runtime.selectors.items()}
     parts = _plain(approx), runtime.plan.to_dict(), runtime.capture.form, sampler_state(approx), switches
-    return _rebuild, (*parts, runtime.called, runtime.hoisting, runtime.shaped)
+    known = runtime.capture.sections, dict(runtime.capture.strays)
+    return _rebuild, (*parts, runtime.called, runtime.hoisting, runtime.shaped, known)
 
 
 def _rebuild(
@@ -239,11 +247,12 @@ def _rebuild(
     called: tuple[Any, Any] | None,
     demand: bool,
     shaped: bool,
+    known: tuple[Sequence[Section], Mapping[str, Calls]],
 ) -> nn.Module:
     """Unpickles: transforms the exact model again by the same plan."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        prepared = _prepare(model, None, form, called if shaped else None)
+        prepared = _prepare(model, None, form, called if shaped else None, known)
         approx = _transform(model, Plan.from_dict(plan), prepared, 0, 1, demand)
     runtime = find(approx)._fx_approx
     load_sampler_state(approx, state)

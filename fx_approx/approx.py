@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from fx_approx._compat import Moved
 from fx_approx.batchnorm import averages, note_fresh, warn_if_stale
+from fx_approx.capture import Section
 from fx_approx.errors import CaptureError
+from fx_approx.layers import EXACT_CLASS, HELD
 from fx_approx.print_passes import passes_text
 from fx_approx.runtime import Runtime
 
@@ -81,11 +83,8 @@ def adopt(root: nn.Module, runtime: Runtime, reduce: Callable[[ApproxModule], tu
             return exact(self, *args, **kwargs)
         return runtime.run(self, exact, args, kwargs)
 
-    own = types.FunctionType(forward.__code__.replace(), forward.__globals__, "forward", None, forward.__closure__)
-    own.__wrapped__ = exact  # type: ignore[attr-defined]
-    own.__doc__ = exact.__doc__
     namespace = {
-        "forward": own,
+        "forward": _own(forward, exact),
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
         "__reduce_ex__": lambda self, protocol: reduce(self),
@@ -93,9 +92,49 @@ def adopt(root: nn.Module, runtime: Runtime, reduce: Callable[[ApproxModule], tu
     }
     root.__class__ = type(f"Approx{cls.__name__}", (ApproxModule, cls), namespace)
     root.__dict__["_fx_approx"] = runtime
+    for section in runtime.capture.sections:
+        if section.path:
+            _adopt_section(root, section)
     runtime.averages = averages(root)
     note_fresh(root, runtime)
     return cast(ApproxModule, root)
+
+
+def _own(forward: types.FunctionType, exact: Callable[..., Any]) -> types.FunctionType:
+    """``forward`` with a code object of its own, in the place of ``exact``."""
+    own = types.FunctionType(forward.__code__.replace(), forward.__globals__, "forward", None, forward.__closure__)
+    own.__wrapped__ = exact  # type: ignore[attr-defined]
+    own.__doc__ = exact.__doc__
+    return own
+
+
+def _adopt_section(root: nn.Module, section: Section) -> None:
+    """Makes a module of a transformed model run through a graph of its own; ``unswap`` takes that back."""
+    module = root.get_submodule(section.path)
+    cls = type(module)
+    exact = cls.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        held = self.__dict__.get(HELD)
+        runtime = None if held is None else held[0].__dict__.get("_fx_approx")
+        if runtime is None:
+            return exact(self, *args, **kwargs)
+        return runtime.run_section(held[0], held[1], self, exact, args, kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        """Pickled by itself, it is the module that it was: the class exists in this process only."""
+        made, arguments, state, *more = cls.__reduce_ex__(self, protocol)
+        kept = {name: value for name, value in state.items() if name not in (EXACT_CLASS, HELD)}
+        return (made, (cls, *arguments[1:]), kept, *more)
+
+    module.__dict__[EXACT_CLASS], module.__dict__[HELD] = cls, (root, section)
+    names = {
+        "forward": _own(forward, exact),
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "__reduce_ex__": reduce,
+    }
+    module.__class__ = type(f"Approx{cls.__name__}", (cls,), names)
 
 
 def find(model: nn.Module) -> ApproxModule:

@@ -23,12 +23,15 @@ from torch import fx, nn
 from fx_approx._compat import HOOKS, buffers_of, children_of, parameters_of, tree_leaves
 from fx_approx.errors import CaptureError
 from fx_approx.known_values import KnownValues
-from fx_approx.size_guards import SizeGuard
+from fx_approx.size_guards import SizeGuard, TensorSpec
 from fx_approx.traced import NeedsValues
 from fx_approx.tracer import FUSED, LeafTracer, Opaque, describe
 from fx_approx.watch import Fact, Members, Reads, containers, members, random_state, set_random_state
 
 _ENTRY = "_fx_approx_entry"
+
+SECTION = "fx_approx_section"
+"""Where a node of several graphs in one says to which section it belongs, by number."""
 
 # Tracing patches torch while it runs.
 _one_at_a_time = threading.RLock()
@@ -133,12 +136,38 @@ class UnfitGraphError(Exception):
     """The graph does not run on inputs on which the model's own forward does."""
 
 
+Calls = tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+"""Arguments of the calls of a module, with a :class:`fx_approx.size_guards.TensorSpec` for every tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A module with a graph of its own, in a model, or below a part of one, whose forward cannot be traced.
+
+    Attributes:
+        path: Of the module; "" for the model itself, where only parts of it cannot be traced.
+        form: How it is called.
+        calls: What the example called it with, the first call first.
+        fed: Something before it computes what it reads with parameters.
+        feeds: Something behind it reads what it returns, another section or layer.
+        guard: What the inputs of a call must share with the first one; None if nothing was relied upon.
+    """
+
+    path: str
+    form: CallForm
+    calls: Calls
+    fed: bool = False
+    feeds: bool = False
+    guard: SizeGuard | None = None
+
+
 @dataclasses.dataclass
 class Capture:
     """A captured model.
 
     Attributes:
         graph: The traced graph, whose targets are paths in the skeleton; None if the forward itself cannot be traced.
+            With ``sections`` it holds their graphs, one behind the other: the inputs of all, and one output for each.
         form: How it is called.
         opaque: Parts kept as Python, with the reason.
         branching: Paths of modules whose Python branches on ``training``: the graph serves training only.
@@ -147,6 +176,8 @@ class Capture:
         frozen: Path, name and value of module attributes that are in the graph as they were.
         granted: What else it takes for granted of the model.
         guard: What the inputs of a call must share with the example inputs; None if nothing was relied upon.
+        sections: Modules with graphs of their own, where the forward around them cannot be traced; else empty.
+        strays: Calls in the example of the layers outside ``sections``, by path.
     """
 
     graph: fx.Graph | None
@@ -158,6 +189,8 @@ class Capture:
     frozen: tuple[tuple[str, str, Any], ...] = ()
     granted: Granted = Granted()
     guard: SizeGuard | None = None
+    sections: tuple[Section, ...] = ()
+    strays: Mapping[str, Calls] = dataclasses.field(default_factory=dict)
 
 
 def skeleton(model: nn.Module, shared: bool = True) -> nn.Module:
@@ -241,27 +274,28 @@ def call_form(model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[st
 
 
 def _has_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
+    return any(isinstance(leaf, (torch.Tensor, TensorSpec)) for leaf in tree_leaves(value))
 
 
-def capture(root: nn.Module, form: CallForm, called: tuple[Any, Any] | None = None) -> Capture:
+def capture(root: nn.Module, form: CallForm, called: tuple[Any, Any] | None = None, path: str = "") -> Capture:
     """Traces ``root`` (a :func:`skeleton`; its attributes and training flags are as before afterwards).
 
     Args:
         root: The model.
-        form: How it is called.
+        form: How it is called, or the module at ``path``.
         called: Example inputs, see :func:`fx_approx.size_guards.described`. Where tracing would stop or go wrong for
             want of a length or a size, the model is traced again with what they tell.
+        path: Trace the forward of this module in ``root`` only; all names in the graph are still those of ``root``.
     """
     inputs = None if called is None else form.bind(*called)
     with _one_at_a_time, kept_random_state(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the model says of Proxies is of no use to anyone
         try:
-            captured, failed = _capture(root, form, None, inputs is not None)
+            captured, failed = _capture(root, form, path, None, inputs is not None)
         except NeedsValues:
             captured, failed = None, True
         if inputs is not None and failed:
-            captured, _ = _capture(root, form, _known_values(root, form, inputs), False)
+            captured, _ = _capture(root, form, path, _known_values(root, form, inputs), False)
     assert captured is not None
     return captured
 
@@ -273,7 +307,9 @@ def _known_values(root: nn.Module, form: CallForm, inputs: list[Any]) -> KnownVa
         return None
 
 
-def _capture(root: nn.Module, form: CallForm, known: KnownValues | None, may_ask: bool) -> tuple[Capture, bool]:
+def _capture(
+    root: nn.Module, form: CallForm, path: str, known: KnownValues | None, may_ask: bool
+) -> tuple[Capture, bool]:
     """The capture, and whether anything could not be traced for want of knowledge."""
     if isinstance(root, FUSED):
         return Capture(
@@ -282,13 +318,13 @@ def _capture(root: nn.Module, form: CallForm, known: KnownValues | None, may_ask
     reads = Reads()
     with _kept_attributes(root):
         try:
-            tracer, graph, constants = _trace(root, form, reads, True, known, may_ask)
+            tracer, graph, constants = _trace(root, form, path, reads, True, known, may_ask)
         except Exception as error:  # whatever a user's forward does with a Proxy
             return Capture(None, form, (Opaque("", describe(error), True),), (), {}), True
         failed = tracer.failed
         paths = {id(module): path for path, module in root.named_modules()}
         try:
-            other, evaluation, others = _trace(root, form, reads, False, known, may_ask)
+            other, evaluation, others = _trace(root, form, path, reads, False, known, may_ask)
             failed |= other.failed
             readers = [paths[key] for key in reads.training if key in paths]
             branching = _merge(graph, evaluation, readers[0] if readers else None)
@@ -339,7 +375,7 @@ def _kept_attributes(root: nn.Module) -> Iterator[None]:
 
 
 def _trace(
-    root: nn.Module, form: CallForm, reads: Reads, training: bool, known: KnownValues | None, may_ask: bool
+    root: nn.Module, form: CallForm, path: str, reads: Reads, training: bool, known: KnownValues | None, may_ask: bool
 ) -> tuple[LeafTracer, fx.Graph, dict[str, torch.Tensor]]:
     for module in root.modules():
         module.training = training
@@ -348,7 +384,7 @@ def _trace(
         known.begin(training)
     tracer = LeafTracer(reads, known, may_ask)
     tracer.traced_func_name = _ENTRY
-    with _entry(root, form, known):
+    with _entry(root, form, path, known):
         graph = tracer.trace(root)
     constants = {name: value for name, value in vars(root).items() if name not in before}
     for name in constants:
@@ -376,16 +412,18 @@ def _copy_constants(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _entry(root: nn.Module, form: CallForm, known: KnownValues | None) -> Iterator[None]:
-    """Gives root's class a method whose parameters are the graph's inputs and which calls ``forward``."""
-    cls = type(root)
+def _entry(root: nn.Module, form: CallForm, path: str, known: KnownValues | None) -> Iterator[None]:
+    """Gives root's class a method whose parameters are the graph's inputs and which calls ``forward``, or a module."""
+    cls, module = type(root), root.get_submodule(path)
 
     def call(self: nn.Module, *values: Any) -> Any:
         opened = values if known is None else known.opened(values)
         arguments = {**form.constants, **dict(zip(form.dynamic, opened, strict=True))}
-        keyword = {p.name for p in inspect.signature(cls.forward).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        signature = inspect.signature(type(module).forward)
+        keyword = {p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
         positional = [arguments[name] for name in form.names if name not in keyword]
-        return cls.forward(self, *positional, **{name: arguments[name] for name in keyword if name in arguments})
+        named = {name: arguments[name] for name in keyword if name in arguments}
+        return module(*positional, **named) if path else cls.forward(self, *positional, **named)
 
     # fx reads the names of the inputs from the code object, so the function must really have them.
     listed = ", ".join(form.dynamic)

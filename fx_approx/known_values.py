@@ -2,8 +2,8 @@
 
 While a forward is traced its Python may ask a traced value for its number of axes, for the length of a tuple, or for a
 number that follows from sizes. The answer is read off fake tensors. So that it may be trusted in later calls, the graph
-is run on several fake inputs: the example's own, some with another batch, and one for each other size with that size
-doubled. What is alike in all of them does not depend on the sizes; what differs is answered only under a
+is run on several fake inputs: the example's own, some with another batch, and one for each other size, up to a number
+of them, with that size doubled. What is alike in all of them does not depend on the sizes; what differs is answered only under a
 :class:`SizeGuard`, and what depends on the batch is not answered at all.
 """
 
@@ -27,7 +27,7 @@ from fx_approx.size_guards import SizeGuard, TensorSpec, places
 from fx_approx.watch import has_drawn, random_state, set_random_state, unwatched
 
 _MANY = 6
-"""Sizes that are varied; further ones are guarded wherever anything is relied upon."""
+"""Sizes that are varied each; of further ones widths and heights together, others are guarded where any is."""
 
 _SIZE_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "__len__")
 _SIZE_ATTRIBUTES = ("shape", "ndim")
@@ -129,11 +129,16 @@ class KnownValues:
             if (leaf, axis) not in rows:
                 others.setdefault((size, size in apart and axis == 1), []).append((leaf, axis))
         self._always: set[tuple[int, int]] = set()
+        areas: list[tuple[int, int]] = []
         for (size, _), same in others.items():
             if size > 1 and len(variants) < 3 + _MANY:
                 variants.append(_Variant("size", tuple(same)))
+            elif size > 1 and all(axis > 1 for _, axis in same):  # widths and heights of many feature maps
+                areas += same
             else:
                 self._always.update(same)
+        if areas:
+            variants.append(_Variant("size", tuple(areas)))
         return variants
 
     def _inputs(self, variant: _Variant) -> list[Any]:

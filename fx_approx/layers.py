@@ -12,6 +12,9 @@ from fx_approx._compat import CALLS, buffers_of, parameters_of
 EXACT_CLASS = "_fx_approx_exact_class"
 """Where a layer that stands in place of an exact one keeps the class of that."""
 
+HELD = "_fx_approx_section"
+"""Where a module with a graph of its own keeps the transformed model that it belongs to, and its section."""
+
 _TORCH = ("torch.nn.", "torch.ao.")
 _CALLED = frozenset(("forward", "__call__", *CALLS, "__getattr__", "__getattribute__"))
 _AT_REST = frozenset(("extra_repr", "reset_parameters", "reset_running_stats"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fx_approx import ops
 from fx_approx._compat import convolve, padding_of
 from fx_approx.candidate import Role
-from fx_approx.layers import EXACT_CLASS, layer_type, with_forward
+from fx_approx.layers import EXACT_CLASS, HELD, layer_type, with_forward
 from fx_approx.ops import OPS, Choice, Early, How, Late, ProductOp, Rule, new_running
 from fx_approx.sampling import SamplerSpec, get_sampler, get_score
 from fx_approx.shards import refuse_shard
@@ -357,7 +357,8 @@ def is_swapped(module: nn.Module | None) -> bool:
 
 
 def unswap(module: nn.Module) -> None:
-    """The inverse of :func:`swap` and :func:`become`; nothing for any other module."""
+    """The inverse of :func:`swap` and :func:`become`, and of all that gives a module another class."""
     if is_swapped(module):
-        module.__dict__.pop("site", None)
+        for name in ("site", HELD):
+            module.__dict__.pop(name, None)
         module.__class__ = module.__dict__.pop(EXACT_CLASS)

@@ -273,12 +273,16 @@ class _Recorder:
         for selector in self.runtime.selectors.values():
             selector.enabled = False
         if self.runtime.graph is not None:
-            self.runtime.function = lambda root, *values: _Interpreter(root, self).run(*values)
+            assert self.runtime.plain is not None
+            self.runtime.serve(self.runtime.plain, self._interpreted)
         names = {selector: name for (name, _), selector in self.runtime.selectors.items()}
         for module in root.modules():
             if isinstance(module, SampledLayer) and module.site is not None and module.site.selectors:
                 name = names[next(iter(module.site.selectors.values()))]
                 module.register_forward_hook(functools.partial(self._hook, name), with_kwargs=True)
+
+    def _interpreted(self, graph: fx.Graph) -> Callable[..., Any]:
+        return lambda root, *values: _Interpreter(root, graph, self).run(*values)
 
     def _hook(self, name: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Tensor) -> None:
         inputs = (*args, *kwargs.values())
@@ -340,8 +344,8 @@ def _operand(tensor: Tensor, output: Tensor) -> Tensor:
 class _Interpreter(fx.Interpreter):
     """Runs the model's graph and reports the candidates in it."""
 
-    def __init__(self, root: nn.Module, recorder: _Recorder) -> None:
-        super().__init__(root, graph=recorder.runtime.plain)
+    def __init__(self, root: nn.Module, graph: fx.Graph, recorder: _Recorder) -> None:
+        super().__init__(root, graph=graph)
         self.extra_traceback = False  # errors are to read as they do in training
         self.recorder = recorder
 

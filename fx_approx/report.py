@@ -258,7 +258,7 @@ def build_report(
         slicing=sum(row.slicing for row in known),
         **({} if found is None else dataclasses.asdict(found)),
     )
-    notes = [f"Not traced, served by module swap: {part}." for part in opaque]
+    notes = [f"Not traced, served by {part.served}: {part}." for part in opaque]
     if len(known) < len(rows):
         why = "fake tensors do not get there" if tried else "give example_inputs, or run one eager forward"
         notes.append(f"{len(rows) - len(known)} of {len(rows)} rows without shapes, not in the totals: {why}.")

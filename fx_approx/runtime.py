@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fx_approx._compat import Moved, at_end_of_backward, buffers_of, children_of, in_backward, tree_leaves
+from fx_approx._compat import Moved, at_end_of_backward, buffers_of, in_backward, tree_leaves
 from fx_approx.batchnorm import averages
 from fx_approx.candidate import Candidate, Role
-from fx_approx.capture import Capture, Held
+from fx_approx.capture import Capture, Section
 from fx_approx.checkpoints import is_checkpointed, outlined
 from fx_approx.containers import tensors
 from fx_approx.errors import CaptureError, CaptureWarning, RecomputationError, WidthError
+from fx_approx.guards import Guards
 from fx_approx.modules import Selector
 from fx_approx.ops import refuse_transforms
 from fx_approx.plan import Plan
 from fx_approx.resample import Resample, Shared
-from fx_approx.shards import UNREGISTERED, is_sharded
 from fx_approx.size_guards import described
+from fx_approx.split import split
 from fx_approx.state import (
     EVERY,
     INCREMENT,
@@ -40,7 +41,6 @@ from fx_approx.state import (
     next_key,
     recall,
 )
-from fx_approx.tracer import hook_count, is_hooked
 
 PROLOGUE = "_fx_approx"
 """Where the runtime hangs in a model, and so its name in graphs."""
@@ -69,6 +69,7 @@ class Runtime(Moved):
         capture: The captured graph before the rewrite.
         graph: The rewritten graph that runs.
         stages: The graph after each pass, by name; the last one runs.
+        whole: The model as a section of itself.
         resample: Makes the selections that are made ahead; None if there are none.
         called: What a forward was called with, as described by :func:`fx_approx.size_guards.described`.
         learnt: The candidates' shapes were propagated from that.
@@ -76,10 +77,10 @@ class Runtime(Moved):
         facts: What the passes found, see :class:`fx_approx.passes.Facts`.
         effects: What they do to each product and value, see :class:`fx_approx.passes.Effects`.
         hoisting: What is not demanded may be left out.
-        readers: Modules whose ``training`` flags the graph depends on.
-        frozen: Module, name and value of the attributes that the graph holds.
-        held: What else the graph takes for granted.
-        structure: Modules that were traced through, and what their children must be.
+        function: The code of the graph; None if the model's own Python runs.
+        pieces: The code of each section by its path, and of their head, see :mod:`fx_approx.split`; empty without any.
+        guards: What the graph takes for granted, by the path of the section; "" is the model itself.
+        head: What the sections of the present forward are handed; None outside, and without sections.
         candidates: All candidates.
         plan: What was decided.
         selection_time: What the selections were measured to cost, if they were.
@@ -99,15 +100,15 @@ class Runtime(Moved):
         self.number = next(_numbers)
         weakref.finalize(self, forget_calls, self.number)
         self.capture, self.candidates, self.plan = capture, candidates, plan
+        self.whole = Section("", capture.form, (), guard=capture.guard)
         self.graph: fx.Graph | None = None
         self.stages: list[tuple[str, fx.Graph]] = []
         self.add_module("resample", None)
         self.function: Callable[..., Any] | None = None
         self.selectors: dict[tuple[str, Role], Selector] = {}
-        self.readers: tuple[nn.Module, ...] = ()
-        self.frozen: tuple[tuple[nn.Module, str, Any], ...] = ()
-        self.held = Held()
-        self.structure: tuple[tuple[nn.Module, tuple[tuple[str, nn.Module | None], ...]], ...] = ()
+        self.pieces: dict[str | None, Callable[..., Any]] = {}
+        self.guards: dict[str, Guards] = {}
+        self.head: tuple[Any, ...] | None = None
         self.sampling_swapped = False
         self.inside = False
         self.drawn: Draw | None = None
@@ -238,7 +239,7 @@ class Runtime(Moved):
         if root.training and self.samples and not torch.compiler.is_compiling():
             refuse_transforms()
         values = None if self.function is None else self.capture.form.bind(args, kwargs)
-        unfit = self._unfit(root, values)
+        unfit = "" if self.function is None else self._unfit(root, values, self.whole)
         if unfit is not None or values is None or self.function is None:
             return self._run_python(root, exact, args, kwargs, unfit)
         try:
@@ -251,15 +252,73 @@ class Runtime(Moved):
 
     def _run_graph(self, root: nn.Module, values: list[Any]) -> Any:
         assert self.function is not None
-        if not self.sampling_swapped:
+        if self.pieces:
+            self._begin(root, values)
+        elif not self.sampling_swapped:
             return self.function(root, *values)
+        return self._run_inside(lambda: self.function(root, *values))
+
+    def _begin(self, root: nn.Module, inputs: Any) -> None:
+        """The randomness of a forward, and what its sections are handed."""
+        self.drawn = self._following(_detached(inputs)) if self.draws else None
+        self.head = self.pieces[None](root, self.drawn) if self.pieces else None
+
+    def _run_inside(self, forward: Callable[[], Any]) -> Any:
+        """Runs a forward in which layers or sections are called by Python."""
         self.inside, self.calls = True, {}
         try:
-            result = self.function(root, *values)
+            result = forward()
         finally:
             self.inside = False
         self._mark(result)
         return result
+
+    def run_section(
+        self,
+        root: nn.Module,
+        section: Section,
+        module: nn.Module,
+        exact: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """One call of a module with a graph of its own, or of its own Python ``exact`` with swapped layers.
+
+        Called several times in one forward of the model, it keeps its selections.
+
+        Raises:
+            RecomputationError: A checkpoint recomputes it, and it was not called by a forward of the model.
+        """
+        if module.training and self.samples and not torch.compiler.is_compiling():
+            refuse_transforms()
+        function = self.pieces.get(section.path)
+        values = None if function is None else section.form.bind(args, kwargs)
+        unfit = "" if function is None else self._unfit(module, values, section)
+        if unfit is None and values is not None and function is not None:
+            try:
+                return function(root, self._head_of_call(root, (args, kwargs)), *values)
+            except WidthError:  # the layers themselves say what does not fit
+                unfit = "a value has another number of channels"
+        if self.resample is not None and self.resample.published is not None:
+            self.resample.published.fill()
+        result = exact(module, *args, **kwargs)
+        self._warn(exact, unfit, 6)
+        return result
+
+    def _head_of_call(self, root: nn.Module, inputs: Any) -> tuple[Any, ...] | None:
+        """What a section is handed: by the forward that runs or is recomputed, or by a draw of its own."""
+        if self.inside:
+            return self.head
+        drawn = None
+        if not torch.compiler.is_compiling() and in_backward():
+            if self.head is not None:
+                return self.head
+            if self.draws:
+                drawn = self._recalled(_detached(inputs))
+        elif self.draws:
+            drawn = self._following(_detached(inputs))
+        head: tuple[Any, ...] = self.pieces[None](root, drawn)
+        return head
 
     def gathers(self, root: nn.Module) -> bool:
         """Whether this forward is there to gather BatchNorm statistics, as ``update_bn`` of torch runs it.
@@ -284,42 +343,12 @@ class Runtime(Moved):
         self.gathered = True
         return result
 
-    def _unfit(self, root: nn.Module, values: list[Any] | None) -> str | None:
-        """Why the graph cannot serve a call: None if it can, "" if that is nothing to warn of."""
-        if self.function is None:
-            return ""
+    def _unfit(self, module: nn.Module, values: list[Any] | None, section: Section) -> str | None:
+        """Why the graph of ``module`` cannot serve a call: None if it can, "" if that is nothing to warn of."""
         if values is None:
-            return f"it is called in another way than it was captured ({', '.join(self.capture.form.dynamic)})"
-        guard = self.capture.guard
-        misfit = None if guard is None else guard.misfit(values, next(root.parameters(), None))
-        if misfit is not None:
-            return misfit
-        flags = [module.training for module in self.readers]
-        if not all(flags) and (any(flags) or self.capture.branching):
-            return ""
-        for module, name, value in self.frozen:
-            now = getattr(module, name, None)
-            # Identity first: NaN is not equal to itself. The type next: a tensor is not to be compared.
-            if now is not value and (type(now) is not type(value) or now != value):
-                return f"attribute {name} of a {type(module).__name__} was changed"
-        changed = self.held.changed()
-        if changed is None and not torch.compiler.is_compiling():
-            changed = self._rebuilt(root) or self.held.rearranged()
-        return changed
-
-    def _rebuilt(self, root: nn.Module) -> str | None:
-        """Which module has got other children or hooks, if any."""
-        for module, children in self.structure:
-            now = children_of(module)
-            if len(now) != len(children) or any(
-                [name not in now or (child is not None and now[name] is not child) for name, child in children]
-            ):
-                return f"a child of a {type(module).__name__} was changed"
-            if is_hooked(module) and module is not root and hook_count(module) != self.sharded.get(module, 0):
-                if is_sharded(module) and module not in self.sharded:
-                    raise RuntimeError(f"a {type(module).__name__} {UNREGISTERED}")
-                return f"a {type(module).__name__} got hooks"
-        return None
+            return f"it is called in another way than it was captured ({', '.join(section.form.dynamic)})"
+        misfit = None if section.guard is None else section.guard.misfit(values, next(module.parameters(), None))
+        return self.guards[section.path].broken(self.sharded) if misfit is None else misfit
 
     def _run_python(
         self,
@@ -329,14 +358,15 @@ class Runtime(Moved):
         kwargs: Mapping[str, Any],
         reason: str | None,
     ) -> Any:
-        self.drawn = self._following(_detached((args, kwargs))) if self.draws else None
-        if self.resample is not None and self.resample.published is not None:
+        self._begin(root, (args, kwargs))
+        if self.resample is not None and self.resample.published is not None and not self.pieces:
             self.resample.published.fill()
-        self.inside, self.calls = True, {}
-        try:
-            result = exact(root, *args, **kwargs)
-        finally:
-            self.inside = False
+        result = self._run_inside(lambda: exact(root, *args, **kwargs))
+        self._warn(exact, reason, 7)
+        return result
+
+    def _warn(self, exact: Callable[..., Any], reason: str | None, stacklevel: int) -> None:
+        """Says once why a graph did not serve, if there is a reason."""
         if reason and not torch.compiler.is_compiling() and reason not in self.warned and self.samples:
             self.warned.add(reason)
             name = exact.__qualname__.rpartition(".")[0]
@@ -344,24 +374,22 @@ class Runtime(Moved):
                 f"the graph of {name} cannot serve this call: {reason}. Module swap serves it. "
                 "Pass example_inputs that look like your calls, and transform again after a change of the model.",
                 CaptureWarning,
-                stacklevel=6,
+                stacklevel=stacklevel,
             )
-        self._mark(result)
-        return result
 
     def _mark(self, result: Any) -> None:
         """Makes checkpointed parts recompute with this forward's sample: its backward begins at these outputs."""
-        drawn = self.drawn
-        if drawn is None or torch.compiler.is_compiling():
+        drawn, head = self.drawn, self.head
+        if (drawn is None and head is None) or torch.compiler.is_compiling():
             return
         if not in_backward():
-            self.drawn = None
+            self.drawn = self.head = None
         reference = weakref.ref(self)
 
         def restore(grad: Tensor) -> None:
             runtime = reference()
             if runtime is not None:
-                runtime.drawn = drawn
+                runtime.drawn, runtime.head = drawn, head
                 at_end_of_backward(runtime.forget)
 
         for tensor in tensors(result):
@@ -370,11 +398,30 @@ class Runtime(Moved):
 
     def forget(self) -> None:
         """Ends a backward pass: no recomputation from now on belongs to its forward."""
-        self.drawn = None
+        self.drawn = self.head = None
 
     def compile_graph(self, graph: fx.Graph) -> None:
         """Makes ``graph`` the one that runs."""
-        self.graph, self.function = graph, self.compiled(graph)
+        self.graph = graph
+        self.serve(graph)
+
+    def serve(self, graph: fx.Graph, make: Callable[[fx.Graph], Callable[..., Any]] | None = None) -> None:
+        """Runs ``graph`` from now on, or each section of it by itself; :attr:`graph` stays what it is.
+
+        Args:
+            graph: A rewritten graph of the model.
+            make: What runs a graph, called with the model and the inputs; by default its Python code.
+        """
+        make = self.compiled if make is None else make
+        sections = self.capture.sections
+        if not sections:
+            self.function = make(graph)
+            return
+        head, own = split(graph, len(sections), PROLOGUE)
+        self.pieces = {None: self.compiled(head)}
+        for section, part in zip(sections, own, strict=True):
+            self.pieces[section.path] = make(part)
+        self.function = _run_whole if "" in self.pieces else None
 
     def compiled(self, graph: fx.Graph) -> Callable[..., Any]:
         """Python code of ``graph``, called with the model and the inputs."""
@@ -400,7 +447,7 @@ class Runtime(Moved):
             for name, buffer in buffers.items():
                 if buffer is not None:
                     buffers[name] = buffer.to(fn(torch.empty(0, device=buffer.device)).device)
-        self.drawn = None
+        self.drawn = self.head = None
 
     def _fx_approx_move(self, fn: Callable[[Tensor], Tensor], usual: Callable[[], object]) -> None:
         self.move(fn)
@@ -409,10 +456,10 @@ class Runtime(Moved):
         """A copy with its own random state; plan, candidates and graphs are shared, since nothing changes them."""
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        shared = {"capture", "candidates", "plan", "graph", "function", "stages", "facts", "effects"}
+        shared = {"capture", "whole", "candidates", "plan", "graph", "function", "pieces", "stages", "facts", "effects"}
         for name, value in vars(self).items():
             new.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
-        new.number, new.drawn, new.inside = next(_numbers), None, False
+        new.number, new.drawn, new.head, new.inside = next(_numbers), None, None, False
         new.state[INCREMENT] = 1  # the copy is not held, even where the original is
         weakref.finalize(new, forget_calls, new.number)
         return new
@@ -421,6 +468,12 @@ class Runtime(Moved):
     def seed(self) -> int:
         """The seed that all samples depend on."""
         return int(self.state[SEED])
+
+
+def _run_whole(root: Any, *values: Any) -> Any:
+    """The graph of a model of which some parts have graphs of their own."""
+    runtime: Runtime = root._fx_approx
+    return runtime.pieces[""](root, runtime.head, *values)
 
 
 def _refuse_proxies(root: nn.Module, values: tuple[Any, ...]) -> None:

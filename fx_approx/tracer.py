@@ -59,11 +59,21 @@ class Opaque:
         path: Of the module.
         reason: Why, and where.
         elsewhere: Another frontend may well capture what its forward does.
+        sections: Paths of the modules in it that have graphs of their own.
     """
 
     path: str
     reason: str
     elsewhere: bool = False
+    sections: tuple[str, ...] = ()
+
+    @property
+    def served(self) -> str:
+        """By what, in words."""
+        if not self.sections:
+            return "module swap"
+        more = f" and {len(self.sections) - 3} more" if len(self.sections) > 3 else ""
+        return f"graphs of {', '.join(self.sections[:3])}{more}, and by module swap"
 
     def __str__(self) -> str:
         """One line for warnings and reports."""

@@ -136,7 +136,7 @@ def verify(
             ours, drawn = _step(approx, args, kwargs, loss)
         with undone(approx):
             if plain is not None:
-                runtime.function = runtime.compiled(plain)
+                runtime.serve(plain)
             theirs, drawn_whole = _step(approx, args, kwargs, loss)
     found = []
     for kind, mine in ours.items():
@@ -211,7 +211,7 @@ def undone(approx: ApproxModule) -> Iterator[None]:
     """Puts buffers, plain attributes, sampler state, random state, dropout and the graph back."""
     runtime = approx._fx_approx
     buffers = [(buffer, buffer.clone()) for buffer in approx.buffers()]
-    state, function = sampler_state(approx), runtime.function
+    state, function, pieces = sampler_state(approx), runtime.function, runtime.pieces
     modules = list(approx.modules())
     dropouts: list[tuple[nn.Module, str, float]] = [(m, "p", m.p) for m in modules if isinstance(m, DropoutBase)]
     dropouts += [(m, "dropout", m.dropout) for m in modules if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))]
@@ -222,7 +222,7 @@ def undone(approx: ApproxModule) -> Iterator[None]:
                 setattr(module, name, 0.0)
             yield
         finally:
-            runtime.function = function
+            runtime.function, runtime.pieces = function, pieces
             for module, name, share in dropouts:
                 setattr(module, name, share)
             for module, attributes in plain:  # such as a count of calls

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from fx_approx._compat import tree_leaves
 from fx_approx.candidate import Candidate, Frontend
-from fx_approx.capture import Capture, owner
+from fx_approx.capture import SECTION, Capture, owner
 from fx_approx.layers import layer_type
 from fx_approx.modules import SAMPLED, static_of
 from fx_approx.ops import OPS, ProductOp, Unsupported, find_op
@@ -92,12 +92,22 @@ def annotate(root: nn.Module, captured: Capture) -> list[Found]:
     if captured.graph is None:
         whole = _layer("", root, names)
         return _ends([whole] if whole is not None else list(_inside("", modules, taken, names)))
+    if captured.sections:  # what they call is in their graphs, and nowhere else
+        taken |= _in_graph(captured.graph)
     for node in captured.graph.nodes:
         here = list(_at(node, modules, taken, names))
         if here:
             node.meta[META_KEY] = [one.candidate.name for one in here]
         found += here
-    return _positions(captured.graph, found)
+    if captured.sections:
+        found += _inside("", modules, taken, names)
+    return _positions(captured, found)
+
+
+def _in_graph(graph: fx.Graph) -> set[str]:
+    """Paths of the layers that the graph calls, or whose parameters it reads."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    return called | {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
 
 
 def _unique(fqn: str, names: dict[str, int]) -> str:
@@ -259,15 +269,21 @@ def _inside(path: str, modules: dict[str, nn.Module], taken: set[str], names: di
             yield one
 
 
-def _positions(graph: fx.Graph, found: list[Found]) -> list[Found]:
+def _positions(captured: Capture, found: list[Found]) -> list[Found]:
     """Marks candidates that no other feeds (``first``) and that feed no other (``last``)."""
+    graph, sections = captured.graph, captured.sections
+    assert graph is not None
     multiplies = {node for node in graph.nodes if META_KEY in node.meta}
     fed: dict[fx.Node, bool] = {}
     for node in graph.nodes:
-        fed[node] = any(fed[source] or source in multiplies for source in node.all_input_nodes)
+        section = sections[node.meta[SECTION]] if node.meta.get(SECTION) is not None and sections else None
+        fed[node] = node.op == "placeholder" and section is not None and section.fed
+        fed[node] |= any(fed[source] or source in multiplies for source in node.all_input_nodes)
     feeds: dict[fx.Node, bool] = {}
     for node in reversed(graph.nodes):
+        section = sections[node.meta[SECTION]] if node.meta.get(SECTION) is not None and sections else None
         feeds[node] = any(feeds[user] or user in multiplies for user in node.users)
+        feeds[node] |= section is not None and section.feeds and any(user.op == "output" for user in node.users)
     first, last = set[str](), set[str]()
     for node in multiplies:
         names = node.meta[META_KEY]

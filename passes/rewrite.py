@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from fx_approx import ops
 from fx_approx._compat import children_of
 from fx_approx.candidate import Role
-from fx_approx.capture import owner
+from fx_approx.capture import SECTION, Capture, Granted, owner
+from fx_approx.guards import Guards
 from fx_approx.modules import Selector, Site, is_swapped, swap
 from fx_approx.ops import SAMPLING_ARGUMENTS
 from fx_approx.passes.annotate import META_KEY, Found
@@ -92,21 +93,45 @@ def _some(have: tuple[int, ...]) -> bool:
 
 
 def _watch(root: nn.Module, runtime: Runtime) -> None:
-    """Tells the runtime what the graph depends on: flags, attributes, and the children of what was traced through."""
-    captured = runtime.capture
-    readers = captured.readers or (("",) if captured.branching else ())
-    runtime.readers = tuple(root.get_submodule(path) for path in readers)
-    runtime.frozen = tuple((root.get_submodule(path), name, value) for path, name, value in captured.frozen)
-    runtime.held = captured.granted.of(root)
-    through = {""}
+    """Tells the runtime what the graph, or each section of it, depends on."""
+    sections = runtime.capture.sections
+    runtime.guards = {section.path: _guards(root, runtime.capture, section.path) for section in sections}
+    runtime.guards.setdefault("", _guards(root, runtime.capture, ""))
+
+
+def _guards(root: nn.Module, captured: Capture, path: str) -> Guards:
+    """Flags, attributes, and the children of what was traced through; not those of other sections."""
+    paths = [section.path for section in captured.sections]
+    others = tuple(f"{other}." for other in paths if other not in ("", path))
+    number = paths.index(path) if path in paths else None
+
+    def at(*places: str) -> bool:
+        return not any(f"{place}.".startswith(others) for place in places) if others else True
+
+    granted = Granted(
+        tuple(fact for fact in captured.granted.facts if at(fact[0])),
+        tuple(pair for pair in captured.granted.tied if at(pair[0], pair[2])),
+        tuple(held for held in captured.granted.members if at(held[0])),
+    )
+    branching = any(at(one) for one in captured.branching)
+    readers = tuple(one for one in captured.readers if at(one)) or ((path,) if branching else ())
+    through = {path}
     for node in captured.graph.nodes if captured.graph is not None else ():
-        path = owner(node)
-        while path and path not in through:
-            through.add(path)
-            path = path.rpartition(".")[0]
-    traced = [root.get_submodule(path) for path in sorted(through)]
+        if number is None or node.meta.get(SECTION) == number:
+            place = owner(node)
+            while place and place not in through:
+                through.add(place)
+                place = place.rpartition(".")[0]
+    traced = [root.get_submodule(one) for one in sorted(through)]
     inside = {id(module) for module in traced}
-    runtime.structure = tuple((module, _children(module, inside)) for module in traced)
+    return Guards(
+        root.get_submodule(path),
+        tuple(root.get_submodule(one) for one in readers),
+        branching,
+        tuple((root.get_submodule(one), name, value) for one, name, value in captured.frozen if at(one)),
+        granted.of(root),
+        tuple((module, _children(module, inside)) for module in traced),
+    )
 
 
 def _children(module: nn.Module, inside: set[int]) -> tuple[tuple[str, nn.Module | None], ...]:

@@ -3,61 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
-from fx_approx._compat import (
-    BatchNormBase,
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeCopyMode,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-    storage_key,
-    tree_leaves,
-    tree_map,
-    tree_map_only,
-)
+from fx_approx._compat import storage_key, tree_leaves, tree_map_only
 from fx_approx.branches import only_checks
 from fx_approx.candidate import Call, GemmShape, ProductFacts, RoleFlops
-from fx_approx.capture import Capture, UnfitGraphError, kept_random_state
+from fx_approx.capture import SECTION, Capture, UnfitGraphError
+from fx_approx.fake_model import UNKNOWABLE, FakeModel, NoValuesError, fake_model
 from fx_approx.flops import measured_flops, role_flops
-from fx_approx.known_values import quiet, without_user_hooks
 from fx_approx.ops import Unsupported
 from fx_approx.passes.annotate import META_KEY, Found
 from fx_approx.passes.flow import Values
-from fx_approx.size_guards import TensorSpec
-
-
-class _NoValuesError(Exception):
-    """The forward asks a fake tensor for its values."""
-
-
-class _Values(TorchFunctionMode):
-    """Says what is wrong where a forward asks a tensor for its values, which fake ones have not."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Runs ``func`` unless it is about values."""
-        name = getattr(func, "__name__", "")
-        if name in ("numpy", "__array__", "data_ptr") and args and isinstance(args[0], FakeTensor):
-            raise _NoValuesError(f"{name}() of a tensor, which is not run here")
-        return func(*args, **(kwargs or {}))
-
-
-_UNKNOWABLE = (
-    _NoValuesError,
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,33 +57,53 @@ def propagate(
         ValueError: The model does not run on these inputs; names the place.
     """
     recorder = _Recorder({one.candidate.name: one for one in found})
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with kept_random_state(), torch.enable_grad():
-        with FakeCopyMode(mode), warnings.catch_warnings():
-            # The copy looks at the gradient of results that a module keeps, too.
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
-            fake = copy.deepcopy(root)
-        for module in fake.modules():
-            module.training = True
-            if isinstance(module, BatchNormBase) and module.momentum is None:
-                module.momentum = 0.0  # a plain average reads how many batches there were
-        recorder.storages.ignore([*fake.parameters(), *fake.buffers()])
-        vars(fake).update({name: mode.from_tensor(value) for name, value in captured.constants.items()})
-        silenced = without_user_hooks(fake)
-        recorder.watch(fake)
-        with mode, quiet(), _Values():
-            fake_args, fake_kwargs = _fake(mode, args), _fake(mode, dict(kwargs))
+    with fake_model(root, captured.constants) as fake:
+        recorder.storages.ignore([*fake.module.parameters(), *fake.module.buffers()])
+        if captured.sections:
+            _run_sections(fake, captured, recorder)
+            return recorder.shapes()
+        recorder.watch(fake.module)
+        return recorder.shapes(_stopped(fake, captured, recorder, fake.own(args), fake.own(dict(kwargs))))
+
+
+def _stopped(
+    fake: FakeModel, captured: Capture, recorder: _Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    """Runs the model, and says what stopped it."""
+    try:
+        _run(fake.module, captured, recorder, args, kwargs)
+    except UNKNOWABLE as error:
+        message = str(error).strip().split("\n")[0]
+        kind = "" if isinstance(error, NoValuesError) else f"{type(error).__name__}: "
+        return kind + message
+    except ValueError as error:
+        if not fake.silenced:
+            raise
+        return f"without the hooks of {', '.join(fake.silenced)} it does not run: {error}"
+    return None
+
+
+def _run_sections(fake: FakeModel, captured: Capture, recorder: _Recorder) -> None:
+    """Runs each section of the graph, and each layer outside, as the example called it."""
+    assert captured.graph is not None
+    for number, section in enumerate(captured.sections):
+        for args, kwargs in reversed(section.calls):  # the first call last, so that its values stay
+            values = section.form.bind(fake.inner(args), fake.inner(kwargs))
+            if values is None:
+                continue
             try:
-                _run(fake, captured, recorder, fake_args, fake_kwargs)
-            except _UNKNOWABLE as error:
+                _Interpreter(fake.module, captured.graph, recorder).run_section(number, values)
+            except UNKNOWABLE:
+                continue
+            except Exception as error:  # whatever an operator says of inputs that do not fit
+                place = recorder.place or section.path
                 message = str(error).strip().split("\n")[0]
-                kind = "" if isinstance(error, _NoValuesError) else f"{type(error).__name__}: "
-                return recorder.shapes(kind + message)
-            except ValueError as error:
-                if not silenced:
-                    raise
-                return recorder.shapes(f"without the hooks of {', '.join(silenced)} it does not run: {error}")
-    return recorder.shapes()
+                reason = f"its graph does not compute what its Python does: at {place}: {message}"
+                raise UnfitGraphError(reason) from error
+    for one in recorder.found.values():
+        if one.module is not None and not one.candidate.node:
+            for args, kwargs in captured.strays.get(one.module, ()):
+                recorder.layer(one, fake.module.get_submodule(one.module), fake.inner(args), fake.inner(kwargs))
 
 
 def _run(
@@ -134,7 +115,7 @@ def _run(
             fake(*args, **kwargs)
         else:
             _Interpreter(fake, captured.graph, recorder).run(*values)
-    except _UNKNOWABLE:
+    except UNKNOWABLE:
         raise
     except Exception as error:  # whatever an operator says of inputs that do not fit
         place = recorder.place or type(fake).__name__
@@ -147,22 +128,11 @@ def _run(
 def _runs_itself(fake: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     try:
         fake(*args, **kwargs)
-    except _UNKNOWABLE:
+    except UNKNOWABLE:
         return True
     except Exception:
         return False
     return True
-
-
-def _fake(mode: FakeTensorMode, value: Any) -> Any:
-    def convert(leaf: Any) -> Any:
-        if isinstance(leaf, TensorSpec):
-            return leaf.empty()
-        if isinstance(leaf, Tensor):
-            return mode.from_tensor(leaf, static_shapes=True)
-        return leaf
-
-    return tree_map(convert, value, is_leaf=lambda leaf: isinstance(leaf, TensorSpec))
 
 
 class _Interpreter(fx.Interpreter):
@@ -185,6 +155,13 @@ class _Interpreter(fx.Interpreter):
             result = super().run_node(n)
         self.recorder.value(n, result)
         return result
+
+    def run_section(self, number: int, values: list[Any]) -> None:
+        """Runs the nodes of one section."""
+        self.args_iter = iter(values)
+        for node in self.graph.nodes:
+            if node.meta.get(SECTION) == number:
+                self.env[node] = self.run_node(node)
 
     @staticmethod
     def _function(node: fx.Node) -> Callable[..., Any]:

@@ -42,6 +42,8 @@ def register(
     their selections is sent; with ``stale`` scores they need one held selection (:func:`fx_approx.hold`) and, as
     long as they have not seen a batch, a ``no_sync`` for each.
 
+    A model that could be traced in sections only is left to its own Python.
+
     Call it by all ranks alike, after ``DistributedDataParallel`` and before the first step. ``torch.compile`` can be
     around the model or around DistributedDataParallel.
 
@@ -142,6 +144,8 @@ def register_sharded(model: Any, group: Any = None) -> None:
     has, and one all-reduce of as many numbers as the sampled layers have inputs adds up those. All ranks choose the
     same channels. The running norms of ``stale`` scores are averaged over the ranks in each training forward.
 
+    A model that could be traced in sections only is left to its own Python.
+
     Call it by all ranks alike, after the last ``fully_shard`` and before the first step; again after another
     ``fully_shard``. The model's own Python, where it runs in place of the graph, needs nothing of this.
 
@@ -174,7 +178,9 @@ def register_sharded(model: Any, group: Any = None) -> None:
             raise ValueError(f"model: {path} has hooks of its own, which a graph cannot call; remove them")
     runtime = approx._fx_approx
     stages = [(name, graph) for name, graph in runtime.stages if name != STAGE]
-    if stages:
+    if runtime.capture.sections:  # between their graphs Python runs, which needs nothing of this; so all is left to it
+        runtime.function, runtime.pieces = None, {}
+    elif stages:
         divided = divide(approx, runtime, stages[-1][1], group)
         runtime.stages = [*stages, (STAGE, divided)]
         runtime.compile_graph(divided)

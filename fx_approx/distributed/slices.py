@@ -79,9 +79,10 @@ def _narrow(axis: Axis) -> Axis:
 
 
 def weight_uses(model: ApproxModule) -> Mapping[nn.Parameter, int]:
-    """How often the graph reads each parameter."""
-    uses: collections.Counter[nn.Parameter] = collections.Counter()
-    graph = model._fx_approx.capture.graph
+    """How often the graph reads each parameter; once more where Python beside it may."""
+    captured = model._fx_approx.capture
+    graph = captured.graph
+    uses: collections.Counter[nn.Parameter] = collections.Counter(model.parameters() if captured.sections else ())
     known = dict(model.named_parameters(remove_duplicate=False))
     for node in () if graph is None else graph.nodes:
         if node.op == "call_module":
