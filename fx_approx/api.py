@@ -13,7 +13,7 @@ from torch import nn
 
 from fx_approx.approx import ApproxModule, adopt, find
 from fx_approx.candidate import Role
-from fx_approx.capture import CallForm, Calls, Section, call_form, capture, skeleton
+from fx_approx.capture import Called, CallForm, Section, call_form, capture, skeleton
 from fx_approx.checks import check_inputs, check_model, check_seed
 from fx_approx.controls import load_sampler_state, sampler_state
 from fx_approx.demand_report import coverages
@@ -154,7 +154,7 @@ def _prepare(
     example_inputs: Any,
     form: CallForm | None = None,
     called: tuple[Any, Any] | None = None,
-    known: tuple[Sequence[Section], Mapping[str, Calls]] | None = None,
+    known: tuple[Sequence[Section], Mapping[str, Called]] | None = None,
 ) -> tuple[nn.Module, Prepared]:
     """Capture and annotate: everything before a decision.
 
@@ -247,7 +247,7 @@ def _rebuild(
     called: tuple[Any, Any] | None,
     demand: bool,
     shaped: bool,
-    known: tuple[Sequence[Section], Mapping[str, Calls]],
+    known: tuple[Sequence[Section], Mapping[str, Called]],
 ) -> nn.Module:
     """Unpickles: transforms the exact model again by the same plan."""
     with warnings.catch_warnings():

@@ -121,18 +121,18 @@ def _adopt_section(root: nn.Module, section: Section) -> None:
             return exact(self, *args, **kwargs)
         return runtime.run_section(held[0], held[1], self, exact, args, kwargs)
 
-    def reduce(self: nn.Module, protocol: Any) -> Any:
-        """Pickled by itself, it is the module that it was: the class exists in this process only."""
-        made, arguments, state, *more = cls.__reduce_ex__(self, protocol)
-        kept = {name: value for name, value in state.items() if name not in (EXACT_CLASS, HELD)}
-        return (made, (cls, *arguments[1:]), kept, *more)
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(vars(self), memo))
+        return new
 
     module.__dict__[EXACT_CLASS], module.__dict__[HELD] = cls, (root, section)
     names = {
         "forward": _own(forward, exact),
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
-        "__reduce_ex__": reduce,
+        "__deepcopy__": deepcopy,
     }
     module.__class__ = type(f"Approx{cls.__name__}", (cls,), names)
 

@@ -141,23 +141,34 @@ Calls = tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
+class Called:
+    """How the example called a module.
+
+    Attributes:
+        calls: The arguments of each call, the first call first.
+        fed: What it reads was computed with parameters.
+        feeds: Another module reads what it returns.
+    """
+
+    calls: Calls
+    fed: bool = False
+    feeds: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Section:
     """A module with a graph of its own, in a model, or below a part of one, whose forward cannot be traced.
 
     Attributes:
         path: Of the module; "" for the model itself, where only parts of it cannot be traced.
         form: How it is called.
-        calls: What the example called it with, the first call first.
-        fed: Something before it computes what it reads with parameters.
-        feeds: Something behind it reads what it returns, another section or layer.
+        called: What the example called it with.
         guard: What the inputs of a call must share with the first one; None if nothing was relied upon.
     """
 
     path: str
     form: CallForm
-    calls: Calls
-    fed: bool = False
-    feeds: bool = False
+    called: Called
     guard: SizeGuard | None = None
 
 
@@ -177,7 +188,7 @@ class Capture:
         granted: What else it takes for granted of the model.
         guard: What the inputs of a call must share with the example inputs; None if nothing was relied upon.
         sections: Modules with graphs of their own, where the forward around them cannot be traced; else empty.
-        strays: Calls in the example of the layers outside ``sections``, by path.
+        strays: How the example called the layers outside ``sections``, by path.
     """
 
     graph: fx.Graph | None
@@ -190,7 +201,7 @@ class Capture:
     granted: Granted = Granted()
     guard: SizeGuard | None = None
     sections: tuple[Section, ...] = ()
-    strays: Mapping[str, Calls] = dataclasses.field(default_factory=dict)
+    strays: Mapping[str, Called] = dataclasses.field(default_factory=dict)
 
 
 def skeleton(model: nn.Module, shared: bool = True) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from fx_approx._compat import Moved, at_end_of_backward, buffers_of, in_backward, tree_leaves
 from fx_approx.batchnorm import averages
 from fx_approx.candidate import Candidate, Role
-from fx_approx.capture import Capture, Section
+from fx_approx.capture import Called, Capture, Section
 from fx_approx.checkpoints import is_checkpointed, outlined
 from fx_approx.containers import tensors
 from fx_approx.errors import CaptureError, CaptureWarning, RecomputationError, WidthError
@@ -100,7 +100,7 @@ class Runtime(Moved):
         self.number = next(_numbers)
         weakref.finalize(self, forget_calls, self.number)
         self.capture, self.candidates, self.plan = capture, candidates, plan
-        self.whole = Section("", capture.form, (), guard=capture.guard)
+        self.whole = Section("", capture.form, Called(()), capture.guard)
         self.graph: fx.Graph | None = None
         self.stages: list[tuple[str, fx.Graph]] = []
         self.add_module("resample", None)
@@ -112,7 +112,7 @@ class Runtime(Moved):
         self.sampling_swapped = False
         self.inside = False
         self.drawn: Draw | None = None
-        self.calls: dict[int, int] = {}
+        self.calls: dict[int | str, int] = {}
         self.sites: list[int] = []
         self.counts: list[int] = []
         self.called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -203,11 +203,7 @@ class Runtime(Moved):
             self.calls[selector.site] = number + 1
             return self._draw(further(self.drawn.key, number)) if number else self.drawn
         if not torch.compiler.is_compiling() and in_backward():
-            if self.calls.get(selector.site, 0) > 1:
-                raise RecomputationError(
-                    f"a checkpoint recomputes a {selector.kind} layer that its forward called several times outside "
-                    "the graph, and nothing tells the calls apart: checkpoint the whole model, or leave the layer exact"
-                )
+            self._refuse_further(selector.site, f"a {selector.kind} layer")
             return self._recalled(_detached(inputs))
         return self._following(_detached(inputs))
 
@@ -284,10 +280,10 @@ class Runtime(Moved):
     ) -> Any:
         """One call of a module with a graph of its own, or of its own Python ``exact`` with swapped layers.
 
-        Called several times in one forward of the model, it keeps its selections.
+        Called several times in one forward of the model, each call draws for itself.
 
         Raises:
-            RecomputationError: A checkpoint recomputes it, and it was not called by a forward of the model.
+            RecomputationError: A checkpoint recomputes it, and nothing tells which of several calls, or of which forward.
         """
         if module.training and self.samples and not torch.compiler.is_compiling():
             refuse_transforms()
@@ -296,7 +292,7 @@ class Runtime(Moved):
         unfit = "" if function is None else self._unfit(module, values, section)
         if unfit is None and values is not None and function is not None:
             try:
-                return function(root, self._head_of_call(root, (args, kwargs)), *values)
+                return function(root, self._head_of_call(root, section, (args, kwargs)), *values)
             except WidthError:  # the layers themselves say what does not fit
                 unfit = "a value has another number of channels"
         if self.resample is not None and self.resample.published is not None:
@@ -305,20 +301,33 @@ class Runtime(Moved):
         self._warn(exact, unfit, 6)
         return result
 
-    def _head_of_call(self, root: nn.Module, inputs: Any) -> tuple[Any, ...] | None:
+    def _head_of_call(self, root: nn.Module, section: Section, inputs: Any) -> tuple[Any, ...] | None:
         """What a section is handed: by the forward that runs or is recomputed, or by a draw of its own."""
+        drawn, compiling = None, torch.compiler.is_compiling()
         if self.inside:
-            return self.head
-        drawn = None
-        if not torch.compiler.is_compiling() and in_backward():
-            if self.head is not None:
+            if compiling or self.drawn is None:  # a compiled forward cannot count
                 return self.head
-            if self.draws:
-                drawn = self._recalled(_detached(inputs))
+            number = self.calls.get(section.path, 0)
+            self.calls[section.path] = number + 1
+            if not number:
+                return self.head
+            drawn = self._draw(further(self.drawn.key, number))
+        elif not compiling and in_backward():
+            if self.head is not None:
+                self._refuse_further(section.path, f"the module {section.path}")
+                return self.head
+            drawn = self._recalled(_detached(inputs)) if self.draws else None
         elif self.draws:
             drawn = self._following(_detached(inputs))
         head: tuple[Any, ...] = self.pieces[None](root, drawn)
         return head
+
+    def _refuse_further(self, place: int | str, what: str) -> None:
+        if self.calls.get(place, 0) > 1 and self.draws:
+            raise RecomputationError(
+                f"a checkpoint recomputes {what} that its forward called several times outside the graph, and nothing "
+                "tells the calls apart: checkpoint the whole model, or leave the layer exact"
+            )
 
     def gathers(self, root: nn.Module) -> bool:
         """Whether this forward is there to gather BatchNorm statistics, as ``update_bn`` of torch runs it.

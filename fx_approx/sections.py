@@ -18,7 +18,18 @@ import torch
 from torch import fx, nn
 
 from fx_approx._compat import children_of, parameters_of, tree_leaves
-from fx_approx.capture import SECTION, Calls, Capture, Granted, Section, call_form, capture, kept_random_state, skeleton
+from fx_approx.capture import (
+    SECTION,
+    Called,
+    Calls,
+    Capture,
+    Granted,
+    Section,
+    call_form,
+    capture,
+    kept_random_state,
+    skeleton,
+)
 from fx_approx.containers import tensors
 from fx_approx.errors import CaptureError, CaptureWarning
 from fx_approx.fake_model import UNKNOWABLE, fake_model
@@ -49,26 +60,25 @@ def with_sections(root: nn.Module, captured: Capture, called: tuple[Any, Any], e
     found: dict[str, tuple[Section, Capture]] = {}
     queue = [path for part in outside for path in record.nearest(root, part)]
     for path in queue:
-        made = _section(root, path, record.calls[path])
+        made = _section(root, path, record.called(path))
         if made is None:
             queue += record.nearest(root, path)
         else:
-            section = dataclasses.replace(made[0], fed=path in record.fed, feeds=record.feeds(path))
-            found[path] = section, made[1]
+            found[path] = made
     ordered = [found[path] for path in record.calls if path in found]
-    layers = {path: calls for path, calls in record.calls.items() if _is_layer(root.get_submodule(path))}
+    layers = {path: record.called(path) for path in record.calls if _is_layer(root.get_submodule(path))}
     return _joined(captured, called, ordered, layers)
 
 
 def with_these(
-    root: nn.Module, captured: Capture, called: tuple[Any, Any], known: Sequence[Section], strays: Mapping[str, Calls]
+    root: nn.Module, captured: Capture, called: tuple[Any, Any], known: Sequence[Section], strays: Mapping[str, Called]
 ) -> Capture:
     """The same with sections that are known from an earlier capture of the model, and the calls of layers outside."""
     made = []
     for section in known:
-        again = _section(root, section.path, section.calls) if section.path else None
+        again = _section(root, section.path, section.called) if section.path else None
         if again is not None:
-            made.append((dataclasses.replace(again[0], fed=section.fed, feeds=section.feeds), again[1]))
+            made.append(again)
     return _joined(captured, called, made, strays)
 
 
@@ -129,10 +139,11 @@ class _Record:
 
         return enter, leave
 
-    def feeds(self, path: str) -> bool:
-        """Whether what the module returned was read outside of it."""
+    def called(self, path: str) -> Called:
+        """How the module was called; another that reads what it returned is one outside of it."""
         readers = {reader for one in self._made.get(path, ()) for reader in self._read.get(one, ())}
-        return any(reader != path and not reader.startswith(f"{path}.") for reader in readers)
+        feeds = any(reader != path and not reader.startswith(f"{path}.") for reader in readers)
+        return Called(self.calls[path], path in self.fed, feeds)
 
     def nearest(self, root: nn.Module, path: str) -> list[str]:
         """The first modules below ``path`` that were called and hold several layers."""
@@ -169,16 +180,16 @@ def _recorded(root: nn.Module, outside: Sequence[str], called: tuple[Any, Any], 
             model(*example[0], **example[1])
             return real
         except Exception as error:  # whatever a model says of inputs that do not fit
-            problem = describe(error)
-    if refused and not silenced:
-        return _Record()  # the run that looks for shapes says what is wrong
-    warnings.warn(f"example_inputs: the model does not run on them: {problem}", CaptureWarning, stacklevel=5)
+            problem, cause = f"the model does not run on them: {describe(error)}", error
+    if not silenced and not isinstance(cause, torch.OutOfMemoryError):
+        raise ValueError(f"example_inputs: {problem}") from cause
+    warnings.warn(f"example_inputs: a copy of {problem}", CaptureWarning, stacklevel=5)
     return real if len(real.calls) > len(fakes.calls) else fakes
 
 
-def _section(root: nn.Module, path: str, calls: Calls) -> tuple[Section, Capture] | None:
+def _section(root: nn.Module, path: str, called: Called) -> tuple[Section, Capture] | None:
     """The module at ``path`` as it is called first, with its graph; None if it cannot be traced."""
-    args, kwargs = calls[0]
+    args, kwargs = called.calls[0]
     try:
         form = call_form(root.get_submodule(path), args, kwargs)
     except ValueError:  # *args and **kwargs
@@ -191,18 +202,18 @@ def _section(root: nn.Module, path: str, calls: Calls) -> tuple[Section, Capture
     own = capture(root, form, (args, kwargs), path)
     if own.graph is None or path in [part.path for part in own.opaque]:
         return None
-    return Section(path, form, calls, guard=own.guard), own
+    return Section(path, form, called, own.guard), own
 
 
 def _joined(
-    whole: Capture, called: tuple[Any, Any], found: Sequence[tuple[Section, Capture]], calls: Mapping[str, Calls]
+    whole: Capture, called: tuple[Any, Any], found: Sequence[tuple[Section, Capture]], calls: Mapping[str, Called]
 ) -> Capture:
     """One capture with the graph of ``whole``, if there is one, and those of the sections."""
     if not found:
         return whole
     parts = list(found)
     if whole.graph is not None:
-        parts.insert(0, (Section("", whole.form, (called,), guard=whole.guard), whole))
+        parts.insert(0, (Section("", whole.form, Called((called,)), whole.guard), whole))
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     constants: dict[str, torch.Tensor] = {}

@@ -277,13 +277,13 @@ def _positions(captured: Capture, found: list[Found]) -> list[Found]:
     fed: dict[fx.Node, bool] = {}
     for node in graph.nodes:
         section = sections[node.meta[SECTION]] if node.meta.get(SECTION) is not None and sections else None
-        fed[node] = node.op == "placeholder" and section is not None and section.fed
+        fed[node] = node.op == "placeholder" and section is not None and section.called.fed
         fed[node] |= any(fed[source] or source in multiplies for source in node.all_input_nodes)
     feeds: dict[fx.Node, bool] = {}
     for node in reversed(graph.nodes):
         section = sections[node.meta[SECTION]] if node.meta.get(SECTION) is not None and sections else None
         feeds[node] = any(feeds[user] or user in multiplies for user in node.users)
-        feeds[node] |= section is not None and section.feeds and any(user.op == "output" for user in node.users)
+        feeds[node] |= section is not None and section.called.feeds and any(user.op == "output" for user in node.users)
     first, last = set[str](), set[str]()
     for node in multiplies:
         names = node.meta[META_KEY]
@@ -291,6 +291,11 @@ def _positions(captured: Capture, found: list[Found]) -> list[Found]:
             first.add(names[0])
         if not feeds[node]:
             last.add(names[-1])
+    for one in found:
+        called = captured.strays.get(one.module or "")
+        if called is not None and not one.candidate.node:
+            first |= set() if called.fed else {one.candidate.name}
+            last |= set() if called.feeds else {one.candidate.name}
     return [
         dataclasses.replace(
             one,

@@ -87,7 +87,7 @@ def _run_sections(fake: FakeModel, captured: Capture, recorder: _Recorder) -> No
     """Runs each section of the graph, and each layer outside, as the example called it."""
     assert captured.graph is not None
     for number, section in enumerate(captured.sections):
-        for args, kwargs in reversed(section.calls):  # the first call last, so that its values stay
+        for args, kwargs in reversed(section.called.calls):  # the first call last, so that its values stay
             values = section.form.bind(fake.inner(args), fake.inner(kwargs))
             if values is None:
                 continue
@@ -101,8 +101,8 @@ def _run_sections(fake: FakeModel, captured: Capture, recorder: _Recorder) -> No
                 reason = f"its graph does not compute what its Python does: at {place}: {message}"
                 raise UnfitGraphError(reason) from error
     for one in recorder.found.values():
-        if one.module is not None and not one.candidate.node:
-            for args, kwargs in captured.strays.get(one.module, ()):
+        if one.module in captured.strays and one.module is not None and not one.candidate.node:
+            for args, kwargs in captured.strays[one.module].calls:
                 recorder.layer(one, fake.module.get_submodule(one.module), fake.inner(args), fake.inner(kwargs))
 
 
