@@ -51,8 +51,8 @@ _TIMM: dict[str, dict[str, Any]] = {
     "levit_128s": {"depth": (1, 1, 1)},
     "mobilevit_xxs": {},
     "edgenext_xx_small": {},
-    "mixer_s32_224": {"img_size": 64, "num_blocks": 2, "embed_dim": 64},
-    "resmlp_12_224": {"img_size": 64, "num_blocks": 2, "embed_dim": 64},
+    "mixer_s32_224": {"img_size": 64},
+    "resmlp_12_224": {"img_size": 64},
 }
 """Options by name: those of timm, but ``thin`` (:mod:`_zoo_thin`), ``size`` of the image and ``batch``."""
 
@@ -60,6 +60,8 @@ _CLASSIFIERS: dict[str, dict[str, Any]] = {
     "alexnet": {"size": 63},
     "inception_v3": {"size": 96, "init_weights": False, "aux_logits": False},
     "googlenet": {"init_weights": False},
+    "shufflenet_v2_x1_0": {"thin": False},  # half of what a stage has is no multiple of four
+    "shufflenet_v2_x2_0": {"thin": False},
 }
 
 _FIRST = (
@@ -103,7 +105,7 @@ def classifier(name: str) -> Made:
     """A classification model of torchvision, a quarter as wide; the transformers among them have two blocks a stage."""
     models = torchvision_models()
     options = dict(_CLASSIFIERS.get(name, {}))
-    size = options.pop("size", 64)
+    size, narrow = options.pop("size", 64), options.pop("thin", True)
     if name.startswith("vit_"):
         patch = int(name.rpartition("_")[2])
         size = 4 * patch
@@ -122,7 +124,7 @@ def classifier(name: str) -> Made:
     elif name == "maxvit_t":
         made = models.MaxVit((64, 64), 16, 2, [16, 32, 48, 64], [1, 1, 1, 1], 16, 0.0, num_classes=10)
     else:
-        with thin():
+        with thin() if narrow else contextlib.nullcontext():
             made = models.get_model(name, weights=None, num_classes=10, **options)
     return Made(settle(made), (images(size),))
 

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import keyword
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,23 +43,27 @@ class CallForm:
     """How the captured forward is called.
 
     Attributes:
-        names: Parameter names of ``forward``, in order.
+        names: Parameter names of ``forward``, in order; those of ``*args`` are numbered, those of ``**kwargs`` last.
         dynamic: Those that are inputs of the graph.
         constants: Values of the others, fixed at capture; a call with another value is not the captured one.
         defaults: Default values, for calls that leave arguments out.
+        by_name: Those of ``names`` that are given by name only.
+        numbered: Those that are given by position only.
     """
 
     names: tuple[str, ...]
     dynamic: tuple[str, ...]
     constants: Mapping[str, Any]
     defaults: Mapping[str, Any]
+    by_name: tuple[str, ...] = ()
+    numbered: tuple[str, ...] = ()
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
         """The graph's inputs for a call, or None if the call is not of this form. Plain Python: it traces."""
-        if len(args) > len(self.names):
+        if len(args) > len(self.names) - len(self.by_name):
             return None
         for name in kwargs:
-            if name not in self.names:
+            if name not in self.names or name in self.numbered:
                 return None
         values = []
         for position, name in enumerate(self.names):
@@ -268,20 +273,35 @@ def call_form(model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[st
     plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     defaults = {p.name: p.default for p in plain if p.default is not p.empty}
     names = tuple(p.name for p in plain)
+    by_name = tuple(p.name for p in plain if p.kind is p.KEYWORD_ONLY)
     if args is None:
         dynamic = tuple(name for name in names if name not in defaults)
-        return CallForm(names, dynamic, defaults, defaults)
+        return CallForm(names, dynamic, defaults, defaults, by_name)
     try:
         bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
     except TypeError as error:
         raise ValueError(f"example_inputs: {type(model).__name__}.forward{tuple(names)} {error}") from None
     given = {name: bound.arguments[name] for name in names if name in bound.arguments}
-    extra = set(bound.arguments) - set(given) - {parameters[0].name if parameters else "", "self"}
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name in extra for p in parameters):
-        raise ValueError(f"example_inputs: *args and **kwargs of {type(model).__name__}.forward cannot be captured")
+    numbered: tuple[str, ...] = ()
+    for parameter in parameters:
+        more = bound.arguments.get(parameter.name)
+        if parameter.kind is parameter.VAR_POSITIONAL and more:
+            listed = {_unused(f"{parameter.name}_{number}", {*names, *kwargs}): one for number, one in enumerate(more)}
+            numbered = tuple(listed)
+            places = [name for name in names if name not in by_name]
+            names, given = (*places, *numbered, *by_name), {**given, **listed}
+        elif parameter.kind is parameter.VAR_KEYWORD and more:
+            odd = [name for name in more if not name.isidentifier() or keyword.iskeyword(name)]
+            if odd:
+                raise ValueError(f"example_inputs: expected names of arguments, got {odd[0]!r}")
+            names, by_name, given = (*names, *more), (*by_name, *more), {**given, **more}
     dynamic = tuple(name for name in names if name in given and _has_tensor(given[name]))
     constants = {name: value for name, value in {**defaults, **given}.items() if name not in dynamic}
-    return CallForm(names, dynamic, constants, defaults)
+    return CallForm(names, dynamic, constants, defaults, by_name, numbered)
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    return name if name not in taken else _unused(f"{name}_", taken)
 
 
 def _has_tensor(value: Any) -> bool:
@@ -430,10 +450,8 @@ def _entry(root: nn.Module, form: CallForm, path: str, known: KnownValues | None
     def call(self: nn.Module, *values: Any) -> Any:
         opened = values if known is None else known.opened(values)
         arguments = {**form.constants, **dict(zip(form.dynamic, opened, strict=True))}
-        signature = inspect.signature(type(module).forward)
-        keyword = {p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
-        positional = [arguments[name] for name in form.names if name not in keyword]
-        named = {name: arguments[name] for name in keyword if name in arguments}
+        positional = [arguments[name] for name in form.names if name not in form.by_name]
+        named = {name: arguments[name] for name in form.by_name if name in arguments}
         return module(*positional, **named) if path else cls.forward(self, *positional, **named)
 
     # fx reads the names of the inputs from the code object, so the function must really have them.

@@ -196,7 +196,7 @@ def _section(root: nn.Module, path: str, called: Called) -> tuple[Section, Captu
         return None
     if not all(isinstance(one, _PLAIN) for value in form.constants.values() for one in tree_leaves(value)):
         return None
-    inputs = [{**dict(zip(form.names, args, strict=False)), **kwargs}[name] for name in form.dynamic]
+    inputs = form.bind(args, kwargs)
     if not inputs or not all(isinstance(one, (*_PLAIN, TensorSpec)) for one in tree_leaves(inputs)):
         return None
     own = capture(root, form, (args, kwargs), path)
