@@ -51,7 +51,8 @@ def transform(
         model: Any module on its final device. Transform before ``torch.compile`` and DistributedDataParallel.
         policy: What to sample, a policy or a :class:`Plan`; by default the paper's rule at ratio 0.5.
         example_inputs: One training batch as the model is called with it: a tensor, a tuple of positional arguments
-            or a dict of keyword arguments. Only shapes are read. Without it shapes are learnt from the first forward.
+            or a dict of keyword arguments. Only shapes are read, except where the model's own Python decides by values:
+            then a copy of the model runs on it once. Without it shapes are learnt from the first forward.
         seed: All samples of a training run follow from it (64-bit integer).
         every: Keep one sample for so many forwards.
         demand: Do not compute what no one will read (docs/how-it-works.md): where selections are made ahead and example

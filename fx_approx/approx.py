@@ -100,7 +100,7 @@ def adopt(root: nn.Module, runtime: Runtime, reduce: Callable[[ApproxModule], tu
     return cast(ApproxModule, root)
 
 
-def _own(forward: types.FunctionType, exact: Callable[..., Any]) -> types.FunctionType:
+def _own(forward: Any, exact: Callable[..., Any]) -> types.FunctionType:
     """``forward`` with a code object of its own, in the place of ``exact``."""
     own = types.FunctionType(forward.__code__.replace(), forward.__globals__, "forward", None, forward.__closure__)
     own.__wrapped__ = exact  # type: ignore[attr-defined]
@@ -122,7 +122,7 @@ def _adopt_section(root: nn.Module, section: Section) -> None:
         return runtime.run_section(held[0], held[1], self, exact, args, kwargs)
 
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-        new = type(self).__new__(type(self))
+        new: Any = object.__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(vars(self), memo))
         return new

@@ -31,7 +31,7 @@ class Guards:
     readers: tuple[nn.Module, ...] = ()
     branching: bool = False
     frozen: tuple[tuple[nn.Module, str, object], ...] = ()
-    held: Held = Held()
+    held: Held = dataclasses.field(default_factory=Held)
     structure: tuple[tuple[nn.Module, tuple[tuple[str, nn.Module | None], ...]], ...] = ()
 
     def broken(self, sharded: Mapping[nn.Module, int]) -> str | None:

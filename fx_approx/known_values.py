@@ -3,8 +3,8 @@
 While a forward is traced its Python may ask a traced value for its number of axes, for the length of a tuple, or for a
 number that follows from sizes. The answer is read off fake tensors. So that it may be trusted in later calls, the graph
 is run on several fake inputs: the example's own, some with another batch, and one for each other size, up to a number
-of them, with that size doubled. What is alike in all of them does not depend on the sizes; what differs is answered only under a
-:class:`SizeGuard`, and what depends on the batch is not answered at all.
+of them, with that size doubled. What is alike in all of them does not depend on the sizes; what differs is answered
+only under a :class:`SizeGuard`, and what depends on the batch is not answered at all.
 """
 
 from __future__ import annotations

@@ -247,12 +247,13 @@ class Runtime(Moved):
         return result
 
     def _run_graph(self, root: nn.Module, values: list[Any]) -> Any:
-        assert self.function is not None
+        function = self.function
+        assert function is not None
         if self.pieces:
             self._begin(root, values)
         elif not self.sampling_swapped:
-            return self.function(root, *values)
-        return self._run_inside(lambda: self.function(root, *values))
+            return function(root, *values)
+        return self._run_inside(lambda: function(root, *values))
 
     def _begin(self, root: nn.Module, inputs: Any) -> None:
         """The randomness of a forward, and what its sections are handed."""
@@ -283,7 +284,7 @@ class Runtime(Moved):
         Called several times in one forward of the model, each call draws for itself.
 
         Raises:
-            RecomputationError: A checkpoint recomputes it, and nothing tells which of several calls, or of which forward.
+            RecomputationError: A checkpoint recomputes it, and nothing tells which of several calls that was.
         """
         if module.training and self.samples and not torch.compiler.is_compiling():
             refuse_transforms()

@@ -397,3 +397,43 @@ def test_the_exact_policy_changes_nothing_and_says_so() -> None:
         approx = fx_approx.transform(model, Exact())
     x = torch.randn(6, 12)
     assert same(train_step(approx, x), train_step(model, x))
+
+
+class Open(nn.Module):
+    """Takes further tensors by position and by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, *rest: Tensor, scale: float = 1.0, **more: Any) -> Tensor:
+        x = self.second(torch.relu(self.first(x))) * scale
+        for one in rest:
+            x = x + one
+        return x + more["skip"] if more.get("skip") is not None else x
+
+
+@pytest.mark.parametrize("count, named", [(3, {}), (0, {"skip": None}), (0, {"skip": None, "scale": 2.0, "flag": "a"})])
+def test_further_arguments_are_inputs_like_any_other(count: int, named: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = Open()
+
+    def example() -> Any:
+        if count:
+            return tuple(torch.randn(4, 8) for _ in range(count))
+        return {"x": torch.randn(4, 8), **{name: torch.randn(4, 8) if v is None else v for name, v in named.items()}}
+
+    def called(module: nn.Module, given: Any) -> Tensor:
+        return module(*given) if count else module(given["x"], **{name: v for name, v in given.items() if name != "x"})
+
+    approx = fx_approx.transform(model, Uniform("topk", 0.5, scores="weight", share="value"), example())
+    assert approx._fx_approx.stages[-1][0] == "demand"
+    given = example()
+    assert not torch.equal(called(approx, given), called(model, given))
+    assert torch.equal(called(approx.eval(), given), called(model, given))
+    others = [{"x": torch.ones(4, 8)}, {"x": torch.ones(4, 8), "skip": torch.ones(4, 8), "more": 3}]
+    for one in others:
+        with pytest.warns(fx_approx.CaptureWarning, match="called in another way") as heard:
+            result = approx.train()(**one)
+        assert result.shape == (4, 8) and len(heard) == 1
+        approx._fx_approx.warned.clear()

@@ -1,4 +1,4 @@
-"""Modules inside a forward that cannot be traced have graphs of their own: sampled, shared and narrowed as any graph."""
+"""Modules inside a forward that cannot be traced have graphs of their own, sampled, shared and narrowed as any."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Backbone(nn.Module):
 class Head(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.tower = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())
+        first, second = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.tower = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
         self.score = nn.Conv2d(16, 4, 1)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
@@ -92,7 +93,7 @@ def columns(grad: Tensor) -> int:
 
 def test_the_largest_modules_that_can_be_traced_have_graphs() -> None:
     model, inputs = made()
-    with pytest.warns(fx_approx.CaptureWarning, match="served by graphs of backbone, head, and by module swap: the model"):
+    with pytest.warns(fx_approx.CaptureWarning, match="by graphs of backbone, head, and by module swap: the model"):
         approx = fx_approx.transform(model, AHEAD, inputs)
     assert sections(approx) == ["backbone", "head"]
     assert narrow_producers(approx) == {"backbone.stem.0", "backbone.up.0", "head.tower.0", "head.tower.2"}
@@ -187,7 +188,7 @@ def test_a_section_that_does_not_fit_a_call_runs_its_own_python() -> None:
     approx.head.tower[1] = nn.Tanh()
     approx.head.tower.register_forward_hook(lambda *_: None)
     with pytest.warns(fx_approx.CaptureWarning, match="graph of Head cannot serve this call: a Sequential got hooks"):
-        found, grads = gradients(approx, approx, inputs)
+        _, grads = gradients(approx, approx, inputs)
     assert columns(grads["head.tower.2.weight"]) == columns(grads["backbone.down.weight"]) == 8
     assert columns(grads["backbone.up.0.weight"]) == 4
 
@@ -322,7 +323,7 @@ def test_schedules_noise_and_statistics() -> None:
 
 def test_an_example_that_does_not_run() -> None:
     model, (x, targets) = made()
-    with pytest.raises(ValueError, match="example_inputs: the model does not run on them: .*expected input"):
+    with pytest.raises(ValueError, match=r"example_inputs: the model does not run on them: .*expected input"):
         fx_approx.transform(model, AHEAD, (x[:, :2], targets))
     with pytest.raises(ValueError, match="example_inputs: the model does not run on them: ValueError: a target is neg"):
         fx_approx.transform(model, AHEAD, (x, [target - 2 for target in targets]))
