@@ -178,6 +178,19 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return int(storage._cdata)
 
 
+def written(operator: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments of an operator, as a dispatch mode sees it, that a call writes to."""
+    schema = getattr(operator, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    found: list[Tensor] = []
+    for number, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
+            found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return found
+
+
 # FakeTensor: what they are.
 # FakeTensorMode: inside, tensors have shapes and data types and no values.
 # FakeCopyMode: inside, copy.deepcopy of a module makes fake parameters.
@@ -399,4 +412,5 @@ __all__ = [
     "uncompiled",
     "version_of",
     "wrap_functions",
+    "written",
 ]

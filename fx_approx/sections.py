@@ -15,9 +15,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from fx_approx._compat import children_of, parameters_of, tree_leaves
+from fx_approx._compat import (
+    TorchDispatchMode,
+    children_of,
+    parameters_of,
+    storage_key,
+    tree_leaves,
+    tree_map_only,
+    written,
+)
 from fx_approx.capture import (
     SECTION,
     Called,
@@ -105,7 +113,7 @@ class _Record:
         self.fed: set[str] = set()
         self._read: dict[int, set[str]] = {}
         self._made: dict[str, set[int]] = {}
-        self._alive: list[torch.Tensor] = []  # so that no other takes its number
+        self._alive: list[Tensor] = []  # so that no other takes its number
 
     @contextlib.contextmanager
     def of(self, model: nn.Module, outside: Sequence[str]) -> Iterator[None]:
@@ -173,18 +181,53 @@ def _recorded(root: nn.Module, outside: Sequence[str], called: tuple[Any, Any], 
     if model is None or example is None:
         return _Record() if refused else fakes
     silenced = without_user_hooks(model)
-    real = _Record()
+    real, inputs = _Record(), tree_map_only(Tensor, _copied, example)
+    attributes = tensors([list(vars(module).values()) for module in model.modules()])
+    memory = _OwnMemory([*model.parameters(), *model.buffers(), *attributes, *tensors(inputs)])
     with kept_random_state(), torch.enable_grad(), warnings.catch_warnings(), real.of(model, outside):
         warnings.simplefilter("ignore")  # training says it
         try:
-            model(*example[0], **example[1])
+            with memory:
+                model(*inputs[0], **inputs[1])
             return real
         except Exception as error:  # whatever a model says of inputs that do not fit
-            problem, cause = f"the model does not run on them: {describe(error)}", error
-    if not silenced and not isinstance(cause, torch.OutOfMemoryError):
-        raise ValueError(f"example_inputs: {problem}") from cause
-    warnings.warn(f"example_inputs: a copy of {problem}", CaptureWarning, stacklevel=5)
+            problem = error
+    if not silenced and not isinstance(problem, (_ForeignError, torch.OutOfMemoryError)):
+        raise ValueError(f"example_inputs: the model does not run on them: {describe(problem)}") from problem
+    text = f"a copy of the model does not run on the example inputs: {describe(problem)}"
+    warnings.warn(text, CaptureWarning, stacklevel=5)
     return real if len(real.calls) > len(fakes.calls) else fakes
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+class _ForeignError(RuntimeError):
+    """A run would write to a tensor that is neither of the copy that runs, nor made by it."""
+
+
+class _OwnMemory(TorchDispatchMode):
+    """Lets operators write to these tensors, and to what they have made themselves."""
+
+    def __init__(self, own: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages = set(map(_storage, own))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Runs ``func``, unless it would write elsewhere."""
+        kwargs = kwargs or {}
+        for tensor in written(func, args, kwargs):
+            if _storage(tensor) not in self._storages:
+                raise _ForeignError("it changes a tensor in place that is no attribute of a module")
+        result = func(*args, **kwargs)
+        self._storages.update(map(_storage, tensors(result)))
+        return result
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """Which memory a tensor lies in; a number is used again only by what is made later, so by the run itself."""
+    return storage_key(tensor.untyped_storage()) if tensor.layout is torch.strided else None
 
 
 def _section(root: nn.Module, path: str, called: Called) -> tuple[Section, Capture] | None:
@@ -216,7 +259,7 @@ def _joined(
         parts.insert(0, (Section("", whole.form, Called((called,)), whole.guard), whole))
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    constants: dict[str, torch.Tensor] = {}
+    constants: dict[str, Tensor] = {}
     targets: set[str] = set()
     for number, (_, own) in enumerate(parts):
         for node in _nodes(own):

@@ -298,6 +298,20 @@ def test_storage_key() -> None:
             assert keys[0] == keys[1] != keys[2], mode
 
 
+def test_written() -> None:
+    x, y = torch.zeros(2), torch.ones(2)
+    aten = torch.ops.aten
+    for operator, args, kwargs, expected in (
+        (aten.add.Tensor, (x, y), {}, []),
+        (aten.add_.Tensor, (x, y), {}, [x]),
+        (aten.add.out, (x, y), {"out": y}, [y]),
+        (aten._foreach_add_.Scalar, ([x, y], 1), {}, [x, y]),
+        (torch.ops.higher_order.cond, (x,), {}, []),
+    ):
+        found = _compat.written(operator, args, kwargs)
+        assert len(found) == len(expected) and all(a is b for a, b in zip(found, expected, strict=True)), operator
+
+
 def test_FakeTensor() -> None:
     with _compat.FakeTensorMode():
         assert isinstance(torch.ones(1), _compat.FakeTensor)

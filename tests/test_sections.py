@@ -329,6 +329,28 @@ def test_an_example_that_does_not_run() -> None:
         fx_approx.transform(model, AHEAD, (x, [target - 2 for target in targets]))
 
 
+MEMORY = torch.zeros(4, dtype=torch.float64)
+
+
+class Remembers(Detector):
+    """Writes to a tensor that belongs to no module."""
+
+    def forward(self, x: Tensor, targets: list[Tensor]) -> Any:
+        found = super().forward(x, targets)
+        MEMORY.add_(1)
+        x.zero_()
+        return found
+
+
+def test_a_run_on_the_example_changes_nothing_elsewhere() -> None:
+    _, (x, targets) = made()
+    kept = x.clone()
+    with pytest.warns(fx_approx.CaptureWarning, match="it changes a tensor in place that is no attribute of a module"):
+        approx = fx_approx.transform(perturbed(Remembers()).double(), AHEAD, (x, targets))
+    assert torch.equal(MEMORY, torch.zeros_like(MEMORY)) and torch.equal(x, kept)
+    assert sections(approx) == ["backbone", "head"]
+
+
 def test_without_example_inputs_layers_are_swapped() -> None:
     model, inputs = made()
     approx = fx_approx.transform(model, Uniform("topk", 0.5))
