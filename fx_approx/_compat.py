@@ -310,6 +310,17 @@ def is_skipped_code(function: Callable[..., Any]) -> bool:
     return bool(_trace_rules.check(function))
 
 
+def switches_autocast(graph: fx.Graph) -> bool:
+    """Whether a graph of Dynamo's begins and ends autocast by itself."""
+    return any(node.target is torch.amp.autocast_mode._enter_autocast for node in graph.nodes)
+
+
+def retraces_autocast() -> bool:
+    """Whether Dynamo traces a second time what it writes for autocast in a forward: torch 2.11 does not."""
+    traced = _trace_rules.lookup(torch.amp.autocast_mode._enter_autocast)
+    return traced is not None and "InGraph" not in traced.__name__
+
+
 def compiles_in_place(module: nn.Module) -> bool:
     """Whether ``module.compile()`` compiles a forward that Dynamo leaves to Python otherwise: from torch 2.14 on."""
     wraps = getattr(_OptimizedModule, "_should_wrap_module_call_impl", None)
@@ -402,8 +413,10 @@ __all__ = [
     "padding_of",
     "parameters_of",
     "recompile_limit",
+    "retraces_autocast",
     "set_parameters",
     "storage_key",
+    "switches_autocast",
     "take_apart",
     "transforms_in_progress",
     "tree_leaves",

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fx_approx._compat import HigherOrderOperator, backend_named, backend_names, buffers_of, inductor
+from fx_approx._compat import (
+    HigherOrderOperator,
+    backend_named,
+    backend_names,
+    buffers_of,
+    inductor,
+    retraces_autocast,
+    switches_autocast,
+)
 from fx_approx.approx import ApproxModule, adopt
 from fx_approx.batchnorm import averages
 from fx_approx.capture import kept_random_state, skeleton
@@ -278,6 +286,8 @@ class Backend:
         try:
             if special:
                 raise CaptureError(f"it contains {', '.join(sorted(special))}")
+            if self._inner != "eager" and switches_autocast(gm.graph) and not retraces_autocast():
+                raise CaptureError("autocast inside the forward, which this version of torch traces once only")
             lifted = lift(gm, frame)
             called = tuple(_described(example_inputs[p], p in lifted.scalars) for p in lifted.inputs)
             prepared = _owned(prepare(lifted.root, lifted.captured, (called, {})), frame)

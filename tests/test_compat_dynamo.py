@@ -322,6 +322,47 @@ def test_native_pad() -> None:
     assert _compat.native_pad in targets
 
 
+def with_autocast(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = x @ x
+    return y.float() * x
+
+
+def graphs_of(function: Callable[..., Any], *inputs: Tensor) -> list[fx.GraphModule]:
+    """What Dynamo writes for a function."""
+    found: list[fx.GraphModule] = []
+
+    def keep(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        found.append(graph)
+        return graph.forward
+
+    torch.compile(function, backend=keep)(*inputs)
+    return found
+
+
+@pytest.mark.usefixtures("compiler")
+def test_switches_autocast() -> None:
+    assert [_compat.switches_autocast(one.graph) for one in graphs_of(with_autocast, torch.ones(2, 2))] == [True]
+    assert [_compat.switches_autocast(one.graph) for one in graphs_of(torch.relu, torch.ones(2, 2))] == [False]
+
+
+@pytest.mark.usefixtures("compiler")
+def test_retraces_autocast() -> None:
+    """As generated code of a graph calls it."""
+    (graph,) = graphs_of(with_autocast, torch.ones(2, 2))
+    code = graph.graph.python_code("self")
+    namespace: dict[str, Any] = dict(code.globals)
+    exec(code.src, namespace)
+    torch._dynamo.reset()
+    try:
+        torch.compile(namespace["forward"], backend="aot_eager", fullgraph=True)(graph, torch.ones(2, 2))
+        again = True
+    except Exception:
+        again = False
+        torch.set_autocast_enabled("cpu", False)  # the failure leaves it on
+    assert _compat.retraces_autocast() == again
+
+
 @pytest.mark.usefixtures("compiler")
 def test_compiles_in_place() -> None:
     graphs = []

@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fx_approx
 from fx_approx import SamplerSpec
+from fx_approx._compat import retraces_autocast
 from fx_approx.policies import Override, Paper, Roles, Uniform
 
 VALUE = Uniform("topk", 0.5, scores="weight", share="value")
@@ -306,6 +307,12 @@ class Switching(nn.Module):
 def test_modes_inside_the_forward_are_kept(inner: str) -> None:
     model, x = Switching(), torch.randn(4, 32)
     found = []
+    if inner != "eager" and not retraces_autocast():
+        backend = fx_approx.backend(VALUE, inner=inner)
+        with pytest.warns(fx_approx.CaptureWarning, match="stays exact: autocast inside the forward"):
+            exact = gradients(model, torch.compile(model, backend=backend, fullgraph=True), x)
+        torch.testing.assert_close(exact, gradients(model, model, x), rtol=0.02, atol=1e-3)
+        return
     for demand in (True, False):
         torch._dynamo.reset()
         backend = fx_approx.backend(VALUE, inner=inner, demand=demand)
