@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx.candidate import Frontend, Role
+from fx_approx.capture import SECTION
 from fx_approx.sampling import Selection
 
 
@@ -84,6 +85,8 @@ class Watched:
         runtime: Any = piece._fx_approx
         places = _places(piece, self.model)
         ahead = {} if runtime.resample is None else self._shared(runtime)
+        times = _times(runtime)
+        again: dict[str, int] = {}
         found: dict[str, Factors] = {}
         for candidate in runtime.candidates:
             selector = runtime.selectors.get((candidate.name, Role.OUTPUT))
@@ -94,7 +97,8 @@ class Watched:
             name = _renamed(candidate.fqn, places)
             before = found.get(name, Factors(()))
             found[name] = Factors((*before.calls, *made), before.every or every)
-        return found
+            again[name] = 1 if own else times.get(candidate.node, 1)
+        return {name: Factors(own.calls * again[name], own.every) for name, own in found.items()}
 
     def _shared(self, runtime: Any) -> dict[str, Tensor]:
         """The factors of the readers whose selections are made ahead, by the reader's name."""
@@ -113,6 +117,13 @@ class Watched:
                 stretch = slice(reading.offset, reading.offset + one.units * reading.block)
                 factor[stretch] = units.repeat_interleave(reading.block)
         return found
+
+
+def _times(runtime: Any) -> dict[str, int]:
+    """How often each node of a section ran: as often as the section was called, each time under one selection."""
+    sections = runtime.capture.sections
+    nodes = runtime.capture.graph.nodes if sections else ()
+    return {node.name: len(sections[node.meta[SECTION]].called.calls) for node in nodes if SECTION in node.meta}
 
 
 def _places(piece: nn.Module, model: nn.Module) -> dict[str, str]:

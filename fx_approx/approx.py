@@ -108,6 +108,10 @@ def _own(forward: Any, exact: Callable[..., Any]) -> types.FunctionType:
     return own
 
 
+def _blank(cls: type[nn.Module]) -> nn.Module:
+    return cls.__new__(cls)
+
+
 def _adopt_section(root: nn.Module, section: Section) -> None:
     """Makes a module of a transformed model run through a graph of its own; ``unswap`` takes that back."""
     module = root.get_submodule(section.path)
@@ -127,14 +131,20 @@ def _adopt_section(root: nn.Module, section: Section) -> None:
         new.__dict__.update(copy.deepcopy(vars(self), memo))
         return new
 
+    def reduce(self: Any, protocol: Any) -> Any:
+        """Pickled by itself, it is the module that it was: the class exists in this process only."""
+        return _blank, (cls,), {name: one for name, one in vars(self).items() if name not in (EXACT_CLASS, HELD)}
+
     module.__dict__[EXACT_CLASS], module.__dict__[HELD] = cls, (root, section)
     names = {
         "forward": _own(forward, exact),
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
+        "__qualname__": cls.__qualname__,
         "__deepcopy__": deepcopy,
+        "__reduce_ex__": reduce,
     }
-    module.__class__ = type(f"Approx{cls.__name__}", (cls,), names)
+    module.__class__ = type(cls.__name__, (cls,), names)
 
 
 def find(model: nn.Module) -> ApproxModule:

@@ -49,6 +49,7 @@ class CallForm:
         defaults: Default values, for calls that leave arguments out.
         by_name: Those of ``names`` that are given by name only.
         numbered: Those that are given by position only.
+        further: Those of ``**kwargs``, in the order in which Python sees them.
     """
 
     names: tuple[str, ...]
@@ -57,6 +58,7 @@ class CallForm:
     defaults: Mapping[str, Any]
     by_name: tuple[str, ...] = ()
     numbered: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
         """The graph's inputs for a call, or None if the call is not of this form. Plain Python: it traces."""
@@ -65,6 +67,8 @@ class CallForm:
         for name in kwargs:
             if name not in self.names or name in self.numbered:
                 return None
+        if self.further and [name for name in kwargs if name in self.further] != list(self.further):
+            return None
         values = []
         for position, name in enumerate(self.names):
             if position < len(args):
@@ -193,6 +197,7 @@ class Capture:
         granted: What else it takes for granted of the model.
         guard: What the inputs of a call must share with the example inputs; None if nothing was relied upon.
         sections: Modules with graphs of their own, where the forward around them cannot be traced; else empty.
+        each: What the graph of each section takes for granted, as its own capture, without the graph.
         strays: How the example called the layers outside ``sections``, by path.
     """
 
@@ -206,6 +211,7 @@ class Capture:
     granted: Granted = Granted()
     guard: SizeGuard | None = None
     sections: tuple[Section, ...] = ()
+    each: tuple[Capture, ...] = ()
     strays: Mapping[str, Called] = dataclasses.field(default_factory=dict)
 
 
@@ -283,6 +289,7 @@ def call_form(model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[st
         raise ValueError(f"example_inputs: {type(model).__name__}.forward{tuple(names)} {error}") from None
     given = {name: bound.arguments[name] for name in names if name in bound.arguments}
     numbered: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
     for parameter in parameters:
         more = bound.arguments.get(parameter.name)
         if parameter.kind is parameter.VAR_POSITIONAL and more:
@@ -294,10 +301,11 @@ def call_form(model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[st
             odd = [name for name in more if not name.isidentifier() or keyword.iskeyword(name)]
             if odd:
                 raise ValueError(f"example_inputs: expected names of arguments, got {odd[0]!r}")
-            names, by_name, given = (*names, *more), (*by_name, *more), {**given, **more}
+            further = tuple(more)
+            names, by_name, given = (*names, *further), (*by_name, *further), {**given, **more}
     dynamic = tuple(name for name in names if name in given and _has_tensor(given[name]))
     constants = {name: value for name, value in {**defaults, **given}.items() if name not in dynamic}
-    return CallForm(names, dynamic, constants, defaults, by_name, numbered)
+    return CallForm(names, dynamic, constants, defaults, by_name, numbered, further)
 
 
 def _unused(name: str, taken: set[str]) -> str:

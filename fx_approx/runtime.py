@@ -81,6 +81,7 @@ class Runtime(Moved):
         pieces: The code of each section by its path, and of their head, see :mod:`fx_approx.split`; empty without any.
         guards: What the graph takes for granted, by the path of the section; "" is the model itself.
         head: What the sections of the present forward are handed; None outside, and without sections.
+        served: A graph of a section has run in the present forward, in training.
         candidates: All candidates.
         plan: What was decided.
         selection_time: What the selections were measured to cost, if they were.
@@ -109,6 +110,7 @@ class Runtime(Moved):
         self.pieces: dict[str | None, Callable[..., Any]] = {}
         self.guards: dict[str, Guards] = {}
         self.head: tuple[Any, ...] | None = None
+        self.served = False
         self.sampling_swapped = False
         self.inside = False
         self.drawn: Draw | None = None
@@ -262,11 +264,17 @@ class Runtime(Moved):
 
     def _run_inside(self, forward: Callable[[], Any]) -> Any:
         """Runs a forward in which layers or sections are called by Python."""
-        self.inside, self.calls = True, {}
+        self.inside, self.calls, self.served = True, {}, False
         try:
             result = forward()
+        except BaseException:
+            if torch.compiler.is_compiling() or not in_backward():
+                self.drawn = self.head = None
+            raise
         finally:
             self.inside = False
+        if self.served and self.resample is not None:
+            self.resample.known = True
         self._mark(result)
         return result
 
@@ -289,11 +297,15 @@ class Runtime(Moved):
         if module.training and self.samples and not torch.compiler.is_compiling():
             refuse_transforms()
         function = self.pieces.get(section.path)
+        if module is not self.guards[section.path].top:  # a copy of this module alone, such as a replica's
+            function = None
         values = None if function is None else section.form.bind(args, kwargs)
         unfit = "" if function is None else self._unfit(module, values, section)
         if unfit is None and values is not None and function is not None:
             try:
-                return function(root, self._head_of_call(root, section, (args, kwargs)), *values)
+                result = function(root, self._head_of_call(root, section, (args, kwargs)), *values)
+                self.served = self.served or (module.training and not torch.compiler.is_compiling())
+                return result
             except WidthError:  # the layers themselves say what does not fit
                 unfit = "a value has another number of channels"
         if self.resample is not None and self.resample.published is not None:
@@ -306,7 +318,8 @@ class Runtime(Moved):
         """What a section is handed: by the forward that runs or is recomputed, or by a draw of its own."""
         drawn, compiling = None, torch.compiler.is_compiling()
         if self.inside:
-            if compiling or self.drawn is None:  # a compiled forward cannot count
+            kept = self.resample is not None and self.resample.held
+            if compiling or kept or self.drawn is None:  # a compiled forward cannot count
                 return self.head
             number = self.calls.get(section.path, 0)
             self.calls[section.path] = number + 1
@@ -314,10 +327,11 @@ class Runtime(Moved):
                 return self.head
             drawn = self._draw(further(self.drawn.key, number))
         elif not compiling and in_backward():
-            if self.head is not None:
+            forward = self.drawn
+            drawn = self._recalled(_detached(inputs)) if self.draws else None
+            if self.head is not None and drawn is forward:
                 self._refuse_further(section.path, f"the module {section.path}")
                 return self.head
-            drawn = self._recalled(_detached(inputs)) if self.draws else None
         elif self.draws:
             drawn = self._following(_detached(inputs))
         head: tuple[Any, ...] = self.pieces[None](root, drawn)
@@ -389,7 +403,7 @@ class Runtime(Moved):
 
     def _mark(self, result: Any) -> None:
         """Makes checkpointed parts recompute with this forward's sample: its backward begins at these outputs."""
-        drawn, head = self.drawn, self.head
+        drawn, head, calls = self.drawn, self.head, self.calls
         if (drawn is None and head is None) or torch.compiler.is_compiling():
             return
         if not in_backward():
@@ -399,7 +413,7 @@ class Runtime(Moved):
         def restore(grad: Tensor) -> None:
             runtime = reference()
             if runtime is not None:
-                runtime.drawn, runtime.head = drawn, head
+                runtime.drawn, runtime.head, runtime.calls = drawn, head, calls
                 at_end_of_backward(runtime.forget)
 
         for tensor in tensors(result):

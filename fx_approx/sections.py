@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fx_approx._compat import (
+    CALLS,
     TorchDispatchMode,
     children_of,
     parameters_of,
@@ -94,6 +95,13 @@ def _is_worthwhile(module: nn.Module) -> bool:
     """Whether several layers inside ``module`` could be sampled: one alone needs no graph."""
     layers = [one for one in module.modules() if isinstance(one, _LAYERS)]
     return len(layers) > 1 and not isinstance(module, _LAYERS)
+
+
+def _runs_its_forward(module: nn.Module) -> bool:
+    """Whether a call runs the ``forward`` of the class and nothing else, and the class can have a subclass."""
+    above = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    odd = {"__call__", "__init_subclass__", *CALLS}
+    return "forward" not in vars(module) and odd.isdisjoint(name for cls in above for name in vars(cls))
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -233,6 +241,8 @@ def _storage(tensor: Tensor) -> int | None:
 def _section(root: nn.Module, path: str, called: Called) -> tuple[Section, Capture] | None:
     """The module at ``path`` as it is called first, with its graph; None if it cannot be traced."""
     args, kwargs = called.calls[0]
+    if not _runs_its_forward(root.get_submodule(path)):
+        return None
     try:
         form = call_form(root.get_submodule(path), args, kwargs)
     except ValueError:  # *args and **kwargs
@@ -301,6 +311,7 @@ def _joined(
         ),
         None,
         tuple(section for section, _ in parts),
+        tuple(dataclasses.replace(own, graph=None) for own in each),
         {path: own for path, own in calls.items() if path not in targets},
     )
 

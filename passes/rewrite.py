@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from fx_approx import ops
 from fx_approx._compat import children_of
 from fx_approx.candidate import Role
-from fx_approx.capture import SECTION, Capture, Granted, owner
+from fx_approx.capture import SECTION, Capture, owner
 from fx_approx.guards import Guards
 from fx_approx.modules import Selector, Site, is_swapped, swap
 from fx_approx.ops import SAMPLING_ARGUMENTS
@@ -100,21 +100,11 @@ def _watch(root: nn.Module, runtime: Runtime) -> None:
 
 
 def _guards(root: nn.Module, captured: Capture, path: str) -> Guards:
-    """Flags, attributes, and the children of what was traced through; not those of other sections."""
+    """Flags, attributes, and the children of what was traced through."""
     paths = [section.path for section in captured.sections]
-    others = tuple(f"{other}." for other in paths if other not in ("", path))
     number = paths.index(path) if path in paths else None
-
-    def at(*places: str) -> bool:
-        return not any(f"{place}.".startswith(others) for place in places) if others else True
-
-    granted = Granted(
-        tuple(fact for fact in captured.granted.facts if at(fact[0])),
-        tuple(pair for pair in captured.granted.tied if at(pair[0], pair[2])),
-        tuple(held for held in captured.granted.members if at(held[0])),
-    )
-    branching = any(at(one) for one in captured.branching)
-    readers = tuple(one for one in captured.readers if at(one)) or ((path,) if branching else ())
+    own = captured if number is None else captured.each[number]
+    readers = own.readers or ((path,) if own.branching else ())
     through = {path}
     for node in captured.graph.nodes if captured.graph is not None else ():
         if number is None or node.meta.get(SECTION) == number:
@@ -127,9 +117,9 @@ def _guards(root: nn.Module, captured: Capture, path: str) -> Guards:
     return Guards(
         root.get_submodule(path),
         tuple(root.get_submodule(one) for one in readers),
-        branching,
-        tuple((root.get_submodule(one), name, value) for one, name, value in captured.frozen if at(one)),
-        granted.of(root),
+        bool(own.branching),
+        tuple((root.get_submodule(one), name, value) for one, name, value in own.frozen),
+        own.granted.of(root),
         tuple((module, _children(module, inside)) for module in traced),
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from fx_approx._compat import ONE_PROJECTION, has_one_projection
-from fx_approx.capture import Capture
+from fx_approx.capture import SECTION, Capture
 from fx_approx.layers import layer_type
 from fx_approx.passes.annotate import FUSED_KEY, why_not
 from fx_approx.tracer import is_hooked
@@ -45,6 +45,7 @@ def unfuse(root: nn.Module, captured: Capture) -> Capture:
     """
     graph = captured.graph
     taken: dict[str, nn.MultiheadAttention] = {}
+    inside: dict[int, list[str]] = {}
     for node in list(graph.nodes) if graph is not None else ():
         module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(module, nn.MultiheadAttention):
@@ -56,10 +57,23 @@ def unfuse(root: nn.Module, captured: Capture) -> Capture:
             continue
         _Parts(module, node, call).replace()
         taken[str(node.target)] = module
+        if SECTION in node.meta:
+            inside.setdefault(node.meta[SECTION], []).append(str(node.target))
     if not taken:
         return captured
-    # Without readers, the flag of the model itself says whether a graph for training only can serve.
-    readers = captured.readers or (("",) if captured.branching else ())
+    each = [
+        _training_only(own, {path: taken[path] for path in inside.get(number, ())}, section.path)
+        for number, (own, section) in enumerate(zip(captured.each, captured.sections, strict=True))
+    ]
+    return dataclasses.replace(_training_only(captured, taken), each=tuple(each))
+
+
+def _training_only(captured: Capture, taken: Mapping[str, nn.MultiheadAttention], path: str = "") -> Capture:
+    """``captured``, of the forward at ``path``, with what a graph depends on in which these were taken apart."""
+    if not taken:
+        return captured
+    # Without readers, the flag of the module itself says whether a graph for training only can serve.
+    readers = captured.readers or ((path,) if captured.branching else ())
     return dataclasses.replace(
         captured,
         branching=tuple(sorted({*captured.branching, *taken})),
