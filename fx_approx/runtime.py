@@ -488,6 +488,17 @@ class Runtime(Moved):
         weakref.finalize(new, forget_calls, new.number)
         return new
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a part of a model that is pickled by itself: its layers draw by this, and no graph runs."""
+        nothing = {"graph": None, "function": None, "facts": None, "effects": None, "head": None, "drawn": None}
+        captured = Capture(None, self.capture.form, (), (), {})
+        return {**vars(self), **nothing, "pieces": {}, "guards": {}, "stages": [], "capture": captured}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = next(_numbers)
+        weakref.finalize(self, forget_calls, self.number)
+
     @property
     def seed(self) -> int:
         """The seed that all samples depend on."""

@@ -592,6 +592,18 @@ def test_a_copy_of_a_module_alone_computes_with_its_own_parameters() -> None:
     assert torch.equal(twin(x), expected(x))
 
 
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_part_is_pickled_by_itself(traced: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    model = nn.Sequential(Block(), nn.Linear(8, 4)) if traced else Base()
+    approx = fx_approx.transform(model, RANDOM, x)
+    part = approx[0] if traced else approx.block
+    stored = pickle.loads(pickle.dumps(part))
+    assert type(stored) is type(model[0] if traced else model.block)
+    assert same(stored.eval()(x), part.eval()(x)) and not same(stored.train()(x), stored(x))
+
+
 def test_scores_that_learn_sample_from_the_second_step_on() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 8)
