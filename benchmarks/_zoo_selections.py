@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,6 +44,7 @@ class Watched:
         self.ran: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
         self._ahead: dict[int, tuple[Selection | None, ...]] = {}
         self._own: dict[int, list[Selection | None]] = {}
+        self._called: collections.Counter[str] = collections.Counter()
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -52,6 +55,9 @@ class Watched:
             handles.append(piece.register_forward_pre_hook(self._note_call, with_kwargs=True))
             if runtime.resample is not None:
                 handles.append(runtime.resample.register_forward_hook(self._note_ahead, prepend=True))
+            for section in runtime.capture.sections:
+                note = functools.partial(self._note_section, section.path)
+                handles.append(piece.get_submodule(section.path).register_forward_pre_hook(note))
             handles += [one.register_forward_hook(self._note_own) for one in runtime.selectors.values()]
         try:
             yield
@@ -61,6 +67,9 @@ class Watched:
 
     def _note_call(self, piece: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.ran.append((piece, args, kwargs))
+
+    def _note_section(self, path: str, *_: Any) -> None:
+        self._called[path] += 1
 
     def _note_ahead(self, resample: nn.Module, args: Any, made: tuple[Selection | None, ...]) -> None:
         self._ahead.setdefault(id(resample), made)
@@ -85,7 +94,7 @@ class Watched:
         runtime: Any = piece._fx_approx
         places = _places(piece, self.model)
         ahead = {} if runtime.resample is None else self._shared(runtime)
-        times = _times(runtime)
+        times = self._times(runtime)
         again: dict[str, int] = {}
         found: dict[str, Factors] = {}
         for candidate in runtime.candidates:
@@ -99,6 +108,12 @@ class Watched:
             found[name] = Factors((*before.calls, *made), before.every or every)
             again[name] = 1 if own else times.get(candidate.node, 1)
         return {name: Factors(own.calls * again[name], own.every) for name, own in found.items()}
+
+    def _times(self, runtime: Any) -> dict[str, int]:
+        """How often each node of a section ran: as often as the section was called, each time under one selection."""
+        sections = runtime.capture.sections
+        nodes = runtime.capture.graph.nodes if sections else ()
+        return {n.name: self._called[sections[n.meta[SECTION]].path] for n in nodes if SECTION in n.meta}
 
     def _shared(self, runtime: Any) -> dict[str, Tensor]:
         """The factors of the readers whose selections are made ahead, by the reader's name."""
@@ -117,13 +132,6 @@ class Watched:
                 stretch = slice(reading.offset, reading.offset + one.units * reading.block)
                 factor[stretch] = units.repeat_interleave(reading.block)
         return found
-
-
-def _times(runtime: Any) -> dict[str, int]:
-    """How often each node of a section ran: as often as the section was called, each time under one selection."""
-    sections = runtime.capture.sections
-    nodes = runtime.capture.graph.nodes if sections else ()
-    return {node.name: len(sections[node.meta[SECTION]].called.calls) for node in nodes if SECTION in node.meta}
 
 
 def _places(piece: nn.Module, model: nn.Module) -> dict[str, str]:
