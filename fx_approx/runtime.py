@@ -495,7 +495,7 @@ class Runtime(Moved):
         return {**vars(self), **nothing, "pieces": {}, "guards": {}, "stages": [], "capture": captured}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.number = next(_numbers)
         weakref.finalize(self, forget_calls, self.number)
 
