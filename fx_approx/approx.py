@@ -125,12 +125,6 @@ def _adopt_section(root: nn.Module, section: Section) -> None:
             return exact(self, *args, **kwargs)
         return runtime.run_section(held[0], held[1], self, exact, args, kwargs)
 
-    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-        new: Any = object.__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(vars(self), memo))
-        return new
-
     def reduce(self: Any, protocol: Any) -> Any:
         """Pickled by itself, it is the module that it was: the class exists in this process only."""
         return _blank, (cls,), {name: one for name, one in vars(self).items() if name not in (EXACT_CLASS, HELD)}
@@ -141,7 +135,7 @@ def _adopt_section(root: nn.Module, section: Section) -> None:
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
         "__qualname__": cls.__qualname__,
-        "__deepcopy__": deepcopy,
+        "__deepcopy__": ApproxModule.__deepcopy__,
         "__reduce_ex__": reduce,
     }
     module.__class__ = type(cls.__name__, (cls,), names)

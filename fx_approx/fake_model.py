@@ -22,6 +22,7 @@ from fx_approx._compat import (
     FakeTensorMode,
     UnsupportedOperatorException,
     tree_map,
+    tree_map_only,
 )
 from fx_approx.capture import kept_random_state
 from fx_approx.known_values import quiet, without_user_hooks
@@ -80,12 +81,7 @@ class FakeModel:
 
     def inner(self, value: Any) -> Any:
         """The same for values inside a model: those that need gradients were computed, and may be changed in place."""
-
-        def convert(leaf: Any) -> Any:
-            made = self.own(leaf)
-            return made.clone() if isinstance(made, Tensor) and made.requires_grad else made
-
-        return tree_map(convert, value, is_leaf=lambda leaf: isinstance(leaf, TensorSpec))
+        return tree_map_only(Tensor, lambda t: t.clone() if t.requires_grad else t, self.own(value))
 
 
 @contextlib.contextmanager

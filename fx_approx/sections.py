@@ -245,7 +245,7 @@ def _section(root: nn.Module, path: str, called: Called) -> tuple[Section, Captu
         return None
     try:
         form = call_form(root.get_submodule(path), args, kwargs)
-    except ValueError:  # *args and **kwargs
+    except ValueError:  # names that are no names of Python's
         return None
     if not all(isinstance(one, _PLAIN) for value in form.constants.values() for one in tree_leaves(value)):
         return None

@@ -271,19 +271,18 @@ def _inside(path: str, modules: dict[str, nn.Module], taken: set[str], names: di
 
 def _positions(captured: Capture, found: list[Found]) -> list[Found]:
     """Marks candidates that no other feeds (``first``) and that feed no other (``last``)."""
-    graph, sections = captured.graph, captured.sections
+    graph = captured.graph
     assert graph is not None
+    sections = {n: captured.sections[n.meta[SECTION]].called for n in graph.nodes if SECTION in n.meta}
     multiplies = {node for node in graph.nodes if META_KEY in node.meta}
     fed: dict[fx.Node, bool] = {}
     for node in graph.nodes:
-        section = sections[node.meta[SECTION]] if node.meta.get(SECTION) is not None and sections else None
-        fed[node] = node.op == "placeholder" and section is not None and section.called.fed
+        fed[node] = node.op == "placeholder" and node in sections and sections[node].fed
         fed[node] |= any(fed[source] or source in multiplies for source in node.all_input_nodes)
     feeds: dict[fx.Node, bool] = {}
     for node in reversed(graph.nodes):
-        section = sections[node.meta[SECTION]] if node.meta.get(SECTION) is not None and sections else None
         feeds[node] = any(feeds[user] or user in multiplies for user in node.users)
-        feeds[node] |= section is not None and section.called.feeds and any(user.op == "output" for user in node.users)
+        feeds[node] |= node in sections and sections[node].feeds and any(user.op == "output" for user in node.users)
     first, last = set[str](), set[str]()
     for node in multiplies:
         names = node.meta[META_KEY]
