@@ -14,8 +14,8 @@ from fx_approx.approx import ApproxModule
 from fx_approx.candidate import RoleFlops
 from fx_approx.dynamo_frame import Frame
 from fx_approx.dynamo_step import Products, Step, UncountableError, step_of
+from fx_approx.layers import PRODUCT_LAYERS
 from fx_approx.lifted import prefix_of
-from fx_approx.modules import SAMPLED
 from fx_approx.passes.annotate import BLOCKED_MODULES
 from fx_approx.report import Row, SavingsReport, Totals, merged_reports
 
@@ -241,7 +241,7 @@ class _Rest:
 
 def _layers(model: nn.Module, name: str) -> dict[str, nn.Module]:
     """The layers that multiply, by their paths; what is inside of one is not listed."""
-    kinds = (*SAMPLED, *(kind for kind, _ in BLOCKED_MODULES))
+    kinds = (*PRODUCT_LAYERS, *(kind for kind, _ in BLOCKED_MODULES))
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules(prefix=name):
         if isinstance(module, kinds) and not any(path.startswith(f"{other}.") for other in found):

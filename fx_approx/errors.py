@@ -57,9 +57,5 @@ class RecompilationWarning(UserWarning):
     """``torch.compile`` is about to give up on a model because it was compiled too often."""
 
 
-class KernelWarning(UserWarning):
-    """A kernel that was asked for cannot be used; the reference computes the same."""
-
-
 class CacheWarning(UserWarning):
     """Measurements cannot be read from, or kept in, the user's cache folder; they are made anew."""

@@ -15,6 +15,15 @@ EXACT_CLASS = "_fx_approx_exact_class"
 HELD = "_fx_approx_section"
 """Where a module with a graph of its own keeps the transformed model that it belongs to, and its section."""
 
+PRODUCT_LAYERS: dict[type[nn.Module], str] = {
+    nn.Linear: "linear",
+    nn.modules.linear.NonDynamicallyQuantizableLinear: "linear",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+}
+"""Layers of torch whose product can be sampled, and the kind of the op that computes it."""
+
 _TORCH = ("torch.nn.", "torch.ao.")
 _CALLED = frozenset(("forward", "__call__", *CALLS, "__getattr__", "__getattribute__"))
 _AT_REST = frozenset(("extra_repr", "reset_parameters", "reset_running_stats"))

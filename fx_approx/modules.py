@@ -318,14 +318,14 @@ class SampledConv3d(_SampledConv, nn.Conv3d):
     kind = "conv3d"
 
 
-SAMPLED: dict[type[nn.Module], tuple[str, type[nn.Module]]] = {
-    nn.Linear: ("linear", SampledLinear),
-    nn.modules.linear.NonDynamicallyQuantizableLinear: ("linear", SampledOutProj),
-    nn.Conv1d: ("conv1d", SampledConv1d),
-    nn.Conv2d: ("conv2d", SampledConv2d),
-    nn.Conv3d: ("conv3d", SampledConv3d),
+_SAMPLED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: SampledLinear,
+    nn.modules.linear.NonDynamicallyQuantizableLinear: SampledOutProj,
+    nn.Conv1d: SampledConv1d,
+    nn.Conv2d: SampledConv2d,
+    nn.Conv3d: SampledConv3d,
 }
-"""Exact layer type -> op and sampled subclass."""
+"""The subclass that stands in for each of ``PRODUCT_LAYERS``."""
 
 
 def static_of(module: nn.Module, kind: str) -> dict[str, Any]:
@@ -338,7 +338,7 @@ def swap(module: nn.Module, site: Site) -> None:
     if not isinstance(module, SampledLayer):
         exact = layer_type(module)
         assert exact is not None
-        become(module, SAMPLED[exact][1])
+        become(module, _SAMPLED[exact])
         module.__dict__["site"] = site
 
 

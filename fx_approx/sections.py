@@ -43,14 +43,14 @@ from fx_approx.containers import tensors
 from fx_approx.errors import CaptureError, CaptureWarning
 from fx_approx.fake_model import UNKNOWABLE, fake_model
 from fx_approx.known_values import without_user_hooks
-from fx_approx.modules import SAMPLED
+from fx_approx.layers import PRODUCT_LAYERS
 from fx_approx.size_guards import TensorSpec, described
 from fx_approx.tracer import FUSED, Opaque, describe
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-_LAYERS = (*SAMPLED, *FUSED)
+_LAYERS = (*PRODUCT_LAYERS, *FUSED)
 
 
 def with_sections(root: nn.Module, captured: Capture, called: tuple[Any, Any], example: Example | None) -> Capture:

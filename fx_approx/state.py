@@ -20,8 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_approx._compat import in_backward, version_of
 from fx_approx.errors import RecomputationError
-from fx_approx.kernels import uniforms
 from fx_approx.sampling import Selection, derive_key, lane_uniforms, site_lanes, site_uniforms
+from fx_approx.sampling.device_uniforms import uniforms
 
 STEP, INCREMENT, EVERY, SEED = range(4)
 

@@ -14,8 +14,8 @@ from torch.nn.utils import parametrize
 from fx_approx._compat import tree_leaves
 from fx_approx.candidate import Candidate, Frontend
 from fx_approx.capture import SECTION, Capture, owner
-from fx_approx.layers import layer_type
-from fx_approx.modules import SAMPLED, static_of
+from fx_approx.layers import PRODUCT_LAYERS, layer_type
+from fx_approx.modules import static_of
 from fx_approx.ops import OPS, ProductOp, Unsupported, find_op
 from fx_approx.tracer import FUSED, is_hooked
 
@@ -154,7 +154,7 @@ def _hashable(target: Any) -> bool:
 def _layer(path: str, module: nn.Module, names: dict[str, int], node: str = "") -> Found | None:
     """The candidate of a leaf layer, or None if it multiplies nothing that is known."""
     frontend = Frontend.GRAPH if node else Frontend.SWAP
-    base = next((cls for cls in SAMPLED if isinstance(module, cls)), None)
+    base = next((cls for cls in PRODUCT_LAYERS if isinstance(module, cls)), None)
     if base is None:
         if type(module).__module__.startswith("torch.ao.nn.") and hasattr(module, "weight"):
             kind = type(module).__name__.lower()
@@ -167,7 +167,7 @@ def _layer(path: str, module: nn.Module, names: dict[str, int], node: str = "") 
                 candidate = Candidate(_unique(fqn, names), fqn, kind, frontend, node, blocked=reason)
                 return Found(candidate, None, path, path, {})
         return None
-    kind = SAMPLED[base][0]
+    kind = PRODUCT_LAYERS[base]
     static = static_of(module, kind)
     groups = static.get("groups", 1)
     pairs = _pairs(module, groups)
@@ -199,7 +199,7 @@ def why_not(module: nn.Module, path: str) -> str | None:
         return "its forward was replaced on the instance"
     if is_hooked(module):
         return "has hooks, which would see other arguments"
-    if layer_type(module) not in SAMPLED:
+    if layer_type(module) not in PRODUCT_LAYERS:
         return f"{type(module).__name__} is a subclass that may compute something else"
     return _weight_problem(module.weight)
 

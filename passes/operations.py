@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fx_approx.modules import SAMPLED
+from fx_approx.layers import PRODUCT_LAYERS
 from fx_approx.passes import layers
 from fx_approx.passes.elementwise import (
     along,
@@ -73,7 +73,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "linear and convolution layers",
         layers.multiply,
-        (*SAMPLED,),
+        (*PRODUCT_LAYERS,),
         (F.linear, *layers.CONVOLUTIONS),
         passes="depthwise: each channel with its kernels",
         begins="computes the demanded outputs; a grouped convolution as many of each group",

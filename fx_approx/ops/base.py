@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fx_approx.candidate import GemmShape, Role
-from fx_approx.kernels import REFERENCE, choose, column_norms
 from fx_approx.ops.gather import channels_last_order
 from fx_approx.sampling import SamplerSpec, ScoreKind, Selection
 
@@ -160,9 +159,6 @@ def norm(operand: Tensor, dims: tuple[int, ...]) -> Tensor:
     """
     dtype = torch.float64 if operand.dtype == torch.float64 else torch.float32
     columns = operand.dim() > 1 and {axis % operand.dim() for axis in dims} == set(range(operand.dim() - 1))
-    kernel = choose("linear", None, operand.device.type, operand.dtype)
-    if columns and kernel != REFERENCE and not (operand.requires_grad and torch.is_grad_enabled()):
-        return column_norms(operand.reshape(-1, operand.shape[-1]), kernel=kernel)
     if operand.device.type == "cpu" and not torch.compiler.is_compiling():
         count = operand.dim()
         rest, last = [axis % count for axis in dims], count

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fx_approx.candidate import GemmShape, Role
-from fx_approx.kernels import REFERENCE, choose, gathered_k_matmul
+from fx_approx.candidate import GemmShape
 from fx_approx.ops.backward import Choice, How
 from fx_approx.ops.base import ProductOp, norm, ones_like_scores, register_op, single
 from fx_approx.ops.gather import gather, scaled
@@ -52,12 +51,6 @@ def linear(
     if selection is None:
         return F.linear(input, weight, bias)
     index, scale = single(selection)
-    kernel = choose("linear", Role.OUTPUT, input.device.type, weight.dtype)
-    if kernel != REFERENCE and bias is not None and bias.dtype is not input.dtype:
-        kernel = REFERENCE
-    if kernel != REFERENCE and input.dtype is weight.dtype and not torch.is_autocast_enabled(input.device.type):
-        rows = gathered_k_matmul(input.reshape(-1, input.shape[-1]), weight, index, scale, bias, kernel=kernel)
-        return rows.view(*input.shape[:-1], weight.shape[0])
     columns = gather(weight, 1, index)
     if scale is not None:
         columns = scaled(columns, scale)

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fx_approx.candidate import Role
-from fx_approx.kernels import REFERENCE, choose, gathered_rows_matmul
 from fx_approx.ops.backward import Early, How, Late, Rule, amp, draw_late, flat, for_backward, pick, spread
 from fx_approx.ops.base import norm, ones_like_scores
 from fx_approx.ops.gather import scaled
@@ -179,22 +178,11 @@ class _Product(torch.autograd.Function):
             if w_running is not None:
                 refresh(w_running, norm(grad.detach(), (-1,)).flatten())
             if w_indices is not None:
-                grad_w = _weight_gradient(grad, x, w_indices, w_scale, ctx.kept)
-            else:
-                grad_w = left.mT @ right
+                left, right = _contract(grad, -2, x, w_indices, w_scale, ctx.kept)
+            grad_w = left.mT @ right
         if needs_bias:
             grad_bias = grad.sum(0)
         return grad_x, grad_w, grad_bias, *(None,) * 12
-
-
-def _weight_gradient(grad: Tensor, x: Tensor, indices: Tensor, scale: Tensor | None, kept: bool) -> Tensor:
-    """``grad.mT @ x`` over chosen rows, by the kernel that the lowering table names."""
-    kernel = choose("linear", Role.GRAD_WEIGHT, grad.device.type, grad.dtype)
-    plain = grad.dim() == 2 and grad.dtype is x.dtype and not torch.is_grad_enabled()  # else differentiable again
-    if kernel == REFERENCE or not plain:
-        left, right = _contract(grad, -2, x, indices, scale, kept)
-        return left.mT @ right
-    return gathered_rows_matmul(grad, x, indices[0], None if scale is None else scale[0], kept=kept, kernel=kernel)
 
 
 def _drawn(rule: Rule, numbers: Tensor | None, grad: Tensor, axis: int, other: Tensor) -> Selection:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 
 import torch
 from torch import Tensor
 
-from fx_approx.kernels.table import triton_problem
 from fx_approx.sampling.uniforms import derive_key, site_uniforms
+
+_OLDEST_TRITON = (3, 3)
 
 
 def uniforms(key: Tensor, sites: Tensor, places: Tensor | None, elements: Tensor) -> Tensor:
@@ -24,7 +26,7 @@ def uniforms(key: Tensor, sites: Tensor, places: Tensor | None, elements: Tensor
         float32 ``[n]`` in (0, 1).
     """
     if key.device.type == "cuda" and _has_triton():
-        from fx_approx.kernels import triton_uniforms  # imports Triton, which need not be there
+        from fx_approx.sampling import triton_uniforms  # imports Triton, which need not be there
 
         return triton_uniforms.uniforms(key, sites, torch.zeros_like(elements) if places is None else places, elements)
     return site_uniforms(derive_key(key[0], key[1]), sites, places, elements)
@@ -32,4 +34,9 @@ def uniforms(key: Tensor, sites: Tensor, places: Tensor | None, elements: Tensor
 
 @functools.cache
 def _has_triton() -> bool:
-    return triton_problem() is None
+    """Whether a Triton is installed that compiles the kernel."""
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError:
+        return False
+    return tuple(int(part) for part in str(triton.__version__).split(".")[:2]) >= _OLDEST_TRITON

@@ -45,7 +45,7 @@ def _uniforms(key, sites, places, elements, out, count, BLOCK: tl.constexpr):
 
 
 def uniforms(key: Tensor, sites: Tensor, places: Tensor, elements: Tensor) -> Tensor:
-    """See :func:`fx_approx.kernels.uniforms`."""
+    """See :func:`fx_approx.sampling.device_uniforms.uniforms`."""
     count = elements.shape[0]
     out = torch.empty(count, dtype=torch.float32, device=key.device)
     if count:

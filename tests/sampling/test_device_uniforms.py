@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fx_approx import kernels
 from fx_approx.sampling import derive_key, site_uniforms
+from fx_approx.sampling.device_uniforms import uniforms
 
 
 @pytest.mark.parametrize("seed", [0, 1, -7, 2**31 + 5, -(2**62) - 3, 2**63 - 1])
 @pytest.mark.parametrize("step", [0, 3, 2**32 + 9])
 def test_the_same_bits(seed: int, step: int) -> None:
     pytest.importorskip("triton")
-    from fx_approx.kernels import triton_uniforms
+    from fx_approx.sampling import triton_uniforms
 
     key, sites = torch.tensor([seed, step]), torch.tensor([0, 12, 2**40 + 1])
     places = torch.cat([torch.full((count,), place) for place, count in enumerate((1, 700, 30))])
@@ -21,14 +21,14 @@ def test_the_same_bits(seed: int, step: int) -> None:
     expected = site_uniforms(derive_key(key[0], key[1]), sites, places, elements)
     assert len(expected.unique()) > 700
     assert torch.equal(triton_uniforms.uniforms(key, sites, places, elements), expected)
-    assert torch.equal(kernels.uniforms(key, sites, places, elements), expected)
-    alone = kernels.uniforms(key, sites[2:], None, elements[701:])
+    assert torch.equal(uniforms(key, sites, places, elements), expected)
+    alone = uniforms(key, sites[2:], None, elements[701:])
     assert torch.equal(alone, expected[701:])
 
 
 def test_no_numbers() -> None:
     pytest.importorskip("triton")
-    from fx_approx.kernels import triton_uniforms
+    from fx_approx.sampling import triton_uniforms
 
     key, none = torch.tensor([1, 2]), torch.empty(0, dtype=torch.int64)
     assert triton_uniforms.uniforms(key, torch.tensor([4]), none, none).shape == (0,)
