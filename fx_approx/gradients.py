@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx.approx import ApproxModule
+from fx_approx.containers import tensors
 from fx_approx.resample import Resample
+from fx_approx.snapshot import undone
 from fx_approx.state import EVERY, STEP
-from fx_approx.verify import undone
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -29,6 +30,12 @@ def scalar(loss: Loss, model: Any, batch: Any) -> Tensor:
     if not value.requires_grad:
         raise ValueError("loss: it depends on no parameter that requires a gradient")
     return value
+
+
+def mean_square(result: Any) -> Tensor:
+    """A scalar of a model's output: the mean of the squares of each of its tensors, added up."""
+    squares = [t.square().mean() for t in tensors(result) if t.is_floating_point()]
+    return torch.stack(squares).sum()
 
 
 def sampled_gradient(approx: ApproxModule, batch: Any, loss: Loss, names: Collection[str], number: int = 0) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from fx_approx._compat import tree_leaves, tree_map_only
 from fx_approx.approx import ApproxModule, find
 from fx_approx.checks import check_inputs
+from fx_approx.gradients import mean_square
 from fx_approx.policies.timing import seconds
 from fx_approx.rows import SelectionTime
-from fx_approx.verify import mean_square, undone
+from fx_approx.snapshot import undone
 
 _WARM = 3
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fx_approx._compat import DropoutBase
 from fx_approx.approx import ApproxModule, find
-from fx_approx.capture import kept_random_state
 from fx_approx.checks import check_inputs
-from fx_approx.containers import leaves, tensors
-from fx_approx.controls import load_sampler_state, sampler_state
+from fx_approx.containers import leaves
+from fx_approx.gradients import mean_square
 from fx_approx.repeatable import Randomness
+from fx_approx.snapshot import undone
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
 """Largest difference that is rounding, by data type, relative to the largest value of the kind."""
@@ -176,12 +174,6 @@ def _is_number(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def mean_square(result: Any) -> Tensor:
-    """A scalar of a model's output: the mean of the squares of each of its tensors, added up."""
-    squares = [t.square().mean() for t in tensors(result) if t.is_floating_point()]
-    return torch.stack(squares).sum()
-
-
 def _step(
     approx: ApproxModule, args: tuple[Any, ...], kwargs: Any, loss: Callable[[Any], Tensor] | None
 ) -> tuple[dict[str, dict[str, Tensor | None]], Randomness]:
@@ -201,33 +193,3 @@ def _step(
         "statistics": {**buffers},
     }
     return made, drawn
-
-
-_PLAIN = (bool, int, float, str, type(None))
-
-
-@contextlib.contextmanager
-def undone(approx: ApproxModule) -> Iterator[None]:
-    """Puts buffers, plain attributes, sampler state, random state, dropout and the graph back."""
-    runtime = approx._fx_approx
-    buffers = [(buffer, buffer.clone()) for buffer in approx.buffers()]
-    state, function, pieces = sampler_state(approx), runtime.function, runtime.pieces
-    modules = list(approx.modules())
-    dropouts: list[tuple[nn.Module, str, float]] = [(m, "p", m.p) for m in modules if isinstance(m, DropoutBase)]
-    dropouts += [(m, "dropout", m.dropout) for m in modules if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))]
-    plain = [(m, {name: value for name, value in vars(m).items() if isinstance(value, _PLAIN)}) for m in modules]
-    with kept_random_state():
-        try:
-            for module, name, _ in dropouts:
-                setattr(module, name, 0.0)
-            yield
-        finally:
-            runtime.function, runtime.pieces = function, pieces
-            for module, name, share in dropouts:
-                setattr(module, name, share)
-            for module, attributes in plain:  # such as a count of calls
-                vars(module).update(attributes)
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-            load_sampler_state(approx, state)

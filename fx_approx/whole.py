@@ -17,13 +17,13 @@ from fx_approx.candidate import Candidate, Role
 from fx_approx.capture import kept_random_state
 from fx_approx.demand_report import Counts, Product, memory
 from fx_approx.flops import slicing_bytes
+from fx_approx.gradients import mean_square
 from fx_approx.ops import OPS
 from fx_approx.passes import Effects, Flow, find_effects, find_facts, tied
 from fx_approx.pipeline import Prepared
 from fx_approx.plan import Decision, make_plan
 from fx_approx.policies.timing import seconds
 from fx_approx.sampling import SamplerSpec, get_score
-from fx_approx.verify import mean_square
 from fx_approx.work import ProductWork, StepTime, Work
 
 _WARM = 1
