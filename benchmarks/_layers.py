@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fx_approx.ops import conv2d, linear, slice_weights, sliced_linear
 from fx_approx.ops.conv import output_positions
-from fx_approx.ops.conv_backward import Call, _grad_input, _grad_weight
-from fx_approx.ops.product import _contract
+from fx_approx.ops.conv_gradients import Call, _grad_input, _grad_weight
+from fx_approx.ops.matmul_gradients import _contract
 from fx_approx.sampling import SamplerSpec, Selection, get_sampler
 
 ROLES = ("OUTPUT", "GRAD_INPUT", "GRAD_WEIGHT", "hoisted")

@@ -15,8 +15,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 from fx_approx import distributed
-from fx_approx.approx import find
 from fx_approx.distributed.hook import Part
+from fx_approx.runtime.approx_module import find
 
 HOOKS = ("dense", "fp16", "powersgd")
 _GROUPS = 16

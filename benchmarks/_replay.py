@@ -20,9 +20,9 @@ from _models import torchvision_models, wide_resnet
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx.approx import ApproxModule, find
 from fx_approx.policies import Uniform
-from fx_approx.published import Published
+from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.runtime.selection_tracker import Published
 
 FORWARD = 1 / 3
 """Share of the forward pass; backward makes two products for each of its one."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fx_approx.candidate import Frontend, Role
-from fx_approx.capture import SECTION
+from fx_approx.capture.trace import SECTION
+from fx_approx.core.candidates import Frontend, Role
 from fx_approx.sampling import Selection
 
 

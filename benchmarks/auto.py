@@ -24,7 +24,7 @@ from tabulate import tabulate
 from torch import nn
 
 import fx_approx
-from fx_approx.api import view_of
+from fx_approx.compiler.transform import view_of
 from fx_approx.policies import Auto, Exact, Uniform
 
 FAMILIES = {

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import fx_approx
 from fx_approx.policies import FlopBudget, Override, Uniform
-from fx_approx.policies.graph import GraphPolicy
+from fx_approx.policies.graph_policy import GraphPolicy
 
 Batch = tuple[Tensor, Tensor]
 TORCHVISION = ["resnet18", "resnet50", "vgg11_bn", "mobilenet_v2", "mnasnet1_0", "regnet_y_400mf", "efficientnet_b0"]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import fx_approx
 from fx_approx import SamplerSpec
-from fx_approx.plan import Policy
+from fx_approx.core.plan import Policy
 from fx_approx.policies import Roles
 
 

@@ -31,7 +31,7 @@ from fx_approx.distributed import Traffic
 from fx_approx.distributed.hook import Packed, SliceHook
 from fx_approx.distributed.slices import find_slices
 from fx_approx.policies import Uniform
-from fx_approx.published import Published
+from fx_approx.runtime.selection_tracker import Published
 
 BUCKET = 25 * 2**20
 

@@ -23,10 +23,11 @@ from _header import add_json_option, header, store
 from tabulate import tabulate
 from torch import Tensor, nn
 
-import fx_approx.approx
+import fx_approx
 from fx_approx import SamplerSpec
-from fx_approx.plan import Policy
+from fx_approx.core.plan import Policy
 from fx_approx.policies import Roles, Uniform
+from fx_approx.runtime.approx_module import find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def step(layer: nn.Module, x: Tensor, towards: Tensor) -> list[Tensor]:
 def check(layer: nn.Module, approx: nn.Module, x: Tensor, towards: Tensor) -> None:
     """At ratio 1 the gradients are bitwise those of the exact layer."""
     exact = step(layer, x, towards)
-    ratios = {key: selector.spec.ratio for key, selector in fx_approx.approx.find(approx)._fx_approx.selectors.items()}
+    ratios = {key: selector.spec.ratio for key, selector in find(approx)._fx_approx.selectors.items()}
     fx_approx.set_ratio(approx, 1.0)
     if not all(torch.equal(one, two) for one, two in zip(step(approx, x, towards), exact, strict=True)):
         raise AssertionError("at ratio 1 the gradients are not those of the exact layer")

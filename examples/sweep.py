@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from data import digits
+from policy_sweep.sweep import sweep
 from torch import Tensor, nn
 
-import fx_approx
 from fx_approx.policies import FlopBudget, Paper, Uniform
 
 Batch = tuple[Tensor, Tensor]
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return 100 * float((model(images.test).argmax(1) == images.test_labels).float().mean())
 
     demand = {"minimal_k": 8, "scores": "weight", "share": "value"}
-    found = fx_approx.sweep(
+    found = sweep(
         network,
         batches,
         {

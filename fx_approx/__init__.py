@@ -12,20 +12,18 @@ if not (Path(__file__).parent / "passes").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 from fx_approx import distributed
-from fx_approx.api import explain, report, restore, transform
-from fx_approx.candidate import Candidate, GemmShape, Role
-from fx_approx.controller import AdaptiveRatios, NoiseRecord
-from fx_approx.controls import (
-    hold,
-    load_sampler_state,
-    recalibrate,
-    sampler_state,
-    set_enabled,
-    set_ratio,
-    synchronize_scores,
-)
-from fx_approx.coupling import coupling_graph, coupling_text, draw_coupling
-from fx_approx.dynamo_backend import backend
+from fx_approx.analysis.channel_groups import coupling_graph, coupling_text, draw_coupling
+from fx_approx.analysis.layer_sensitivity import measure_sensitivity
+from fx_approx.analysis.noise import measure_error
+from fx_approx.analysis.noise_report import NoiseReport
+from fx_approx.analysis.scalar_logger import ScalarLogger
+from fx_approx.analysis.selection_timing import measure_selection
+from fx_approx.analysis.time_prediction import Prediction, predict
+from fx_approx.analysis.verification import Verification, verify
+from fx_approx.compiler.transform import explain, report, restore, transform
+from fx_approx.core.candidates import Candidate, GemmShape, Role
+from fx_approx.core.plan import Decision, Plan
+from fx_approx.dynamo.backend import backend
 from fx_approx.errors import (
     AlreadyTransformedError,
     CacheWarning,
@@ -40,20 +38,21 @@ from fx_approx.errors import (
     StaleStatisticsWarning,
     UnsupportedTransformError,
 )
-from fx_approx.growth import preserve_function
-from fx_approx.noise import measure_error
-from fx_approx.noise_report import NoiseReport
-from fx_approx.overhead import measure_selection
-from fx_approx.plan import Decision, Plan
-from fx_approx.prediction import Prediction, predict
-from fx_approx.report import Explanation, SavingsReport, SelectionTime
-from fx_approx.sampling import SamplerSpec, Selection
-from fx_approx.scalars import ScalarLogger
-from fx_approx.scheduler import RatioScheduler
-from fx_approx.sensitivity import measure_sensitivity
-from fx_approx.sweep import sweep
-from fx_approx.sweep_report import SweepResult, SweepRun, SweepTime
-from fx_approx.verify import Verification, verify
+from fx_approx.runtime.controls import (
+    hold,
+    load_sampler_state,
+    recalibrate,
+    sampler_state,
+    set_enabled,
+    set_ratio,
+    synchronize_scores,
+)
+from fx_approx.sampling.base import Selection
+from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.savings.report import Explanation, SavingsReport, SelectionTime
+from fx_approx.schedules.noise_controller import AdaptiveRatios, NoiseRecord
+from fx_approx.schedules.preserve import preserve_function
+from fx_approx.schedules.ratio_scheduler import RatioScheduler
 
 __version__ = "0.1.0"
 
@@ -85,9 +84,6 @@ __all__ = [
     "SelectionTime",
     "ShapesNeededError",
     "StaleStatisticsWarning",
-    "SweepResult",
-    "SweepRun",
-    "SweepTime",
     "UnsupportedTransformError",
     "Verification",
     "backend",
@@ -109,7 +105,6 @@ __all__ = [
     "sampler_state",
     "set_enabled",
     "set_ratio",
-    "sweep",
     "synchronize_scores",
     "transform",
     "verify",

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fx_approx.layers import PRODUCT_LAYERS
-from fx_approx.passes import layers
-from fx_approx.passes.elementwise import (
+from fx_approx.core.layer_types import PRODUCT_LAYERS
+from fx_approx.passes import layer_rules
+from fx_approx.passes.channel_flow import Handler
+from fx_approx.passes.elementwise_rules import (
     along,
     coupled,
     elementwise,
@@ -30,8 +31,7 @@ from fx_approx.passes.elementwise import (
     spatial,
     unpool,
 )
-from fx_approx.passes.flow import Handler
-from fx_approx.passes.reshapes import REGROUPINGS, RESHAPES
+from fx_approx.passes.reshape_rules import REGROUPINGS, RESHAPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,45 +72,45 @@ _OTHER_AXES = "along other axes"
 RULES: tuple[Rule, ...] = (
     Rule(
         "linear and convolution layers",
-        layers.multiply,
+        layer_rules.multiply,
         (*PRODUCT_LAYERS,),
-        (F.linear, *layers.CONVOLUTIONS),
+        (F.linear, *layer_rules.CONVOLUTIONS),
         passes="depthwise: each channel with its kernels",
         begins="computes the demanded outputs; a grouped convolution as many of each group",
         stops="a functional one whose weight is no parameter or buffer; one that stays exact needs all of its inputs",
     ),
     Rule(
         "transposed convolutions",
-        layers.channelwise_layer,
+        layer_rules.channelwise_layer,
         (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
         passes="depthwise, one kernel for each channel",
         stops="otherwise",
     ),
     Rule(
         "functional transposed convolutions",
-        layers.transposed_call,
-        calls=layers.TRANSPOSED,
+        layer_rules.transposed_call,
+        calls=layer_rules.TRANSPOSED,
         passes="depthwise, one kernel for each channel",
         stops="otherwise",
     ),
-    Rule("BatchNorm", layers.channelwise_layer, _BATCH_NORMS, passes="with parameters and statistics sliced"),
+    Rule("BatchNorm", layer_rules.channelwise_layer, _BATCH_NORMS, passes="with parameters and statistics sliced"),
     Rule(
         "InstanceNorm",
-        layers.channelwise_layer,
+        layer_rules.channelwise_layer,
         (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
         passes="with parameters and statistics sliced",
         stops="an input without a batch",
     ),
     Rule(
         "functional BatchNorm and InstanceNorm",
-        layers.norm_call,
+        layer_rules.norm_call,
         calls=(F.batch_norm, F.instance_norm),
         passes="with parameters and statistics sliced",
         stops="statistics that are no buffers of the model",
     ),
     Rule(
         "GroupNorm",
-        layers.by_groups,
+        layer_rules.by_groups,
         (nn.GroupNorm,),
         (F.group_norm,),
         passes="by whole groups: the layers behind it choose groups of channels",
@@ -131,8 +131,8 @@ RULES: tuple[Rule, ...] = (
         (F.local_response_norm,),
         stops="always",
     ),
-    Rule("PReLU", layers.channelwise_layer, (nn.PReLU,), passes="with its slopes sliced"),
-    Rule("functional PReLU", layers.prelu_call, calls=(F.prelu, torch.prelu), passes="with its slopes sliced"),
+    Rule("PReLU", layer_rules.channelwise_layer, (nn.PReLU,), passes="with its slopes sliced"),
+    Rule("functional PReLU", layer_rules.prelu_call, calls=(F.prelu, torch.prelu), passes="with its slopes sliced"),
     Rule(
         "activations",
         pointwise,
@@ -158,7 +158,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "gated linear units",
-        layers.gated,
+        layer_rules.gated,
         (nn.GLU,),
         (F.glu,),
         passes="the halves are chosen together",

@@ -8,22 +8,24 @@ from collections.abc import Mapping
 import networkx as nx
 from torch import Tensor, fx, nn
 
-from fx_approx import ops
 from fx_approx._compat import children_of
-from fx_approx.candidate import Role
-from fx_approx.capture import SECTION, Capture, owner
-from fx_approx.guards import Guards
-from fx_approx.modules import Selector, Site, is_swapped, swap
-from fx_approx.ops import SAMPLING_ARGUMENTS
-from fx_approx.passes.annotate import META_KEY, Found
-from fx_approx.passes.demand import FULL, Demand, share_and_propagate
-from fx_approx.passes.flow import Flow
-from fx_approx.passes.header import Header, make_resample
-from fx_approx.passes.hoist import Hoist
-from fx_approx.passes.layouts import Segment
-from fx_approx.passes.share import Sharing, share
-from fx_approx.plan import Plan
-from fx_approx.runtime import PROLOGUE, Runtime, selector_target
+from fx_approx.capture.trace import SECTION, Capture, owner
+from fx_approx.core.candidates import Role
+from fx_approx.core.plan import Plan
+from fx_approx.ops.base import SAMPLING_ARGUMENTS
+from fx_approx.ops.channel_slices import narrow, slice_weights, spread
+from fx_approx.ops.narrow_calls import SLICED_CONVOLUTIONS
+from fx_approx.ops.sliced_linear import sliced_linear
+from fx_approx.passes.channel_flow import Flow
+from fx_approx.passes.channel_liveness import FULL, Demand, share_and_propagate
+from fx_approx.passes.channel_spaces import Segment
+from fx_approx.passes.find_candidates import META_KEY, Found
+from fx_approx.passes.graph_head import Header, make_resample
+from fx_approx.passes.narrow_graph import Hoist
+from fx_approx.passes.share_selections import Sharing, share
+from fx_approx.runtime.graph_runtime import PROLOGUE, Runtime, selector_target
+from fx_approx.runtime.guards import Guards
+from fx_approx.runtime.layers import Selector, Site, is_swapped, swap
 
 
 def rewrite(
@@ -276,18 +278,16 @@ class _Site:
             return
         input = node.args[0] if node.args else node.kwargs["input"]
         assert isinstance(input, fx.Node)
-        narrowed = node.target in (ops.sliced_linear, *ops.SLICED_CONVOLUTIONS.values()) or _slices(node)
+        narrowed = node.target in (sliced_linear, *SLICED_CONVOLUTIONS.values()) or _slices(node)
         with self.graph.inserting_before(node):
             if not narrowed:
                 chosen = self.header.positions(segments, places)
                 if self.captured in sharing.loose and one.candidate.groups > 1:
-                    chosen = self.graph.call_function(ops.spread, (chosen, one.candidate.pairs))
-                input = self.graph.call_function(
-                    ops.narrow, (input, dim, chosen, sum(part.entries for part in segments))
-                )
+                    chosen = self.graph.call_function(spread, (chosen, one.candidate.pairs))
+                input = self.graph.call_function(narrow, (input, dim, chosen, sum(part.entries for part in segments)))
             self.graph.call_module(target, (input, *(self.header.units(place) for place in places)))
 
 
 def _slices(node: fx.Node) -> bool:
     given = node.args[1] if node.op == "call_module" and len(node.args) > 1 else None
-    return isinstance(given, fx.Node) and given.target is ops.slice_weights
+    return isinstance(given, fx.Node) and given.target is slice_weights

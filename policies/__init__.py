@@ -1,18 +1,18 @@
 """Policies: what is sampled, how, and why."""
 
-from fx_approx.plan import CostModel, Policy
+from fx_approx.core.plan import CostModel, Policy
 from fx_approx.policies.auto import Auto
 from fx_approx.policies.budget import ErrorBudget, FlopBudget, MemoryBudget, TimeBudget
-from fx_approx.policies.cost_model import FlopModel
-from fx_approx.policies.fixed import Exact, Uniform
-from fx_approx.policies.measured import MeasuredModel
+from fx_approx.policies.cost_flops import FlopModel
+from fx_approx.policies.cost_measured import MeasuredModel
+from fx_approx.policies.cost_roofline import Device, RooflineModel, calibrate
 from fx_approx.policies.override import Override
 from fx_approx.policies.paper import Paper
 from fx_approx.policies.parse import parse_policy
+from fx_approx.policies.per_gradient import Roles
 from fx_approx.policies.per_layer import PerLayer
-from fx_approx.policies.roles import Roles
-from fx_approx.policies.roofline import Device, RooflineModel, calibrate
 from fx_approx.policies.sensitivity import Sensitivity
+from fx_approx.policies.uniform import Exact, Uniform
 
 __all__ = [
     "Auto",

@@ -6,11 +6,11 @@ import dataclasses
 import numbers
 from collections.abc import Mapping, Sequence
 
-from fx_approx.plan import SCOPES, Decision
-from fx_approx.policies.drafts import Draft, drafts, first_of_the_fastest, worth_trying
-from fx_approx.policies.graph import GraphPolicy
-from fx_approx.policies.roofline import RooflineModel
-from fx_approx.work import Model, WholeCostModel
+from fx_approx.core.plan import SCOPES, Decision
+from fx_approx.core.step_cost import Model, WholeCostModel
+from fx_approx.policies.auto_search import Draft, drafts, first_of_the_fastest, worth_trying
+from fx_approx.policies.cost_roofline import RooflineModel
+from fx_approx.policies.graph_policy import GraphPolicy
 
 _FASTEST = ("value", "group")
 

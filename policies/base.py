@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fx_approx.candidate import Candidate, Role
-from fx_approx.flops import role_pairs
-from fx_approx.plan import CostModel, Decision, Policy
-from fx_approx.policies.cost_model import FlopModel
-from fx_approx.sampling import SamplerSpec
+from fx_approx.core.candidates import Candidate, Role
+from fx_approx.core.flops import role_pairs
+from fx_approx.core.plan import CostModel, Decision, Policy
+from fx_approx.policies.cost_flops import FlopModel
+from fx_approx.sampling.spec import SamplerSpec
 
 __all__ = ["CostModel", "Policy", "decision", "exact", "sampled", "sampled_roles"]
 

@@ -8,13 +8,13 @@ import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from fx_approx.plan import Decision
-from fx_approx.policies.cost_model import FlopModel
-from fx_approx.policies.graph import EIGHTHS, GraphPolicy, step_seconds
-from fx_approx.policies.optimise import Levels, Problem, cheapest, least_cost, least_error
-from fx_approx.policies.roofline import RooflineModel
+from fx_approx.core.plan import Decision
+from fx_approx.core.step_cost import Model, WholeCostModel, Work
+from fx_approx.policies.budget_solver import Levels, Problem, cheapest, least_cost, least_error
+from fx_approx.policies.cost_flops import FlopModel
+from fx_approx.policies.cost_roofline import RooflineModel
+from fx_approx.policies.graph_policy import EIGHTHS, GraphPolicy, step_seconds
 from fx_approx.policies.sensitivity import Sensitivity
-from fx_approx.work import Model, WholeCostModel, Work
 
 _CLOSE = 40
 
@@ -168,7 +168,7 @@ class FlopBudget(_Budget):
 class MemoryBudget(_Budget):
     """At most ``budget`` of the bytes that the exact step keeps for backward, at the least predicted error.
 
-    What it does not know: see :func:`fx_approx.demand_report.memory`.
+    What it does not know: see :func:`fx_approx.savings.memory_model.memory`.
 
     Attributes:
         budget: Share of the bytes kept, parameters and buffers left out, in (0, 1].

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from fx_approx.candidate import Candidate, matches
-from fx_approx.plan import Decision, Policy
-from fx_approx.policies.part import Part
-from fx_approx.work import Model, is_whole
+from fx_approx.core.candidates import Candidate, matches
+from fx_approx.core.plan import Decision, Policy
+from fx_approx.core.step_cost import Model, is_whole
+from fx_approx.policies.partial_view import Part
 
 
 @dataclasses.dataclass(frozen=True)

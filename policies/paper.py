@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from fx_approx.candidate import Candidate
-from fx_approx.plan import Decision, check_share
+from fx_approx.core.candidates import Candidate
+from fx_approx.core.plan import Decision, check_share
 from fx_approx.policies.base import exact, sampled
-from fx_approx.sampling import SamplerSpec
+from fx_approx.sampling.spec import SamplerSpec
 
 
 @dataclasses.dataclass(frozen=True)

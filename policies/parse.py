@@ -6,13 +6,13 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fx_approx.plan import Policy
+from fx_approx.core.plan import Policy
 from fx_approx.policies.auto import Auto
 from fx_approx.policies.budget import FlopBudget, MemoryBudget, TimeBudget
-from fx_approx.policies.fixed import Exact, Uniform
 from fx_approx.policies.paper import Paper
-from fx_approx.policies.roles import Roles
-from fx_approx.sampling import SAMPLERS
+from fx_approx.policies.per_gradient import Roles
+from fx_approx.policies.uniform import Exact, Uniform
+from fx_approx.sampling.base import SAMPLERS
 
 _WITH_RATIO: Mapping[str, Callable[..., Policy]] = {
     "paper": Paper,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from fx_approx.plan import Policy
-from fx_approx.policies.fixed import Exact, Uniform
+from fx_approx.core.plan import Policy
 from fx_approx.policies.override import Override
+from fx_approx.policies.uniform import Exact, Uniform
 
 _OTHERS, _UNIFORM = Exact(), Uniform()
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx.approx import find
-from fx_approx.resample import Shared
+from fx_approx.runtime.approx_module import find
+from fx_approx.runtime.shared_selection import Shared
 from fx_approx.sampling import Selection
 
 from .hoisting import Layers

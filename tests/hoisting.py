@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fx_approx
 from fx_approx import ops
-from fx_approx.candidate import Candidate, Role
-from fx_approx.plan import Decision, Policy
+from fx_approx.core.candidates import Candidate, Role
+from fx_approx.core.plan import Decision, Policy
 from fx_approx.sampling import SamplerSpec
 
 from .models import tensors

@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count
 
 import fx_approx
-from fx_approx.flops import attention_backward_flops, attention_flops
+from fx_approx.core.flops import attention_backward_flops, attention_flops
 from fx_approx.policies import Exact, FlopBudget, RooflineModel, Uniform
-from fx_approx.policies.roofline import Device
+from fx_approx.policies.cost_roofline import Device
 
 VALUE = Uniform("topk", 0.5, scores="weight", share="value")
 WIDTH, HEADS = 32, 4

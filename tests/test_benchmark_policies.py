@@ -46,8 +46,8 @@ def test_budgets(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("script", ["predictions"], indirect=True)
 def test_predictions(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fx_approx.policies import roofline
-    from fx_approx.policies.roofline import Device
+    from fx_approx.policies import cost_roofline as roofline
+    from fx_approx.policies.cost_roofline import Device
 
     device = Device("made up", "torch.float32", 1e11, 1e10, 1e10, 1e-6, 0.8, 0.7, 0.5, 0.1)
     monkeypatch.setattr(roofline, "calibrate", lambda *args: device)

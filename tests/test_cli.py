@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import fx_approx
-from fx_approx.cli import main
-from fx_approx.tables import COLUMNS
+from fx_approx.__main__ import main
+from fx_approx.utils.tables import COLUMNS
 
 COMPAT = Path(__file__).with_name("torchvision_compat.py")
 MODELS = """

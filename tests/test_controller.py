@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import fx_approx
 from fx_approx import AdaptiveRatios, ScalarLogger
-from fx_approx.controller import cut
 from fx_approx.policies import Uniform
+from fx_approx.schedules.noise_controller import cut
 
 from .policies.test_budget import network
 from .test_scheduler import Twice, Writer

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fx_approx
 from fx_approx import AdaptiveRatios, RatioScheduler
 from fx_approx.policies import Uniform
-from fx_approx.schedules import ExactWarmup, Planned
+from fx_approx.schedules.schedule import ExactWarmup, Planned
 
 STEPS = 12
 

@@ -17,10 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fx_approx
-from fx_approx.candidate import Role, RoleFlops
-from fx_approx.passes.effects import entries, nbytes
+from fx_approx.core.candidates import Role, RoleFlops
+from fx_approx.passes.plan_effects import entries, nbytes
 from fx_approx.policies import Exact, Override, Uniform
-from fx_approx.rows import Demanded
+from fx_approx.savings.rows import Demanded
 
 from .demand_nets import NETS
 from .hoisting import Layers

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fx_approx import CacheWarning, disk_cache
-from fx_approx.disk_cache import DiskCache, cache_folder
+from fx_approx import CacheWarning
+from fx_approx.utils import disk_cache
+from fx_approx.utils.disk_cache import DiskCache, cache_folder
 
 KEY = {"what": "test", "size": [1, 2]}
 
@@ -69,7 +70,7 @@ def test_a_value_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
 
 def test_processes_at_the_same_time(tmp_path: Path) -> None:
     code = (
-        "import pathlib, sys; from fx_approx.disk_cache import DiskCache\n"
+        "import pathlib, sys; from fx_approx.utils.disk_cache import DiskCache\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "for number in range(60):\n"
         "    place = number % 3\n"

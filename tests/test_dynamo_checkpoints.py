@@ -13,8 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import fx_approx
-from fx_approx.checkpoints import CHECKPOINT_KEY, Checkpoint, outlined
 from fx_approx.policies import Uniform
+from fx_approx.runtime.checkpoints import CHECKPOINT_KEY, Checkpoint, outlined
 
 VALUE = Uniform("topk", 0.5, scores="weight", share="value")
 POLICIES = {

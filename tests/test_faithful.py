@@ -344,7 +344,7 @@ def test_pickling_keeps_the_form_of_the_call(inputs: dict[str, bool]) -> None:
 def test_nothing_is_left_of_a_model_that_is_gone() -> None:
     import gc
 
-    from fx_approx import state
+    from fx_approx.runtime import rng as state
 
     x = torch.randn(8, 16)
     gc.collect()
@@ -385,6 +385,6 @@ def test_concurrent_transforms_leave_torch_as_it_was() -> None:
     for thread in threads:
         thread.join()
     assert "__getattribute__" not in vars(nn.Module)
-    assert torch.is_grad_enabled() and torch.is_grad_enabled.__module__ != "fx_approx.watch"
+    assert torch.is_grad_enabled() and torch.is_grad_enabled.__module__ != "fx_approx.capture.side_effects"
     with torch.autocast("cpu", torch.bfloat16):
         assert F.linear(torch.ones(1, 2), torch.ones(2, 2)).dtype == torch.bfloat16

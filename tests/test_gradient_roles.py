@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fx_approx
 from fx_approx import Plan, SamplerSpec
-from fx_approx.plan import Policy
+from fx_approx.core.plan import Policy
 from fx_approx.policies import Exact, Override, Paper, Roles, Uniform
 from fx_approx.sampling import SAMPLERS
 

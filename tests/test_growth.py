@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fx_approx
 from fx_approx.policies import Uniform
-from fx_approx.schedules import ExactTail, Planned, Stairs
+from fx_approx.schedules.schedule import ExactTail, Planned, Stairs
 
 from .demand_nets import NETS
 from .hoisting import Layers, loss_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx.layers import layer_type
+from fx_approx.core.layer_types import layer_type
 from fx_approx.policies import Uniform
 from tests.torchvision_compat import import_torchvision
 

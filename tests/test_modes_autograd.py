@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import fx_approx
 from fx_approx import SamplerSpec
 from fx_approx.policies import Roles
+from fx_approx.runtime.rng import new_state
 from fx_approx.sampling import Sampler, Selection
-from fx_approx.state import new_state
 
 from .models import Attention, CalledTwice, Checkpointed, WithDataDependent, loss_of, mlp, same, tensors
 from .modes import BACKENDS, MODES

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import fx_approx
 from fx_approx import NoiseReport, SamplerSpec, measure_error
-from fx_approx.candidate import Role
-from fx_approx.plan import Policy
+from fx_approx.core.candidates import Role
+from fx_approx.core.plan import Policy
 from fx_approx.policies import Exact, Override, Roles, Uniform
 
 from .models import ZOO, Checkpointed, Counting, loss_of, mlp, same, train_step

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fx_approx
 from fx_approx import NoiseReport, measure_error
-from fx_approx.candidate import Role
-from fx_approx.plan import Policy
+from fx_approx.core.candidates import Role
+from fx_approx.core.plan import Policy
 from fx_approx.policies import Override, Roles, Uniform
 
 from .models import Checkpointed, Cnn, WithDataDependent, loss_of, mlp, same

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fx_approx
 from fx_approx import Plan
-from fx_approx.plan import Policy
+from fx_approx.core.plan import Policy
 from fx_approx.policies import Exact, FlopBudget, MemoryBudget, Override, Paper, Uniform
 
 pytestmark = pytest.mark.filterwarnings("ignore::fx_approx.CaptureWarning")

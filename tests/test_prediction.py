@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import fx_approx
-from fx_approx.api import view_of
+from fx_approx.compiler.transform import view_of
 from fx_approx.policies import Exact, FlopModel, RooflineModel, Uniform
-from fx_approx.policies.roofline import Device
+from fx_approx.policies.cost_roofline import Device
 
 from .policies.test_budget import IMAGES, network
 

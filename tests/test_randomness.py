@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fx_approx
-from fx_approx import state
 from fx_approx.policies import Uniform
+from fx_approx.runtime import rng as state
 
 from .models import Attention, Checkpointed, Cnn, WithDataDependent, loss_of, mlp, same
 

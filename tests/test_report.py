@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fx_approx
-from fx_approx.candidate import Role, RoleFlops
+from fx_approx.core.candidates import Role, RoleFlops
 from fx_approx.policies import Exact, Override, Paper, Uniform
-from fx_approx.report import Sample
+from fx_approx.savings.report import Sample
 
 from .models import (
     Attention,

@@ -171,16 +171,16 @@ def test_modules_import_only_from_layers_below() -> None:
 @pytest.mark.parametrize(
     ("module", "line", "allowed"),
     [
-        ("fx_approx.plan", "from fx_approx.candidate import Candidate", True),
-        ("fx_approx.plan", "from . import candidate", True),
-        ("fx_approx.plan", "from .ops import linear", False),
-        ("fx_approx.plan", "import fx_approx", False),
+        ("fx_approx.core.plan", "from fx_approx.core.candidates import Candidate", True),
+        ("fx_approx.core.plan", "from . import candidate", True),
+        ("fx_approx.core.plan", "from .ops import linear", False),
+        ("fx_approx.core.plan", "import fx_approx", False),
         ("fx_approx.ops.linear", "from ..sampling import base", True),
         ("fx_approx.passes.rewrite", "def f():\n    from fx_approx.policies.base import Policy", False),
-        ("fx_approx.policies.fixed", "from ..passes import base", False),
-        ("fx_approx.capture", "from fx_approx import passes", False),
+        ("fx_approx.policies.uniform", "from ..passes import base", False),
+        ("fx_approx.capture.trace", "from fx_approx import passes", False),
         ("fx_approx.passes.base", "from fx_approx import capture", True),
-        ("fx_approx.api", "from fx_approx import passes, policies, report", True),
+        ("fx_approx.compiler.transform", "from fx_approx import passes, policies, report", True),
     ],
 )
 def test_layer_rule(tmp_path: Path, module: str, line: str, allowed: bool) -> None:

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fx_approx
-from fx_approx.ops.observed import aged
+from fx_approx.ops.input_norm_ema import aged
 from fx_approx.policies import Uniform
-from fx_approx.published import Published
-from fx_approx.resample import Resample, Shared, unit_count
+from fx_approx.runtime.selection_tracker import Published
+from fx_approx.runtime.shared_selection import Resample, Shared, unit_count
 from fx_approx.sampling import SamplerSpec
 
 from .ahead import Readers, batch, indices, names, readers, selections, shared

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fx_approx
-from fx_approx.approx import find
+from fx_approx.runtime.approx_module import find
 
 from .ahead import batch, indices, readers, same, selections, shared, shuffle
 from .demand_nets import NETS

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fx_approx
-from fx_approx.approx import find
+from fx_approx.runtime.approx_module import find
 
 from .ahead import batch, indices, readers, same, selections, shared, shuffle
 from .demand_nets import NETS

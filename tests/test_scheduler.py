@@ -14,7 +14,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fx_approx
 from fx_approx import RatioScheduler, ScalarLogger
 from fx_approx.policies import FlopBudget, Roles, Uniform
-from fx_approx.schedules import Constant, ExactTail, ExactWarmup, Interleaved, Linear, Planned, Schedule, Stairs
+from fx_approx.schedules.schedule import (
+    Constant,
+    ExactTail,
+    ExactWarmup,
+    Interleaved,
+    Linear,
+    Planned,
+    Schedule,
+    Stairs,
+)
 
 from .policies.test_budget import IMAGES, SMALL, network
 
@@ -34,7 +43,7 @@ def transformed(policy: Any = VALUE) -> nn.Module:
 
 
 def in_force(model: nn.Module) -> set[float]:
-    selectors = fx_approx.approx.find(model)._fx_approx.selectors.values()
+    selectors = fx_approx.runtime.approx_module.find(model)._fx_approx.selectors.values()
     return {one.spec.ratio if one.enabled else 1.0 for one in selectors}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fx_approx.schedules import (
+from fx_approx.schedules.schedule import (
     Constant,
     Cosine,
     ExactTail,

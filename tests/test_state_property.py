@@ -123,7 +123,7 @@ def test_a_policy_that_times_steps_leaves_the_model_alone() -> None:
     versions = {place: t._version for place, t in tensors_of(model).items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        view, _ = fx_approx.api.view_of(model, Uniform("topk", 0.5), torch.ones(5, WIDTH))
+        view, _ = fx_approx.compiler.transform.view_of(model, Uniform("topk", 0.5), torch.ones(5, WIDTH))
         view.time([{}], repeats=1)
     assert (everything(model), generators()) == (state, drawn)
     assert {place: t._version for place, t in tensors_of(model).items()} == versions

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx.containers import tensors
+from fx_approx.capture.containers import tensors
 from fx_approx.policies import Uniform
 
 from .models import same, train_step

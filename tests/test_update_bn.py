@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fx_approx
 from fx_approx.policies import Roles, Uniform
-from fx_approx.schedules import Constant, ExactTail, ExactWarmup, Planned, Schedule
+from fx_approx.schedules.schedule import Constant, ExactTail, ExactWarmup, Planned, Schedule
 
 from .models import same
 

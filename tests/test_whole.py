@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import fx_approx
 from fx_approx import Decision, Plan, SamplerSpec
-from fx_approx.api import view_of
+from fx_approx.compiler.graph_view import Whole
+from fx_approx.compiler.transform import view_of
 from fx_approx.policies import Exact, Override, Paper, Roles, Uniform
-from fx_approx.whole import Whole
 
 from .demand_nets import post_activation
 from .models import Cnn

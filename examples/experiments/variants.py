@@ -13,18 +13,8 @@ from config import Config, ConfigError, Variant, one_of
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx import schedules
-from fx_approx.policies import (
-    Auto,
-    Exact,
-    FlopBudget,
-    MemoryBudget,
-    Override,
-    Paper,
-    Roles,
-    TimeBudget,
-    Uniform,
-)
+from fx_approx.policies import Auto, Exact, FlopBudget, MemoryBudget, Override, Paper, Roles, TimeBudget, Uniform
+from fx_approx.schedules import schedule as schedules
 
 POLICIES: dict[str, Callable[..., Any]] = {
     "paper": Paper,

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fx_approx.approx import ApproxModule
 from fx_approx.errors import DisagreementError
-from fx_approx.published import Published
+from fx_approx.runtime.approx_module import ApproxModule
+from fx_approx.runtime.selection_tracker import Published
 
 _STATE = ("step", "increment", "every", "seed")
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fx_approx._compat import in_backward
-from fx_approx.approx import ApproxModule
-from fx_approx.controls import synchronize_scores
-from fx_approx.modules import Selector
-from fx_approx.resample import Resample, Shared
-from fx_approx.sampling import get_score
-from fx_approx.shards import Scored, is_shard, weight_scores
+from fx_approx.runtime.approx_module import ApproxModule
+from fx_approx.runtime.controls import synchronize_scores
+from fx_approx.runtime.layers import Selector
+from fx_approx.runtime.sharding import Scored, is_shard, weight_scores
+from fx_approx.runtime.shared_selection import Resample, Shared
+from fx_approx.sampling.scores import get_score
 
 Groups = tuple[dist.ProcessGroup, ...]
 
@@ -35,7 +35,7 @@ class ShardNorms(nn.Module):
         self.resample = (resample,)
 
     def forward(self, *weights: Tensor) -> tuple[Any, ...]:
-        """``weights`` as :class:`fx_approx.resample.Resample` takes them; those that no one will score as they are."""
+        """``weights`` as the shared selections take them; those that no one will score as they are."""
         resample = self.resample[0]
         result: list[Any] = list(weights)
         if not resample.known or (in_backward() and resample.remembers):

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from fx_approx import ops
 from fx_approx._compat import tree_leaves
 from fx_approx.distributed.norms import ScoreAgreement, ShardNorms
-from fx_approx.runtime import PROLOGUE, Runtime
-from fx_approx.shards import is_sharded
+from fx_approx.ops.channel_slices import slice_weights
+from fx_approx.runtime.graph_runtime import PROLOGUE, Runtime
+from fx_approx.runtime.sharding import is_sharded
 
 _METHOD = "_fx_approx_segment"
 _RESAMPLE, _NORMS = f"{PROLOGUE}.resample", f"{PROLOGUE}.norms"
@@ -139,7 +139,7 @@ def _read_late(graph: fx.Graph) -> None:
             graph.erase_node(node)
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is ops.slice_weights and node.users:
+        if node.op == "call_function" and node.target is slice_weights and node.users:
             first = min(node.users, key=order.__getitem__)
             reads = [one for one in node.all_input_nodes if one.op == "get_attr"]
             for moved in (*reads, node):
@@ -219,7 +219,7 @@ def _uses(root: nn.Module, nodes: Sequence[fx.Node], owner: Mapping[Tensor, str]
             uses = derived[node] = {owner[value]} if isinstance(value, Tensor) and value in owner else set()
         elif node.op == "call_module" and target.partition(".")[0] != PROLOGUE:
             uses |= {owner[one] for one in root.get_submodule(target).parameters() if one in owner}
-        elif node.target is ops.slice_weights or (inputs and all(derived.get(one) for one in inputs)):
+        elif node.target is slice_weights or (inputs and all(derived.get(one) for one in inputs)):
             derived[node] = uses
         result.append(uses)
     return result

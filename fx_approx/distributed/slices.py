@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fx_approx.approx import ApproxModule
-from fx_approx.candidate import Role
-from fx_approx.passes.demand import FULL
-from fx_approx.passes.effects import Axis, Effects
-from fx_approx.published import Published
+from fx_approx.core.candidates import Role
+from fx_approx.passes.channel_liveness import FULL
+from fx_approx.passes.plan_effects import Axis, Effects
+from fx_approx.runtime.approx_module import ApproxModule
+from fx_approx.runtime.selection_tracker import Published
 
 _WEIGHTED = ("linear", "conv")
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from tabulate import tabulate
 from torch import nn
 
-from fx_approx.approx import ApproxModule
 from fx_approx.distributed.hook import SliceHook
 from fx_approx.distributed.slices import Sliced
-from fx_approx.passes.effects import Axis, entries
+from fx_approx.passes.plan_effects import Axis, entries
+from fx_approx.runtime.approx_module import ApproxModule
 
 
 class Traffic:

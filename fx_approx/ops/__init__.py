@@ -1,8 +1,7 @@
 """Sampled products: one file per family, each with what the passes need to know of it."""
 
-from fx_approx.ops.backward import Choice, Early, How, Late, Rule
 from fx_approx.ops.base import OPS, SAMPLING_ARGUMENTS, ProductOp, Unsupported, find_op, register_op
-from fx_approx.ops.channels import (
+from fx_approx.ops.channel_slices import (
     Part,
     Slices,
     check_width,
@@ -21,15 +20,16 @@ from fx_approx.ops.channels import (
     width,
 )
 from fx_approx.ops.conv import conv1d, conv2d, conv3d, has_channels
-from fx_approx.ops.conv_backward import convolve
+from fx_approx.ops.conv_gradients import sampled_convolution
 from fx_approx.ops.einsum import einsum
+from fx_approx.ops.functorch_guard import refuse_transforms
 from fx_approx.ops.gather import gather, select_channels
+from fx_approx.ops.grad_norm_ema import new_running
+from fx_approx.ops.gradient_selection import Choice, Early, How, Late, Rule
 from fx_approx.ops.linear import linear
 from fx_approx.ops.matmul import addmm, baddbmm, bmm, matmul, mm
 from fx_approx.ops.narrow_calls import NARROW_CALLS, SLICED_CONVOLUTIONS
-from fx_approx.ops.running import new_running
-from fx_approx.ops.sliced import sliced_linear
-from fx_approx.ops.unsupported import refuse_transforms
+from fx_approx.ops.sliced_linear import sliced_linear
 
 __all__ = [
     "NARROW_CALLS",
@@ -52,7 +52,6 @@ __all__ = [
     "conv1d",
     "conv2d",
     "conv3d",
-    "convolve",
     "einsum",
     "find_op",
     "gather",
@@ -68,6 +67,7 @@ __all__ = [
     "register_op",
     "remaining",
     "resize",
+    "sampled_convolution",
     "select_channels",
     "slice_weights",
     "sliced_linear",

@@ -15,9 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fx_approx.candidate import GemmShape, Role
+from fx_approx.core.candidates import GemmShape, Role
 from fx_approx.ops.gather import channels_last_order
-from fx_approx.sampling import SamplerSpec, ScoreKind, Selection
+from fx_approx.sampling.base import Selection
+from fx_approx.sampling.scores import ScoreKind
+from fx_approx.sampling.spec import SamplerSpec
 
 SAMPLING_ARGUMENTS = ("selection", "grad_input", "grad_weight", "straight_through")
 """What the functions of ops take beyond the exact call's arguments, by keyword."""

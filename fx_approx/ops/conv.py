@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fx_approx.candidate import GemmShape
-from fx_approx.ops.backward import Choice, How
+from fx_approx.core.candidates import GemmShape
 from fx_approx.ops.base import ProductOp, norm, ones_like_scores, register_op
-from fx_approx.ops.conv_backward import ConvPairs, IntOrTuple, convolve, each_axis
+from fx_approx.ops.conv_gradients import ConvPairs, IntOrTuple, each_axis, sampled_convolution
 from fx_approx.ops.gather import select_channels
-from fx_approx.sampling import ScoreKind, Selection
+from fx_approx.ops.gradient_selection import Choice, How
+from fx_approx.sampling.base import Selection
+from fx_approx.sampling.scores import ScoreKind
 
 
 def _make(exact: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
@@ -38,7 +39,7 @@ def _make(exact: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
             return exact(input, weight, bias, stride, padding, dilation, groups)
         if how.gradients_apart:
             static = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-            return convolve(input, weight, bias, static, how)
+            return sampled_convolution(input, weight, bias, static, how)
         if selection is not None:
             input, weight = select_channels(input, weight, groups, selection)
         return exact(input, weight, bias, stride, padding, dilation, groups)

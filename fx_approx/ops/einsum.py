@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_approx.candidate import GemmShape, Role
-from fx_approx.ops.backward import Choice, How
+from fx_approx.core.candidates import GemmShape, Role
 from fx_approx.ops.base import ProductOp, Unsupported, norm, ones_like_scores, register_op, single
 from fx_approx.ops.gather import gather, scaled
-from fx_approx.ops.product import MatrixPairs, product
-from fx_approx.sampling import SamplerSpec, ScoreKind, Selection
+from fx_approx.ops.gradient_selection import Choice, How
+from fx_approx.ops.matmul_gradients import MatrixPairs, product
+from fx_approx.sampling.base import Selection
+from fx_approx.sampling.scores import ScoreKind
+from fx_approx.sampling.spec import SamplerSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fx_approx._compat import is_transformed
-from fx_approx.sampling import Selection
+from fx_approx.sampling.base import Selection
 
 Order = tuple[int, ...] | None
 """What :func:`channels_last_order` gives."""

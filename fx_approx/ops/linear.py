@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fx_approx.candidate import GemmShape
-from fx_approx.ops.backward import Choice, How
+from fx_approx.core.candidates import GemmShape
 from fx_approx.ops.base import ProductOp, norm, ones_like_scores, register_op, single
 from fx_approx.ops.gather import gather, scaled
-from fx_approx.ops.product import MatrixPairs, product
-from fx_approx.sampling import ScoreKind, Selection
+from fx_approx.ops.gradient_selection import Choice, How
+from fx_approx.ops.matmul_gradients import MatrixPairs, product
+from fx_approx.sampling.base import Selection
+from fx_approx.sampling.scores import ScoreKind
 
 
 def linear(

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_approx.candidate import GemmShape
-from fx_approx.ops.backward import Choice, How
+from fx_approx.core.candidates import GemmShape
 from fx_approx.ops.base import ProductOp, Unsupported, norm, ones_like_scores, register_op, single
 from fx_approx.ops.gather import gather, scaled
-from fx_approx.ops.product import MatrixPairs, product
-from fx_approx.sampling import ScoreKind, Selection
+from fx_approx.ops.gradient_selection import Choice, How
+from fx_approx.ops.matmul_gradients import MatrixPairs, product
+from fx_approx.sampling.base import Selection
+from fx_approx.sampling.scores import ScoreKind
 
 
 def _multiply(exact: Callable[[Tensor, Tensor], Tensor], lhs: Tensor, rhs: Tensor, how: How) -> Tensor:

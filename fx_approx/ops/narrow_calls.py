@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fx_approx.ops.channels import Slices
+from fx_approx.ops.channel_slices import Slices
 from fx_approx.ops.gather import gather
-from fx_approx.sampling import Selection
+from fx_approx.sampling.base import Selection
 
 
 def _part(tensor: Tensor | None, chosen: Selection) -> Tensor | None:
@@ -146,7 +146,7 @@ def _sliced(exact: Callable[..., Tensor]) -> Callable[..., Tensor]:
         input: ``[N, k, ...]``, the channels that the slices read.
         weight: The whole weight ``[O, C / groups, ...]``.
         bias: The whole bias ``[O]`` or None.
-        slices: Of both; see :func:`fx_approx.ops.channels.slice_weights`.
+        slices: Of both; see :func:`fx_approx.ops.channel_slices.slice_weights`.
         stride: As there.
         padding: As there.
         dilation: As there.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fx_approx.candidate import GemmShape, ProductFacts
-from fx_approx.flops import role_flops
+from fx_approx.core.candidates import GemmShape, ProductFacts
+from fx_approx.core.flops import role_flops
 from fx_approx.sampling import Selection
 from tests.families import OpCase, Operands, gradients
 

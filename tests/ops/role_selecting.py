@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from fx_approx.candidate import Role
-from fx_approx.modules import Selector
+from fx_approx.core.candidates import Role
 from fx_approx.ops import Choice
+from fx_approx.runtime.layers import Selector
+from fx_approx.runtime.rng import Draw
 from fx_approx.sampling import get_score
-from fx_approx.state import Draw
 from tests.families import GRADIENT_CASES, SAMPLER_CASES, Operands, SamplerCase
 from tests.ops.roles import RoleCase
 from tests.ops.selecting import randomness

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_approx.candidate import Role
+from fx_approx.core.candidates import Role
 from fx_approx.ops import Early
 from fx_approx.sampling import Selection
 from tests.families import OP_CASES, OpCase, Operands

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fx_approx.modules import Selector
+from fx_approx.runtime.layers import Selector
+from fx_approx.runtime.rng import Draw, draw
 from fx_approx.sampling import Selection
-from fx_approx.state import Draw, draw
 from tests.families import OpCase, Operands, SamplerCase
 from tests.sampling import oracles
 

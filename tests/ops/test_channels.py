@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fx_approx import ops
-from fx_approx.ops import channels
+from fx_approx.ops import channel_slices as channels
 from fx_approx.sampling import Selection
 
 

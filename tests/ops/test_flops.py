@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fx_approx.candidate import GemmShape, ProductFacts, Role, RoleFlops
-from fx_approx.flops import Kept, executed_flops, kept_bytes, role_flops
+from fx_approx.core.candidates import GemmShape, ProductFacts, Role, RoleFlops
+from fx_approx.core.flops import Kept, executed_flops, kept_bytes, role_flops
 from fx_approx.sampling import SamplerSpec, Selection
 from tests.families import OP_CASES, OpCase
 from tests.ops.counting import counted, facts_of, kept, operands_of, selection_of, shape_of

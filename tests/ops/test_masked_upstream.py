@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fx_approx.candidate import Role
-from fx_approx.modules import Selector
+from fx_approx.core.candidates import Role
 from fx_approx.ops import Early, Late, Rule
+from fx_approx.runtime.layers import Selector
+from fx_approx.runtime.rng import Draw, draw
 from fx_approx.sampling import SAMPLERS, SamplerSpec, Selection, get_sampler
-from fx_approx.state import Draw, draw
 from tests.families import OP_CASES, SAMPLER_CASES, OpCase, Operands, gradients
 
 SPEC, POSITIONS = SamplerSpec(), SamplerSpec(positions=True)

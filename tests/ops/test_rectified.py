@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fx_approx.ops.rectified import pack_signs, tap_relu, unpack_signs
+from fx_approx.ops.tapped_relu import pack_signs, tap_relu, unpack_signs
 
 SHAPES: list[tuple[tuple[int, ...], int]] = [((2, 16, 3, 5), 1), ((4, 7), 1), ((3, 5, 9), -1), ((1, 8, 2, 2, 2), 1)]
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fx_approx.candidate import Candidate, GemmShape, Role, RoleFlops
-from fx_approx.flops import Kept, executed_flops, kept_bytes, role_flops, selection_flops
+from fx_approx.core.candidates import Candidate, GemmShape, Role, RoleFlops
+from fx_approx.core.flops import Kept, executed_flops, kept_bytes, role_flops, selection_flops
 from fx_approx.ops import Late, Rule
 from fx_approx.sampling import SamplerSpec, get_sampler, get_score
 from tests.families import OpCase, SamplerCase

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fx_approx.candidate import Role
+from fx_approx.core.candidates import Role
 from tests.families import OpCase, upstream
 from tests.ops.roles import EACH_OUTPUT, EVEN, ROLE_CASES, ROWS, RoleCase
 from tests.ops.test_roles import call, close, pairs_of_gradients

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fx_approx.candidate import Role
+from fx_approx.core.candidates import Role
 from fx_approx.ops import linear
 from fx_approx.sampling import Selection
 from tests.families import DTYPES, LAYOUTS, OpCase, Operands, SamplerCase, gradients, upstream

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx import ops
-from fx_approx.candidate import Role
-from fx_approx.modules import SampledConv2d, SampledLinear, Selector, Site, swap
+from fx_approx.core.candidates import Role
 from fx_approx.ops import Early, Late
+from fx_approx.runtime.layers import SampledConv2d, SampledLinear, Selector, Site, swap
+from fx_approx.runtime.rng import Draw, draw
 from fx_approx.sampling import SamplerSpec, Selection, get_score
-from fx_approx.state import Draw, draw
 from tests.families import OpCase, Operands, SamplerCase, gradients, upstream
 from tests.op_case import conv_case, linear_case
 from tests.ops.role_selecting import choose, role_selector, samplers_of

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fx_approx.candidate import Role
+from fx_approx.core.candidates import Role
 from fx_approx.ops import Early, linear
 from fx_approx.sampling import Selection
 from tests.families import OpCase, Operands, gradients, upstream

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fx_approx import ops
-from fx_approx.candidate import Role
-from fx_approx.modules import SampledConv2d, SampledLinear, Selector, Site, swap
+from fx_approx.core.candidates import Role
+from fx_approx.runtime.layers import SampledConv2d, SampledLinear, Selector, Site, swap
 from fx_approx.sampling import SamplerSpec
 
 RATIOS = [0.1, 0.25, 0.5, 0.9]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import fx_approx
-from fx_approx.api import _prepare
-from fx_approx.passes.demand import FULL
-from fx_approx.passes.layouts import Layout, Restart, Segment, Spaces, regroup, stretch
-from fx_approx.passes.share import coupling_graph
+from fx_approx.compiler.transform import _prepare
+from fx_approx.passes.channel_liveness import FULL
+from fx_approx.passes.channel_spaces import Layout, Restart, Segment, Spaces, regroup, stretch
+from fx_approx.passes.share_selections import coupling_graph
 from tests.demand_nets import NETS
 from tests.hoisting import Layers
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx.passes.demand import FULL
+from fx_approx.passes.channel_liveness import FULL
 from fx_approx.policies import Uniform
 
 AHEAD = Uniform("topk", 0.5, scores="weight", share="value")

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import fx_approx
-from fx_approx.api import view_of
-from fx_approx.plan import Cost
+from fx_approx.compiler.graph_view import Whole
+from fx_approx.compiler.transform import view_of
+from fx_approx.core.plan import Cost
+from fx_approx.core.step_cost import Model, StepTime, Work
 from fx_approx.policies import Auto, Exact, FlopModel, RooflineModel
-from fx_approx.policies.drafts import drafts
-from fx_approx.policies.roofline import Device
-from fx_approx.whole import Whole
-from fx_approx.work import Model, StepTime, Work
+from fx_approx.policies.auto_search import drafts
+from fx_approx.policies.cost_roofline import Device
 
 from .test_budget import IMAGES, network
 

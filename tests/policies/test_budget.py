@@ -12,7 +12,7 @@ from torch import nn
 
 import fx_approx
 from fx_approx import Plan
-from fx_approx.api import view_of
+from fx_approx.compiler.transform import view_of
 from fx_approx.policies import (
     Auto,
     ErrorBudget,
@@ -26,7 +26,7 @@ from fx_approx.policies import (
     TimeBudget,
     Uniform,
 )
-from fx_approx.policies.roofline import Device
+from fx_approx.policies.cost_roofline import Device
 
 from ..demand_nets import BasicBlock
 

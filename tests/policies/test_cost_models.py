@@ -13,20 +13,13 @@ from torch import nn
 
 import fx_approx
 from fx_approx import SamplerSpec
-from fx_approx.api import view_of
-from fx_approx.policies import (
-    Exact,
-    FlopModel,
-    MeasuredModel,
-    RooflineModel,
-    Uniform,
-    calibrate,
-    measured,
-    roofline,
-    timing,
-)
-from fx_approx.policies.roofline import Device
-from fx_approx.policies.timing import Timing, time_calls
+from fx_approx.compiler.transform import view_of
+from fx_approx.policies import Exact, FlopModel, MeasuredModel, RooflineModel, Uniform, calibrate
+from fx_approx.policies import cost_measured as measured
+from fx_approx.policies import cost_roofline as roofline
+from fx_approx.policies.cost_roofline import Device
+from fx_approx.utils import timing
+from fx_approx.utils.timing import Timing, time_calls
 
 from ..demand_nets import post_activation
 from ..models import Attention, Cnn
@@ -128,7 +121,7 @@ class Stub:
 
     def time(self, plans: Any, *, compiled: bool, repeats: int = 7) -> list[Any]:
         self.timed += 1
-        return [fx_approx.work.StepTime(1.0, (1.0, 1.0, 1.0))]
+        return [fx_approx.core.step_cost.StepTime(1.0, (1.0, 1.0, 1.0))]
 
 
 def test_measured_products_and_the_rest_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

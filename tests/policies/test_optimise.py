@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from fx_approx.policies.optimise import Levels, Problem, cheapest, least_cost, least_error
+from fx_approx.policies.budget_solver import Levels, Problem, cheapest, least_cost, least_error
 
 LEVELS = 4
 

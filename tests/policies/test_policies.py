@@ -12,7 +12,7 @@ import torch
 
 import fx_approx
 from fx_approx import Candidate, Decision, Plan, Role, SamplerSpec
-from fx_approx.plan import Policy
+from fx_approx.core.plan import Policy
 from fx_approx.policies import (
     Auto,
     Exact,

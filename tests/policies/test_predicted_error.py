@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fx_approx import SamplerSpec
-from fx_approx.policies.predicted_error import predicted_error
+from fx_approx.policies.error_model import predicted_error
 from fx_approx.sampling import get_sampler
 
 

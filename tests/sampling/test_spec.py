@@ -11,16 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fx_approx.sampling import (
-    SAMPLERS,
-    SCORES,
-    Crs,
-    SamplerSpec,
-    TopK,
-    get_sampler,
-    get_score,
-    register_sampler,
-)
+from fx_approx.sampling import SAMPLERS, SCORES, Crs, SamplerSpec, TopK, get_sampler, get_score, register_sampler
 
 
 def test_defaults() -> None:

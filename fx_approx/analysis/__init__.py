@@ -1,0 +1,1 @@
+"""What a transformed model does, measured and reported."""

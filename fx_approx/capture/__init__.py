@@ -1,0 +1,1 @@
+"""Capture: a model in, one graph for both modes out."""

@@ -1,0 +1,214 @@
+"""The graph as a policy sees it: the work of a step under any plan, and its time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import statistics
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fx_approx.capture.trace import kept_random_state
+from fx_approx.compiler.pipeline import Prepared
+from fx_approx.core.candidates import Candidate, Role
+from fx_approx.core.flops import slicing_bytes
+from fx_approx.core.plan import Decision, make_plan
+from fx_approx.core.step_cost import ProductWork, StepTime, Work
+from fx_approx.ops.base import OPS
+from fx_approx.passes.channel_flow import Flow
+from fx_approx.passes.plan_effects import Effects, find_effects, tied
+from fx_approx.passes.rewrite import find_facts
+from fx_approx.runtime.step_gradient import mean_square
+from fx_approx.sampling.scores import get_score
+from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.savings.memory_model import Counts, Product, memory
+from fx_approx.utils.timing import seconds
+
+_WARM = 1
+_NO_OPERATION = ("placeholder", "output", "get_attr")
+
+
+class Whole:
+    """A captured model, for policies that decide about the graph as a whole.
+
+    It is a :class:`fx_approx.core.step_cost.Model`.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        prepared: Prepared,
+        demand: bool = True,
+        build: Callable[[Mapping[str, Decision]], nn.Module] | None = None,
+        inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
+    ) -> None:
+        """A view of ``prepared``.
+
+        Args:
+            root: The model's structure on its parameters.
+            prepared: Its capture with shapes.
+            demand: What no one reads is not computed.
+            build: Makes the model transformed by some decisions, the exact one by none; for :meth:`time`, which runs
+                them, so on tensors of their own.
+            inputs: Example inputs with values, positional and by keyword.
+        """
+        self._root, self._prepared, self._demand = root, prepared, demand
+        self._build, self._inputs = build, inputs
+        self._effects: dict[Any, Effects] = {}
+        self._found = {one.candidate.name: one for one in prepared.found}
+
+    @property
+    def candidates(self) -> Sequence[Candidate]:
+        """All of the model."""
+        return self._prepared.candidates
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the graph with all shapes and dtypes."""
+        graph = self._prepared.captured.graph
+        facts = [(one.name, one.kind, repr(one.facts)) for one in self.candidates]
+        text = "" if graph is None else str(graph)
+        return hashlib.sha256(repr((type(self._root).__qualname__, text, facts)).encode()).hexdigest()[:24]
+
+    @property
+    def runs(self) -> bool:
+        """Whether there are example inputs to run."""
+        return self._build is not None and self._inputs is not None
+
+    def work(self, decisions: Mapping[str, Decision], memory: bool = True) -> Work:
+        """The step under ``decisions``; see :meth:`fx_approx.core.step_cost.Model.work`."""
+        effects = self._effects_of(decisions)
+        specs = {name: spec for name, one in decisions.items() if (spec := one.spec) is not None}
+        counts = Counts(effects, self.candidates, specs, {})
+        products = {one.name: _product(one, decisions.get(one.name), counts) for one in self.candidates}
+        work = tuple(
+            ProductWork(one.candidate, one.kept, one.roles, effects.hoisted and _hoisted(one, effects))
+            for one in products.values()
+        )
+        slicing = sum(slicing_bytes(p.candidate.facts, p.kept) for p in work if p.candidate.facts is not None)
+        return Work(work, slicing=slicing, operations=self._operations, **_moved(effects, counts, products, memory))
+
+    def tied(self, decisions: Mapping[str, Decision]) -> list[tuple[str, ...]]:
+        """The sampled candidates, those together whose selections are one."""
+        return tied(self._effects_of(decisions), [name for name, decision in decisions.items() if decision.roles])
+
+    def weight_norms(self, name: str) -> Tensor | None:
+        """``[groups, pairs]``, or None without a weight."""
+        found = self._found[name]
+        if found.op is None or found.weight is None:
+            return None
+        owner, _, attribute = found.weight.rpartition(".")
+        weight = getattr(self._root.get_submodule(owner), attribute, None)
+        if not isinstance(weight, Tensor):
+            return None
+        with torch.no_grad():
+            norms: Tensor = OPS[found.candidate.kind].scores(None, weight, get_score("weight"), found.static)
+            return norms.float().cpu()
+
+    def time(
+        self, plans: Sequence[Mapping[str, Decision]], *, compiled: bool = False, repeats: int = 7
+    ) -> list[StepTime]:
+        """Times training steps; see :meth:`fx_approx.core.step_cost.Model.time`."""
+        if self._build is None or self._inputs is None:
+            raise ValueError("example_inputs: none were given, so no step can be timed")
+        args, kwargs = self._inputs
+        with kept_random_state(), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            models = [self._build(plan).train() for plan in ({}, *plans)]
+            calls = [torch.compile(model, dynamic=False) if compiled else model for model in models]
+            times = _alternate(calls, models, args, kwargs, repeats)
+        exact = times[0]
+        return [StepTime(statistics.median(own), _quartiles(exact, own)) for own in times]
+
+    @functools.cached_property
+    def _flow(self) -> Flow | None:
+        return self._prepared.flow(self._root)
+
+    @property
+    def _operations(self) -> int:
+        graph = self._prepared.captured.graph
+        return 0 if graph is None else sum(node.op not in _NO_OPERATION for node in graph.nodes)
+
+    def _effects_of(self, decisions: Mapping[str, Decision]) -> Effects:
+        """Sharing and demand under ``decisions``, which depend on ratios only where readers of one value differ."""
+        sampled = {name: decision for name, decision in decisions.items() if decision.roles}
+        key = tuple((name, _unrated(one.roles), one.share, one.straight_through) for name, one in sampled.items())
+        found = self._effects.get(key)
+        if found is None:
+            found = self._effects[key] = self._find({name: _alike(one) for name, one in sampled.items()})
+        for one in found.classes:
+            if len({sampled[reading.name].spec for reading in one.readings}) > 1:
+                return self._find(sampled)
+        return found
+
+    def _find(self, decisions: Mapping[str, Decision]) -> Effects:
+        plan = make_plan(self.candidates, [decisions.get(one.name, Decision(one.name)) for one in self.candidates])
+        prepared = self._prepared
+        facts = find_facts(prepared.captured.graph, prepared.found, plan, self._flow)
+        return find_effects(prepared.found, plan, facts, self._flow, self._demand)
+
+
+def _unrated(roles: Mapping[Role, SamplerSpec]) -> Any:
+    return tuple((role, spec.replace(ratio=0.5)) for role, spec in roles.items())
+
+
+def _alike(decision: Decision) -> Decision:
+    return dataclasses.replace(decision, roles=dict(_unrated(decision.roles)), cost=None)
+
+
+def _product(candidate: Candidate, decision: Decision | None, counts: Counts) -> Product:
+    """As the report's row has it: a sampler that keeps all pairs is none."""
+    roles = {} if decision is None or candidate.blocked else dict(decision.roles)
+    through = decision is not None and decision.straight_through
+    kept = counts.of(candidate, roles, through)
+    roles = {role: spec for role, spec in roles.items() if kept.of(role) is not None}
+    return Product(candidate, kept, roles)
+
+
+def _hoisted(product: Product, effects: Effects) -> bool:
+    forward = product.kept.output is None or (
+        product.candidate.name in effects.reads and set(product.roles) == {Role.OUTPUT}
+    )
+    return forward and not product.kept.straight_through
+
+
+def _moved(effects: Effects, counts: Counts, products: Mapping[str, Product], wanted: bool) -> dict[str, int]:
+    found = memory(effects, counts, products) if wanted else None
+    return {} if found is None else dataclasses.asdict(found)
+
+
+def _alternate(
+    calls: Sequence[Any], models: Sequence[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any], repeats: int
+) -> list[list[float]]:
+    """Seconds of a training step of each, in turn, after one round that does not count.
+
+    Each turn has two steps, and the second counts: the first brings back what the others have driven out of caches.
+    oneDNN keeps 1024 primitives; where eight variants of a DenseNet take turns, a first step is 1.4 times as long.
+    """
+    wanted = [[p for p in model.parameters() if p.requires_grad] for model in models]
+    device = next((p.device for p in models[0].parameters()), torch.device("cpu"))
+
+    def step(place: int) -> None:
+        torch.autograd.grad(mean_square(calls[place](*args, **kwargs)), wanted[place], allow_unused=True)
+
+    times: list[list[float]] = [[] for _ in calls]
+    for number in range(_WARM + repeats):
+        for place in range(len(calls)):
+            step(place)
+            spent = seconds(lambda place=place: step(place), device)  # type: ignore[misc]
+            if number >= _WARM:
+                times[place].append(spent)
+    return times
+
+
+def _quartiles(exact: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
+    ratios = [one / other for one, other in zip(exact, own, strict=True)]
+    if len(ratios) == 1:
+        return (ratios[0],) * 3
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return low, middle, high

@@ -1,0 +1,268 @@
+"""The public verbs: transform, explain, report, restore."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+
+from fx_approx.capture.sections import with_sections, with_these
+from fx_approx.capture.size_guards import described
+from fx_approx.capture.trace import Called, CallForm, Section, call_form, capture, skeleton
+from fx_approx.compiler.graph_view import Whole
+from fx_approx.compiler.pipeline import Prepared, install, prepare, with_shapes
+from fx_approx.core.candidates import Role
+from fx_approx.core.plan import Decision, Plan, Policy, make_plan
+from fx_approx.errors import CaptureWarning, NoEffectWarning
+from fx_approx.passes.apply_policy import decide
+from fx_approx.passes.channel_rules import find_flow
+from fx_approx.passes.find_candidates import annotate
+from fx_approx.passes.plan_effects import find_effects
+from fx_approx.policies.paper import Paper
+from fx_approx.runtime.approx_module import ApproxModule, adopt, find
+from fx_approx.runtime.controls import load_sampler_state, sampler_state
+from fx_approx.runtime.graph_runtime import Runtime
+from fx_approx.runtime.layers import unswap
+from fx_approx.runtime.validation import check_inputs, check_model, check_seed
+from fx_approx.savings.memory_model import coverages
+from fx_approx.savings.report import Explanation, SavingsReport, build_report
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@torch.inference_mode(False)
+def transform(
+    model: M,
+    policy: Policy | None = None,
+    example_inputs: Any = None,
+    *,
+    seed: int = 0,
+    every: int = 1,
+    demand: bool = True,
+) -> M:
+    """A copy of ``model`` that trains with fewer operations, on the same parameters and buffers.
+
+    The result is an instance of the model's own class, with the same ``state_dict``, and exact in ``eval()``. A layer
+    is sampled if and only if its own ``training`` flag is set. ``model`` itself is not changed.
+
+    Args:
+        model: Any module on its final device. Transform before ``torch.compile`` and DistributedDataParallel.
+        policy: What to sample, a policy or a :class:`Plan`; by default the paper's rule at ratio 0.5.
+        example_inputs: One training batch as the model is called with it: a tensor, a tuple of positional arguments
+            or a dict of keyword arguments. Only shapes are read, except where the model's own Python decides by values:
+            then a copy of the model runs on it once. Without it shapes are learnt from the first forward.
+        seed: All samples of a training run follow from it (64-bit integer).
+        every: Keep one sample for so many forwards.
+        demand: Do not compute what no one will read (docs/how-it-works.md): where selections are made ahead and example
+            inputs are given, the layers before compute the selected channels only. The numbers are the same, but for
+            running statistics of channels that are not computed, and for dropout masks. False keeps all channels.
+
+    Returns:
+        The transformed model.
+
+    Raises:
+        AlreadyTransformedError: ``model`` is or contains the result of a transform.
+        CaptureError: ``model`` cannot be captured (scripted, compiled, wrapped, on meta, lazy, not copyable).
+        PlanMismatchError: ``policy`` is a plan for another model.
+        ShapesNeededError: The policy decides by shapes and there are no example inputs.
+        ValueError: ``example_inputs`` do not fit; names what is wrong.
+
+    Warns:
+        NoEffectWarning: Nothing is sampled.
+        CaptureWarning: A part is served by module swap; names module and line.
+    """
+    check_model(model)
+    check_seed(seed, every)
+    if not isinstance(demand, bool):
+        raise TypeError(f"demand: expected True or False, got {demand!r}")
+    prepared = _prepare(model, example_inputs)
+    view = functools.partial(_view, model, example_inputs, prepared, demand)
+    return _transform(model, policy, prepared, seed, every, demand, view)
+
+
+def _transform(
+    model: M,
+    policy: Policy | None,
+    prepared_root: tuple[nn.Module, Prepared],
+    seed: int,
+    every: int,
+    demand: bool,
+    view: Callable[[], Whole] | None = None,
+) -> M:
+    root, prepared = prepared_root
+    plan = decide(prepared.candidates, Paper() if policy is None else policy, view, prepared.called is not None)
+    runtime = install(root, prepared, plan, seed, every, demand)
+    for part in prepared.captured.opaque:
+        hint = ". Where torch.compile can capture it: backend=fx_approx.backend(policy)" if part.elsewhere else ""
+        warnings.warn(f"not traced, served by {part.served}: {part}{hint}", CaptureWarning, stacklevel=4)
+    if not plan.sampled:
+        what = "it has no matrix product or convolution" if not prepared.found else "every layer stays exact"
+        warnings.warn(f"transform changed nothing in {type(model).__name__}: {what}", NoEffectWarning, stacklevel=4)
+    return cast(M, adopt(root, runtime, _reduce))
+
+
+def explain(
+    model: nn.Module, policy: Policy | None = None, example_inputs: Any = None, *, demand: bool = True
+) -> Explanation:
+    """What :func:`transform` would do, without doing it: the plan, and the report it predicts.
+
+    Args:
+        model: As in :func:`transform`; it is not changed.
+        policy: As there.
+        example_inputs: As there; without them the report has no shapes.
+        demand: As there.
+
+    Returns:
+        An explanation whose ``plan`` can be edited and given to :func:`transform`.
+    """
+    check_model(model)
+    root, prepared = _prepare(model, example_inputs)
+    view = functools.partial(_view, model, example_inputs, (root, prepared), demand)
+    plan = decide(prepared.candidates, Paper() if policy is None else policy, view, prepared.called is not None)
+    return Explanation(plan, prepared.predicted(root, type(model).__name__, plan, demand))
+
+
+def view_of(model: nn.Module, policy: Policy, example_inputs: Any, demand: bool = True) -> tuple[Whole, Plan]:
+    """The graph as policies see it, and the plan that ``policy`` makes of it."""
+    check_model(model)
+    prepared = _prepare(model, example_inputs)
+    view = _view(model, example_inputs, prepared, demand)
+    return view, decide(prepared[1].candidates, policy, lambda: view, prepared[1].called is not None)
+
+
+def _view(model: nn.Module, example_inputs: Any, prepared: tuple[nn.Module, Prepared], demand: bool) -> Whole:
+    """What a policy for the whole graph is shown; it times models with the example inputs, if there are any."""
+
+    @functools.cache
+    def twin() -> nn.Module:
+        return skeleton(model, shared=False)
+
+    def build(decisions: Mapping[str, Decision]) -> nn.Module:
+        if not decisions:
+            return skeleton(twin())
+        candidates = prepared[1].candidates
+        plan = make_plan(candidates, [decisions.get(one.name, Decision(one.name)) for one in candidates])
+        return _transform(twin(), plan, _prepare(twin(), example_inputs), 0, 1, demand)
+
+    args, kwargs = check_inputs(model, example_inputs)
+    return Whole(*prepared, demand, build, None if args is None else (args, kwargs))
+
+
+def _prepare(
+    model: nn.Module,
+    example_inputs: Any,
+    form: CallForm | None = None,
+    called: tuple[Any, Any] | None = None,
+    known: tuple[Sequence[Section], Mapping[str, Called]] | None = None,
+) -> tuple[nn.Module, Prepared]:
+    """Capture and annotate: everything before a decision.
+
+    ``form`` and ``called`` say how the model is called where there are no example inputs, and ``known`` how modules in
+    it are.
+    """
+    args, kwargs = check_inputs(model, example_inputs)
+    root = skeleton(model)
+    if args is not None:
+        called = described(args), described(kwargs)
+    captured = capture(root, call_form(root, args, kwargs) if form is None else form, called)
+    if called is not None and known is not None:
+        captured = with_these(root, captured, called, *known)
+    elif called is not None:
+        captured = with_sections(root, captured, called, None if args is None else (args, dict(kwargs)))
+    return root, prepare(root, captured, called)
+
+
+def report(model: nn.Module) -> SavingsReport:
+    """What each layer of a transformed model saves, and why the others were left exact.
+
+    Shapes that were not known at the transform are filled in from the first forward since.
+
+    Raises:
+        ValueError: ``model`` is not transformed.
+    """
+    approx = find(model)
+    runtime = approx._fx_approx
+    resample = runtime.resample
+    if runtime.called is not None and not runtime.learnt:
+        _learn(approx, runtime)
+    built = build_report(
+        approx.exact_class.__name__,
+        runtime.candidates,
+        runtime.plan,
+        runtime.capture.opaque,
+        runtime.selectors,
+        approx.training,
+        runtime.called is not None,
+        runtime.effects,
+        coverages(list(resample.each())) if resample is not None and resample.known else None,
+    )
+    return dataclasses.replace(built, selection_time=runtime.selection_time)
+
+
+def _learn(approx: ApproxModule, runtime: Runtime) -> None:
+    assert runtime.called is not None
+    root, graph = _plain(approx), runtime.capture.graph
+    found = annotate(root, runtime.capture)
+    learnt, values = with_shapes(root, runtime.capture, found, runtime.called, stacklevel=4)
+    runtime.candidates = tuple(one.candidate for one in learnt)
+    flow = None if graph is None or values is None else find_flow(root, graph, values)
+    runtime.effects = find_effects(learnt, runtime.plan, runtime.facts, flow, False)
+    runtime.learnt = True
+
+
+def _plain(approx: ApproxModule) -> nn.Module:
+    """The original structure with exact layers, on the same parameters."""
+    root = skeleton(approx)
+    root.__dict__.pop("_fx_approx", None)
+    root.__class__ = approx.exact_class
+    for module in root.modules():
+        unswap(module)
+    return root
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """The exact model again: the original class and layers, on the same parameters and buffers.
+
+    Raises:
+        ValueError: ``model`` is not transformed.
+    """
+    return _plain(find(model))
+
+
+def _reduce(approx: ApproxModule) -> tuple[Any, ...]:
+    runtime = approx._fx_approx
+    switches = {key: (s.spec, s.enabled) for key, s in runtime.selectors.items()}
+    parts = _plain(approx), runtime.plan.to_dict(), runtime.capture.form, sampler_state(approx), switches
+    known = runtime.capture.sections, dict(runtime.capture.strays)
+    return _rebuild, (*parts, runtime.called, runtime.hoisting, runtime.shaped, known)
+
+
+def _rebuild(
+    model: nn.Module,
+    plan: Mapping[str, Any],
+    form: CallForm,
+    state: Mapping[str, Any],
+    switches: Mapping[tuple[str, Role], tuple[Any, bool]],
+    called: tuple[Any, Any] | None,
+    demand: bool,
+    shaped: bool,
+    known: tuple[Sequence[Section], Mapping[str, Called]],
+) -> nn.Module:
+    """Unpickles: transforms the exact model again by the same plan."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prepared = _prepare(model, None, form, called if shaped else None, known)
+        approx = _transform(model, Plan.from_dict(plan), prepared, 0, 1, demand)
+    runtime = find(approx)._fx_approx
+    load_sampler_state(approx, state)
+    runtime.called = called
+    for key, (spec, enabled) in switches.items():
+        runtime.selectors[key].set_spec(spec)
+        runtime.selectors[key].enabled = enabled
+    runtime.lay_out()
+    return approx

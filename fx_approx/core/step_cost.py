@@ -1,0 +1,181 @@
+"""The work of a whole training step under a plan: what cost models read, and what policies that see the graph ask."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeGuard, runtime_checkable
+
+from torch import Tensor
+
+from fx_approx.core.candidates import Candidate, Role
+from fx_approx.core.flops import Kept, executed_flops, selection_flops
+from fx_approx.core.plan import Cost, Decision, Policy
+from fx_approx.sampling.spec import SamplerSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductWork:
+    """One product as it is computed under a plan.
+
+    Attributes:
+        candidate: The product.
+        kept: How much of it is computed: its own sample, and the outputs that anyone reads.
+        roles: The samplers at work.
+        hoisted: Its selection is known before its input is made, which holds the selected channels only; the weight is
+            sliced at the head of the graph.
+    """
+
+    candidate: Candidate
+    kept: Kept
+    roles: Mapping[Role, SamplerSpec]
+    hoisted: bool = False
+
+    @property
+    def flops(self) -> int:
+        """Operations of a training step, without the scores; 0 where shapes are not known."""
+        facts = self.candidate.facts
+        return 0 if facts is None else executed_flops(facts, self.kept).total
+
+    @property
+    def selection_flops(self) -> int:
+        """Operations for the scores."""
+        return sum(selection_flops(self.candidate, role, spec) for role, spec in self.roles.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A training step of a whole model; all numbers are of one step.
+
+    Attributes:
+        products: The candidates, in the order in which the model runs.
+        moved_exact: Bytes that operations which multiply nothing (element-wise, normalisation, pooling, copies) put out
+            in a forward of the exact model.
+        moved: The same under the plan.
+        gathered: Bytes of activations copied in a forward to take out selected channels.
+        slicing: Bytes moved to slice weights.
+        memory_exact: Bytes that the exact step keeps for backward, parameters and buffers left out.
+        memory: The same under the plan.
+        operations: Nodes of the graph that compute something.
+    """
+
+    products: tuple[ProductWork, ...]
+    moved_exact: int = 0
+    moved: int = 0
+    gathered: int = 0
+    slicing: int = 0
+    memory_exact: int = 0
+    memory: int = 0
+    operations: int = 0
+
+    @property
+    def flops_exact(self) -> int:
+        """Operations of the products of the exact step."""
+        return sum(p.candidate.facts.flops.total for p in self.products if p.candidate.facts is not None)
+
+    @property
+    def flops(self) -> int:
+        """Operations of the products under the plan, without the scores."""
+        return sum(product.flops for product in self.products)
+
+    @property
+    def selection_flops(self) -> int:
+        """Operations for the scores."""
+        return sum(product.selection_flops for product in self.products)
+
+    @property
+    def exact(self) -> Work:
+        """The exact step of the same model."""
+        products = tuple(ProductWork(product.candidate, Kept(), {}) for product in self.products)
+        moved, memory = self.moved_exact, self.memory_exact
+        return Work(products, moved, moved, 0, 0, memory, memory, self.operations)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """A measured training step.
+
+    Attributes:
+        seconds: Median.
+        speedup: Exact / this by neighbouring steps: lower quartile, median, upper quartile.
+    """
+
+    seconds: float
+    speedup: tuple[float, float, float]
+
+    def __str__(self) -> str:
+        """The speed-up, median and quartiles."""
+        low, middle, high = self.speedup
+        return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+class Model(Protocol):
+    """What a policy that sees the whole graph can ask of it."""
+
+    @property
+    def candidates(self) -> Sequence[Candidate]:
+        """All of them, in the order in which the model runs."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for models whose exact steps take the same time on one device: graph, shapes, dtypes."""
+        ...
+
+    @property
+    def runs(self) -> bool:
+        """Whether there are example inputs to run, see :meth:`time`."""
+        ...
+
+    def work(self, decisions: Mapping[str, Decision], memory: bool = True) -> Work:
+        """The step under ``decisions``, by name; a candidate without one is exact.
+
+        Sharing and demand are found anew for other layers, scopes or scores, and once for all ratios: that is cheap.
+        ``memory`` can be left out, with the bytes moved: then only ``products`` and ``slicing`` are known.
+        """
+        ...
+
+    def tied(self, decisions: Mapping[str, Decision]) -> list[tuple[str, ...]]:
+        """The sampled candidates, those together whose selections are one, so that the largest ratio decides."""
+        ...
+
+    def weight_norms(self, name: str) -> Tensor | None:
+        """Norms of the weight of a candidate by column-row pair, ``[groups, pairs]``; None without a weight."""
+        ...
+
+    def time(
+        self, plans: Sequence[Mapping[str, Decision]], *, compiled: bool = False, repeats: int = 7
+    ) -> list[StepTime]:
+        """Times training steps under ``plans`` in turn with the exact one, which comes first in the result.
+
+        The example inputs are the batch, the mean of the squares of the outputs is the loss; nothing of the model
+        changes. ValueError where there are no example inputs to run.
+        """
+        ...
+
+
+@runtime_checkable
+class WholePolicy(Policy, Protocol):
+    """A policy that decides about the graph as a whole, since a decision changes what its neighbours cost."""
+
+    def decide_whole(self, model: Model) -> Sequence[Decision]:
+        """One decision per candidate, in the same order."""
+        ...
+
+
+def is_whole(policy: Policy) -> TypeGuard[WholePolicy]:
+    """Whether ``policy`` decides about the graph as a whole."""
+    return isinstance(policy, WholePolicy)
+
+
+class WholeCostModel(Protocol):
+    """Estimates what a training step of a whole model costs."""
+
+    @property
+    def omits(self) -> str:
+        """What it does not model."""
+        ...
+
+    def step(self, work: Work, model: Model) -> Cost:
+        """The cost of the step; fields that it does not estimate are None."""
+        ...

@@ -1,0 +1,1 @@
+"""The Dynamo frontend: torch.compile(model, backend=fx_approx.backend(policy))."""

@@ -1,0 +1,254 @@
+"""Switches of a transformed model: ratios, on and off, the random state, BatchNorm statistics."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fx_approx._compat import RECOMPILE_LIMIT, compilations_of, recompile_limit
+from fx_approx.core.candidates import Role, matches
+from fx_approx.errors import RecompilationWarning
+from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.runtime.batchnorm import note_fresh, note_switch, reestimate
+from fx_approx.runtime.graph_runtime import Runtime
+from fx_approx.runtime.layers import Selector
+from fx_approx.runtime.rng import EVERY, INCREMENT, SEED, STEP
+from fx_approx.runtime.validation import check_seed
+
+
+def _selected(runtime: Runtime, patterns: Iterable[str], role: Role | str | None) -> dict[str, list[Selector]]:
+    """The selectors (of one role) of each glob, the first that matches; ValueError for a glob that matches none."""
+    only = None if role is None else Role(role)
+    candidates = {candidate.name: candidate for candidate in runtime.candidates}
+    found: dict[str, list[Selector]] = {pattern: [] for pattern in patterns}
+    used = set()
+    for (name, _), selector in runtime.selectors.items():
+        if only is not None and selector.role is not only:
+            continue
+        matching = [pattern for pattern in found if matches(pattern, candidates[name])]
+        used.update(matching)
+        if matching:
+            found[matching[0]].append(selector)
+    unused = [pattern for pattern in found if pattern not in used]
+    if unused:
+        names = dict.fromkeys(name for name, own in runtime.selectors if only is None or own is only)
+        there = ", ".join(names) or "none, nothing is sampled"
+        raise ValueError(f"no sampled layer matches {', '.join(map(repr, unused))}; there are: {there}")
+    return found
+
+
+@contextlib.contextmanager
+def _counted(approx: ApproxModule) -> Iterator[None]:
+    """Warns if what changes inside is one more compilation, and ``torch.compile`` will do no more after that."""
+    runtime = approx._fx_approx
+    runtime.settings.add(runtime.setting)
+    yield
+    if runtime.setting in runtime.settings:
+        return
+    runtime.settings.add(runtime.setting)
+    made = compilations_of(type(approx).forward.__code__)
+    limit = recompile_limit()
+    if made >= limit - 1:
+        warnings.warn(
+            f"the model was compiled {made} times (every new number of pairs, mode or shape counts) and torch.compile "
+            f"ends at {limit} ({RECOMPILE_LIMIT}): what comes then runs uncompiled, or is an error "
+            "under fullgraph=True. Raise that limit, or use fewer ratios.",
+            RecompilationWarning,
+            stacklevel=5,
+        )
+
+
+def set_ratio(model: nn.Module, ratio: float | Mapping[str, float], *, role: Role | str | None = None) -> None:
+    """Changes the sample ratio of all sampled layers, or by glob on their names, from the next forward on.
+
+    Where several globs match a layer, the first decides, as in :class:`fx_approx.policies.Override`.
+    Each new number of pairs is one more compilation of a compiled model. ``role`` (``"output"``, ``"grad_input"``,
+    ``"grad_weight"``) limits it to that product; by default all sampled products of a layer change.
+
+    Warns:
+        RecompilationWarning: The model is compiled, and this is the last setting that ``torch.compile`` will compile.
+
+    Raises:
+        ValueError: A ratio outside (0, 1] or a glob that matches no sampled layer; nothing is changed then.
+        TypeError: A ratio that is no number.
+    """
+    rules = dict(ratio) if isinstance(ratio, Mapping) else {"*": ratio}
+    selected = _selected(find(model)._fx_approx, rules, role)
+    set_each(model, {one: (rules[pattern], one.enabled) for pattern, own in selected.items() for one in own})
+
+
+def set_each(model: nn.Module, settings: Mapping[Selector, tuple[float, bool]]) -> None:
+    """Ratio and switch of single selectors of ``model``, all at once; for names that globs cannot tell apart."""
+    approx = find(model)
+    runtime = approx._fx_approx
+    specs = {selector: selector.spec.replace(ratio=ratio) for selector, (ratio, _) in settings.items()}
+    with _counted(approx):
+        for selector, spec in specs.items():
+            if selector.spec != spec:
+                selector.set_spec(spec)
+            selector.enabled = settings[selector][1]
+    runtime.lay_out()
+    note_switch(approx, runtime)
+
+
+def set_enabled(model: nn.Module, enabled: bool | Mapping[str, bool], *, role: Role | str | None = None) -> None:
+    """Switches sampling on or off, for all sampled layers or by glob on their names, from the next forward on.
+
+    ``role`` limits it to one product, as in :func:`set_ratio`.
+
+    Raises:
+        TypeError: A value that is no bool.
+        ValueError: A glob that matches no sampled layer; nothing is changed then.
+    """
+    rules = dict(enabled) if isinstance(enabled, Mapping) else {"*": enabled}
+    for pattern, value in rules.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"enabled[{pattern!r}]: expected True or False, got {value!r}")
+    selected = _selected(find(model)._fx_approx, rules, role)
+    set_each(model, {one: (one.spec.ratio, rules[pattern]) for pattern, own in selected.items() for one in own})
+
+
+@contextlib.contextmanager
+def hold(model: nn.Module) -> Iterator[None]:
+    """Keeps one sample for all forwards inside, for example over the micro-batches of gradient accumulation.
+
+    What is held are the random numbers, and the selections that are made ahead, as with ``every`` of
+    :func:`fx_approx.transform`; scores that read activations follow the activations. (Of a sampler whose count is
+    random, the random numbers only.)
+    """
+    runtime = find(model)._fx_approx
+    state, resample = runtime.state, runtime.resample
+    outer = resample is not None and resample.held
+    before = state[INCREMENT].clone()
+    state[INCREMENT] = 0
+    if resample is not None:
+        resample.held = True
+    try:
+        yield
+    finally:
+        if resample is not None:
+            resample.held = outer
+        state[INCREMENT] = before
+        # The next forward takes a new sample, unless this one was nested in another hold.
+        state[STEP] += before * state[EVERY]
+
+
+def sampler_state(model: nn.Module) -> dict[str, Any]:
+    """The sampling state of a transformed model, for exact resume, to store beside the state_dict.
+
+    Returns:
+        ``step``, ``every`` and ``seed``, integers; where scores keep running norms, also ``running``, lists of numbers
+        by the candidate's name and the role, such as ``"fc1/grad_weight"``; where selections made ahead are kept or
+        learn, ``resample``, what is kept.
+    """
+    runtime = find(model)._fx_approx
+    state = runtime.state
+    extra: dict[str, Any] = {}
+    running = {
+        f"{name}/{role.value}": selector.running.tolist()
+        for (name, role), selector in runtime.selectors.items()
+        if selector.running is not None
+    }
+    if running:
+        extra["running"] = running
+    resample = runtime.resample
+    if resample is not None and (resample.remembers or resample.held_key[0] >= 0):
+        extra["resample"] = resample.state()
+    numbers = {"step": int(state[STEP]), "every": int(state[EVERY]), "seed": int(state[SEED])}
+    return {**numbers, **extra}
+
+
+def load_sampler_state(model: nn.Module, values: Mapping[str, Any]) -> None:
+    """Takes over the sampling state that :func:`sampler_state` gave.
+
+    Raises:
+        ValueError: Other keys than ``step``, ``every``, ``seed`` and ``running`` (which may be left out), a value out
+            of range, or running norms of a site that is not there; nothing is changed then.
+        TypeError: A value of the wrong type.
+    """
+    runtime = find(model)._fx_approx
+    places = {"step": STEP, "every": EVERY, "seed": SEED}
+    if set(values) - {"running", "resample"} != set(places):
+        raise ValueError(f"values: expected the keys {sorted(places)}, running and resample, got {sorted(values)}")
+    check_seed(values["seed"], values["every"], values["step"])
+    sites = {f"{name}/{role.value}": selector for (name, role), selector in runtime.selectors.items()}
+    running = values.get("running", {})
+    learning = [s for s, selector in sites.items() if selector.score.learns and selector.role is not Role.OUTPUT]
+    unknown = sorted(set(running) - set(learning))
+    if unknown:
+        there = ", ".join(learning) or "none"
+        raise ValueError(f"running: no running norms are kept at {', '.join(unknown)}; there are: {there}")
+    norms = {site: torch.tensor(numbers, dtype=torch.float32) for site, numbers in running.items()}
+    resample = runtime.resample
+    if "resample" in values and resample is None:
+        raise ValueError("resample: selections are kept of no layer of this model")
+    if resample is not None and "resample" in values:
+        resample.load_state(values["resample"])
+    elif resample is not None:
+        resample.forget()
+    if resample is not None:
+        resample.held = values["every"] > 1
+    for name, place in places.items():
+        runtime.state[place] = values[name]
+    for site in learning:
+        found = norms.get(site)
+        sites[site].running = None if found is None else found.to(runtime.state.device)
+
+
+def synchronize_scores(model: nn.Module, group: Any = None) -> None:
+    """Averages the running norms of ``stale`` scores over all ranks, so that they choose the same channels.
+
+    To be called by all ranks alike: once is enough where all see data of one kind; where the shared selection is relied
+    upon, before every step. Nothing to do for other scores, which are the same on all ranks by themselves.
+
+    Args:
+        model: A transformed model.
+        group: A process group of torch.distributed; None for all ranks.
+
+    Raises:
+        RuntimeError: There is no process group.
+    """
+    resample = find(model)._fx_approx.resample
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise RuntimeError("group: torch.distributed is not initialised; call torch.distributed.init_process_group")
+    learnt = [] if resample is None else [one for one in resample.each() if one.running is not None]
+    norms = [one.running for one in learnt if one.running is not None]
+    ages = [one.age for one in learnt if one.age is not None]
+    if not norms:
+        return
+    running = torch.cat([own.flatten() for own in norms])  # of all selections at once: each is short
+    known = (running >= 0).to(running.dtype)
+    sums = torch.stack((running * known, known))
+    torch.distributed.all_reduce(sums, group=group)
+    mean = torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1), running)
+    for own, value in zip(norms, mean.split([own.numel() for own in norms]), strict=True):
+        own.copy_(value.view_as(own))
+    age = torch.cat(ages)
+    torch.distributed.all_reduce(age, torch.distributed.ReduceOp.MIN, group=group)
+    for own, value in zip(ages, age.split([own.numel() for own in ages]), strict=True):
+        own.copy_(value)
+
+
+def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Re-estimates all BatchNorm statistics on exact forwards, as an exact evaluation needs them.
+
+    Args:
+        model: A transformed model, or any other.
+        batches: 20 or more training batches; each the input, a tuple that begins with it, or a dict of keywords.
+
+    Returns:
+        How many batches were used.
+
+    Raises:
+        ValueError: No batch; the statistics are then as before.
+    """
+    count = reestimate(model, batches)
+    for module in model.modules():
+        if isinstance(module, ApproxModule):
+            note_fresh(module, module._fx_approx)
+    return count

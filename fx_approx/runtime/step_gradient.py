@@ -1,0 +1,78 @@
+"""The gradient of a step, exact or with some layers sampled, without a trace in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fx_approx.capture.containers import tensors
+from fx_approx.runtime.approx_module import ApproxModule
+from fx_approx.runtime.rng import EVERY, STEP
+from fx_approx.runtime.shared_selection import Resample
+from fx_approx.runtime.snapshot import undone
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def scalar(loss: Loss, model: Any, batch: Any) -> Tensor:
+    """``loss(model, batch)``.
+
+    Raises:
+        ValueError: It is no scalar, or depends on no parameter.
+    """
+    value: Any = loss(model, batch)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"loss: expected it to return a scalar tensor, got {what}")
+    if not value.requires_grad:
+        raise ValueError("loss: it depends on no parameter that requires a gradient")
+    return value
+
+
+def mean_square(result: Any) -> Tensor:
+    """A scalar of a model's output: the mean of the squares of each of its tensors, added up."""
+    squares = [t.square().mean() for t in tensors(result) if t.is_floating_point()]
+    return torch.stack(squares).sum()
+
+
+def sampled_gradient(approx: ApproxModule, batch: Any, loss: Loss, names: Collection[str], number: int = 0) -> Tensor:
+    """The gradient of ``loss(approx, batch)`` by all parameters, in one vector, zeros where the loss depends on none.
+
+    Dropout is off, compiled code is not used. Nothing changes: neither ``.grad``, buffers, switches nor random states.
+
+    Args:
+        approx: A transformed model in training mode.
+        batch: Given to ``loss``.
+        loss: Returns a scalar.
+        names: The layers that are sampled, if they are not switched off.
+        number: The samples are those of the ``number``-th step from now.
+
+    Raises:
+        ValueError: The loss is no scalar, or depends on no parameter.
+    """
+    parameters = [p for p in approx.parameters() if p.requires_grad]
+    runtime = approx._fx_approx
+    enabled = [(selector, selector.enabled) for selector in runtime.selectors.values()]
+    with undone(approx), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        try:
+            for (name, _), selector in runtime.selectors.items():
+                selector.enabled = selector.enabled and name in names
+            if runtime.resample is not None:
+                note_known(runtime.resample)
+            runtime.state[STEP] += number * int(runtime.state[EVERY])
+            found = torch.autograd.grad(scalar(loss, approx, batch), parameters, allow_unused=True)
+        finally:
+            for selector, on in enabled:
+                selector.enabled = on
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
+    )
+
+
+def note_known(resample: Resample) -> None:
+    """Compiled steps do not note that the running norms have been filled."""
+    if any(one.running is not None and one.running.max() >= 0 for one in resample.each()):
+        resample.known = True

@@ -1,0 +1,1 @@
+"""The savings report: what each layer saves, in operations and memory, and why the others were left exact."""

@@ -1,0 +1,1 @@
+"""Ratios that change over a training."""

@@ -1,0 +1,168 @@
+"""From a sampled network to a wider one without a jump: what was not read begins again from zero."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import warnings
+from collections.abc import Iterator, Set
+
+import torch
+from torch import nn
+
+from fx_approx.core.candidates import Role, matches
+from fx_approx.distributed.slices import selected, weight_uses
+from fx_approx.errors import NoEffectWarning, ShapesNeededError
+from fx_approx.passes.plan_effects import Axis
+from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.runtime.selection_tracker import Published
+from fx_approx.runtime.sharding import is_shard
+from fx_approx.runtime.step_gradient import note_known
+
+_KINDS = ("linear", "conv")  # whose weight is [outputs, inputs of a group, ...]
+
+
+def preserve_function(model: nn.Module, layers: str = "*") -> dict[str, int]:
+    """Sets the weights to zero that the selections leave out, so that the exact network computes what the sampled did.
+
+    Call it where sampling ends, or its ratio rises, before ``set_enabled``, ``set_ratio`` or the exact step: what was
+    trained goes on as it is, and the channels that were left out come in with outgoing weights of zero and learn from
+    there. Without it, they come in as they were initialised, or were left when they were last chosen. Network growth
+    keeps the function for the same reason when it adds channels (Net2Net, Chen et al. 2016).
+    :class:`fx_approx.RatioScheduler` does it by itself with ``preserve=True``.
+
+    What is left out is what the kept selection leaves out, where one is kept (``every`` of
+    :func:`fx_approx.transform`, :func:`fx_approx.hold`), and otherwise what the next sampled step would leave out.
+    Scores ``stale`` look for channels that were not read for long, so that the next step may read others than the last
+    one: keep one selection with them, or take scores ``weight``. Gradients, optimiser state and BatchNorm statistics
+    are left alone.
+
+    In data-parallel training all ranks are to call it alike, with selections that agree: scores ``weight``, or what
+    :func:`fx_approx.distributed.register` or :func:`fx_approx.synchronize_scores` keeps equal.
+
+    Args:
+        model: A transformed model, or what holds it, in either mode.
+        layers: Glob on the names of sampled layers. Those that share a selection with one that matches go with it.
+
+    Returns:
+        By layer, how many of its input channels were set to zero.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``model`` is not transformed, or sharded; ``layers`` matches no sampled layer; or a sampler scales
+            what it reads (it is unbiased), so that no exact network computes the same. Nothing is changed then.
+        ShapesNeededError: ``transform`` got no example inputs, so that it is not known who reads what.
+
+    Warns:
+        NoEffectWarning: The selection of some sampled layers is not made ahead, or is not of a weight of a linear or
+            convolution layer, or the weight is used elsewhere, too: they compute something else when exact.
+    """
+    approx = find(model)
+    check_preservable(approx)
+    runtime = approx._fx_approx
+    candidates = {one.name: one for one in runtime.candidates}
+    names = [name for name, role in runtime.selectors if role is Role.OUTPUT]
+    matching = {name for name in names if matches(layers, candidates[name])}
+    if not matching:
+        there = ", ".join(names) or "none"
+        raise ValueError(f"layers: expected a glob on the names of sampled layers, got {layers!r}; there are: {there}")
+    return preserve(approx, matching)
+
+
+def check_preservable(approx: ApproxModule, argument: str = "model") -> None:
+    """ValueError that names ``argument`` unless an exact network can compute what ``approx`` does when sampled."""
+    runtime = approx._fx_approx
+    if not runtime.effects.operations:
+        raise ShapesNeededError(
+            f"{argument}: expected a model transformed with example_inputs, they tell who reads what"
+        )
+    for (name, role), selector in runtime.selectors.items():
+        if role is Role.OUTPUT and selector.sampler.unbiased:
+            raise ValueError(
+                f"{argument}: {name} is sampled by {selector.sampler.name}, which scales what it reads, so that no "
+                "exact network computes the same; expected a sampler without scaling, such as topk"
+            )
+    if any(is_shard(parameter) for parameter in approx.parameters()):
+        raise ValueError(f"{argument}: expected whole parameters, got those of fully_shard, of which a rank has a part")
+
+
+def preserve(approx: ApproxModule, names: Set[str]) -> dict[str, int]:
+    """Does so for the layers of these names that are sampled now, and for those that share a selection with them."""
+    runtime = approx._fx_approx
+    candidates = {one.name: one for one in runtime.candidates}
+    on = {n for (n, role), s in runtime.selectors.items() if role is Role.OUTPUT and s.enabled and not s.exact}
+    read = [{reading.name for reading in one.readings} for one in runtime.effects.classes]
+    places = {place for place, readers in enumerate(read) if readers & names}
+    wanted = (names | {name for place in places for name in read[place]}) & on
+    weights = _weights(approx, wanted)
+    kept = {}
+    if weights:
+        published = _published(approx, places)
+        mask = published.mask.cpu()
+        for name, (path, axis) in weights.items():
+            flags = selected(axis, mask, published.slices)
+            weight, groups = approx.get_parameter(path), candidates[name].groups
+            rows = flags.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
+            kept[name] = weight, rows.view(*rows.shape, *(1,) * (weight.dim() - 2)), int((~flags).sum())
+    with torch.no_grad():
+        for weight, rows, _ in kept.values():
+            weight.masked_fill_(~rows.to(weight.device), 0.0)
+    missing = sorted(wanted - kept.keys())
+    if missing:
+        warnings.warn(
+            f"the selection of {len(missing)} sampled layers is not made ahead, or is of no weight of their own, such "
+            f"as {missing[0]}: they compute something else when exact",
+            NoEffectWarning,
+            stacklevel=3,
+        )
+    return {name: count for name, (_, _, count) in kept.items()}
+
+
+def _weights(approx: ApproxModule, wanted: Set[str]) -> dict[str, tuple[str, Axis]]:
+    """Path of the weight and the axis that it contracts over, of the layers whose selection is made ahead."""
+    effects = approx._fx_approx.effects
+    ahead = {reading.name for one in effects.classes for reading in one.readings}
+    kinds = {one.name: one.kind for one in approx._fx_approx.candidates}
+    parameters = dict(approx.named_parameters(remove_duplicate=False))
+    uses = weight_uses(approx)
+    by_path: dict[str, list[str]] = {}
+    for operation in effects.operations:
+        name, path = operation.candidate, operation.weight
+        if name in wanted and name in ahead and path in parameters and kinds[name].startswith(_KINDS):
+            by_path.setdefault(path, []).append(name)
+    found = {}
+    for path, names in by_path.items():
+        axes = {effects.reads[name] for name in names}
+        if len(axes) == 1 and len(names) == uses[parameters[path]]:  # all its uses read the same of it
+            found.update(dict.fromkeys(names, (path, axes.pop())))
+    return found
+
+
+def _published(approx: ApproxModule, places: Set[int]) -> Published:
+    """Which units the selections of these places have; all units of the others, and where they are exact."""
+    runtime = approx._fx_approx
+    resample, graph = runtime.resample, runtime.graph
+    assert resample is not None and graph is not None
+    node = next(node for node in graph.nodes if node.op == "call_module" and str(node.target).endswith(".resample"))
+    weights = [operator.attrgetter(str(argument.target))(approx) for argument in node.args[1:]]
+    kept = resample.held and bool(resample.held_key[0] >= 0)
+    note_known(resample)
+    with torch.no_grad(), _training(approx):
+        chosen = resample(runtime.upcoming(resample.held_key.clone() if kept else None), *weights)
+    published = Published(resample)
+    with torch.enable_grad():
+        published([one if place in places else None for place, one in enumerate(chosen)], list(resample.each()))
+    return published
+
+
+@contextlib.contextmanager
+def _training(approx: ApproxModule) -> Iterator[None]:
+    """Layers as in training, where they sample."""
+    owners = {selector.owner[0]: selector.owner[0].training for selector in approx._fx_approx.selectors.values()}
+    try:
+        for owner in owners:
+            owner.training = True
+        yield
+    finally:
+        for owner, before in owners.items():
+            owner.training = before

@@ -1,0 +1,197 @@
+"""Sets the ratios of a model by schedules, as torch's learning-rate schedulers set rates."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from fx_approx.analysis.scalar_logger import ScalarLogger
+from fx_approx.core.candidates import Role, matches
+from fx_approx.errors import NoEffectWarning
+from fx_approx.runtime.approx_module import find
+from fx_approx.runtime.batchnorm import warn_of_short_tail
+from fx_approx.runtime.controls import set_each
+from fx_approx.runtime.layers import Selector
+from fx_approx.schedules.preserve import check_preservable
+from fx_approx.schedules.preserve import preserve as preserve_layers
+from fx_approx.schedules.schedule import Schedule, check_ratio, check_step, exact_tail
+
+
+class RatioScheduler:
+    """Drives the sample ratios of a transformed model: call :meth:`step` after each step, or each epoch.
+
+    The ratio of step 0 is set at once. Exact steps switch sampling off and leave the ratio as it is, so that a compiled
+    model has one graph for exact steps, whatever the ratios, and one for each distinct ratio.
+
+    There is no method ``approx.step()``: the transformed model is an instance of the user's own class, which may have
+    one.
+
+    Attributes:
+        schedules: By glob on the names of the layers.
+        last_step: The step that the ratios are set for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule | Mapping[str, Schedule],
+        *,
+        preserve: bool = False,
+        log: ScalarLogger | None = None,
+    ) -> None:
+        """Sets the ratios of step 0.
+
+        Args:
+            model: A transformed model, or what wraps it.
+            schedule: For all layers, or by glob on their names; the first that matches decides.
+            preserve: Where :meth:`step` raises a ratio, or makes a layer exact, first set to zero what the selection
+                leaves out, see :func:`fx_approx.preserve_function`: for ratios that rise once or a few times and do
+                not fall again.
+            log: Told the ratios whenever they change.
+
+        Raises:
+            TypeError: ``schedule`` is none, or ``preserve`` no bool.
+            ValueError: ``model`` is not transformed, or a glob matches no sampled layer, or none that an earlier one
+                does not match; with ``preserve``, a sampler scales what it reads, or parameters are sharded.
+            ShapesNeededError: ``preserve`` for a model that was transformed without example inputs.
+
+        Warns:
+            StaleStatisticsWarning: An :class:`fx_approx.schedules.ExactTail` is too short for the model's BatchNorm
+                statistics, if a step is a batch.
+        """
+        rules = dict(schedule) if isinstance(schedule, Mapping) else {"*": schedule}
+        for pattern, one in rules.items():
+            if not isinstance(one, Schedule):
+                raise TypeError(f"schedule[{pattern!r}]: expected a schedule such as Constant(0.5), got {one!r}")
+        if not isinstance(preserve, bool):
+            raise TypeError(f"preserve: expected True or False, got {preserve!r}")
+        if log is not None and not isinstance(log, ScalarLogger):
+            raise TypeError(f"log: expected a ScalarLogger or None, got {log!r}")
+        approx = find(model)
+        if preserve:
+            check_preservable(approx, "preserve")
+            if not approx._fx_approx.effects.classes:
+                message = "preserve: no selection is made ahead, so nothing is known to be left out"
+                warnings.warn(message, NoEffectWarning, stacklevel=2)
+        self._runtime = approx._fx_approx
+        self._model, self._log, self._preserve = model, log, preserve
+        self.schedules: dict[str, Schedule] = rules
+        self._layers = self._matched()
+        self._planned = {selector: selector.spec.ratio for selector in self._selectors}
+        self._check_tails(approx)
+        self.last_step = 0
+        self._set(0)
+
+    @property
+    def _selectors(self) -> dict[Selector, str]:
+        return {selector: name for (name, _), selector in self._runtime.selectors.items()}
+
+    def _matched(self) -> dict[str, str]:
+        """Layer -> its pattern."""
+        candidates = {candidate.name: candidate for candidate in self._runtime.candidates}
+        names = list(dict.fromkeys(name for name, _ in self._runtime.selectors))
+        found: dict[str, str] = {}
+        for name in names:
+            for pattern in self.schedules:
+                if matches(pattern, candidates[name]):
+                    found[name] = pattern
+                    break
+        unused = [pattern for pattern in self.schedules if pattern not in found.values()]
+        if unused:
+            there = ", ".join(names) or "none, nothing is sampled"
+            raise ValueError(
+                f"schedule: {', '.join(map(repr, unused))} decides about no sampled layer; there are: {there}"
+            )
+        return found
+
+    def _check_tails(self, approx: nn.Module) -> None:
+        """Warns where the shortest exact tail of the layers whose outputs are sampled is too short."""
+        patterns = {self._layers.get(name) for (name, role) in self._runtime.selectors if role is Role.OUTPUT}
+        tails = [exact_tail(self.schedules[pattern]) for pattern in patterns if pattern is not None]
+        found = [steps for steps in tails if steps is not None]
+        if found:
+            warn_of_short_tail(approx, min(found))
+
+    def step(self) -> None:
+        """Goes on to the next step."""
+        self._set(self.last_step + 1, self._preserve)
+
+    def get_last_ratio(self) -> dict[str, float]:
+        """The ratio in force by layer; 1 where sampling is off. Of a layer with several samplers, the first."""
+        found: dict[str, float] = {}
+        for (name, _), selector in self._runtime.selectors.items():
+            found.setdefault(name, selector.spec.ratio if selector.enabled else 1.0)
+        return found
+
+    def _set(self, step: int, preserve: bool = False) -> None:
+        settings: dict[Selector, tuple[float, bool]] = {}
+        for selector, name in self._selectors.items():
+            pattern = self._layers.get(name)
+            if pattern is None:
+                continue
+            ratio = self.schedules[pattern].ratio(step)
+            ratio = self._planned[selector] if ratio is None else ratio
+            setting = (ratio, True) if ratio < 1 else (selector.spec.ratio, False)
+            if setting != (selector.spec.ratio, selector.enabled):
+                settings[selector] = setting
+        if preserve and (rising := self._rising(settings)):
+            preserve_layers(find(self._model), rising)
+        if settings:
+            set_each(self._model, settings)
+        self.last_step = step
+        if self._log is not None and (settings or step == 0):
+            self._log.ratios(self.get_last_ratio(), step)
+
+    def _rising(self, settings: Mapping[Selector, tuple[float, bool]]) -> set[str]:
+        """Layers that will read more. Of those that share a selection the largest ratio decides, or one that is off."""
+        rising: set[str] = set()
+        for one in self._runtime.effects.classes:
+            readers = [self._runtime.selectors[reading.name, Role.OUTPUT] for reading in one.readings]
+            now = [(selector.spec.ratio, selector.enabled) for selector in readers]
+            then = [settings.get(selector, own) for selector, own in zip(readers, now, strict=True)]
+            if _largest(then) > _largest(now):
+                rising.update(reading.name for reading in one.readings)
+        return rising
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: the step and the schedules. Ratios and switches follow from them."""
+        return {
+            "last_step": self.last_step,
+            "schedules": {pattern: schedule.to_dict() for pattern, schedule in self.schedules.items()},
+            "planned": {
+                f"{name}/{selector.role.value}": self._planned[selector] for selector, name in self._selectors.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where another one was, with its schedules.
+
+        Raises:
+            TypeError: A value of the wrong type; nothing is changed then.
+            ValueError: That is no such state, or of another model; nothing is changed then.
+        """
+        if set(state) != {"last_step", "schedules", "planned"}:
+            raise ValueError(f"state: expected last_step, schedules and planned, got {sorted(state)}")
+        sites = {f"{name}/{selector.role.value}": selector for selector, name in self._selectors.items()}
+        if set(state["planned"]) != set(sites):
+            raise ValueError(f"state: of another model: it has {sorted(state['planned'])}, this one {sorted(sites)}")
+        for site, ratio in state["planned"].items():
+            check_ratio(f"planned[{site!r}]", ratio)
+        step = state["last_step"]
+        check_step("last_step", step)
+        schedules = {pattern: Schedule.from_dict(data) for pattern, data in state["schedules"].items()}
+        before, self.schedules = self.schedules, schedules
+        try:
+            self._layers = self._matched()
+        except ValueError:
+            self.schedules = before
+            raise
+        self._planned = {sites[site]: ratio for site, ratio in state["planned"].items()}
+        self._set(step)
+
+
+def _largest(settings: Iterable[tuple[float, bool]]) -> float:
+    return max(ratio if enabled else 1.0 for ratio, enabled in settings)

@@ -1,0 +1,57 @@
+"""What a node of a graph does to channels, by the registry of ``operations.py``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fx_approx.capture.leaf_tracer import is_hooked
+from fx_approx.core.layer_types import layer_type
+from fx_approx.passes.aliasing import changed_for_others, changes_in_place, is_changed
+from fx_approx.passes.channel_flow import Flow, Handler, Step, Values
+from fx_approx.passes.channel_spaces import Restart
+from fx_approx.passes.operations import BY_NAME, FUNCTIONS, MODULES
+
+__all__ = ["can_tap_relu", "changes_in_place", "find_flow", "handle", "is_changed"]
+
+
+def can_tap_relu(flow: Flow, node: fx.Node) -> bool:
+    """Whether ``node`` is a ReLU whose value is read only: then it can give parts of it as well."""
+    module = flow.module(node)
+    is_relu = node.target in (F.relu, torch.relu, "relu") if module is None else layer_type(module) is nn.ReLU
+    return is_relu and not is_changed(flow, node)
+
+
+def handle(flow: Flow, node: fx.Node) -> Step | None:
+    """What ``node`` does to the channels, None if that is not known."""
+    if seen := changed_for_others(flow, node):
+        flow.stopped[node] = f"{node.name} changes in place what others read"
+        if not seen <= flow.spaces.dead:
+            flow.spaces.dead |= seen
+            raise Restart
+    handler = None if node in flow.spaces.dead else _handler(flow, node)
+    return None if handler is None else handler(flow, node)
+
+
+def _handler(flow: Flow, node: fx.Node) -> Handler | None:
+    if node.op == "call_module":
+        module = flow.module(node)
+        if module is None or is_hooked(module) or "forward" in vars(module):
+            return None
+        kind = layer_type(module)
+        return None if kind is None else MODULES.get(kind)
+    if node.op not in ("call_function", "call_method"):
+        return None
+    try:
+        handler = FUNCTIONS.get(node.target)
+    except TypeError:
+        return None
+    if handler is None:
+        handler = BY_NAME.get(getattr(node.target, "__name__", "")) if node.op == "call_function" else None
+    return handler
+
+
+def find_flow(root: nn.Module, graph: fx.Graph, values: Values) -> Flow:
+    """Which values of ``graph`` hold the same channels."""
+    return Flow(root, graph, values, handle)

@@ -1,0 +1,240 @@
+"""Effects: what sharing and demand do to every product and every value, as plain data that holds no graph.
+
+Facts only; how many units a selection keeps follows from the ratios and switches of the moment, and is counted later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+from fx_approx.core.plan import Plan
+from fx_approx.passes.channel_flow import Flow, Values
+from fx_approx.passes.channel_liveness import FULL, Demand
+from fx_approx.passes.channel_rules import can_tap_relu, changes_in_place
+from fx_approx.passes.channel_spaces import Layout
+from fx_approx.passes.find_candidates import Found
+from fx_approx.passes.reshape_rules import RESHAPES
+from fx_approx.passes.rewrite import Facts
+from fx_approx.passes.share_selections import Class, Sharing, follows
+from fx_approx.runtime.narrow_layers import CHANNELWISE
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """``count`` units of ``block`` entries each of an axis, of which class ``place`` decides; FULL: all are there."""
+
+    place: int
+    count: int
+    block: int
+
+
+Axis = tuple[Stretch, ...]
+"""The axis of the channels, one stretch behind the other; empty for a value whose channels are not known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """A node of the captured graph.
+
+    Attributes:
+        name: Of the node.
+        inputs: Names of the nodes that it reads.
+        axis: What is computed of its value.
+        narrowed: By operand, what is read of it where that is less than what is there.
+        action: How it is made to work on some channels only, see :class:`fx_approx.passes.channel_flow.Step`.
+        candidate: Name of the product that it is.
+        weight: Path of that product's weight.
+        moves: It writes new values and multiplies nothing: element-wise, normalisation, pooling, a copy.
+        own: Bytes of parameters and statistics that it has for each channel.
+        rectified: It is a ReLU that keeps only the signs, if parts of its value are taken.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    axis: Axis
+    narrowed: Mapping[str, Axis]
+    action: str
+    candidate: str | None
+    weight: str | None
+    moves: bool
+    own: int
+    rectified: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Effects:
+    """What sharing and demand do.
+
+    Attributes:
+        classes: The selections that are made ahead.
+        reads: Candidate -> the axis that it contracts over, as its selections choose from it.
+        operations: The nodes of the captured graph in order; empty if shapes are not known.
+        values: Their shapes and memory.
+        stops: ``name: reason`` of each value that is whole although some reader wants a part of it only.
+        notes: What was not shared, and why.
+        hoisted: What is not demanded is not computed.
+        packs: The signs of a tapped ReLU take one bit each, and not a byte.
+    """
+
+    classes: tuple[Class, ...] = ()
+    reads: Mapping[str, Axis] = dataclasses.field(default_factory=dict)
+    operations: tuple[Operation, ...] = ()
+    values: Values | None = None
+    stops: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    hoisted: bool = False
+    packs: bool = False
+
+
+def find_effects(found: Sequence[Found], plan: Plan, facts: Facts, flow: Flow | None, hoisting: bool = True) -> Effects:
+    """The effects of ``facts``.
+
+    Args:
+        found: The candidates of the captured graph.
+        plan: What is sampled.
+        facts: What is shared and demanded under ``plan``.
+        flow: What operations do to channels; None if shapes are not known.
+        hoisting: What is not demanded is not computed.
+    """
+    sharing = facts.sharing
+    by_node = {one.candidate.node: one for one in found if one.candidate.node}
+    names = {node: one.candidate.name for node, one in by_node.items()}
+    reads: dict[str, Axis] = {names[node.name]: (_whole(sharing, place),) for node, place in sharing.loose.items()}
+    if flow is None:
+        return Effects(tuple(sharing.classes), reads, notes=tuple(sharing.notes))
+    reads.update({names[node.name]: _axis(flow.readers[node][1], own) for node, own in sharing.reads.items()})
+    demand = facts.demand if hoisting and facts.narrows else None
+    operations = [_operation(node, by_node.get(node.name), flow, sharing, demand) for node in flow.graph.nodes]
+    stops = () if demand is None else tuple(_stops(flow, sharing, demand, names, plan))
+    hoisted, notes = demand is not None, tuple(sharing.notes)
+    packs = all(parameter.device.type == "cpu" for parameter in flow.root.parameters())
+    return Effects(tuple(sharing.classes), reads, tuple(operations), flow.values, stops, notes, hoisted, packs)
+
+
+def _whole(sharing: Sharing, place: int) -> Stretch:
+    return Stretch(place, sharing.classes[place].units, 1)
+
+
+def _axis(layout: Layout, classes: Sequence[int]) -> Axis:
+    return tuple(
+        Stretch(place, segment.count, segment.block) for segment, place in zip(layout.segments, classes, strict=True)
+    )
+
+
+def _operation(node: fx.Node, one: Found | None, flow: Flow, sharing: Sharing, demand: Demand | None) -> Operation:
+    module, step = flow.module(node), flow.steps[node]
+    axis: Axis = ()
+    if step.layout is not None:
+        have = (FULL,) * len(step.layout.segments) if demand is None else demand.have[node]
+        axis = _axis(step.layout, have)
+    narrowed = {} if demand is None else dict(_narrowed(flow, sharing, demand, node))
+    own = 0
+    if module is not None and isinstance(module, tuple(CHANNELWISE)):
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        own = sum(tensor.itemsize for tensor in tensors if tensor.dim() == 1)
+    return Operation(
+        name=node.name,
+        inputs=tuple(source.name for source in node.all_input_nodes),
+        axis=axis,
+        narrowed=narrowed,
+        action=step.action,
+        candidate=None if one is None else one.candidate.name,
+        weight=None if one is None else one.weight,
+        moves=one is None and _moves(flow, node),
+        own=own,
+        rectified=can_tap_relu(flow, node),
+    )
+
+
+def _moves(flow: Flow, node: fx.Node) -> bool:
+    values = flow.values
+    if node.op not in ("call_function", "call_method", "call_module") or values.of(node) is None:
+        return False
+    sources = {place for source in node.all_input_nodes for place in values.storages.get(source.name, ())}
+    if not sources & set(values.storages.get(node.name, ())):
+        return True
+    return changes_in_place(flow, node) and node.target not in RESHAPES
+
+
+def _narrowed(flow: Flow, sharing: Sharing, demand: Demand, node: fx.Node) -> Iterator[tuple[str, Axis]]:
+    """What is taken of operands that hold more than the node reads."""
+    step = flow.steps[node]
+    if step.action == "produce":
+        if node in sharing.reads:
+            source, layout = flow.readers[node]
+            if sharing.reads[node] != demand.have[source]:
+                yield source.name, _axis(layout, sharing.reads[node])
+        return
+    if step.layout is None:
+        return
+    for source, wants in demand.wanted(step.links, node).items():
+        own = flow.layout(source)
+        if own is not None and tuple(wants) != tuple(demand.have[source]):
+            yield source.name, _axis(own, wants)
+
+
+def _stops(flow: Flow, sharing: Sharing, demand: Demand, names: Mapping[str, str], plan: Plan) -> Iterator[str]:
+    """Values of which some reader wants a part only, and why they are whole."""
+    for node in flow.graph.nodes:
+        reason = demand.stops.get(node)
+        if reason is None or node.op == "placeholder" or FULL not in demand.have[node]:
+            continue
+        if not any(_wants_less(flow, sharing, demand, node, user, names, plan) for user in node.users):
+            continue
+        decision = plan[names[node.name]] if node.name in names else None
+        if decision is not None and decision.roles and not follows(decision):
+            reason = "its gradients are sampled apart, so it computes all of its outputs"
+        elif decision is not None and decision.roles and flow.steps[node].action != "produce":
+            reason = "a sampled product of activations computes all of its output"
+        else:
+            refused = [flow.stopped[user] for user in node.users if user in flow.stopped]
+            reason = "; ".join(dict.fromkeys([*refused, *reason.split("; ")]))
+        yield f"{node.name}: {reason}"
+
+
+def _wants_less(
+    flow: Flow, sharing: Sharing, demand: Demand, node: fx.Node, user: fx.Node, names: Mapping[str, str], plan: Plan
+) -> bool:
+    if user in sharing.reads and flow.readers[user][0] is node:
+        return follows(plan[names[user.name]])
+    return any(
+        place != FULL
+        for link in flow.steps[user].links
+        if link.source is node
+        for place in demand.have[user][link.place : link.place + link.count]
+    )
+
+
+def tied(effects: Effects, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """``names`` of readers, those together whose selections are one; in order."""
+    graph = nx.Graph()
+    graph.add_nodes_from(names)
+    for one in effects.classes:
+        nx.add_path(graph, [reading.name for reading in one.readings if reading.name in graph])
+    return [tuple(name for name in names if name in group) for group in nx.connected_components(graph)]
+
+
+def entries(axis: Axis, kept: Sequence[int] | None = None) -> int:
+    """Length of an axis.
+
+    Args:
+        axis: See :data:`Axis`.
+        kept: Units that each class keeps; None for all.
+    """
+    total = 0
+    for part in axis:
+        units = part.count if kept is None or part.place == FULL else kept[part.place]
+        total += units * part.block
+    return total
+
+
+def nbytes(values: Values, name: str) -> int:
+    """Bytes of a tensor, 0 for anything else."""
+    shape: Any = values.shapes.get(name)
+    return torch.Size(shape).numel() * values.sizes[name] if isinstance(shape, tuple) else 0
