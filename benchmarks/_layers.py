@@ -15,7 +15,7 @@ from fx_approx.ops import conv2d, linear, slice_weights, sliced_linear
 from fx_approx.ops.conv import output_positions
 from fx_approx.ops.conv_gradients import Call, _grad_input, _grad_weight
 from fx_approx.ops.matmul_gradients import _contract
-from fx_approx.sampling import SamplerSpec, Selection, get_sampler
+from fx_approx.sampling import SamplerConfig, Selection, get_sampler
 
 ROLES = ("OUTPUT", "GRAD_INPUT", "GRAD_WEIGHT", "hoisted")
 """The three products of a training step, and the forward product with the weight sliced on both sides of an input that
@@ -228,7 +228,7 @@ def work(layer: Layer, role: str, ratio: float | None, x: Tensor, w: Tensor, gra
 
 def _choose(pairs: int, ratio: float, device: torch.device) -> Tensor:
     """``[1, k]``, as the package's TopK gives them."""
-    spec = SamplerSpec("topk", ratio)
+    spec = SamplerConfig("topk", ratio)
     scores = torch.rand(1, pairs, device=device)
     return get_sampler("topk").draw(scores, spec.count(pairs), None, epsilon=0.0).indices
 

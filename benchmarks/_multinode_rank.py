@@ -37,7 +37,7 @@ def main(folder: Path, rank: int) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     hosts = config["addresses"]
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", fx_approx.NoEffectWarning)  # a first layer of few channels is sent whole
+    warnings.simplefilter("ignore", fx_approx.errors.NoEffectWarning)  # a first layer of few channels is sent whole
     # Its successor, forward_sync_buffers, is not in all versions of torch that fx_approx runs on.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
@@ -79,7 +79,7 @@ def check_training(rank: int) -> float:
     model = sampled(NETWORKS["wrn_10_2"].build(), 0.5, 16, "value", "weight", 4)
     other = copy.deepcopy(model)
     dense, ours = DistributedDataParallel(model), DistributedDataParallel(other)
-    fx_approx.distributed.register(ours, check_every=1)
+    fx_approx.distributed.enable_sparse_allreduce(ours, check_every=1)
     for parallel in (dense, ours):
         optimizer = torch.optim.SGD(parallel.parameters(), 0.05, momentum=0.9)
         for step in range(4):
@@ -114,7 +114,9 @@ def build(config: dict[str, Any], rank: int) -> tuple[list[Reduced], Gradients]:
         key = variant.recording
         if key not in models:
             models[key] = exact if variant.ratio is None else _transformed(exact, variant, config, network.small)
-            recorded[key] = record(models[key], inputs, lambda key=key: fx_approx.synchronize_scores(models[key]))
+            recorded[key] = record(
+                models[key], inputs, lambda key=key: fx_approx.distributed.synchronize_scores(models[key])
+            )
         model = copy.deepcopy(models[key])
         share_storage(model, exact)
         reduced.append(Reduced(variant, Replay(model, recorded[key], layers), config["powersgd_rank"]))
@@ -123,7 +125,7 @@ def build(config: dict[str, Any], rank: int) -> tuple[list[Reduced], Gradients]:
 
 def _transformed(exact: nn.Module, variant: Variant, config: dict[str, Any], small: int) -> nn.Module:
     assert variant.ratio is not None
-    return sampled(exact, variant.ratio, small, config["scope"], variant.scores, config["minimal_k"])
+    return sampled(exact, variant.ratio, small, config["scope"], variant.scores, config["min_k"])
 
 
 def check_gradients(variants: list[Reduced], recorded: Gradients) -> float:

@@ -21,7 +21,7 @@ WORKERS = (8, 64, 256, 1024)
 SCOPES = {"not demanded": ("value", False), "value": ("value", True), "group": ("group", True)}
 
 
-def planned_bytes(networks: Sequence[str], ratios: Sequence[float], minimal_k: int) -> list[dict[str, Any]]:
+def planned_bytes(networks: Sequence[str], ratios: Sequence[float], min_k: int) -> list[dict[str, Any]]:
     """Bytes of gradients in a step, dense and by the plan; no network is needed."""
     found = []
     for name in networks:
@@ -30,8 +30,8 @@ def planned_bytes(networks: Sequence[str], ratios: Sequence[float], minimal_k: i
         for ratio in ratios:
             for label, (scope, demand) in SCOPES.items():
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", fx_approx.NoEffectWarning)
-                    model = sampled(exact, ratio, network.small, scope, "weight", minimal_k, demand)
+                    warnings.simplefilter("ignore", fx_approx.errors.NoEffectWarning)
+                    model = sampled(exact, ratio, network.small, scope, "weight", min_k, demand)
                 sliced, whole = find_slices(model)
                 traffic = Traffic(model, sliced, whole)
                 own = sum(p.nbytes for p in sliced)

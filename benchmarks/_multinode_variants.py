@@ -121,7 +121,7 @@ class Reduced:
             return inner(group, bucket)
 
         sent: list[int] = []
-        self.traffic = distributed.register(self.parallel, inner=counted)
+        self.traffic = distributed.enable_sparse_allreduce(self.parallel, inner=counted)
         hook = self.traffic._hook
         plain = hook.reduce
 

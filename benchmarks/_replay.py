@@ -94,15 +94,15 @@ class Recording:
 
 
 def sampled(
-    exact: nn.Module, ratio: float, small: int, scope: str, scores: str, minimal_k: int, demand: bool = True
+    exact: nn.Module, ratio: float, small: int, scope: str, scores: str, min_k: int, demand: bool = True
 ) -> nn.Module:
     """``exact`` with every layer sampled by TopK."""
-    policy = Uniform("topk", ratio, minimal_k=minimal_k, scores=scores, share=scope)
-    return fx_approx.transform(copy.deepcopy(exact), policy, torch.randn(2, 3, small, small), demand=demand)
+    policy = Uniform(ratio, min_k=min_k, scores=scores, scope=scope)
+    return fx_approx.transform(copy.deepcopy(exact), policy, torch.randn(2, 3, small, small), prune_unread=demand)
 
 
 def record(model: nn.Module, inputs: Tensor, between: Callable[[], None] = lambda: None) -> Recording:
-    """A real step on ``inputs``; ``stale`` scores get two before it, with ``between`` called after each."""
+    """A real step on ``inputs``; ``ema`` scores get two before it, with ``between`` called after each."""
     chosen = None
     resample = find(model)._fx_approx.resample if isinstance(model, ApproxModule) else None
     if resample is not None:

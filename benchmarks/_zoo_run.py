@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fx_approx
 from fx_approx.policies import Uniform
 
-POLICY = Uniform("topk", 0.5, scores="weight", share="value")
+POLICY = Uniform(0.5)
 
 TOLERANCE = 1e-8
 """Largest error that is rounding in float64, see :func:`_errors`."""
@@ -205,7 +205,7 @@ def examine(entry: Entry) -> Result:
         except Exception as error:
             said = " ".join(str(error).split())[:300]
             result = dataclasses.replace(blank, failure=f"{type(error).__name__}: {said}")
-    told = [str(one.message) for one in heard if issubclass(one.category, fx_approx.CaptureWarning)]
+    told = [str(one.message) for one in heard if issubclass(one.category, fx_approx.errors.CaptureWarning)]
     folder = re.compile(r"(?<![\w.~:/-])/\S*/")  # of this machine, before the name of a file
     untraced = tuple(dict.fromkeys(folder.sub("", note) for note in (*result.untraced, *told)))
     return dataclasses.replace(result, untraced=untraced, seconds=time.perf_counter() - start)
@@ -227,7 +227,7 @@ def _examine(result: Result, made: Made, compiled: bool) -> Result:
     watched = Watched(made.model if compiled else model, pieces)
     with contextlib.ExitStack() as held:
         for piece in pieces:
-            held.enter_context(fx_approx.hold(piece))
+            held.enter_context(fx_approx.reuse_selection(piece))
         held.enter_context(watched.recording())
         ours = _train(model, call, made)
     result = _reported(result, report)
@@ -273,7 +273,7 @@ def _verified(result: Result, watched: Watched, made: Made, compiled: bool) -> R
     worst: float | None = None
     for piece, args, kwargs in watched.ran:
         given = (_detached(args) or _detached(kwargs)) if compiled else (made.inputs or made.keywords)
-        found = fx_approx.verify(piece, given, loss_of)
+        found = fx_approx.analysis.verify(piece, given, loss_of)
         if found.hoisted:
             worst = max(found.worst.relative, worst or 0.0)
     return dataclasses.replace(result, verify_error=worst)

@@ -58,10 +58,10 @@ def measure(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any
     plans = {"auto": {decision.name: decision for decision in auto.sampled}}
     if options.sweep:
         for ratio in (0.5, 0.75):
-            for share in ("site", "value", "group"):
-                policy = Uniform("topk", ratio, minimal_k=16, scores="weight", granularity=8, share=share)
+            for scope in ("layer", "value", "group"):
+                policy = Uniform(ratio, min_k=16, round_to=8, scope=scope)
                 plan = fx_approx.explain(copy.deepcopy(model), policy, inputs).plan
-                plans[f"{share} {ratio:g}"] = {decision.name: decision for decision in plan.sampled}
+                plans[f"{scope} {ratio:g}"] = {decision.name: decision for decision in plan.sampled}
     view, _ = view_of(model, Exact(), inputs)
     exact, *others = view.time(list(plans.values()), compiled=options.compile, repeats=options.runs)
     found: dict[str, Any] = {"model": name, "batch": batch, "seconds": exact.seconds, "decided": decided}

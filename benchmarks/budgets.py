@@ -119,13 +119,13 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
     free = FlopBudget(1.0)
     plan = fx_approx.explain(model, free, inputs).plan
     kept = [d.name for d in plan if d.reason != "within the budget without it"]
-    one = Uniform("topk", options.ratio, free.minimal_k, "weight", free.granularity, share=free.share)
+    one = Uniform(options.ratio, min_k=free.min_k, round_to=free.round_to, scope=free.scope)
     rules = dict.fromkeys(kept, fx_approx.policies.Exact())
     uniform = fx_approx.explain(model, Override(rules, one), inputs)
     totals = uniform.report.totals
     budget = (totals.executed.total + totals.selection) / totals.exact.total
     start = time.perf_counter()
-    sensitivity = fx_approx.measure_sensitivity(model, seen, loss, inputs, ratio=options.ratio, **_options(free))
+    sensitivity = fx_approx.analysis.sensitivity(model, seen, loss, inputs, ratio=options.ratio, **_options(free))
     measured = time.perf_counter() - start
     found: dict[str, Any] = {"model": name, "budget": budget, "sensitivity_seconds": measured}
     policies = {"predicted": FlopBudget(budget), "measured": FlopBudget(budget, sensitivity=sensitivity)}
@@ -140,7 +140,7 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _options(policy: GraphPolicy) -> dict[str, Any]:
-    names = ("sampler", "scores", "share", "minimal_k", "granularity", "keep_first", "keep_last")
+    names = ("sampler", "scores", "scope", "min_k", "round_to", "keep_first", "keep_last")
     return {name: getattr(policy, name) for name in names}
 
 

@@ -33,20 +33,20 @@ from tqdm import tqdm
 import fx_approx
 from fx_approx.policies import Uniform
 
-warnings.filterwarnings("ignore", category=fx_approx.StaleStatisticsWarning)
+warnings.filterwarnings("ignore", category=fx_approx.errors.BatchNormWarning)
 
 BATCH = 64
 PEAK = 0.1
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "exact": {},
-    "site, online TopK": {"scores": "online", "share": "site"},
-    "value, weight": {"scores": "weight", "share": "value"},
-    "value, stale": {"scores": "stale", "share": "value"},
-    "value, stale, not hoisted": {"scores": "stale", "share": "value", "demand": False},
-    "group, stale": {"scores": "stale", "share": "group"},
-    "value, stale, tail": {"scores": "stale", "share": "value", "tail": True},
-    "group, stale, tail": {"scores": "stale", "share": "group", "tail": True},
+    "site, online TopK": {"scores": "online", "scope": "layer"},
+    "value, weight": {"scores": "weight", "scope": "value"},
+    "value, stale": {"scores": "ema", "scope": "value"},
+    "value, stale, not hoisted": {"scores": "ema", "scope": "value", "demand": False},
+    "group, stale": {"scores": "ema", "scope": "group"},
+    "value, stale, tail": {"scores": "ema", "scope": "value", "tail": True},
+    "group, stale, tail": {"scores": "ema", "scope": "group", "tail": True},
 }
 """What is trained: the scores, the scope, with demand or not, with an exact tail or not."""
 
@@ -55,8 +55,8 @@ def prepared(model: nn.Module, setting: dict[str, Any], ratio: float, inputs: Te
     """The model of a setting."""
     if not setting:
         return model
-    policy = Uniform("topk", ratio, minimal_k=16, scores=setting["scores"], share=setting["share"])
-    return fx_approx.transform(model, policy, inputs, seed=seed, demand=setting.get("demand", True))
+    policy = Uniform(ratio, min_k=16, scores=setting["scores"], scope=setting["scope"])
+    return fx_approx.transform(model, policy, inputs, seed=seed, prune_unread=setting.get("demand", True))
 
 
 def train(model: nn.Module, data: Any, setting: dict[str, Any], epochs: int, seed: int) -> None:
@@ -68,7 +68,7 @@ def train(model: nn.Module, data: Any, setting: dict[str, Any], epochs: int, see
     model.train()
     for epoch in range(epochs):
         if setting.get("tail") and epoch == epochs - epochs // 3:
-            fx_approx.set_enabled(model, False)
+            fx_approx.set_sampling(model, enabled=False)
         for chosen in torch.randperm(len(data.train), generator=generator).split(BATCH):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(augmented(data.train[chosen], generator)), data.train_labels[chosen])
@@ -105,7 +105,7 @@ def run(name: str, seed: int, data: Any, options: argparse.Namespace) -> dict[st
     train(model, data, setting, options.epochs, seed)
     trained = accuracy(model, data)
     model.train()
-    fx_approx.recalibrate(model, data.train[: 20 * BATCH].split(BATCH))
+    fx_approx.recalibrate_batchnorm(model, data.train[: 20 * BATCH].split(BATCH))
     return {"setting": name, "seed": seed, "trained": trained, "recalibrated": accuracy(model, data)}
 
 

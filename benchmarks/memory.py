@@ -24,9 +24,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx import SamplerSpec
+from fx_approx import SamplerConfig
 from fx_approx.core.plan import Policy
-from fx_approx.policies import Roles
+from fx_approx.policies import GradientSampling
 
 
 class Block(nn.Module):
@@ -61,11 +61,11 @@ class Measured:
 def variants(ratio: float) -> dict[str, Policy]:
     """What is measured beside the exact model."""
     return {
-        f"weight gradient {ratio:g}, wta, rows chosen in forward": Roles.weight_gradient(ratio),
-        f"both gradients {ratio:g}, rows chosen in forward": Roles(
-            grad_input=SamplerSpec("systematic", ratio), grad_weight=SamplerSpec("wta", ratio, scores="input")
+        f"weight gradient {ratio:g}, wta, rows chosen in forward": GradientSampling.weight_gradient(ratio),
+        f"both gradients {ratio:g}, rows chosen in forward": GradientSampling(
+            grad_input=SamplerConfig("systematic", ratio), grad_weight=SamplerConfig("wta", ratio, scores="input")
         ),
-        f"both gradients {ratio:g}, rows chosen in backward": Roles.backward(ratio),
+        f"both gradients {ratio:g}, rows chosen in backward": GradientSampling.backward(ratio),
     }
 
 

@@ -5,9 +5,9 @@
     python benchmarks/model_zoo.py --model resnet18 yolo
 
 Each model is built small, from its configuration, with random weights in float64 and without dropout. It is transformed
-(models of Hugging Face: compiled by the Dynamo backend), trained for one step, checked by ``fx_approx.verify`` (with
-against without demand), and compared with an independent oracle: the original model run by plain torch, in which the
-weight columns that were not read are zero. Outputs and all gradients must agree to rounding. Results that FILE of
+(models of Hugging Face: compiled by the Dynamo backend), trained for one step, checked by ``fx_approx.analysis.verify``
+(with against without demand), and compared with an independent oracle: the original model run by plain torch, in which
+the weight columns that were not read are zero. Outputs and all gradients must agree to rounding. Results that FILE of
 ``--json`` holds of other models are kept. Exit status 1 if a model failed. This is not a time measurement.
 """
 

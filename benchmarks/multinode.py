@@ -57,7 +57,7 @@ def variants_of(options: argparse.Namespace, network: str) -> list[dict[str, Any
         name = f"ours {ratio:.3g}"
         found += [{"name": name, "ratio": ratio}, {"name": f"{name}, fp16", "ratio": ratio, "hook": "fp16"}]
     middle = options.ratios[0]
-    found.append({"name": f"ours {middle:.3g}, stale", "ratio": middle, "scores": "stale"})
+    found.append({"name": f"ours {middle:.3g}, stale", "ratio": middle, "scores": "ema"})
     ratio = options.step_ratio or STEP_RATIOS.get(network)
     if ratio is not None:
         found.append({"name": f"ours {middle:.3g}, computes {ratio:g} x faster", "ratio": middle, "compute": 1 / ratio})
@@ -85,7 +85,7 @@ def measure(network: str, hosts: int, options: argparse.Namespace) -> dict[str, 
             {"rate": rate, "stretch": stretch, "emulated": rate / stretch}
             for rate, stretch in zip(options.rates, options.stretch, strict=True)
         ],
-        **{key: getattr(options, key) for key in ("runs", "warmup", "scope", "minimal_k", "powersgd_rank", "delay")},
+        **{key: getattr(options, key) for key in ("runs", "warmup", "scope", "min_k", "powersgd_rank", "delay")},
     }
     with tempfile.TemporaryDirectory() as folder, Hosts(hosts) as made:
         path = Path(folder)
@@ -140,7 +140,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stretch", nargs="+", type=float, help="of each rate (0.25 1 10, 1 for other rates)")
     parser.add_argument("--delay", type=float, default=0.0, help="ms that each packet is held back, one way (0)")
     parser.add_argument("--ratios", nargs="+", type=float, default=[1 / 2, 1 / 3], help="sample ratios (1/2 1/3)")
-    parser.add_argument("--scope", default="value", choices=["site", "value", "group"])
+    parser.add_argument("--scope", default="value", choices=["layer", "value", "group"])
     parser.add_argument("--minimal-k", type=int, default=16, help="layers with fewer pairs stay exact (16)")
     parser.add_argument("--variants", nargs="+", help="names of those beside the dense one (all)")
     parser.add_argument("--powersgd-rank", type=int, default=4)
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if options.bytes_only:
         print(header("Bytes of gradients"), flush=True)
-        found = report.planned_bytes(options.networks, options.ratios, options.minimal_k)
+        found = report.planned_bytes(options.networks, options.ratios, options.min_k)
         report.show_bytes(found)
         store(options.json, found)
         return

@@ -4,9 +4,10 @@
     python benchmarks/packing.py --models wrn_28_10 resnet50 --device cuda --json packing.json
 
 One step of the transformed model makes the selections. Then all its gradients go through the hook of
-`fx_approx.distributed.register`, in buckets of 25 MiB as DistributedDataParallel makes them, with an inner hook that
-sends nothing; first it is checked that they come back as they were. "copy" copies every gradient once, to compare. The
-selection's places are looked up anew in each step, as in training; on a GPU that is one wait for the device.
+`fx_approx.distributed.enable_sparse_allreduce`, in buckets of 25 MiB as DistributedDataParallel makes them, with an
+inner hook that sends nothing; first it is checked that they come back as they were. "copy" copies every gradient once,
+to compare. The selection's places are looked up anew in each step, as in training; on a GPU that is one wait for the
+device.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def measure(name: str, scope: str, ratio: float, options: argparse.Namespace) ->
     torch.manual_seed(0)
     exact, inputs, _ = MODELS[name]()
     exact, inputs = exact.to(options.device), inputs[:2].to(options.device)
-    policy = Uniform("topk", ratio, minimal_k=16, scores="weight", share=scope)
+    policy = Uniform(ratio, min_k=16, scope=scope)
     model = fx_approx.transform(exact, policy, inputs)
     sliced, whole = find_slices(model)
     published = model._fx_approx.resample.published = Published(model._fx_approx.resample)
@@ -129,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["wrn_28_10"], choices=list(MODELS))
-    parser.add_argument("--scopes", nargs="+", default=["value"], choices=["site", "value", "group"])
+    parser.add_argument("--scopes", nargs="+", default=["value"], choices=["layer", "value", "group"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[1 / 3, 0.5])
     parser.add_argument("--runs", type=int, default=15, help="steps of each (15)")
     add_device_options(parser)

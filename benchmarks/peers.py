@@ -53,10 +53,10 @@ def variants(
     if float8_missing(options.device) is None:
         made["float8"] = float8(copy.deepcopy(exact))
     for ratio in options.ratios:
-        made[f"paper {ratio:g}"] = swapped(exact, inputs, ratio, options.minimal_k)
+        made[f"paper {ratio:g}"] = swapped(exact, inputs, ratio, options.min_k)
         for label, rule, kinds in (("ssProp", ssprop, (nn.Conv2d, nn.Linear)), ("WTA-CRS", wta_crs, (nn.Linear,))):
             name = f"{label} {ratio:g}"
-            made[name] = swap(exact, functools.partial(rule, ratio=ratio), kinds, options.minimal_k)
+            made[name] = swap(exact, functools.partial(rule, ratio=ratio), kinds, options.min_k)
             check_output(name, made[name], exact, inputs)
         for scope in ("value", "group"):
             made[f"demand, {scope} {ratio:g}"] = demanded(exact, inputs, scope, ratio, options)

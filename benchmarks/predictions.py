@@ -41,13 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.manual_seed(0)
         model, inputs, _ = MODELS[name]()
         for ratio in options.ratios:
-            policy = Uniform("topk", ratio, minimal_k=options.minimal_k, scores="weight", share="value")
+            policy = Uniform(ratio, min_k=options.min_k)
             one: dict[str, object] = {"model": name, "ratio": ratio, "compiled": options.compile}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 for label, cost in costs.items():
                     check = label == "measured"
-                    made = fx_approx.predict(
+                    made = fx_approx.analysis.estimate_step_time(
                         model, policy, inputs, cost=cost, check=check, compiled=options.compile, repeats=options.runs
                     )
                     one[label] = made.speedup

@@ -24,9 +24,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx import SamplerSpec
+from fx_approx import SamplerConfig
 from fx_approx.core.plan import Policy
-from fx_approx.policies import Roles, Uniform
+from fx_approx.policies import GradientSampling, Uniform
 from fx_approx.runtime.approx_module import find
 
 
@@ -42,19 +42,19 @@ class Measured:
 
 def variants(ratio: float) -> dict[str, Policy]:
     """What is measured beside the exact layer."""
-    early_input = SamplerSpec("systematic", ratio, scores="weight")
-    early_weight = SamplerSpec("systematic", ratio, scores="input")
-    uniform = SamplerSpec("systematic", ratio, scores="uniform")
-    positions = SamplerSpec("systematic", ratio, scores="input", positions=True)
+    early_input = SamplerConfig("systematic", ratio, scores="weight")
+    early_weight = SamplerConfig("systematic", ratio, scores="input")
+    uniform = SamplerConfig("systematic", ratio, scores="uniform")
+    positions = SamplerConfig("systematic", ratio, scores="input", positions=True)
     return {
-        "both gradients, online": Roles.backward(ratio),
-        "both gradients, early": Roles(grad_input=early_input, grad_weight=early_weight),
-        "both gradients, uniform": Roles(grad_input=uniform, grad_weight=uniform),
-        "input gradient, early": Roles(grad_input=early_input),
-        "weight gradient, early": Roles(grad_weight=early_weight),
-        "weight gradient, positions": Roles(grad_weight=positions),
-        "straight-through, topk": Roles.straight(ratio),
-        "forward mode, topk": Uniform("topk", ratio),
+        "both gradients, online": GradientSampling.backward(ratio),
+        "both gradients, early": GradientSampling(grad_input=early_input, grad_weight=early_weight),
+        "both gradients, uniform": GradientSampling(grad_input=uniform, grad_weight=uniform),
+        "input gradient, early": GradientSampling(grad_input=early_input),
+        "weight gradient, early": GradientSampling(grad_weight=early_weight),
+        "weight gradient, positions": GradientSampling(grad_weight=positions),
+        "straight-through, topk": GradientSampling.straight(ratio),
+        "forward mode, topk": Uniform(ratio, scores="online"),
     }
 
 
@@ -83,10 +83,10 @@ def check(layer: nn.Module, approx: nn.Module, x: Tensor, towards: Tensor) -> No
     """At ratio 1 the gradients are bitwise those of the exact layer."""
     exact = step(layer, x, towards)
     ratios = {key: selector.spec.ratio for key, selector in find(approx)._fx_approx.selectors.items()}
-    fx_approx.set_ratio(approx, 1.0)
+    fx_approx.set_sampling(approx, 1.0)
     if not all(torch.equal(one, two) for one, two in zip(step(approx, x, towards), exact, strict=True)):
         raise AssertionError("at ratio 1 the gradients are not those of the exact layer")
-    fx_approx.set_ratio(approx, next(iter(ratios.values())))
+    fx_approx.set_sampling(approx, next(iter(ratios.values())))
 
 
 def measure(name: str, layer: nn.Module, x: Tensor, ratio: float, runs: int, compiled: bool) -> list[Measured]:

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["wrn_16_4", "vit_b_block"], choices=list(MODELS))
-    parser.add_argument("--scores", nargs="+", default=["weight", "stale", "online"])
+    parser.add_argument("--scores", nargs="+", default=["weight", "ema", "online"])
     parser.add_argument("--repeats", type=int, default=11, help="how often each is timed (11)")
     parser.add_argument("--no-compile", action="store_true", help="eager only")
     add_json_option(parser)
@@ -38,13 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.manual_seed(0)
         exact, inputs, _ = MODELS[name]()
         for scores in options.scores:
-            policy = Uniform("topk", 0.5, minimal_k=16, scores=scores, share="site" if scores == "online" else "value")
+            policy = Uniform(0.5, min_k=16, scores=scores, scope="layer" if scores == "online" else "value")
             approx = fx_approx.transform(copy.deepcopy(exact), policy, inputs)
             for compiled in [False] if options.no_compile else [False, True]:
                 model = torch.compile(approx, dynamic=False) if compiled else approx
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    time = fx_approx.measure_selection(model, inputs, repeats=options.repeats)
+                    time = fx_approx.analysis.selection_time(model, inputs, repeats=options.repeats)
                 found.append({"model": name, "scores": scores, "share": time.share, **dataclasses.asdict(time)})
     lines = [
         [

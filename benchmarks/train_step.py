@@ -29,24 +29,24 @@ from _steps import measure as measure_all
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx.policies import Paper, Roles, Uniform
+from fx_approx.policies import GradientSampling, Paper, Uniform
 
-warnings.filterwarnings("ignore", category=fx_approx.StaleStatisticsWarning)
+warnings.filterwarnings("ignore", category=fx_approx.errors.BatchNormWarning)
 
 
-def policy(scope: str, ratio: float, scores: str, minimal_k: int) -> Uniform:
+def policy(scope: str, ratio: float, scores: str, min_k: int) -> Uniform:
     """TopK on every layer, made ahead."""
-    return Uniform("topk", ratio, minimal_k=minimal_k, scores=scores, share=scope)
+    return Uniform(ratio, min_k=min_k, scores=scores, scope=scope)
 
 
-def swapped(exact: nn.Module, inputs: Tensor, ratio: float, minimal_k: int) -> nn.Module:
+def swapped(exact: nn.Module, inputs: Tensor, ratio: float, min_k: int) -> nn.Module:
     """Each layer by itself with the paper's online TopK."""
-    return fx_approx.transform(copy.deepcopy(exact), Paper(ratio, minimal_k=minimal_k), inputs)
+    return fx_approx.transform(copy.deepcopy(exact), Paper(ratio, min_k=min_k), inputs)
 
 
 def demanded(exact: nn.Module, inputs: Tensor, scope: str, ratio: float, options: argparse.Namespace) -> nn.Module:
     """Demand-driven, and checked."""
-    chosen = policy(scope, ratio, options.scores, options.minimal_k)
+    chosen = policy(scope, ratio, options.scores, options.min_k)
     check(f"demand, {scope} {ratio:g}", exact, chosen, inputs)
     return fx_approx.transform(copy.deepcopy(exact), chosen, inputs)
 
@@ -54,7 +54,7 @@ def demanded(exact: nn.Module, inputs: Tensor, scope: str, ratio: float, options
 def check(name: str, exact: nn.Module, chosen: Uniform, inputs: Tensor) -> None:
     """The demand-driven model gives the numbers of the same selections without demand."""
     few = inputs.detach()[:8].double()
-    found = fx_approx.verify(fx_approx.transform(copy.deepcopy(exact).double(), chosen, few), few)
+    found = fx_approx.analysis.verify(fx_approx.transform(copy.deepcopy(exact).double(), chosen, few), few)
     if not found.passed:
         raise AssertionError(f"{name}: {found}")
 
@@ -68,16 +68,16 @@ def measure(name: str, options: argparse.Namespace) -> list[Measured]:
     backends = {}
     for ratio in options.ratios:
         if not options.no_swap:
-            models[f"swap, online TopK {ratio:g}"] = swapped(exact, inputs, ratio, options.minimal_k)
+            models[f"swap, online TopK {ratio:g}"] = swapped(exact, inputs, ratio, options.min_k)
         if options.backward:
-            policy_of_gradients = Roles.backward(ratio, scores="uniform")
+            policy_of_gradients = GradientSampling.backward(ratio, scores="uniform")
             models[f"backward {ratio:g}"] = fx_approx.transform(copy.deepcopy(exact), policy_of_gradients, inputs)
         for scope in options.scopes:
             models[f"demand, {scope} {ratio:g}"] = demanded(exact, inputs, scope, ratio, options)
             if options.dynamo and options.compile:
                 variant = f"Dynamo, {scope} {ratio:g}"
                 models[variant] = copy.deepcopy(exact)
-                backends[variant] = fx_approx.backend(policy(scope, ratio, options.scores, options.minimal_k))
+                backends[variant] = fx_approx.backend(policy(scope, ratio, options.scores, options.min_k))
     return measure_all(name, models, inputs, options, backends)
 
 
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_step_options(parser, ["wrn_16_4"])
-    parser.add_argument("--scopes", nargs="+", default=["value", "group"], choices=["site", "value", "group"])
+    parser.add_argument("--scopes", nargs="+", default=["value", "group"], choices=["layer", "value", "group"])
     parser.add_argument("--dynamo", action="store_true", help="through fx_approx.backend, too (with --compile)")
     parser.add_argument("--backward", action="store_true", help="backward mode, too: both gradients sampled")
     parser.add_argument("--no-swap", action="store_true", help="leave out the module swap")

@@ -26,7 +26,7 @@ import fx_approx
 from fx_approx.policies import Uniform
 
 CHAINS = (10, 100, 1_000, 10_000)
-POLICY = Uniform("topk", 0.5)
+POLICY = Uniform(0.5, scores="online")
 
 
 @dataclasses.dataclass(frozen=True)

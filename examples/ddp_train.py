@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images = digits(options.limit)
     data = TensorDataset(images.train, images.train_labels)
     own = max(2, options.batch // size)
-    policy = Uniform("topk", options.ratio, minimal_k=8, scores="stale", share="value")
+    policy = Uniform(options.ratio, min_k=8, scores="ema")
     model = fx_approx.transform(network(images.classes).to(device), policy, images.train[:own].to(device))
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     epoch = 0
@@ -64,10 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         state = torch.load(options.checkpoint, map_location=device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        fx_approx.load_sampler_state(model, state["sampling"])
+        fx_approx.load_sampler_state_dict(model, state["sampling"])
         epoch = state["epoch"]
     parallel = DistributedDataParallel(model)
-    traffic = None if options.dense else fx_approx.distributed.register(parallel)
+    traffic = None if options.dense else fx_approx.distributed.enable_sparse_allreduce(parallel)
 
     sampler: DistributedSampler[tuple[torch.Tensor, ...]] = DistributedSampler(data, size, rank, seed=0, drop_last=True)
     for now in range(epoch, options.epochs):
@@ -82,12 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"epoch {now + 1}: loss {loss.item():.4f}", flush=True)
             if options.checkpoint is not None:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": now + 1}
-                state["sampling"] = fx_approx.sampler_state(model)
+                state["sampling"] = fx_approx.sampler_state_dict(model)
                 part = options.checkpoint.with_suffix(".part")
                 torch.save(state, part)
                 part.replace(options.checkpoint)
     if rank == 0:
-        fx_approx.recalibrate(model, images.train[: 20 * own].to(device).split(own))
+        fx_approx.recalibrate_batchnorm(model, images.train[: 20 * own].to(device).split(own))
         model.eval()
         with torch.no_grad():
             right = model(images.test.to(device)).argmax(1).cpu() == images.test_labels

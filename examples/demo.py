@@ -134,14 +134,14 @@ class Result:
         report: Savings of the approximate model.
         exact: Accuracy of the exact model.
         as_trained: Accuracy of the approximate model.
-        recalibrated: The same after :func:`fx_approx.recalibrate`; None for a network without BatchNorm.
+        recalibrated: The same after :func:`fx_approx.recalibrate_batchnorm`; None for a network without BatchNorm.
         exact_ms: Step times of the exact model in milliseconds: quartiles.
         approx_ms: Those of the approximate model.
         ratio: Approximate over exact time of steps next to each other: quartiles.
         timed: How many pairs of steps the quartiles are over; 0 if all were warm-up or exact tail.
     """
 
-    report: fx_approx.SavingsReport
+    report: fx_approx.analysis.SavingsReport
     exact: float
     as_trained: float
     recalibrated: float | None
@@ -168,7 +168,7 @@ def compare(name: str, images: Images, options: argparse.Namespace) -> Result:
     with tqdm(total=steps, desc=name, unit="step", file=sys.stderr) as bar:
         for step, (x, y) in enumerate(batches(images, options.epochs, options.seed)):
             if step == tail:
-                fx_approx.set_enabled(approx, False)
+                fx_approx.set_sampling(approx, enabled=False)
             # The one that goes second finds the batch in the cache, so they swap.
             order = pair if step % 2 == 0 else pair[::-1]
             losses = {id(each): each.step(x, y) for each in order}
@@ -176,7 +176,7 @@ def compare(name: str, images: Images, options: argparse.Namespace) -> Result:
             if step % 10 == 0:
                 bar.set_postfix_str("loss exact {:.3f}, approximate {:.3f}".format(*(losses[id(e)] for e in pair)))
     if tail < steps:
-        fx_approx.set_enabled(approx, True)  # the report is of the sampled steps
+        fx_approx.set_sampling(approx, enabled=True)  # the report is of the sampled steps
     return _result(approx, pair, images, slice(WARM_UP, tail))
 
 
@@ -185,11 +185,11 @@ def _result(approx: nn.Module, pair: Sequence[Trainer], images: Images, timed: s
     quotients = [a / e for e, a in zip(exact_seconds, approx_seconds, strict=True)]
     with warnings.catch_warnings():
         # What it warns of is what is shown: the accuracy with statistics that do not fit.
-        warnings.simplefilter("ignore", fx_approx.StaleStatisticsWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.BatchNormWarning)
         as_trained = accuracy(approx, images)
     recalibrated = None
     if any(isinstance(module, nn.BatchNorm2d) for module in approx.modules()):
-        fx_approx.recalibrate(approx, images.train[: RECALIBRATION_BATCHES * BATCH].split(BATCH))
+        fx_approx.recalibrate_batchnorm(approx, images.train[: RECALIBRATION_BATCHES * BATCH].split(BATCH))
         recalibrated = accuracy(approx, images)
     return Result(
         report=fx_approx.report(approx),

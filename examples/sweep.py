@@ -51,15 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def evaluate(model: nn.Module) -> float:
         return 100 * float((model(images.test).argmax(1) == images.test_labels).float().mean())
 
-    demand = {"minimal_k": 8, "scores": "weight", "share": "value"}
+    demand = {"min_k": 8, "scores": "weight", "scope": "value"}
     found = sweep(
         network,
         batches,
         {
             "paper 0.5": Paper(0.5),
-            "value 0.75": Uniform("topk", 0.75, **demand),
-            "value 0.5": Uniform("topk", 0.5, **demand),
-            "value 0.25": Uniform("topk", 0.25, **demand),
+            "value 0.75": Uniform(0.75, **demand),
+            "value 0.5": Uniform(0.5, **demand),
+            "value 0.25": Uniform(0.25, **demand),
             "half of the FLOPs": FlopBudget(0.5),
         },
         loss=loss,

@@ -107,7 +107,7 @@ def _parser() -> _Parser:
         "--policy",
         type=_argument(parse_policy),
         default="paper:0.5",
-        help="exact, paper[:RATIO], or SAMPLER[:RATIO[:SCORES[:SHARE]]] for every layer (%(default)s)",
+        help="exact, paper[:RATIO], or SAMPLER[:RATIO[:SCORES[:SCOPE]]] for every layer (%(default)s)",
     )
     explain.add_argument(
         "--kwarg",
@@ -211,13 +211,13 @@ def _example(model: nn.Module, inputs: Sequence[_Input]) -> tuple[torch.Tensor, 
 def _report(name: str, model: nn.Module, policy: Policy, example: tuple[torch.Tensor, ...] | None) -> SavingsReport:
     try:
         return fx_approx.explain(model, policy, example).report
-    except fx_approx.ShapesNeededError as error:
+    except fx_approx.errors.ShapesRequiredError as error:
         raise _WrongArgument(f"argument --input: {error}") from None
-    except fx_approx.AlreadyTransformedError as error:
+    except fx_approx.errors.AlreadyTransformedError as error:
         raise _WrongArgument(f"{_MODEL}: {name}: {_without_name(error)}") from None
     except ValueError as error:
         raise _WrongArgument(f"argument --input: {_without_name(error)}") from None
-    except fx_approx.CaptureError as error:
+    except fx_approx.errors.CaptureError as error:
         raise _WrongArgument(f"{_MODEL}: {name}: {_without_name(error)}") from None
 
 

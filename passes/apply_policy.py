@@ -11,7 +11,7 @@ import torch
 from fx_approx.core.candidates import Candidate
 from fx_approx.core.plan import Decision, Plan, Policy, make_plan
 from fx_approx.core.step_cost import Model, is_whole
-from fx_approx.errors import ShapesNeededError
+from fx_approx.errors import ShapesRequiredError
 
 _UNKNOWN = "not shared: its shapes are not known"
 
@@ -22,7 +22,7 @@ def check_policy(policy: Any) -> None:
         got = type(policy).__name__ if isinstance(policy, torch.Tensor) else repr(policy)
         hint = "; example inputs are the third argument" if isinstance(policy, (torch.Tensor, tuple)) else ""
         raise TypeError(
-            f"policy: expected a policy such as fx_approx.policies.Paper(0.5), or a Plan, got {got[:200]}{hint}"
+            f"policy: expected a policy such as fx_approx.policies.Uniform(0.5), or a Plan, got {got[:200]}{hint}"
         )
 
 
@@ -41,14 +41,15 @@ def decide(
 
     Raises:
         TypeError: ``policy`` is none.
-        ShapesNeededError: The policy reads shapes, and the model was not run.
+        ShapesRequiredError: The policy reads shapes, and the model was not run.
     """
     check_policy(policy)
     unknown = [c.name for c in candidates if c.facts is None and not c.blocked]
     if policy.needs_shapes and unknown and not shaped:
-        raise ShapesNeededError(
+        raise ShapesRequiredError(
             f"policy: {type(policy).__name__} decides by shapes, which are not known for {len(unknown)} of "
-            f"{len(candidates)} candidates ({', '.join(unknown[:3])}...): give example_inputs"
+            f"{len(candidates)} candidates ({', '.join(unknown[:3])}...): give example_inputs, one training batch, or a "
+            "policy that needs none, such as fx_approx.policies.Uniform(0.5, scope='layer')"
         )
     decisions = policy.decide_whole(model()) if model is not None and is_whole(policy) else policy.decide(candidates)
     return make_plan(candidates, [_apart(one) if one.name in unknown else one for one in decisions])
@@ -56,7 +57,7 @@ def decide(
 
 def _apart(decision: Decision) -> Decision:
     """The decision about a layer of which nobody knows who else reads its input."""
-    if not decision.roles or decision.share == "site":
+    if not decision.roles or decision.scope == "layer":
         return decision
     reason = f"{decision.reason}; {_UNKNOWN}" if decision.reason else _UNKNOWN
-    return dataclasses.replace(decision, share="site", reason=reason)
+    return dataclasses.replace(decision, scope="layer", reason=reason)

@@ -15,7 +15,7 @@ from fx_approx.passes.channel_spaces import Segment
 from fx_approx.passes.find_candidates import Found
 from fx_approx.passes.share_selections import Sharing
 from fx_approx.runtime.graph_runtime import PROLOGUE, Runtime
-from fx_approx.runtime.rng import EVERY
+from fx_approx.runtime.rng import SELECTION_INTERVAL
 from fx_approx.runtime.shared_selection import Member, Observer, Resample, Shared
 
 
@@ -27,7 +27,7 @@ def make_resample(runtime: Runtime, sharing: Sharing) -> None:
         shared.append(Shared(members, one.units, one.groups, runtime.state.device))
     resample = Resample(shared, runtime.state.device) if shared else None
     if resample is not None:
-        resample.held = int(runtime.state[EVERY]) > 1
+        resample.held = int(runtime.state[SELECTION_INTERVAL]) > 1
     runtime.add_module("resample", resample)
     for selector in {id(s): s for one in shared for s in one.selectors}.values():
         selector.shared = True

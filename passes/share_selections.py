@@ -20,7 +20,7 @@ from fx_approx.passes.channel_flow import Flow
 from fx_approx.passes.find_candidates import Found
 from fx_approx.runtime.layers import Selector
 from fx_approx.runtime.shared_selection import unit_count
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,19 +40,19 @@ class Class:
         units: Channels or heads to choose from.
         groups: Stretches of which each gives as many.
         spec: Sampler, ratio and scores.
-        scope: ``site``, ``value`` or ``group``.
+        scope: ``layer``, ``value`` or ``group``.
         readings: The readers, or stretches of them.
         known: The units are those of a space, so that producers can follow; else of one reader's pairs.
     """
 
     units: int
     groups: int
-    spec: SamplerSpec
+    spec: SamplerConfig
     scope: str
     readings: list[Reading] = dataclasses.field(default_factory=list)
     known: bool = True
 
-    def kept(self, specs: Mapping[str, SamplerSpec], reader_groups: Mapping[str, int]) -> int:
+    def kept(self, specs: Mapping[str, SamplerConfig], reader_groups: Mapping[str, int]) -> int:
         """Units chosen in all groups together, at the ratios ``specs`` of the readers by name."""
         pairs = self.units // self.groups
         counts = [
@@ -116,7 +116,7 @@ def share(
         spec = decision.roles[Role.OUTPUT]
         layout = flow.readers[node][1] if flow is not None and node in flow.readers else None
         segments = () if layout is None else layout.segments
-        if flow is None or not segments or (decision.share == "site" and len(segments) > 1):
+        if flow is None or not segments or (decision.scope == "layer" and len(segments) > 1):
             sharing.loose[node] = _loose(sharing, one, spec)
             continue
         roots = [flow.spaces.find(segment.space) for segment in segments]
@@ -126,7 +126,7 @@ def share(
             continue
         places, offset = [], 0
         for segment, root in zip(segments, roots, strict=True):
-            scope = decision.share
+            scope = decision.scope
             whom: Any = root if scope == "value" else name
             if scope == "group":
                 whom = root if groups[root] in apart else groups[root]
@@ -146,10 +146,10 @@ def _readers(found: list[Found], nodes: Mapping[str, fx.Node]) -> list[tuple[str
     return [(one.candidate.name, nodes[one.candidate.node]) for one in found if one.candidate.node in nodes]
 
 
-def _loose(sharing: Sharing, one: Found, spec: SamplerSpec) -> int:
+def _loose(sharing: Sharing, one: Found, spec: SamplerConfig) -> int:
     candidate = one.candidate
     assert candidate.pairs is not None
-    own = Class(candidate.pairs * candidate.groups, candidate.groups, spec, "site", known=False)
+    own = Class(candidate.pairs * candidate.groups, candidate.groups, spec, "layer", known=False)
     own.readings.append(Reading(candidate.name, 0, 1))
     sharing.classes.append(own)
     return len(sharing.classes) - 1

@@ -9,12 +9,13 @@ from fx_approx.policies.cost_roofline import Device, RooflineModel, calibrate
 from fx_approx.policies.override import Override
 from fx_approx.policies.paper import Paper
 from fx_approx.policies.parse import parse_policy
-from fx_approx.policies.per_gradient import Roles
+from fx_approx.policies.per_gradient import GradientSampling
 from fx_approx.policies.per_layer import PerLayer
 from fx_approx.policies.sensitivity import Sensitivity
-from fx_approx.policies.uniform import Exact, Uniform
+from fx_approx.policies.uniform import DEFAULT_POLICY, Exact, Uniform
 
 __all__ = [
+    "DEFAULT_POLICY",
     "Auto",
     "CostModel",
     "Device",
@@ -22,13 +23,13 @@ __all__ = [
     "Exact",
     "FlopBudget",
     "FlopModel",
+    "GradientSampling",
     "MeasuredModel",
     "MemoryBudget",
     "Override",
     "Paper",
     "PerLayer",
     "Policy",
-    "Roles",
     "RooflineModel",
     "Sensitivity",
     "TimeBudget",

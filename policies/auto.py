@@ -34,7 +34,7 @@ class Auto(GraphPolicy):
         margin: The least speed-up.
         repeats: Steps that are timed, of each.
         tries: Drafts that are timed, at most.
-        share: ``fastest``: ``value`` or ``group``, whichever is faster; otherwise one scope, see :class:`GraphPolicy`.
+        scope: ``fastest``: ``value`` or ``group``, whichever is faster; otherwise one scope, see :class:`GraphPolicy`.
         keep_last: True: layers with no layer after them stay exact. None: unless the step is faster otherwise, as it
             can be at scope ``group``, where a classifier that reads all channels keeps all of them alive.
     """
@@ -46,14 +46,14 @@ class Auto(GraphPolicy):
     margin: float = 1.02
     repeats: int = 9
     tries: int = 4
-    share: str = dataclasses.field(default="fastest", kw_only=True)
+    scope: str = dataclasses.field(default="fastest", kw_only=True)
     keep_last: bool | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Checks the fields."""
-        if self.share != "fastest" and self.share not in SCOPES:
-            raise ValueError(f"share: expected fastest or one of {', '.join(SCOPES)}, got {self.share!r}")
-        if self.share == "fastest" or self.keep_last is None:
+        if self.scope != "fastest" and self.scope not in SCOPES:
+            raise ValueError(f"scope: expected fastest or one of {', '.join(SCOPES)}, got {self.scope!r}")
+        if self.scope == "fastest" or self.keep_last is None:
             self._variants()
             return
         super().__post_init__()
@@ -73,9 +73,9 @@ class Auto(GraphPolicy):
 
     def _variants(self) -> list[Auto]:
         """This policy at one scope, with one rule for the last layer; those of less error first."""
-        shares = _FASTEST if self.share == "fastest" else (self.share,)
+        scopes = _FASTEST if self.scope == "fastest" else (self.scope,)
         lasts = (True, False) if self.keep_last is None else (self.keep_last,)
-        return [dataclasses.replace(self, share=share, keep_last=last) for share in shares for last in lasts]
+        return [dataclasses.replace(self, scope=scope, keep_last=last) for scope in scopes for last in lasts]
 
     def decide_whole(self, model: Model) -> Sequence[Decision]:
         """The plan, with numbers in its reasons."""

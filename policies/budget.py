@@ -32,7 +32,7 @@ class _Ladder(GraphPolicy):
 
     Attributes:
         ratios: The ratios to choose from, beside exact.
-        sensitivity: Measured errors by layer, from :func:`fx_approx.measure_sensitivity`; None: predicted from the
+        sensitivity: Measured errors by layer, from :func:`fx_approx.analysis.sensitivity`; None: predicted from the
             norms of the weights, layers weighed alike.
     """
 
@@ -107,7 +107,7 @@ class _Budget(_Ladder, abc.ABC):
             )
             raise ValueError(
                 f"budget: {limit:g} of the exact step cannot be met; the least is {least:.3f} ({what}). Expected a "
-                "larger budget, smaller ratios, share='group', or a smaller minimal_k"
+                "larger budget, smaller ratios, scope='group', or a smaller min_k"
             )
         ratios = _filled(problem, found, levels, share, limit)
         spent = share(tuple(ratios))
@@ -219,8 +219,8 @@ class ErrorBudget(_Ladder):
             raise ValueError(f"noise: expected a number above 0, got {self.noise!r}")
         if self.sensitivity is None or self.sensitivity.sgd_noise is None:
             raise ValueError(
-                "sensitivity: expected one with sgd_noise, as fx_approx.measure_sensitivity gives it of two batches or "
-                "more"
+                "sensitivity: expected one with sgd_noise, as fx_approx.analysis.sensitivity gives it of two "
+                "batches or more"
             )
 
     def decide_whole(self, model: Model) -> Sequence[Decision]:

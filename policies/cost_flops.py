@@ -9,7 +9,7 @@ from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.flops import executed_flops, kept_pairs, selection_flops
 from fx_approx.core.plan import Cost, CostEstimate
 from fx_approx.core.step_cost import Model, Work
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class FlopModel:
     """
 
     def estimate(
-        self, candidate: Candidate, roles: Mapping[Role, SamplerSpec], straight_through: bool = False
+        self, candidate: Candidate, roles: Mapping[Role, SamplerConfig], straight_through: bool = False
     ) -> CostEstimate | None:
         """Exact and sampled operations of a training step, or None where the candidate's shapes are not known."""
         facts = candidate.facts

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fx_approx.sampling.base import get_sampler
 from fx_approx.sampling.probabilities import inclusion_probabilities
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 
 
-def predicted_error(norms: Tensor | None, spec: SamplerSpec, pairs: int) -> float:
+def predicted_error(norms: Tensor | None, spec: SamplerConfig, pairs: int) -> float:
     """Squared error of a sampled product as a share of its squared size, E‖Ĉ − C‖² / ‖C‖².
 
     Columns of the input are taken to be alike, and pairs to be independent with zero mean: ‖C‖² is then the sum of the

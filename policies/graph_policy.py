@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.flops import role_pairs
-from fx_approx.core.plan import Decision, check_roles, check_share
+from fx_approx.core.plan import Decision, check_roles, check_scope
 from fx_approx.core.step_cost import Model, WholeCostModel, Work
 from fx_approx.policies.base import decision, exact
 from fx_approx.policies.error_model import predicted_error
 from fx_approx.policies.sensitivity import Sensitivity
 from fx_approx.sampling.base import get_sampler
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 
 EIGHTHS = tuple(place / 8 for place in range(1, 8))
 _LEAST_LEFT = 1e-6
@@ -32,13 +32,13 @@ class GraphPolicy:
 
     Attributes:
         sampler: Name of the sampler.
-        scores: ``weight``, ``stale`` or ``uniform``; for gradients any that both have, such as ``uniform`` or
+        scores: ``weight``, ``ema`` or ``uniform``; for gradients any that both have, such as ``uniform`` or
             ``online``.
         mode: ``forward``: outputs are sampled, and gradients follow. ``backward``: outputs are exact, and the two
             gradients of each layer are sampled, each at its own ratio.
-        share: ``site``, ``value`` or ``group``: which readers share a selection.
-        minimal_k: Keep at least so many pairs; layers with no more stay exact.
-        granularity: Round the number of pairs to a multiple of this, for the device's matrix units.
+        scope: ``layer``, ``value`` or ``group``: which readers share a selection.
+        min_k: Keep at least so many pairs; layers with no more stay exact.
+        round_to: Round the number of pairs to a multiple of this, for the device's matrix units.
         keep_first: The first convolution stays exact.
         keep_last: Layers with no layer after them stay exact, such as the classifier.
 
@@ -49,9 +49,9 @@ class GraphPolicy:
 
     sampler: str = "topk"
     scores: str = "weight"
-    share: str = "value"
-    minimal_k: int = 16
-    granularity: int = 8
+    scope: str = "value"
+    min_k: int = 16
+    round_to: int = 8
     keep_first: bool = True
     keep_last: bool | None = True
     mode: str = "forward"
@@ -59,14 +59,14 @@ class GraphPolicy:
     def __post_init__(self) -> None:
         """Checks the fields."""
         self.spec(0.5)
-        check_share(self.share, None)
+        check_scope(self.scope, None)
         if self.mode not in ("forward", "backward"):
             raise ValueError(f"mode: expected forward or backward, got {self.mode!r}")
         if self.mode == "backward":
             check_roles(dict.fromkeys(_GRADIENTS, self.spec(0.5)), False)
-        elif self.scores not in ("weight", "stale", "uniform"):
+        elif self.scores not in ("weight", "ema", "uniform"):
             raise ValueError(
-                f"scores: expected weight, stale or uniform, which are known before a layer runs, got {self.scores!r}"
+                f"scores: expected weight, ema or uniform, which are known before a layer runs, got {self.scores!r}"
             )
         for name in ("keep_first", "keep_last"):
             if not isinstance(getattr(self, name), bool):
@@ -77,9 +77,9 @@ class GraphPolicy:
         """Costs are told by shapes."""
         return True
 
-    def spec(self, ratio: float) -> SamplerSpec:
+    def spec(self, ratio: float) -> SamplerConfig:
         """How a layer is sampled at ``ratio``."""
-        return SamplerSpec(self.sampler, ratio, self.minimal_k, self.scores, self.granularity)
+        return SamplerConfig(self.sampler, ratio, self.min_k, self.scores, self.round_to)
 
     def decide(self, candidates: Sequence[Candidate]) -> Sequence[Decision]:
         """Refuses: without the graph there is nothing to decide by."""
@@ -131,12 +131,12 @@ class GraphPolicy:
 
     def decisions(self, groups: Sequence[Sequence[str]], ratios: Sequence[float]) -> dict[str, Decision]:
         """Each group at its ratio; 1 is exact, but keeps its place among those that share."""
-        roles: dict[str, dict[Role, SamplerSpec]] = {}
+        roles: dict[str, dict[Role, SamplerConfig]] = {}
         for sites, ratio in zip(groups, ratios, strict=True):
             for name, role in map(_split, sites):
                 roles.setdefault(name, {})[role] = self.spec(ratio)
-        share = "site" if self.mode == "backward" else self.share
-        return {name: Decision(name, own, share=share) for name, own in roles.items()}
+        scope = "layer" if self.mode == "backward" else self.scope
+        return {name: Decision(name, own, scope=scope) for name, own in roles.items()}
 
     def final(
         self,
@@ -173,7 +173,7 @@ class GraphPolicy:
                 found.append(exact(one, next((left[site] for site in sites if site in left), "exact"), source))
             else:
                 reason = "; ".join(sampled[site] for site in sites if site in sampled)
-                found.append(decision(one, roles, reason, source, share=decided[one.name].share))
+                found.append(decision(one, roles, reason, source, scope=decided[one.name].scope))
         return found
 
     def errors(

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from fx_approx.core.candidates import Candidate
-from fx_approx.core.plan import Decision, check_share
+from fx_approx.core.plan import Decision, check_scope
 from fx_approx.policies.base import exact, sampled
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,38 +19,38 @@ class Paper:
 
     Attributes:
         ratio: Share of the column-row pairs to keep, in (0, 1].
-        minimal_k: Keep at least so many pairs; smaller layers stay exact.
+        min_k: Keep at least so many pairs; smaller layers stay exact.
         sampler: Another sampler than the paper's ``topk``.
         scores: Other scores than the paper's ``online``.
-        share: Which readers share a selection that is made ahead (scores ``weight``, ``stale`` or ``uniform``):
-            ``site``, none; ``value``, all that read the same channels; ``group``, also those coupled by residual
-            additions. More than ``site`` needs example inputs.
+        scope: Which readers share a selection that is made ahead (scores ``weight``, ``ema`` or ``uniform``):
+            ``layer``, none; ``value``, all that read the same channels; ``group``, also those coupled by residual
+            additions. More than ``layer`` needs example inputs.
 
     Raises:
         TypeError: At construction, a field of the wrong type.
         ValueError: At construction, a value out of range, an unknown name (the message lists the known ones), or a
-            ``share`` that the scores do not allow.
+            ``scope`` that the scores do not allow.
     """
 
     ratio: float = 0.5
-    minimal_k: int = 1
+    min_k: int = 1
     sampler: str = "topk"
     scores: str = "online"
-    share: str = "site"
+    scope: str = "layer"
 
     def __post_init__(self) -> None:
         """Checks the fields."""
-        check_share(self.share, self.spec)
+        check_scope(self.scope, self.spec)
 
     @property
     def needs_shapes(self) -> bool:
         """Who reads what is told by shapes."""
-        return self.share != "site"
+        return self.scope != "layer"
 
     @property
-    def spec(self) -> SamplerSpec:
+    def spec(self) -> SamplerConfig:
         """The sampler specification of every sampled decision."""
-        return SamplerSpec(self.sampler, self.ratio, self.minimal_k, self.scores)
+        return SamplerConfig(self.sampler, self.ratio, self.min_k, self.scores)
 
     def decide(self, candidates: Sequence[Candidate]) -> list[Decision]:
         """One decision per candidate."""
@@ -63,4 +63,4 @@ class Paper:
             return exact(candidate, "classifier: no layer after it", "Paper")
         if candidate.first and candidate.kind.startswith("conv"):
             return exact(candidate, "first convolution", "Paper")
-        return sampled(candidate, self.spec, "inner layer", "Paper", self.share)
+        return sampled(candidate, self.spec, "inner layer", "Paper", self.scope)

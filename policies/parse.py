@@ -10,27 +10,27 @@ from fx_approx.core.plan import Policy
 from fx_approx.policies.auto import Auto
 from fx_approx.policies.budget import FlopBudget, MemoryBudget, TimeBudget
 from fx_approx.policies.paper import Paper
-from fx_approx.policies.per_gradient import Roles
+from fx_approx.policies.per_gradient import GradientSampling
 from fx_approx.policies.uniform import Exact, Uniform
 from fx_approx.sampling.base import SAMPLERS
 
 _WITH_RATIO: Mapping[str, Callable[..., Policy]] = {
     "paper": Paper,
-    "backward": Roles.backward,
-    "weight-gradient": Roles.weight_gradient,
-    "straight-through": Roles.straight,
+    "backward": GradientSampling.backward,
+    "weight-gradient": GradientSampling.weight_gradient,
+    "straight-through": GradientSampling.straight,
     "auto": functools.partial(Auto, check=False),
 }
 _BUDGETS: Mapping[str, Callable[[float], Policy]] = {"flops": FlopBudget, "memory": MemoryBudget, "time": TimeBudget}
 
 
 def parse_policy(text: str) -> Policy:
-    """``exact``, ``paper[:ratio]``, or ``<sampler>[:ratio[:scores[:share]]]`` for the same on every layer.
+    """``exact``, ``paper[:ratio]``, or ``<sampler>[:ratio[:scores[:scope]]]`` for the same on every layer.
 
     ``backward[:ratio]``, ``weight-gradient[:ratio]`` and ``straight-through[:ratio]`` are the modes of
-    :class:`fx_approx.policies.Roles` with their default samplers. ``auto[:ratio]`` is :class:`fx_approx.policies.Auto`
-    as its cost model predicts it, without timing; ``flops:budget``, ``memory:budget`` and ``time:budget`` are the
-    budgets.
+    :class:`fx_approx.policies.GradientSampling` with their default samplers. ``auto[:ratio]`` is
+    :class:`fx_approx.policies.Auto` as its cost model predicts it, without timing; ``flops:budget``, ``memory:budget``
+    and ``time:budget`` are the budgets.
 
     Examples: ``topk:0.5``, ``systematic:0.25:weight``, ``topk:0.5:weight:group``, ``paper:0.3``, ``flops:0.5``.
 
@@ -39,7 +39,7 @@ def parse_policy(text: str) -> Policy:
     """
     name, *rest = text.split(":")
     modes, samplers, budgets = ", ".join(_WITH_RATIO), ", ".join(sorted(SAMPLERS)), ", ".join(_BUDGETS)
-    known = f"exact, {modes} with [:ratio], {budgets} with :budget, or one of {samplers} with [:ratio[:scores[:share]]]"
+    known = f"exact, {modes} with [:ratio], {budgets} with :budget, or one of {samplers} with [:ratio[:scores[:scope]]]"
     most = 0 if name == "exact" else 1 if name in (*_WITH_RATIO, *_BUDGETS) else 3
     if name not in ("exact", *_WITH_RATIO, *_BUDGETS, *SAMPLERS) or len(rest) > most or (name in _BUDGETS and not rest):
         raise ValueError(f"policy: expected {known}, got {text!r}")
@@ -53,5 +53,5 @@ def parse_policy(text: str) -> Policy:
         return _BUDGETS[name](ratio)
     if name in _WITH_RATIO:
         return _WITH_RATIO[name]() if ratio is None else _WITH_RATIO[name](ratio)
-    options: dict[str, Any] = dict(zip(("scores", "share"), rest[1:], strict=False))
-    return Uniform(name, 0.5 if ratio is None else ratio, **options)
+    options: dict[str, Any] = dict(zip(("scores", "scope"), rest[1:], strict=False))
+    return Uniform(0.5 if ratio is None else ratio, name, **options)

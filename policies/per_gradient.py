@@ -9,11 +9,11 @@ from typing import Any
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.plan import Decision, check_roles
 from fx_approx.policies.base import exact, sampled_roles
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Roles:
+class GradientSampling:
     """Samples each product of training by its own sampler, or leaves it exact.
 
     The weight gradient is sampled over rows: batch times positions for a linear layer, examples for a convolution. The
@@ -31,9 +31,9 @@ class Roles:
         ValueError: At construction, scores that a product does not have, or nothing to sample.
     """
 
-    output: SamplerSpec | None = None
-    grad_input: SamplerSpec | None = None
-    grad_weight: SamplerSpec | None = None
+    output: SamplerConfig | None = None
+    grad_input: SamplerConfig | None = None
+    grad_weight: SamplerConfig | None = None
     straight_through: bool = False
 
     needs_shapes = False
@@ -42,32 +42,34 @@ class Roles:
         """Checks the fields."""
         for name in ("output", "grad_input", "grad_weight"):
             spec = getattr(self, name)
-            if spec is not None and not isinstance(spec, SamplerSpec):
-                raise TypeError(f"{name}: expected a SamplerSpec or None, got {spec!r}")
+            if spec is not None and not isinstance(spec, SamplerConfig):
+                raise TypeError(f"{name}: expected a SamplerConfig or None, got {spec!r}")
         check_roles(self.roles, self.straight_through)
         if not self.roles:
             raise ValueError(
-                "output, grad_input, grad_weight: expected a SamplerSpec for one at least, got None for all"
+                "output, grad_input, grad_weight: expected a SamplerConfig for one at least, got None for all"
             )
 
     @classmethod
-    def backward(cls, ratio: float = 0.5, sampler: str = "systematic", **options: Any) -> Roles:
-        """Backward mode: the output exact, both gradients sampled; ``options`` as in :class:`SamplerSpec`."""
-        spec = SamplerSpec(sampler, ratio, **options)
+    def backward(cls, ratio: float = 0.5, sampler: str = "systematic", **options: Any) -> GradientSampling:
+        """Backward mode: the output exact, both gradients sampled; ``options`` as in :class:`SamplerConfig`."""
+        spec = SamplerConfig(sampler, ratio, **options)
         return cls(grad_input=spec, grad_weight=spec)
 
     @classmethod
-    def weight_gradient(cls, ratio: float = 0.3, sampler: str = "wta", scores: str = "input", **options: Any) -> Roles:
+    def weight_gradient(
+        cls, ratio: float = 0.3, sampler: str = "wta", scores: str = "input", **options: Any
+    ) -> GradientSampling:
         """The weight gradient only, from rows chosen in the forward pass, so that only those are kept for backward."""
-        return cls(grad_weight=SamplerSpec(sampler, ratio, scores=scores, **options))
+        return cls(grad_weight=SamplerConfig(sampler, ratio, scores=scores, **options))
 
     @classmethod
-    def straight(cls, ratio: float = 0.5, sampler: str = "topk", **options: Any) -> Roles:
+    def straight(cls, ratio: float = 0.5, sampler: str = "topk", **options: Any) -> GradientSampling:
         """Straight-through: the output sampled, both gradients exact (the paper's "black box")."""
-        return cls(output=SamplerSpec(sampler, ratio, **options), straight_through=True)
+        return cls(output=SamplerConfig(sampler, ratio, **options), straight_through=True)
 
     @property
-    def roles(self) -> Mapping[Role, SamplerSpec]:
+    def roles(self) -> Mapping[Role, SamplerConfig]:
         """The samplers by role."""
         return {role: spec for role in Role if (spec := getattr(self, role.value)) is not None}
 
@@ -83,5 +85,5 @@ class Roles:
             if flops is None or getattr(flops, role.value) or not flops.total
         }
         if not roles:
-            return exact(candidate, f"autograd does not run its {', '.join(self.roles)}", "Roles")
-        return sampled_roles(candidate, roles, "same for all", "Roles", self.straight_through)
+            return exact(candidate, f"autograd does not run its {', '.join(self.roles)}", "GradientSampling")
+        return sampled_roles(candidate, roles, "same for all", "GradientSampling", self.straight_through)

@@ -9,7 +9,7 @@ from fx_approx.core.plan import Policy
 from fx_approx.policies.override import Override
 from fx_approx.policies.uniform import Exact, Uniform
 
-_OTHERS, _UNIFORM = Exact(), Uniform()
+_OTHERS, _UNIFORM = Exact(), Uniform(scores="online")
 
 
 class PerLayer(Override):

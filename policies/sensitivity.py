@@ -12,7 +12,7 @@ _FORMAT = "fx_approx.sensitivity/1"
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """Made by :func:`fx_approx.measure_sensitivity`, for policies that weigh layers against each other.
+    """Made by :func:`fx_approx.analysis.sensitivity`, for policies that weigh layers against each other.
 
     Attributes:
         ratio: At which each was sampled.

@@ -50,14 +50,14 @@ schedule = "onecycle"
 [variants.exact]
 
 [variants."value, tail"]
-policy = {{ kind = "uniform", sampler = "topk", ratio = 0.5, scores = "stale", share = "value" }}
+policy = {{ kind = "uniform", sampler = "topk", ratio = 0.5, scores = "ema", scope = "value" }}
 exact = ["{last}"]
 tail = 0.25
 preserve = true
 every = 0
 
 [variants."moving"]
-policy = {{ kind = "uniform", sampler = "systematic", ratio = 0.25, scores = "stale", share = "value" }}
+policy = {{ kind = "uniform", sampler = "systematic", ratio = 0.25, scores = "ema", scope = "value" }}
 end_ratio = 0.75
 warmup = 0.25
 interleave = 3

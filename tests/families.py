@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fx_approx.sampling import SAMPLERS, SamplerSpec
+from fx_approx.sampling import SAMPLERS, SamplerConfig
 from tests.op_case import (
     LAYOUTS,
     OpCase,
@@ -115,8 +115,8 @@ class SamplerCase:
     def unbiased(self) -> bool:
         return SAMPLERS[self.sampler].unbiased
 
-    def spec(self, ratio: float = 0.5) -> SamplerSpec:
-        return SamplerSpec(self.sampler, ratio, scores=self.scores, **self.options)
+    def spec(self, ratio: float = 0.5) -> SamplerConfig:
+        return SamplerConfig(self.sampler, ratio, scores=self.scores, **self.options)
 
 
 SAMPLER_CASES: dict[str, SamplerCase] = {
@@ -139,7 +139,7 @@ GRADIENT_CASES: dict[str, SamplerCase] = {
     case.name: case
     for case in (
         SamplerCase("wta-gradient", "wta", scores="gradient"),
-        SamplerCase("systematic-stale", "systematic", scores="stale"),
+        SamplerCase("systematic-stale", "systematic", scores="ema"),
     )
 }
 

@@ -68,10 +68,10 @@ class Pair(nn.Module):
 reduction_ranks.MODELS.update({"grouped": Grouped, "turns": Turns})
 
 
-def made(name: str, sampler: str = "topk", scores: str = "weight", share: str = "value", **options: Any) -> nn.Module:
+def made(name: str, sampler: str = "topk", scores: str = "weight", scope: str = "value", **options: Any) -> nn.Module:
     """In float64, so that norms which are added up in another order choose the same."""
     torch.manual_seed(0)
-    policy = Uniform(sampler, 0.5, minimal_k=4, scores=scores, share="site" if scores == "online" else share)
+    policy = Uniform(0.5, sampler, min_k=4, scores=scores, scope="layer" if scores == "online" else scope)
     return fx_approx.transform(reduction_ranks.MODELS[name]().double(), policy, batch(0, 0)[0], **options)
 
 
@@ -151,14 +151,17 @@ def both(
         model = made(name, **options)
         if sharded:
             outer = shard(model, how, mesh() if mesh is not None else None, shard_placement_fn=placed)
-            distributed.register_sharded(model)
+            distributed.enable_fsdp(model)
             after = None
         else:
-            outer, after = DistributedDataParallel(model), lambda model=model: fx_approx.synchronize_scores(model)
+            outer, after = (
+                DistributedDataParallel(model),
+                lambda model=model: fx_approx.distributed.synchronize_scores(model),
+            )
         losses = train(outer, rank, steps, micro=micro, after=after)
-        fx_approx.set_enabled(model, False)
+        fx_approx.set_sampling(model, enabled=False)
         losses += train(outer, rank, 2, first=steps, after=after)
-        fx_approx.set_enabled(model, True)
+        fx_approx.set_sampling(model, enabled=True)
         found["losses"].append(losses)
         found["state"].append(state(model))
         model.eval()
@@ -174,7 +177,7 @@ def gradients(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {"gathered": gathered, "reduced": reduced}
     for sampled in (True, False):
         model = made("vit")
-        fx_approx.set_enabled(model, sampled)
+        fx_approx.set_sampling(model, enabled=sampled)
         blocks = list(shard(model, "blocks").blocks)  # type: ignore[arg-type]
 
         def spy(*given: Any, blocks: Any = blocks) -> Any:
@@ -182,7 +185,7 @@ def gradients(rank: int) -> dict[str, Any]:
             return run(*given)
 
         segments._run = spy  # type: ignore[assignment]
-        distributed.register_sharded(model)
+        distributed.enable_fsdp(model)
         norms.dist.all_reduce = lambda tensor, **given: (reduced.append(tensor.numel()), all_reduce(tensor, **given))
         x, y = batch(rank, 0)
         loss = F.cross_entropy(model(x), y)
@@ -202,7 +205,7 @@ def mixed(rank: int) -> dict[str, Any]:
         plain = reduction_ranks.made("vit", sampler)
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         shard(model, "blocks", mp_policy=policy)
-        distributed.register_sharded(model)
+        distributed.enable_fsdp(model)
         losses = reduction_ranks.train(model, rank, SHORT)
         expected = reduction_ranks.train(DistributedDataParallel(plain), rank, SHORT)
         found[sampler] = losses, expected, state(model)
@@ -213,9 +216,9 @@ def resumed(rank: int, folder: str) -> dict[str, Any]:
     """Six steps at once, and three, a checkpoint, and three by new objects."""
 
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = made("vit", sampler="systematic", scores="stale")
+        model = made("vit", sampler="systematic", scores="ema")
         shard(model, "blocks")
-        distributed.register_sharded(model)
+        distributed.enable_fsdp(model)
         return model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
 
     options = StateDictOptions(full_state_dict=True)
@@ -225,12 +228,12 @@ def resumed(rank: int, folder: str) -> dict[str, Any]:
     train(model, rank, 3, optimizer=optimizer)
     weights, moments = get_state_dict(model, optimizer, options=options)
     if rank == 0:
-        torch.save((weights, moments, fx_approx.sampler_state(model)), f"{folder}/checkpoint")
+        torch.save((weights, moments, fx_approx.sampler_state_dict(model)), f"{folder}/checkpoint")
     torch.distributed.barrier()
     weights, moments, sampling = torch.load(f"{folder}/checkpoint")
     model, optimizer = fresh()
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
-    fx_approx.load_sampler_state(model, sampling)
+    fx_approx.load_sampler_state_dict(model, sampling)
     return {"losses": (at_once[3:], train(model, rank, 3, first=3, optimizer=optimizer))}
 
 
@@ -238,7 +241,7 @@ def compiled(rank: int) -> dict[str, Any]:
     """Around the whole model; the hooks break the graph."""
     plain, model = made("mlp"), made("mlp")
     shard(model, "layers")
-    distributed.register_sharded(model)
+    distributed.enable_fsdp(model)
     expected = train(DistributedDataParallel(plain), rank, 3)
     losses = train(torch.compile(model, backend="aot_eager"), rank, 3)
     return {"losses": (expected, losses), "state": (state(plain), state(model))}
@@ -251,7 +254,7 @@ def frontend(rank: int) -> dict[str, Any]:
         torch.manual_seed(0)
         torch._dynamo.reset()
         model = nn.Sequential(Pair(), nn.Linear(5, 5)).double()
-        backend = fx_approx.backend(Uniform("topk", 0.5, scores="weight", share="value"), inner="eager")
+        backend = fx_approx.backend(Uniform(0.5), inner="eager")
         model[0].compile(backend=backend)
         if sharded:
             fully_shard(model[0])
@@ -266,7 +269,7 @@ def python(rank: int) -> dict[str, Any]:
     """A hook on a block after registration: the model's own Python runs, by the hooks of its blocks."""
     model = made("vit", scores="uniform")
     shard(model, "blocks")
-    distributed.register_sharded(model)
+    distributed.enable_fsdp(model)
     train(model, rank, 1)
     model.blocks[0].register_forward_hook(lambda *given: None)  # type: ignore[index, union-attr, operator]
     return {"losses": train(model, rank, 2), "state": state(model)}
@@ -284,32 +287,32 @@ def failing(call: Callable[[], Any]) -> str:
 def refused(rank: int) -> dict[str, str]:
     """Wrong uses."""
     x = batch(rank, 0)[0]
-    found = {"not sharded": failing(lambda: distributed.register_sharded(made("vit")))}
-    found["no module"] = failing(lambda: distributed.register_sharded("vit"))
-    found["not transformed"] = failing(lambda: distributed.register_sharded(shard(reduction_ranks.Vit(), "blocks")))
+    found = {"not sharded": failing(lambda: distributed.enable_fsdp(made("vit")))}
+    found["no module"] = failing(lambda: distributed.enable_fsdp("vit"))
+    found["not transformed"] = failing(lambda: distributed.enable_fsdp(shard(reduction_ranks.Vit(), "blocks")))
     for how, name, scores in (("blocks", "vit", "weight"), ("layers", "mlp", "weight"), ("layers", "mlp", "online")):
         model = shard(made(name, scores=scores), how)
         found[f"unregistered {how} {scores}"] = failing(lambda model=model: model(x))
     turns = made("turns")
     for part in (turns.one, turns.two, turns):
         fully_shard(part)  # type: ignore[arg-type]
-    found["turns"] = failing(lambda: distributed.register_sharded(turns))
+    found["turns"] = failing(lambda: distributed.enable_fsdp(turns))
     hooked = shard(made("vit"), "blocks")
     hooked.blocks[1].register_forward_hook(lambda *given: None)  # type: ignore[index, union-attr, operator]
-    found["hooked"] = failing(lambda: distributed.register_sharded(hooked))
+    found["hooked"] = failing(lambda: distributed.enable_fsdp(hooked))
     odd = shard(made("vit", seed=rank), "blocks")
-    found["other seed"] = failing(lambda: distributed.register_sharded(odd))
+    found["other seed"] = failing(lambda: distributed.enable_fsdp(odd))
     divided = made("mlp")
     weight = divided.get_parameter("3.weight")
     mesh = init_device_mesh("cpu", (2,))
     divided[3].weight = nn.Parameter(torch.distributed.tensor.distribute_tensor(weight, mesh))  # type: ignore[index]
     divided[5] = fully_shard(divided[5])  # type: ignore[index, operator]
-    found["placed"] = failing(lambda: distributed.register_sharded(divided))
+    found["placed"] = failing(lambda: distributed.enable_fsdp(divided))
     late = shard(reduction_ranks.Vit(), "blocks")
-    found["late"] = failing(lambda: fx_approx.transform(late, Uniform("topk", 0.5)))
+    found["late"] = failing(lambda: fx_approx.transform(late, Uniform(0.5, scores="online")))
     model = shard(made("vit"), "blocks")
-    distributed.register_sharded(model)
-    found["verify"] = failing(lambda: fx_approx.verify(model, x))
+    distributed.enable_fsdp(model)
+    found["verify"] = failing(lambda: fx_approx.analysis.verify(model, x))
     found["restore"] = failing(lambda: fx_approx.restore(model))
     return found
 
@@ -317,7 +320,7 @@ def refused(rank: int) -> dict[str, str]:
 def partly(rank: int) -> dict[str, Any]:
     """One block stays exact, and registration is repeated."""
     torch.manual_seed(0)
-    sampled = Uniform("topk", 0.5, minimal_k=4, scores="weight", share="value")
+    sampled = Uniform(0.5, min_k=4)
     policy = Override({"blocks.0.*": Exact()}, base=sampled)
     found: dict[str, Any] = {"losses": [], "state": []}
     for sharded in (False, True):
@@ -325,7 +328,7 @@ def partly(rank: int) -> dict[str, Any]:
         model = fx_approx.transform(reduction_ranks.Vit().double(), policy, batch(0, 0)[0])
         outer = shard(model, "nested") if sharded else DistributedDataParallel(model)
         for _ in range(2 * sharded):
-            distributed.register_sharded(model)
+            distributed.enable_fsdp(model)
         found["losses"].append(train(outer, rank, SHORT))
         found["state"].append(state(model))
     return found
@@ -343,13 +346,13 @@ def copies(count: int) -> Any:
 
 SCENARIOS: dict[str, Callable[[int], Any]] = {
     "vit blocks weight value": lambda rank: both(rank, "vit", "blocks", STEPS),
-    "vit blocks weight group": lambda rank: both(rank, "vit", "blocks", share="group"),
-    "vit nested stale value": lambda rank: both(rank, "vit", "nested", scores="stale"),
+    "vit blocks weight group": lambda rank: both(rank, "vit", "blocks", scope="group"),
+    "vit nested stale value": lambda rank: both(rank, "vit", "nested", scores="ema"),
     "vit root weight value": lambda rank: both(rank, "vit", "root"),
-    "vit blocks online": lambda rank: both(rank, "vit", "blocks", scores="online", share="site"),
+    "vit blocks online": lambda rank: both(rank, "vit", "blocks", scores="online", scope="layer"),
     "vit blocks weight micro": lambda rank: both(rank, "vit", "blocks", 3, micro=2),
     "cnn layers weight value": lambda rank: both(rank, "cnn", "layers", 12),
-    "cnn layers stale group": lambda rank: both(rank, "cnn", "layers", scores="stale", share="group"),
+    "cnn layers stale group": lambda rank: both(rank, "cnn", "layers", scores="ema", scope="group"),
     "cnn layers uniform bernoulli": lambda rank: both(rank, "cnn", "layers", scores="uniform", sampler="bernoulli"),
     "mlp layers uniform systematic": lambda rank: both(rank, "mlp", "layers", scores="uniform", sampler="systematic"),
     "mlp layers weight systematic": lambda rank: both(rank, "mlp", "layers", sampler="systematic"),

@@ -14,7 +14,7 @@ import fx_approx
 from fx_approx import ops
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.plan import Decision, Policy
-from fx_approx.sampling import SamplerSpec
+from fx_approx.sampling import SamplerConfig
 
 from .models import tensors
 
@@ -26,14 +26,14 @@ class Layers:
     sampler: str = "topk"
     ratio: float = 0.5
     scores: str = "weight"
-    share: str = "site"
+    scope: str = "layer"
     needs_shapes = True
 
     def decide(self, candidates: Sequence[Candidate]) -> list[Decision]:
-        spec = SamplerSpec(self.sampler, self.ratio, scores=self.scores)
+        spec = SamplerConfig(self.sampler, self.ratio, scores=self.scores)
         kinds = ("linear", "conv")
         return [
-            Decision(c.name, {Role.OUTPUT: spec} if c.kind.startswith(kinds) else {}, share=self.share)
+            Decision(c.name, {Role.OUTPUT: spec} if c.kind.startswith(kinds) else {}, scope=self.scope)
             for c in candidates
         ]
 
@@ -123,7 +123,7 @@ def perturbed(model: nn.Module) -> nn.Module:
 def pair(model: nn.Module, policy: Policy, x: Any, **options: Any) -> tuple[nn.Module, nn.Module]:
     """The same model transformed with and without demand."""
     hoisted = fx_approx.transform(copy.deepcopy(model), policy, x, **options)
-    whole = fx_approx.transform(copy.deepcopy(model), policy, x, demand=False, **options)
+    whole = fx_approx.transform(copy.deepcopy(model), policy, x, prune_unread=False, **options)
     assert [name for name, _ in whole._fx_approx.stages] == ["capture", "share"]
     return hoisted, whole
 

@@ -11,46 +11,46 @@ import torch
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx import SamplerSpec
-from fx_approx.policies import Roles
+from fx_approx import SamplerConfig
+from fx_approx.policies import GradientSampling
 
 from .models import train_step
 
-Mode = Callable[[float], Roles]
+Mode = Callable[[float], GradientSampling]
 
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 """Backends of torch.compile."""
 
 
-def _combined(ratio: float, straight_through: bool = False) -> Roles:
+def _combined(ratio: float, straight_through: bool = False) -> GradientSampling:
     """Another sampler, ratio and score for each product."""
-    return Roles(
-        SamplerSpec("topk", ratio),
-        SamplerSpec("crs", ratio, scores="weight"),
-        SamplerSpec("bernoulli", min(1.0, 1.25 * ratio), scores="uniform"),
+    return GradientSampling(
+        SamplerConfig("topk", ratio),
+        SamplerConfig("crs", ratio, scores="weight"),
+        SamplerConfig("bernoulli", min(1.0, 1.25 * ratio), scores="uniform"),
         straight_through=straight_through,
     )
 
 
 MODES: dict[str, Mode] = {
-    "forward": lambda ratio: Roles(output=SamplerSpec("systematic", ratio)),
-    "straight": lambda ratio: Roles.straight(ratio, "systematic"),
-    "backward": Roles.backward,
-    "per_batch": lambda ratio: Roles.backward(ratio, "wta_unique", per_batch=True),
-    "weight_gradient": Roles.weight_gradient,
-    "positions": lambda ratio: Roles.weight_gradient(ratio, "systematic", positions=True),
-    "stale": lambda ratio: Roles.weight_gradient(ratio, "systematic", "stale"),
+    "forward": lambda ratio: GradientSampling(output=SamplerConfig("systematic", ratio)),
+    "straight": lambda ratio: GradientSampling.straight(ratio, "systematic"),
+    "backward": GradientSampling.backward,
+    "per_batch": lambda ratio: GradientSampling.backward(ratio, "wta_unique", per_batch=True),
+    "weight_gradient": GradientSampling.weight_gradient,
+    "positions": lambda ratio: GradientSampling.weight_gradient(ratio, "systematic", positions=True),
+    "ema": lambda ratio: GradientSampling.weight_gradient(ratio, "systematic", "ema"),
     "combined": _combined,
     "combined_straight": lambda ratio: _combined(ratio, True),
 }
 
 #: Modes whose forward pass is the exact one.
-EXACT_FORWARD = ("backward", "per_batch", "weight_gradient", "positions", "stale")
+EXACT_FORWARD = ("backward", "per_batch", "weight_gradient", "positions", "ema")
 
 
 def transformed(model: nn.Module, policy: Any, *args: Any, **options: Any) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
         return fx_approx.transform(model, policy, *args, **options)
 
 

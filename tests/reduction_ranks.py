@@ -71,10 +71,10 @@ def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(8, 3, 8, 8, generator=generator), torch.randint(5, (8,), generator=generator)
 
 
-def made(name: str, sampler: str = "topk", scores: str = "weight", share: str = "value", **options: Any) -> nn.Module:
+def made(name: str, sampler: str = "topk", scores: str = "weight", scope: str = "value", **options: Any) -> nn.Module:
     """A transformed model at ratio 1/2."""
     torch.manual_seed(0)
-    policy = Uniform(sampler, 0.5, minimal_k=4, scores=scores, share=share)
+    policy = Uniform(0.5, sampler, min_k=4, scores=scores, scope=scope)
     return fx_approx.transform(MODELS[name](), policy, batch(0, 0)[0], **options)
 
 
@@ -122,12 +122,14 @@ def both(
     dense = DistributedDataParallel(model)
     if inner is not None:
         dense.register_comm_hook(None, inner)
-    plain = train(dense, rank, micro=micro, after=lambda: fx_approx.synchronize_scores(model))
+    plain = train(dense, rank, micro=micro, after=lambda: fx_approx.distributed.synchronize_scores(model))
     inner_model = other if inside is None else inside(other)
     small = {} if wrap or inside else {"bucket_cap_mb": 0.01}  # several buckets; Dynamo refuses so small ones
     ours = DistributedDataParallel(inner_model, **small, **(kept or {}))
     hook = None if apart is None else (None, apart)
-    traffic = distributed.register(ours, check_every=5, dense=hook, **({} if inner is None else {"inner": inner}))
+    traffic = distributed.enable_sparse_allreduce(
+        ours, check_every=5, dense=hook, **({} if inner is None else {"inner": inner})
+    )
     sliced = train(ours if wrap is None else wrap(ours), rank, micro=micro)
     return {
         "losses": (plain, sliced),
@@ -140,13 +142,13 @@ def both(
 def power(rank: int) -> dict[str, Any]:
     """PowerSGD for what has no slice: the second convolution, of which neither inputs nor outputs are chosen."""
     torch.manual_seed(0)
-    policy = Uniform("topk", 0.5, minimal_k=20, scores="weight", share="value")
+    policy = Uniform(0.5, min_k=20)
     model = fx_approx.transform(MODELS["cnn"](), policy, batch(0, 0)[0])
     plain = train(DistributedDataParallel(copy.deepcopy(model)), rank)
     wrapped = DistributedDataParallel(model)
     group = torch.distributed.new_group()  # callbacks of the one must not wait behind those of the other
     state = PowerSGDState(group, matrix_approximation_rank=2, start_powerSGD_iter=2, min_compression_rate=1)
-    traffic = distributed.register(wrapped, dense=(state, powerSGD_hook), check_every=5)
+    traffic = distributed.enable_sparse_allreduce(wrapped, dense=(state, powerSGD_hook), check_every=5)
     losses = plain, train(wrapped, rank)
     errors = sum(error.count_nonzero().item() for error in state.error_dict.values())
     sent = (traffic.dense, traffic.predicted, traffic.sent)
@@ -157,7 +159,7 @@ def failing(call: Callable[[], Any]) -> str:
     """The message of the error that ``call`` must end with."""
     try:
         call()
-    except (fx_approx.DisagreementError, RuntimeError) as error:
+    except (fx_approx.errors.DistributedMismatchError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
@@ -165,22 +167,22 @@ def failing(call: Callable[[], Any]) -> str:
 def other_seed(rank: int) -> str:
     """Ranks with different seeds."""
     wrapped = DistributedDataParallel(made("mlp", seed=rank))
-    return failing(lambda: distributed.register(wrapped))
+    return failing(lambda: distributed.enable_sparse_allreduce(wrapped))
 
 
 def other_plan(rank: int) -> str:
     """The second rank samples more."""
     model = made("mlp")
     if rank == 1:
-        fx_approx.set_ratio(model, {"3": 0.75})
-    return failing(lambda: distributed.register(DistributedDataParallel(model)))
+        fx_approx.set_sampling(model, {"3": 0.75})
+    return failing(lambda: distributed.enable_sparse_allreduce(DistributedDataParallel(model)))
 
 
 def other_weights(rank: int) -> str:
     """The second rank resumes other weights behind DistributedDataParallel's back."""
     model = made("mlp")
     wrapped = DistributedDataParallel(model)
-    distributed.register(wrapped, check_every=2)
+    distributed.enable_sparse_allreduce(wrapped, check_every=2)
     train(wrapped, rank, 2)
     if rank == 1:
         with torch.no_grad():
@@ -193,21 +195,21 @@ def older_step(rank: int) -> str:
     """The second rank resumes an older random state."""
     model = made("mlp", "systematic")
     wrapped = DistributedDataParallel(model)
-    old = fx_approx.sampler_state(model)
-    distributed.register(wrapped, check_every=2)
+    old = fx_approx.sampler_state_dict(model)
+    distributed.enable_sparse_allreduce(wrapped, check_every=2)
     train(wrapped, rank, 2)
     if rank == 1:
-        fx_approx.load_sampler_state(model, old)
+        fx_approx.load_sampler_state_dict(model, old)
     return failing(lambda: train(wrapped, rank, 4))
 
 
 def micro_batches(rank: int) -> dict[str, Any]:
     """Stale scores in no_sync."""
-    model = made("cnn", scores="stale")
+    model = made("cnn", scores="ema")
     wrapped = DistributedDataParallel(model)
-    distributed.register(wrapped, check_every=1)
+    distributed.enable_sparse_allreduce(wrapped, check_every=1)
     message = failing(lambda: train(wrapped, rank, 1, micro=2))
-    with fx_approx.hold(model):
+    with fx_approx.reuse_selection(model):
         train(wrapped, rank, 2, micro=2)
     return {"message": message, "parameters": parameters(model)}
 
@@ -216,7 +218,7 @@ def scaled(rank: int) -> dict[str, Any]:
     """Mixed precision with a scaler, one step of which overflows on one rank."""
     model = made("cnn")
     wrapped = DistributedDataParallel(model)
-    distributed.register(wrapped, check_every=1)
+    distributed.enable_sparse_allreduce(wrapped, check_every=1)
     optimizer, scaler = torch.optim.SGD(model.parameters(), 0.05), torch.amp.GradScaler("cpu", init_scale=2.0**10)
     scales = []
     for step in range(4):
@@ -238,25 +240,25 @@ def scaled(rank: int) -> dict[str, Any]:
 
 def resumed(rank: int, folder: str) -> dict[str, Any]:
     """Six steps at once, and three, a checkpoint, and three by new objects."""
-    model = made("cnn", "systematic", scores="stale")
+    model = made("cnn", "systematic", scores="ema")
     wrapped = DistributedDataParallel(model)
-    distributed.register(wrapped)
+    distributed.enable_sparse_allreduce(wrapped)
     whole = train(wrapped, rank, 6)
-    model = made("cnn", "systematic", scores="stale")
+    model = made("cnn", "systematic", scores="ema")
     wrapped = DistributedDataParallel(model)
-    distributed.register(wrapped)
+    distributed.enable_sparse_allreduce(wrapped)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     train(wrapped, rank, 3, optimizer=optimizer)
     if rank == 0:
-        state = model.state_dict(), optimizer.state_dict(), fx_approx.sampler_state(model)
+        state = model.state_dict(), optimizer.state_dict(), fx_approx.sampler_state_dict(model)
         torch.save(state, f"{folder}/checkpoint")
     torch.distributed.barrier()
     weights, moments, sampling = torch.load(f"{folder}/checkpoint")
-    model = made("cnn", "systematic", scores="stale")
+    model = made("cnn", "systematic", scores="ema")
     model.load_state_dict(weights)
-    fx_approx.load_sampler_state(model, sampling)
+    fx_approx.load_sampler_state_dict(model, sampling)
     wrapped = DistributedDataParallel(model)
-    distributed.register(wrapped)
+    distributed.enable_sparse_allreduce(wrapped)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     optimizer.load_state_dict(moments)
     return {"losses": (whole[3:], train(wrapped, rank, 3, 3, optimizer=optimizer)), "parameters": parameters(model)}
@@ -266,7 +268,7 @@ def killed(rank: int) -> str:
     """The second rank dies within a step."""
     model = made("mlp")
     wrapped = DistributedDataParallel(model)
-    distributed.register(wrapped)
+    distributed.enable_sparse_allreduce(wrapped)
     train(wrapped, rank, 1)
     if rank == 1:
         os._exit(0)
@@ -280,11 +282,11 @@ def compiled(call: nn.Module) -> nn.Module:
 
 SCENARIOS: dict[str, Callable[[int], Any]] = {
     **{
-        f"{name} {s}": lambda rank, name=name, s=s: both(rank, name, share=s)
+        f"{name} {s}": lambda rank, name=name, s=s: both(rank, name, scope=s)
         for name in MODELS
         for s in ("value", "group")
     },
-    "cnn stale": lambda rank: both(rank, "cnn", scores="stale"),
+    "cnn stale": lambda rank: both(rank, "cnn", scores="ema"),
     "mlp systematic": lambda rank: both(rank, "mlp", sampler="systematic"),
     "cnn bernoulli": lambda rank: both(rank, "cnn", sampler="bernoulli"),
     "mlp systematic, micro": lambda rank: both(rank, "mlp", micro=3, sampler="systematic"),

@@ -22,7 +22,7 @@ from fx_approx.policies import Uniform
 
 from .hoisting import loss_of, perturbed
 
-AHEAD = Uniform("topk", 0.5, scores="weight", share="value")
+AHEAD = Uniform(0.5)
 WIDTH = 16
 
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

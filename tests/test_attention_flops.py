@@ -17,7 +17,7 @@ from fx_approx.core.flops import attention_backward_flops, attention_flops
 from fx_approx.policies import Exact, FlopBudget, RooflineModel, Uniform
 from fx_approx.policies.cost_roofline import Device
 
-VALUE = Uniform("topk", 0.5, scores="weight", share="value")
+VALUE = Uniform(0.5)
 WIDTH, HEADS = 32, 4
 
 
@@ -128,7 +128,7 @@ class Fused(nn.Module):
         return self.a(x, x, x, need_weights=False)[0]  # type: ignore[no-any-return]
 
 
-@pytest.mark.filterwarnings("ignore::fx_approx.CaptureWarning")
+@pytest.mark.filterwarnings("ignore::fx_approx.errors.CaptureWarning")
 def test_a_whole_module_has_its_attention() -> None:
     x = torch.randn(2, 24, WIDTH)
     model = Fused()
@@ -140,7 +140,7 @@ def test_a_whole_module_has_its_attention() -> None:
 
 def test_narrowed_heads_save_their_share() -> None:
     model, given = Attend(), inputs(24)
-    report = fx_approx.report(fx_approx.transform(model, Uniform("topk", 0.5, scores="weight", share="value"), given))
+    report = fx_approx.report(fx_approx.transform(model, Uniform(0.5), given))
     row = report["scaled_dot_product_attention"]
     assert row.saved == 0.5 and row.executed is not None and row.executed.total > 0
 
@@ -148,14 +148,14 @@ def test_narrowed_heads_save_their_share() -> None:
 def test_budgets_and_predictions_have_it() -> None:
     """Long sequences: nearly all of the step is attention, so that a budget must narrow its heads."""
     model, given = Attend(), (torch.randn(1, 512, WIDTH), torch.randn(1, 512, WIDTH))
-    report = fx_approx.explain(model, FlopBudget(0.8, keep_last=False, minimal_k=1, granularity=1), given).report
+    report = fx_approx.explain(model, FlopBudget(0.8, keep_last=False, min_k=1, round_to=1), given).report
     assert report["scaled_dot_product_attention"].saved > 0.2
     assert 0.7 < (report.totals.executed.total + report.totals.selection) / report.totals.exact.total <= 0.8
     device = Device("a device", "torch.float32", 1e9, 1e12, 1e12, 0.0, 1.0, 1.0, 1.0, 1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         seconds = [
-            fx_approx.predict(model, Exact(), x, cost=RooflineModel(device=device)).exact.seconds
+            fx_approx.analysis.estimate_step_time(model, Exact(), x, cost=RooflineModel(device=device)).exact.seconds
             for x in (given, tuple(t[:, :256] for t in given))
         ]
     assert seconds[0] is not None and seconds[1] is not None and seconds[0] > 3 * seconds[1], "quadratic in the length"

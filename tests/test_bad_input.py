@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx import SamplerSpec
+from fx_approx import SamplerConfig
 from fx_approx.policies import Exact, Override, Paper, Uniform
 
 from .models import Cnn, Optional, mlp, same, train_step
 
-HALF = Uniform("topk", 0.5)
+HALF = Uniform(0.5, scores="online")
 X = torch.zeros(6, 12)
 
 
@@ -36,7 +36,7 @@ def refused(error: type[Exception], message: str, model: Any, *args: Any, **kwar
 
 
 BAD_RATIOS = [0, 0.0, -0.5, 1.0001, 2, float("nan"), float("inf"), "0.5", None, True, 0.5j, [0.5], torch.tensor([0.5])]
-every_maker = pytest.mark.parametrize("make", [lambda **kw: Uniform("topk", **kw), Paper, SamplerSpec])
+every_maker = pytest.mark.parametrize("make", [lambda **kw: Uniform(**kw), Paper, SamplerConfig])
 
 
 @pytest.mark.parametrize("ratio", BAD_RATIOS, ids=repr)
@@ -51,18 +51,20 @@ def test_set_ratio_checks_before_it_changes_anything(ratio: Any) -> None:
     approx = fx_approx.transform(mlp(), HALF)
     for given in (ratio, {"0": 0.25, "2": ratio}):
         with pytest.raises((TypeError, ValueError), match="ratio: expected"):
-            fx_approx.set_ratio(approx, given)
+            fx_approx.set_sampling(approx, given)
     assert {row.sample().ratio for row in fx_approx.report(approx).rows} == {0.5}
 
 
-@pytest.mark.parametrize("minimal_k", [0, -1, 1.5, "2", None, True])
+@pytest.mark.parametrize("min_k", [0, -1, 1.5, "2", None, True])
 @every_maker
-def test_minimal_k(make: Any, minimal_k: Any) -> None:
-    with pytest.raises((TypeError, ValueError), match="minimal_k: expected an integer >= 1"):
-        make(minimal_k=minimal_k)
+def test_minimal_k(make: Any, min_k: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="min_k: expected an integer >= 1"):
+        make(min_k=min_k)
 
 
-@pytest.mark.parametrize("make", [lambda n: Uniform(n), lambda n: Paper(sampler=n), lambda n: SamplerSpec(n)])
+@pytest.mark.parametrize(
+    "make", [lambda n: Uniform(sampler=n, scores="online"), lambda n: Paper(sampler=n), lambda n: SamplerConfig(n)]
+)
 def test_an_unknown_sampler_lists_the_known_ones(make: Any) -> None:
     known = "bernoulli, crs, systematic, topk, wta, wta_unique"
     with pytest.raises(ValueError, match=f"unknown sampler 'top-k'; known: {known}"):
@@ -71,16 +73,16 @@ def test_an_unknown_sampler_lists_the_known_ones(make: Any) -> None:
         make(3)
 
 
-@pytest.mark.parametrize("make", [Uniform, Paper, SamplerSpec])
+@pytest.mark.parametrize("make", [Uniform, Paper, SamplerConfig])
 def test_unknown_scores_list_the_known_ones(make: Any) -> None:
-    with pytest.raises(ValueError, match="unknown scores 'norm'; known: gradient, input, online, stale, "):
+    with pytest.raises(ValueError, match="unknown scores 'norm'; known: ema, gradient, input, online, "):
         make(scores="norm")
 
 
-@pytest.mark.parametrize("verb", [fx_approx.set_ratio, fx_approx.set_enabled])
+@pytest.mark.parametrize("verb", [fx_approx.set_sampling, fx_approx.set_sampling])
 def test_a_glob_without_match_changes_nothing(verb: Any) -> None:
     approx = fx_approx.transform(mlp(), HALF)
-    value = 0.25 if verb is fx_approx.set_ratio else False
+    value = 0.25 if verb is fx_approx.set_sampling else False
     before = fx_approx.report(approx)
     with pytest.raises(ValueError, match=r"no sampled layer matches 'fc\*'; there are: 0, 2, 4"):
         verb(approx, {"0": value, "fc*": value})
@@ -94,12 +96,12 @@ def test_a_glob_without_match_in_a_policy() -> None:
 @pytest.mark.parametrize("enabled", [1, "on", None, {"0": 0}])
 def test_set_enabled_takes_a_bool(enabled: Any) -> None:
     with pytest.raises(TypeError, match="enabled"):
-        fx_approx.set_enabled(fx_approx.transform(mlp(), HALF), enabled)
+        fx_approx.set_sampling(fx_approx.transform(mlp(), HALF), enabled=enabled)
 
 
 def test_a_model_without_candidates_warns() -> None:
     model = nn.Sequential(nn.ReLU(), nn.LayerNorm(12))
-    with pytest.warns(fx_approx.NoEffectWarning, match="no matrix product or convolution") as seen:
+    with pytest.warns(fx_approx.errors.NoEffectWarning, match="no matrix product or convolution") as seen:
         approx = fx_approx.transform(model, HALF)
     assert seen[0].filename == __file__
     assert torch.equal(approx(X), model(X))
@@ -149,7 +151,7 @@ def test_example_inputs_for_keyword_only_arguments() -> None:
 
 def test_a_plan_for_another_model() -> None:
     plan = fx_approx.explain(mlp(), HALF).plan
-    refused(fx_approx.PlanMismatchError, "plan: made for another model: .*conv1", Cnn(), plan)
+    refused(fx_approx.errors.PlanMismatchError, "plan: made for another model: .*conv1", Cnn(), plan)
 
 
 @pytest.mark.parametrize("seed", [1.5, "1", None, True, 2**63, -(2**63) - 1], ids=repr)
@@ -159,14 +161,14 @@ def test_seeds(seed: Any) -> None:
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, None, True], ids=repr)
 def test_periods(every: Any) -> None:
-    refused((TypeError, ValueError), "every: expected an integer", mlp(), HALF, every=every)
+    refused((TypeError, ValueError), "selection_interval: expected an integer", mlp(), HALF, selection_interval=every)
 
 
 def test_a_model_on_meta() -> None:
-    refused(fx_approx.CaptureError, "model: 0.weight is on the meta device", mlp().to("meta"), HALF)
+    refused(fx_approx.errors.CaptureError, "model: 0.weight is on the meta device", mlp().to("meta"), HALF)
     partly = mlp()
     partly[4].to("meta")
-    refused(fx_approx.CaptureError, "model: 4.weight is on the meta device", partly, HALF)
+    refused(fx_approx.errors.CaptureError, "model: 4.weight is on the meta device", partly, HALF)
 
 
 def test_a_model_method_other_than_forward() -> None:
@@ -213,7 +215,7 @@ def test_complex_layers_stay_exact(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(12, 16, dtype=dtype), nn.Linear(16, 4, dtype=dtype))
     x = torch.randn(6, 12, dtype=dtype)
     for example in (None, x):
-        with pytest.warns(fx_approx.NoEffectWarning):
+        with pytest.warns(fx_approx.errors.NoEffectWarning):
             approx = fx_approx.transform(model, HALF, example)
         assert f"{dtype}" in fx_approx.report(approx)["0"].reason
         assert torch.equal(approx(x), model(x))
@@ -231,7 +233,7 @@ def test_products_of_other_dtypes_stay_exact(dtype: torch.dtype) -> None:
         x, y = x.int(), y.int()
     model = Products()
     assert torch.equal(fx_approx.transform(model, HALF)(x, y), model(x, y))
-    with pytest.warns(fx_approx.NoEffectWarning):
+    with pytest.warns(fx_approx.errors.NoEffectWarning):
         approx = fx_approx.transform(model, HALF, (x, y))
     assert "only real floating-point" in fx_approx.report(approx)["matmul"].reason
     assert torch.equal(approx(x, y), model(x, y))
@@ -254,7 +256,7 @@ def test_sparse_weights_stay_exact(layout: str) -> None:
 def test_sparse_operands_stay_exact(scores: str) -> None:
     x, y = torch.randn(4, 8).to_sparse(), torch.randn(8, 4)
     model = Products()
-    approx = fx_approx.transform(model, Uniform("topk", 0.5, scores=scores))
+    approx = fx_approx.transform(model, Uniform(0.5, scores=scores, scope="layer"))
     assert torch.equal(approx(x, y), model(x, y))
 
 
@@ -269,7 +271,7 @@ def test_quantised_layers_stay_exact() -> None:
 
 def test_lazy_modules() -> None:
     model = nn.Sequential(nn.Linear(12, 16), nn.LazyLinear(4))
-    refused(fx_approx.CaptureError, r"\(at 1\) is a lazy module not yet materialised", model, HALF)
+    refused(fx_approx.errors.CaptureError, r"\(at 1\) is a lazy module not yet materialised", model, HALF)
     model(X)
     fx_approx.transform(model, HALF, X)
 
@@ -277,34 +279,34 @@ def test_lazy_modules() -> None:
 def test_an_already_transformed_model() -> None:
     approx = fx_approx.transform(mlp(), HALF)
     for model in (approx, nn.Sequential(approx), nn.Sequential(approx[0])):
-        refused(fx_approx.AlreadyTransformedError, "model: .*already transformed", model, HALF)
+        refused(fx_approx.errors.AlreadyTransformedError, "model: .*already transformed", model, HALF)
 
 
 def test_a_compiled_model() -> None:
-    refused(fx_approx.CaptureError, "model: .*is compiled; transform first", torch.compile(mlp()), HALF)
-    refused(fx_approx.CaptureError, r"\(at 0\) is compiled", nn.Sequential(torch.compile(nn.Linear(2, 2))), HALF)
+    refused(fx_approx.errors.CaptureError, "model: .*is compiled; transform first", torch.compile(mlp()), HALF)
+    refused(fx_approx.errors.CaptureError, r"\(at 0\) is compiled", nn.Sequential(torch.compile(nn.Linear(2, 2))), HALF)
 
 
 def test_a_model_compiled_in_place() -> None:
     model = mlp()
     model.compile()
-    refused(fx_approx.CaptureError, "compiled", model, HALF)
+    refused(fx_approx.errors.CaptureError, "compiled", model, HALF)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated; a FutureWarning from torch 2.14 on
 def test_a_scripted_model() -> None:
-    refused(fx_approx.CaptureError, "model: .*is scripted", torch.jit.script(mlp()), HALF)
-    refused(fx_approx.CaptureError, "model: .*is scripted", torch.jit.trace(mlp(), X), HALF)
+    refused(fx_approx.errors.CaptureError, "model: .*is scripted", torch.jit.script(mlp()), HALF)
+    refused(fx_approx.errors.CaptureError, "model: .*is scripted", torch.jit.trace(mlp(), X), HALF)
 
 
 def test_wrapped_for_parallel_training() -> None:
-    refused(fx_approx.CaptureError, "wrapped for parallel training", nn.DataParallel(mlp()), HALF)
+    refused(fx_approx.errors.CaptureError, "wrapped for parallel training", nn.DataParallel(mlp()), HALF)
 
 
 def test_an_instance_with_a_forward_of_its_own() -> None:
     model = mlp()
     model.forward = lambda x: x  # type: ignore[method-assign]
-    refused(fx_approx.CaptureError, "the forward of this Sequential instance was replaced", model, HALF)
+    refused(fx_approx.errors.CaptureError, "the forward of this Sequential instance was replaced", model, HALF)
 
 
 def test_a_submodule_with_a_forward_of_its_own_is_respected() -> None:
@@ -314,7 +316,7 @@ def test_a_submodule_with_a_forward_of_its_own_is_respected() -> None:
     approx = fx_approx.transform(model, HALF)
     assert "forward was replaced" in fx_approx.report(approx)["2"].reason
     assert not torch.equal(approx(x), model(x))
-    fx_approx.set_enabled(approx, False)
+    fx_approx.set_sampling(approx, enabled=False)
     assert same(train_step(approx, x), train_step(model, x))
 
 
@@ -324,7 +326,7 @@ def test_a_model_that_cannot_be_copied() -> None:
             raise RuntimeError("one only")
 
     refused(
-        fx_approx.CaptureError,
+        fx_approx.errors.CaptureError,
         r"model: Sequential cannot be copied: .*one only.*test_bad_input.py",
         nn.Sequential(Locked(2, 2)),
     )
@@ -335,11 +337,11 @@ def test_a_model_that_cannot_be_copied() -> None:
     [
         fx_approx.report,
         fx_approx.restore,
-        fx_approx.sampler_state,
-        lambda model: fx_approx.set_ratio(model, 0.5),
-        lambda model: fx_approx.set_enabled(model, False),
-        lambda model: fx_approx.load_sampler_state(model, {}),
-        lambda model: fx_approx.hold(model).__enter__(),
+        fx_approx.sampler_state_dict,
+        lambda model: fx_approx.set_sampling(model, 0.5),
+        lambda model: fx_approx.set_sampling(model, enabled=False),
+        lambda model: fx_approx.load_sampler_state_dict(model, {}),
+        lambda model: fx_approx.reuse_selection(model).__enter__(),
     ],
 )
 def test_verbs_that_need_a_transformed_model_say_so(verb: Any) -> None:
@@ -355,13 +357,13 @@ def test_verbs_that_need_a_transformed_model_say_so(verb: Any) -> None:
     [
         {},
         {"step": 1},
-        {"step": 1, "every": 0, "seed": 0},
-        {"step": 1.5, "every": 1, "seed": 0},
-        {"step": -1, "every": 1, "seed": 0},
+        {"step": 1, "selection_interval": 0, "seed": 0},
+        {"step": 1.5, "selection_interval": 1, "seed": 0},
+        {"step": -1, "selection_interval": 1, "seed": 0},
     ],
 )
 def test_sampler_states_are_checked(values: Any) -> None:
-    approx = fx_approx.transform(mlp(), Uniform("systematic"), seed=5)
-    with pytest.raises((TypeError, ValueError), match=r"values|every|step"):
-        fx_approx.load_sampler_state(approx, values)
-    assert fx_approx.sampler_state(approx) == {"step": 0, "every": 1, "seed": 5}
+    approx = fx_approx.transform(mlp(), Uniform(sampler="systematic", scores="online"), seed=5)
+    with pytest.raises((TypeError, ValueError), match=r"values|selection_interval|step"):
+        fx_approx.load_sampler_state_dict(approx, values)
+    assert fx_approx.sampler_state_dict(approx) == {"step": 0, "selection_interval": 1, "seed": 5}

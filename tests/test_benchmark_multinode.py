@@ -105,7 +105,7 @@ def test_replayed_steps_give_the_recorded_gradients_back() -> None:
 def test_a_recording_knows_what_was_selected() -> None:
     replay = importlib.import_module("_replay")
     torch.manual_seed(0)
-    model = replay.sampled(replay.NETWORKS["wrn_10_2"].build(), 0.5, 16, "value", "stale", 4)
+    model = replay.sampled(replay.NETWORKS["wrn_10_2"].build(), 0.5, 16, "value", "ema", 4)
     recording = replay.record(model, torch.randn(2, 3, 16, 16))
     assert 0.4 < recording.chosen.float().mean() < 0.6
     assert 0.2 < (recording.gradients["2.conv2.weight"] != 0).float().mean() < 0.3

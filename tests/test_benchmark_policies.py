@@ -65,7 +65,7 @@ def test_auto(script: ModuleType, tmp_path: Path) -> None:
     (found,) = results(script, tmp_path / "found.json", arguments)
     assert found["layers"] == 26 and set(found["speedup"]) == {
         "auto",
-        *(f"{s} {r}" for s in ("site", "value", "group") for r in (0.5, 0.75)),
+        *(f"{s} {r}" for s in ("layer", "value", "group") for r in (0.5, 0.75)),
     }
 
 

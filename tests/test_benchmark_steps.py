@@ -68,7 +68,9 @@ def test_both_frontends_are_timed(tmp_path: Path) -> None:
 
 def test_other_numbers_stop_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     train_step = importlib.import_module("train_step")
-    monkeypatch.setattr(train_step.fx_approx.verify, "__kwdefaults__", {"tolerance": -1.0})  # nothing is equal enough
+    monkeypatch.setattr(
+        train_step.fx_approx.analysis.verify, "__kwdefaults__", {"tolerance": -1.0}
+    )  # nothing is equal enough
     with pytest.raises(AssertionError, match="DIFFERENT"):
         train_step.main(["--models", "wrn_10_2", "--minimal-k", "4", "--scopes", "value", "--runs", "2", "--no-swap"])
 

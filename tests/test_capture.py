@@ -38,15 +38,15 @@ from .models import (
     train_step,
 )
 
-HALF = Uniform("systematic", 0.5)
+HALF = Uniform(0.5, "systematic", scores="online")
 every_model = pytest.mark.parametrize("name", ZOO)
 
 
 def transformed(model: nn.Module, policy: Any = HALF, example: Any = None, **options: Any) -> Any:
     """Transform whatever it warns of: a zoo model with an untraced part, or one where all is exact."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
-        warnings.simplefilter("ignore", fx_approx.NoEffectWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.NoEffectWarning)
         return fx_approx.transform(model, policy, example, **options)
 
 
@@ -108,7 +108,7 @@ def test_one_transform_serves_both_modes(name: str) -> None:
     approx = transformed(model, HALF)
     assert same(tensors(approx.eval()(x)), tensors(model.eval()(x)))
     model.train(), approx.train()
-    fx_approx.set_ratio(approx, 1.0)
+    fx_approx.set_sampling(approx, 1.0)
     state = copy.deepcopy(model.state_dict())  # BatchNorm statistics and counters are shared
     expected = train_step(model, x)
     stepped = copy.deepcopy(model.state_dict())
@@ -137,7 +137,7 @@ def test_what_can_be_traced_is_traced(name: str) -> None:
 def test_functional_dropout_follows_the_flag_of_its_owner() -> None:
     model = NestedDropout()
     approx = fx_approx.transform(model, HALF)
-    fx_approx.set_enabled(approx, False)
+    fx_approx.set_sampling(approx, enabled=False)
     x = torch.randn(6, 12)
     for outer, inner in ((True, True), (True, False), (False, True), (False, False)):
         for one in (model, approx):
@@ -177,11 +177,11 @@ def test_an_auxiliary_head_appears_in_training_only() -> None:
 
 def test_a_branching_submodule_in_eval_alone_takes_its_eval_path_and_the_others_are_sampled() -> None:
     model = NestedAuxiliary()
-    approx = fx_approx.transform(model, Uniform("topk", 0.5))
+    approx = fx_approx.transform(model, Uniform(0.5, scores="online"))
     x = torch.randn(6, 12)
     approx.branch.eval(), model.branch.eval()
     assert not torch.equal(approx(x), model(x)), "first and last are in training mode, so sampled"
-    fx_approx.set_enabled(approx, {"first": False, "last": False})
+    fx_approx.set_sampling(approx, enabled={"first": False, "last": False})
     assert torch.equal(approx(x), model(x))
 
 
@@ -197,7 +197,7 @@ def test_a_model_that_trains_by_another_name_of_the_flag() -> None:
             return self.fc(x) * (2.0 if self.training else 0.5)
 
     model = Scaled()
-    approx = fx_approx.transform(model, Uniform("topk", 1.0))
+    approx = fx_approx.transform(model, Uniform(1.0, scores="online"))
     x = torch.randn(6, 12)
     assert torch.equal(approx(x), model(x))
     assert torch.equal(approx.eval()(x), model.eval()(x))
@@ -206,16 +206,18 @@ def test_a_model_that_trains_by_another_name_of_the_flag() -> None:
 def test_what_cannot_be_traced_is_named_with_module_and_line() -> None:
     source = Path(MODEL_FILE).read_text().splitlines()
     line = next(n for n, text in enumerate(source, 1) if "where tracing stops" in text)
-    with pytest.warns(fx_approx.CaptureWarning, match=rf"middle: .*{re.escape(MODEL_FILE)}:{line} in forward") as seen:
-        approx = fx_approx.transform(WithDataDependent(), Uniform("topk", 0.5))
+    with pytest.warns(
+        fx_approx.errors.CaptureWarning, match=rf"middle: .*{re.escape(MODEL_FILE)}:{line} in forward"
+    ) as seen:
+        approx = fx_approx.transform(WithDataDependent(), Uniform(0.5, scores="online"))
     assert len(seen) == 1
     assert "middle" in "".join(fx_approx.report(approx).notes)
 
 
 def test_layers_in_an_untraced_part_are_sampled_too() -> None:
     model = WithDataDependent()
-    approx = transformed(model, Uniform("topk", 0.5))
-    fx_approx.set_enabled(approx, {"fc1": False, "fc2": False})
+    approx = transformed(model, Uniform(0.5, scores="online"))
+    fx_approx.set_sampling(approx, enabled={"fc1": False, "fc2": False})
     x = torch.randn(6, 12)
     keep = approx.middle.fc.weight.norm(dim=0) * model.fc1(x).norm(dim=0)
     chosen = keep.topk(8).indices.sort().values
@@ -236,7 +238,7 @@ def test_a_model_whose_own_forward_cannot_be_traced() -> None:
             return self.out(x)
 
     model = Loop()
-    with pytest.warns(fx_approx.CaptureWarning, match=r"the model: .*test_capture\.py:\d+ in forward"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match=r"the model: .*test_capture\.py:\d+ in forward"):
         approx = fx_approx.transform(model, HALF)
     x = torch.randn(6, 12)
     assert not torch.equal(approx(x), model(x))
@@ -281,8 +283,8 @@ def test_what_a_graph_cannot_hold_is_not_dropped(effect: str, nested: bool) -> N
     inner = Effect(effect)
     model = nn.Sequential(inner) if nested else inner
     place = "0" if nested else "the model"
-    with pytest.warns(fx_approx.CaptureWarning, match=rf"{place}: .* would remove at .*test_capture\.py:\d+"):
-        approx = fx_approx.transform(model, Uniform("topk", 1.0))
+    with pytest.warns(fx_approx.errors.CaptureWarning, match=rf"{place}: .* would remove at .*test_capture\.py:\d+"):
+        approx = fx_approx.transform(model, Uniform(1.0, scores="online"))
     own = approx[0] if nested else approx
     for seed in range(4):
         results = []
@@ -299,16 +301,16 @@ def test_what_a_graph_cannot_hold_is_not_dropped(effect: str, nested: bool) -> N
 def test_capture_works_under_no_grad_and_autocast() -> None:
     model, x = mlp(), torch.randn(6, 12)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        approx = fx_approx.transform(model, Uniform("topk", 1.0), x)
+        approx = fx_approx.transform(model, Uniform(1.0, scores="online"), x)
         report = fx_approx.report(approx)
     assert same(train_step(approx, x), train_step(model, x))
-    assert report.totals.exact == fx_approx.explain(model, Uniform("topk", 1.0), x).report.totals.exact
+    assert report.totals.exact == fx_approx.explain(model, Uniform(1.0, scores="online"), x).report.totals.exact
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint_is_not_dropped(reentrant: bool) -> None:
     model = Checkpointed(reentrant)
-    with pytest.warns(fx_approx.CaptureWarning, match=r"checkpoint.*models\.py:\d+"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match=r"checkpoint.*models\.py:\d+"):
         approx = fx_approx.transform(model, HALF)
     approx.block.calls.clear()
     train_step(approx, torch.randn(6, 12))
@@ -356,10 +358,10 @@ def test_calls_in_another_form_than_captured_are_right_too(captured_with: int) -
     if captured_with >= 0:
         args, kwargs = calls[captured_with]
         example = args if not kwargs else {**dict(zip(("x", "mask"), args, strict=False)), **kwargs}
-    approx = fx_approx.transform(model, Uniform("topk", 0.5), example)
-    sampled = fx_approx.transform(model, Uniform("topk", 0.5))
+    approx = fx_approx.transform(model, Uniform(0.5, scores="online"), example)
+    sampled = fx_approx.transform(model, Uniform(0.5, scores="online"))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
         for args, kwargs in calls:
             approx.train()
             assert torch.equal(approx(*args, **kwargs), sampled(*args, **kwargs))
@@ -368,9 +370,9 @@ def test_calls_in_another_form_than_captured_are_right_too(captured_with: int) -
 
 
 def test_a_call_in_another_form_warns_once() -> None:
-    approx = fx_approx.transform(Optional(), Uniform("topk", 0.5), torch.randn(6, 12))
+    approx = fx_approx.transform(Optional(), Uniform(0.5, scores="online"), torch.randn(6, 12))
     x, mask = torch.randn(6, 12), torch.rand(6, 16)
-    with pytest.warns(fx_approx.CaptureWarning, match="called in another way than it was captured") as seen:
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="called in another way than it was captured") as seen:
         approx(x, mask)
         approx(x, mask)
     assert len(seen) == 1
@@ -393,7 +395,7 @@ def test_the_paper_rule_finds_first_and_last() -> None:
 
 def test_the_exact_policy_changes_nothing_and_says_so() -> None:
     model = mlp()
-    with pytest.warns(fx_approx.NoEffectWarning, match="every layer stays exact"):
+    with pytest.warns(fx_approx.errors.NoEffectWarning, match="every layer stays exact"):
         approx = fx_approx.transform(model, Exact())
     x = torch.randn(6, 12)
     assert same(train_step(approx, x), train_step(model, x))
@@ -426,14 +428,14 @@ def test_further_arguments_are_inputs_like_any_other(count: int, named: dict[str
     def called(module: nn.Module, given: Any) -> Tensor:
         return module(*given) if count else module(given["x"], **{name: v for name, v in given.items() if name != "x"})
 
-    approx = fx_approx.transform(model, Uniform("topk", 0.5, scores="weight", share="value"), example())
+    approx = fx_approx.transform(model, Uniform(0.5), example())
     assert approx._fx_approx.stages[-1][0] == "demand"
     given = example()
     assert not torch.equal(called(approx, given), called(model, given))
     assert torch.equal(called(approx.eval(), given), called(model, given))
     others = [{"x": torch.ones(4, 8)}, {"x": torch.ones(4, 8), "skip": torch.ones(4, 8), "more": 3}]
     for one in others:
-        with pytest.warns(fx_approx.CaptureWarning, match="called in another way") as heard:
+        with pytest.warns(fx_approx.errors.CaptureWarning, match="called in another way") as heard:
             result = approx.train()(**one)
         assert result.shape == (4, 8) and len(heard) == 1
         approx._fx_approx.warned.clear()

@@ -75,7 +75,7 @@ def test_resnet18_is_one_graph_with_the_indices_of_the_eager_run(
     assert counter.frame_count == 1
 
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", fx_approx.StaleStatisticsWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.BatchNormWarning)
         compiled.eval()
         compiled(x)
     assert counter.frame_count == 2
@@ -90,7 +90,7 @@ def test_resnet18_is_one_graph_with_the_indices_of_the_eager_run(
 @pytest.mark.parametrize("sampler", ["crs", "bernoulli", "systematic", "topk", "wta", "wta_unique"])
 @pytest.mark.parametrize("scores", ["online", "weight", "uniform"])
 def test_every_sampler_compiles_without_graph_breaks(sampler: str, scores: str) -> None:
-    policy = Uniform(sampler, 0.5, scores=scores)
+    policy = Uniform(0.5, sampler, scores=scores, scope="layer")
     eager, approx = fx_approx.transform(mlp(), policy), fx_approx.transform(mlp(), policy)
     compiled = torch.compile(approx, backend="aot_eager", fullgraph=True)
     x = torch.randn(16, 32)
@@ -101,12 +101,12 @@ def test_every_sampler_compiles_without_graph_breaks(sampler: str, scores: str) 
 
 
 def test_a_schedule_compiles_once_for_each_ratio() -> None:
-    approx = fx_approx.transform(mlp(), Uniform("systematic", 0.5))
+    approx = fx_approx.transform(mlp(), Uniform(0.5, "systematic", scores="online"))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(approx, backend=counter, fullgraph=True)
     x = torch.randn(16, 32)
     for ratio in (0.25, 0.5, 0.75, 0.5, 0.25):
-        fx_approx.set_ratio(compiled, ratio)
+        fx_approx.set_sampling(compiled, ratio)
         for _ in range(2):
             compiled(x).sum().backward()
     assert counter.frame_count == 3
@@ -114,14 +114,14 @@ def test_a_schedule_compiles_once_for_each_ratio() -> None:
 
 def test_switching_off_and_on_compiles_once_more_and_is_exact() -> None:
     model = mlp()
-    approx = fx_approx.transform(model, Uniform("systematic", 0.5))
+    approx = fx_approx.transform(model, Uniform(0.5, "systematic", scores="online"))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(approx, backend=counter, fullgraph=True)
     x = torch.randn(16, 32)
     compiled(x)
-    fx_approx.set_enabled(compiled, False)
+    fx_approx.set_sampling(compiled, enabled=False)
     assert torch.equal(compiled(x), model(x))
-    fx_approx.set_enabled(compiled, True)
+    fx_approx.set_sampling(compiled, enabled=True)
     assert not torch.equal(compiled(x), model(x))
     assert counter.frame_count == 2
 
@@ -129,13 +129,13 @@ def test_switching_off_and_on_compiles_once_more_and_is_exact() -> None:
 def test_two_models_do_not_share_the_recompile_limit() -> None:
     x = torch.randn(4, 32)
     for _ in range(torch._dynamo.config.recompile_limit + 2):
-        approx = fx_approx.transform(mlp(), Uniform("topk", 0.5))
+        approx = fx_approx.transform(mlp(), Uniform(0.5, scores="online"))
         torch.compile(approx, backend="eager", fullgraph=True)(x)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_checkpoint_around_the_compiled_model_recomputes_the_same_sample(backend: str) -> None:
-    policy = Uniform("systematic", 0.5)
+    policy = Uniform(0.5, "systematic", scores="online")
     plain, approx = fx_approx.transform(mlp(), policy), fx_approx.transform(mlp(), policy)
     compiled = torch.compile(approx, backend=backend, fullgraph=True)
     inputs = [torch.randn(16, 32) for _ in range(2)]
@@ -149,7 +149,7 @@ def test_a_checkpoint_around_the_compiled_model_recomputes_the_same_sample(backe
 
 
 def test_compiling_around_a_checkpoint_of_the_model_is_a_clear_error() -> None:
-    approx = fx_approx.transform(mlp(), Uniform("systematic", 0.5))
+    approx = fx_approx.transform(mlp(), Uniform(0.5, "systematic", scores="online"))
     call = torch.compile(lambda x: checkpoint(approx, x, use_reentrant=False), backend="aot_eager", fullgraph=True)
     with pytest.raises(RuntimeError, match=r"checkpoint\(torch\.compile\(model\), x\)"):
         call(torch.randn(16, 32))
@@ -176,9 +176,9 @@ def test_checkpoints_inside_the_model_recompute_the_same_sample(reentrant: bool,
         layers = nn.Linear(16, 32), Checkpointed(on, reentrant), Checkpointed(on, reentrant), nn.Linear(32, 4)
         return nn.Sequential(*layers)
 
-    policy = Uniform("systematic", 0.5)
+    policy = Uniform(0.5, "systematic", scores="online")
     plain = fx_approx.transform(made(False), policy)
-    with pytest.warns(fx_approx.CaptureWarning, match=r"torch\.utils\.checkpoint"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match=r"torch\.utils\.checkpoint"):
         approx = fx_approx.transform(made(True), policy)
     call = approx if backend is None else torch.compile(approx, backend=backend, fullgraph=True)
     inputs = [torch.randn(8, 16) for _ in range(2)]

@@ -49,18 +49,18 @@ def step(model: nn.Module, call: Any, x: Tensor) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("share", ["site", "value", "group"])
+@pytest.mark.parametrize("scope", ["layer", "value", "group"])
 @pytest.mark.parametrize(
     ("sampler", "scores"),
-    [("topk", "stale"), ("systematic", "weight"), ("bernoulli", "uniform"), ("crs", "stale"), ("wta_unique", "weight")],
+    [("topk", "ema"), ("systematic", "weight"), ("bernoulli", "uniform"), ("crs", "ema"), ("wta_unique", "weight")],
 )
 def test_every_scope_is_one_graph_that_takes_the_samples_of_the_eager_run(
-    share: str, sampler: str, scores: str
+    scope: str, sampler: str, scores: str
 ) -> None:
     model, x = Residual(), torch.randn(2, 3, 8, 8)
-    policy = Uniform(sampler, 0.5, scores=scores, share=share)
+    policy = Uniform(0.5, sampler, scores=scores, scope=scope)
     eager, approx = (fx_approx.transform(copy.deepcopy(model), policy, x, seed=2) for _ in range(2))
-    if scores == "stale":  # the first step is exact, but not that of compiled code
+    if scores == "ema":  # the first step is exact, but not that of compiled code
         for one in (eager, approx):
             step(one, one, x)
     compiled = torch.compile(approx, backend="aot_eager", fullgraph=True)
@@ -75,7 +75,7 @@ def test_every_scope_is_one_graph_that_takes_the_samples_of_the_eager_run(
 @pytest.mark.parametrize(("dynamic", "most"), [(None, 2), (True, 1)])
 def test_batches_of_any_size_need_no_graph_each(dynamic: bool | None, most: int) -> None:
     model = Residual()
-    policy = Uniform("systematic", 0.5, scores="weight", share="value")
+    policy = Uniform(0.5, "systematic")
     eager, approx = (fx_approx.transform(copy.deepcopy(model), policy, torch.randn(2, 3, 8, 8)) for _ in range(2))
     compiled = torch.compile(approx, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for size in (2, 4, 3, 6):
@@ -87,36 +87,36 @@ def test_batches_of_any_size_need_no_graph_each(dynamic: bool | None, most: int)
 def test_before_the_recompile_limit_a_warning_says_what_to_do() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     x = torch.randn(4, 64)
-    approx = fx_approx.transform(model, Uniform("systematic", 0.9, scores="weight"), x)
+    approx = fx_approx.transform(model, Uniform(0.9, "systematic", scope="layer"), x)
     compiled = torch.compile(approx, backend="eager", fullgraph=True)
     limit = torch._dynamo.config.recompile_limit
     compiled(x)
     for made in range(1, limit - 1):
-        fx_approx.set_ratio(compiled, made / limit)
+        fx_approx.set_sampling(compiled, made / limit)
         compiled(x)
     assert compilations(approx) == limit - 1
-    fx_approx.set_ratio(compiled, 1 / limit)  # compiled before: nothing to warn of
-    with pytest.warns(fx_approx.RecompilationWarning, match=rf"compiled {limit - 1} times .* ends at {limit}"):
-        fx_approx.set_ratio(compiled, 0.99)
+    fx_approx.set_sampling(compiled, 1 / limit)  # compiled before: nothing to warn of
+    with pytest.warns(fx_approx.errors.RecompilationWarning, match=rf"compiled {limit - 1} times .* ends at {limit}"):
+        fx_approx.set_sampling(compiled, 0.99)
     compiled(x)
-    with pytest.warns(fx_approx.RecompilationWarning, match=f"compiled {limit} times"):
-        fx_approx.set_enabled(compiled, {"0": False})
+    with pytest.warns(fx_approx.errors.RecompilationWarning, match=f"compiled {limit} times"):
+        fx_approx.set_sampling(compiled, enabled={"0": False})
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         compiled(x)
 
 
 def test_an_uncompiled_model_may_have_any_number_of_ratios() -> None:
-    approx = fx_approx.transform(nn.Sequential(nn.Linear(64, 64)), Uniform("systematic", 0.9, scores="weight"))
+    approx = fx_approx.transform(nn.Sequential(nn.Linear(64, 64)), Uniform(0.9, "systematic", scope="layer"))
     for made in range(1, 3 * torch._dynamo.config.recompile_limit):
-        fx_approx.set_ratio(approx, 1 / made)
+        fx_approx.set_sampling(approx, 1 / made)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-@pytest.mark.parametrize("share", ["site", "value", "group"])
-def test_modes_of_inductor(mode: str, share: str) -> None:
+@pytest.mark.parametrize("scope", ["layer", "value", "group"])
+def test_modes_of_inductor(mode: str, scope: str) -> None:
     model, x = Residual(), torch.randn(2, 3, 8, 8)
-    policy = Uniform("systematic", 0.5, scores="weight", share=share)
+    policy = Uniform(0.5, "systematic", scope=scope)
     eager, approx = (fx_approx.transform(copy.deepcopy(model), policy, x) for _ in range(2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -17,7 +17,7 @@ from fx_approx.policies import Uniform
 
 from .models import same
 
-VALUE = Uniform("topk", 0.5, scores="weight", share="value")
+VALUE = Uniform(0.5)
 
 
 class Pair(NamedTuple):
@@ -88,32 +88,32 @@ x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("example", [x, None], ids=["inputs", "no_inputs"])
 def test_a_container_keeps_its_type_and_is_traced(kind: str, example: Any) -> None:
     model = Segmenter(kind)
-    approx = fx_approx.transform(model, VALUE if example is not None else Uniform("topk", 0.5), example)
-    fx_approx.set_enabled(approx, False)
+    approx = fx_approx.transform(model, VALUE if example is not None else Uniform(0.5, scores="online"), example)
+    fx_approx.set_sampling(approx, enabled=False)
     for mode in (True, False):
         found, expected = approx.train(mode)(x), model.train(mode)(x)
         assert type(found) is type(expected)
         assert same(tensors(found), tensors(expected)) and tensors(found)
         if isinstance(expected, dict):
             assert list(found) == list(expected)
-    fx_approx.set_enabled(approx, True)
+    fx_approx.set_sampling(approx, enabled=True)
     assert not same(tensors(approx.train()(x)), tensors(model.train()(x)))
 
 
 @pytest.mark.parametrize("kind", ["ordered", "pair"])
 def test_the_container_of_an_untraced_part_can_be_read(kind: str) -> None:
     model = Segmenter(kind, hooked=True)
-    with pytest.warns(fx_approx.CaptureWarning, match=r"backbone: has hooks"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match=r"backbone: has hooks"):
         approx = fx_approx.transform(model, VALUE, x)
     assert approx._fx_approx.graph is not None
-    fx_approx.set_enabled(approx, False)
+    fx_approx.set_sampling(approx, enabled=False)
     assert same(tensors(approx(x)), tensors(model(x)))
 
 
 def test_hooks_see_nothing_of_the_questions() -> None:
     model, seen = Segmenter("ordered"), []
     model.backbone.register_forward_hook(lambda *args: seen.append(args))
-    with pytest.warns(fx_approx.CaptureWarning, match=r"backbone: has hooks"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match=r"backbone: has hooks"):
         fx_approx.transform(model, VALUE, x)
     assert seen == []
 
@@ -142,7 +142,7 @@ def test_outputs_of_hugging_face_keep_their_type() -> None:
     model = Model()
     values = torch.randn(5, 12)
     approx = fx_approx.transform(model, VALUE, values)  # a CaptureWarning would be an error here
-    fx_approx.set_enabled(approx, False)
+    fx_approx.set_sampling(approx, enabled=False)
     found, expected = approx(values), model(values)
     assert type(found) is type(expected) and list(found.keys()) == list(expected.keys())
     assert torch.equal(found["logits"], expected.logits) and len(found.hidden) == 2
@@ -177,10 +177,10 @@ class Detector(nn.Module):
 @pytest.mark.parametrize("example", [x, None], ids=["inputs", "no_inputs"])
 def test_a_container_may_differ_between_the_modes(form: str, example: Any) -> None:
     model = Detector(form)
-    approx = fx_approx.transform(model, Uniform("topk", 0.5, scores="weight"), example)
+    approx = fx_approx.transform(model, Uniform(0.5, scope="layer"), example)
     assert approx._fx_approx.graph is not None
     for enabled in (True, False):
-        fx_approx.set_enabled(approx, enabled)
+        fx_approx.set_sampling(approx, enabled=enabled)
         for mode in (False, True):
             found, expected = approx.train(mode)(x), model.train(mode)(x)
             assert type(found) is type(expected)
@@ -202,7 +202,7 @@ def test_a_graph_that_does_not_do_what_the_model_does_is_not_the_example_inputs_
             width = 7 if isinstance(x, torch.fx.Proxy) else 16
             return self.b(self.a(x)[..., :width])
 
-    with pytest.warns(fx_approx.CaptureWarning, match="its graph does not compute what its Python does"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="its graph does not compute what its Python does"):
         approx = fx_approx.transform(Odd(), VALUE, torch.randn(3, 12))
     assert approx(torch.randn(3, 12)).shape == (3, 4)
 
@@ -224,6 +224,6 @@ def test_records_are_verified_leaf_by_leaf() -> None:
             return Record(self.b(hidden), [hidden.sum()])
 
     x = torch.randn(3, 12)
-    found = fx_approx.verify(fx_approx.transform(Recorded(), VALUE, x), x)
+    found = fx_approx.analysis.verify(fx_approx.transform(Recorded(), VALUE, x), x)
     assert found.passed
     assert [one.name for one in found.differences if one.kind == "output"] == ["0", "1"]

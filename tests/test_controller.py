@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx import AdaptiveRatios, ScalarLogger
+from fx_approx.analysis import ScalarLogger
 from fx_approx.policies import Uniform
+from fx_approx.schedules import NoiseController
 from fx_approx.schedules.noise_controller import cut
 
 from .policies.test_budget import network
 from .test_scheduler import Twice, Writer
 
-VALUE = Uniform("topk", 0.5, minimal_k=4, scores="weight", share="value")
+VALUE = Uniform(0.5, min_k=4)
 SHAPE = (16, 3, 8, 8)
 
 
@@ -38,14 +39,14 @@ def batch_of(step: int) -> tuple[Tensor, Tensor]:
     return colours[:, :, None, None] + torch.randn(SHAPE, generator=generator), labels
 
 
-def started(policy: Uniform = VALUE, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer, AdaptiveRatios]:
+def started(policy: Uniform = VALUE, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer, NoiseController]:
     torch.manual_seed(0)
     model = fx_approx.transform(network(16), policy, torch.randn(SHAPE))
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    return model, optimizer, AdaptiveRatios(model, loss, **{"every": 6, "overhead": 1.0, **options})
+    return model, optimizer, NoiseController(model, loss, **{"every": 6, "overhead": 1.0, **options})
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, controller: AdaptiveRatios, steps: range) -> None:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, controller: NoiseController, steps: range) -> None:
     for step in steps:
         batch = batch_of(step)
         optimizer.zero_grad()
@@ -59,7 +60,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, controller: Adapti
 )
 def test_it_holds_the_noise(sampler: str, target: float, draws: int) -> None:
     """After warm-up, within 20 per cent: the mean over the second half of the measurements."""
-    policy = Uniform(sampler, 0.5, minimal_k=4, scores="weight", share="value")
+    policy = Uniform(0.5, sampler, min_k=4)
     model, optimizer, controller = started(policy, target=target, draws=draws)
     train(model, optimizer, controller, range(360))
     late = controller.history[len(controller.history) // 2 :]
@@ -108,7 +109,7 @@ def test_a_resumed_run_goes_on_as_the_one_that_was_not_stopped(stop: int) -> Non
     stored = json.loads(json.dumps(early[2].state_dict()))
     late = started(target=0.5)
     late[0].load_state_dict(early[0].state_dict())
-    fx_approx.load_sampler_state(late[0], fx_approx.sampler_state(early[0]))
+    fx_approx.load_sampler_state_dict(late[0], fx_approx.sampler_state_dict(early[0]))
     late[1].load_state_dict(early[1].state_dict())
     late[2].load_state_dict(stored)
     train(*late, range(stop, 36))
@@ -121,18 +122,18 @@ def test_measuring_leaves_no_trace_but_the_ratios() -> None:
     model, _, controller = started(every=3, target=1e-9)
     batch = batch_of(0)
     loss(model, batch).backward()
-    fx_approx.set_enabled(model, {"5.conv1": False})
+    fx_approx.set_sampling(model, enabled={"5.conv1": False})
     grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     buffers = {name: value.clone() for name, value in model.state_dict().items()}
-    state, random = fx_approx.sampler_state(model), torch.get_rng_state()
+    state, random = fx_approx.sampler_state_dict(model), torch.get_rng_state()
     for _ in range(3):
         controller.step(batch)
     assert len(controller.history) == 1 and controller.position < controller.history[0].position
-    assert torch.equal(torch.get_rng_state(), random) and fx_approx.sampler_state(model) == state
+    assert torch.equal(torch.get_rng_state(), random) and fx_approx.sampler_state_dict(model) == state
     assert all(torch.equal(value, buffers[name]) for name, value in model.state_dict().items())
     for p, grad in zip(model.parameters(), grads, strict=True):
         assert (p.grad is None and grad is None) or torch.equal(p.grad, grad)
-    assert not model._fx_approx.selectors["5.conv1", fx_approx.Role.OUTPUT].enabled
+    assert not model._fx_approx.selectors["5.conv1", fx_approx.core.candidates.Role.OUTPUT].enabled
 
 
 def test_rungs_move_one_selection_each() -> None:
@@ -154,8 +155,8 @@ def test_it_begins_near_the_ratios_of_the_model() -> None:
 
 
 def test_calls_of_one_layer_move_apart() -> None:
-    model = fx_approx.transform(Twice(), Uniform("topk", 0.5, minimal_k=1), torch.randn(4, 32))
-    controller = AdaptiveRatios(model, lambda model, batch: model(batch).square().mean(), every=3, overhead=1.0)
+    model = fx_approx.transform(Twice(), Uniform(0.5, min_k=1, scores="online"), torch.randn(4, 32))
+    controller = NoiseController(model, lambda model, batch: model(batch).square().mean(), every=3, overhead=1.0)
     state = controller.state_dict()
     for position in range(controller.last + 1):
         controller.load_state_dict({**state, "position": position})
@@ -166,7 +167,7 @@ def test_calls_of_one_layer_move_apart() -> None:
 def test_learnt_scores_of_a_compiled_model_are_measured() -> None:
     """Compiled steps learn running norms too; an eager model measures exactly what they choose."""
     torch._dynamo.reset()
-    policy = Uniform("topk", 0.5, minimal_k=4, scores="stale", share="value")
+    policy = Uniform(0.5, min_k=4, scores="ema")
     (one, first, eager), (other, second, compiled) = started(policy, every=3), started(policy, every=3)
     call = torch.compile(other, backend="aot_eager")
     eager_steps = ((one, one, first, eager), (call, other, second, compiled))
@@ -185,7 +186,7 @@ def test_learnt_scores_of_a_compiled_model_are_measured() -> None:
 
 def test_a_measurement_that_is_not_finite_says_nothing() -> None:
     model, _, controller = started(every=3)
-    broken = AdaptiveRatios(model, lambda m, b: loss(m, b) * math.nan, every=3, overhead=1.0)
+    broken = NoiseController(model, lambda m, b: loss(m, b) * math.nan, every=3, overhead=1.0)
     before = broken.ratios(broken.position)
     assert [broken.step(batch_of(step)) for step in range(6)] == [None] * 6
     assert broken.history == [] and broken.ratios(broken.position) == before
@@ -197,12 +198,12 @@ def test_a_measurement_that_is_not_finite_says_nothing() -> None:
 
 def test_the_overhead_is_bounded() -> None:
     model = fx_approx.transform(network(16), VALUE, torch.randn(SHAPE))
-    assert AdaptiveRatios(model, loss).every == 150
-    assert AdaptiveRatios(model, loss, draws=4, overhead=0.1).every == 60
+    assert NoiseController(model, loss).every == 150
+    assert NoiseController(model, loss, draws=4, overhead=0.1).every == 60
     with pytest.raises(
         ValueError, match=r"every: a measurement costs 3 steps, so expected at least 150 for overhead=0\.02"
     ):
-        AdaptiveRatios(model, loss, every=149)
+        NoiseController(model, loss, every=149)
 
 
 def test_what_is_logged() -> None:
@@ -248,11 +249,11 @@ def test_bad_input(options: dict[str, Any], error: type[Exception], message: str
 def test_bad_models_losses_and_states() -> None:
     model, _, controller = started()
     with pytest.raises(TypeError, match="loss: expected a function"):
-        AdaptiveRatios(model, None)  # type: ignore[arg-type]
-    with pytest.warns(fx_approx.NoEffectWarning):
+        NoiseController(model, None)  # type: ignore[arg-type]
+    with pytest.warns(fx_approx.errors.NoEffectWarning):
         exact = fx_approx.transform(network(16), fx_approx.policies.Exact())
     with pytest.raises(ValueError, match="model: nothing is sampled"):
-        AdaptiveRatios(exact, loss)
+        NoiseController(exact, loss)
     state = controller.state_dict()
     for wrong, message in (
         ({}, "state: expected the keys"),
@@ -263,7 +264,7 @@ def test_bad_models_losses_and_states() -> None:
         with pytest.raises(ValueError, match=message):
             controller.load_state_dict(wrong)
         assert controller.state_dict() == state
-    bad = AdaptiveRatios(model, lambda model, batch: model(batch[0]), every=3, overhead=1.0)
+    bad = NoiseController(model, lambda model, batch: model(batch[0]), every=3, overhead=1.0)
     ratios = bad.ratios(bad.position)
     for _ in range(2):
         bad.step(batch_of(0))

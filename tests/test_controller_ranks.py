@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx import AdaptiveRatios, RatioScheduler
 from fx_approx.policies import Uniform
-from fx_approx.schedules.schedule import ExactWarmup, Planned
+from fx_approx.schedules import ExactWarmup, NoiseController, PlanRatios, RatioScheduler
 
 STEPS = 12
 
@@ -25,7 +24,7 @@ STEPS = 12
 def _transformed() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
-    return fx_approx.transform(model, Uniform("topk", 0.5, minimal_k=1, scores="weight"), torch.randn(8, 16))
+    return fx_approx.transform(model, Uniform(0.5, min_k=1, scope="layer"), torch.randn(8, 16))
 
 
 def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -42,12 +41,12 @@ def _rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = _transformed()
     parallel = nn.parallel.DistributedDataParallel(model)
-    scheduler = RatioScheduler(parallel, ExactWarmup(Planned(), 1))
+    scheduler = RatioScheduler(parallel, ExactWarmup(PlanRatios(), 1))
     ratios = [scheduler.get_last_ratio()]
     scheduler.step()
     ratios.append(scheduler.get_last_ratio())
     optimizer = torch.optim.SGD(parallel.parameters(), 0.05)
-    controller = AdaptiveRatios(parallel, _loss, target=0.01, every=3, overhead=1.0)
+    controller = NoiseController(parallel, _loss, target=0.01, every=3, overhead=1.0)
     for step in range(STEPS):
         batch = _batch(rank, step)
         controller.step(batch)
@@ -93,7 +92,7 @@ def test_the_noise_is_that_of_the_averaged_gradient(folder: Path) -> None:
     record = json.loads((folder / "0.json").read_text(encoding="utf-8"))["state"]["history"][0]
     model = _transformed()
     model.load_state_dict(torch.load(folder / "measured.0.pt"))
-    AdaptiveRatios(model, _loss)  # the ratios to begin with
+    NoiseController(model, _loss)  # the ratios to begin with
     exact = fx_approx.restore(_transformed())
     exact.load_state_dict(model.state_dict())
     batches = [_batch(rank, 2) for rank in range(2)]

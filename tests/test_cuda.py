@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fx_approx
-from fx_approx.policies import Roles, Uniform
+from fx_approx.policies import GradientSampling, Uniform
 
 from .reduction_ranks import MODELS
 
@@ -22,16 +22,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),  # exact products are compared
 ]
-SCOPES = ["site", "value", "group"]
+SCOPES = ["layer", "value", "group"]
 POLICIES = {
-    **{
-        scores: Uniform("topk", 0.5, minimal_k=4, scores=scores, share="value")
-        for scores in ("weight", "stale", "uniform")
-    },
-    "online": Uniform("topk", 0.5, minimal_k=4),
-    "backward": Roles.backward(0.5),
-    "backward, uniform": Roles.backward(0.5, scores="uniform"),
-    "bernoulli": Uniform("bernoulli", 0.5, minimal_k=4, scores="weight", share="value"),
+    **{scores: Uniform(0.5, min_k=4, scores=scores) for scores in ("weight", "ema", "uniform")},
+    "online": Uniform(0.5, min_k=4, scores="online"),
+    "backward": GradientSampling.backward(0.5),
+    "backward, uniform": GradientSampling.backward(0.5, scores="uniform"),
+    "bernoulli": Uniform(0.5, "bernoulli", min_k=4),
 }
 
 
@@ -62,41 +59,41 @@ def step(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> list[
 def test_ratio_one_and_eval_are_bitwise_exact(name: str) -> None:
     torch.manual_seed(0)
     exact = MODELS[name]().cuda()
-    policy = Uniform("topk", 0.5, minimal_k=1, scores="weight", share="value")
+    policy = Uniform(0.5, min_k=1)
     approx = fx_approx.transform(copy.deepcopy(exact), policy, images())
-    fx_approx.set_ratio(approx, 1.0)
+    fx_approx.set_sampling(approx, 1.0)
     x = images()
     with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
         for one, other in zip(step(approx, approx, x), step(exact, exact, x), strict=True):
             assert torch.equal(one, other)
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", fx_approx.StaleStatisticsWarning)
+            warnings.simplefilter("ignore", fx_approx.errors.BatchNormWarning)
             assert torch.equal(approx.eval()(x), exact.eval()(x))
 
 
-@pytest.mark.parametrize("scores", ["weight", "stale"])
-@pytest.mark.parametrize("share", SCOPES)
+@pytest.mark.parametrize("scores", ["weight", "ema"])
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("name", MODELS)
-def test_demand_gives_the_numbers_of_the_same_selections_without_it(name: str, share: str, scores: str) -> None:
-    approx = made(name, Uniform("topk", 0.5, minimal_k=4, scores=scores, share=share))
+def test_demand_gives_the_numbers_of_the_same_selections_without_it(name: str, scope: str, scores: str) -> None:
+    approx = made(name, Uniform(0.5, min_k=4, scores=scores, scope=scope))
     for _ in range(2):  # the first step of learnt scores is exact
         step(approx, approx, images())
-    found = fx_approx.verify(approx, images())
+    found = fx_approx.analysis.verify(approx, images())
     assert found.passed, str(found)
 
 
 @pytest.mark.parametrize(
     ("sampler", "scores"),
-    [("topk", "stale"), ("topk", "online"), ("systematic", "weight"), ("bernoulli", "uniform"), ("crs", "weight")],
+    [("topk", "ema"), ("topk", "online"), ("systematic", "weight"), ("bernoulli", "uniform"), ("crs", "weight")],
 )
-@pytest.mark.parametrize("share", SCOPES)
-def test_compiled_is_one_graph_that_takes_the_samples_of_the_eager_run(share: str, sampler: str, scores: str) -> None:
-    if scores == "online" and share != "site":
+@pytest.mark.parametrize("scope", SCOPES)
+def test_compiled_is_one_graph_that_takes_the_samples_of_the_eager_run(scope: str, sampler: str, scores: str) -> None:
+    if scores == "online" and scope != "layer":
         pytest.skip("selections of activations are not shared")
-    policy = Uniform(sampler, 0.5, minimal_k=4, scores=scores, share=share)
+    policy = Uniform(0.5, sampler, min_k=4, scores=scores, scope=scope)
     double = torch.float64  # other rounding of learnt scores would choose another channel near a threshold
     eager, approx = made("cnn", policy, double, seed=3), made("cnn", policy, double, seed=3)
-    if scores == "stale":  # the first step is exact, but not that of compiled code
+    if scores == "ema":  # the first step is exact, but not that of compiled code
         x = images(double)
         for one in (eager, approx):
             step(one, one, x)
@@ -126,7 +123,7 @@ def test_a_compiled_step_never_waits_for_the_device(name: str, policy: str) -> N
 
 @pytest.mark.parametrize("sampler", ["topk", "systematic"])
 def test_cuda_graphs_take_new_samples_in_every_step(sampler: str) -> None:
-    policy = Uniform(sampler, 0.5, minimal_k=4, scores="weight", share="value")
+    policy = Uniform(0.5, sampler, min_k=4)
     eager, approx = made("cnn", policy, seed=3), made("cnn", policy, seed=3)
     compiled = torch.compile(approx, fullgraph=True, mode="reduce-overhead")
     seen = []
@@ -141,9 +138,7 @@ def test_cuda_graphs_take_new_samples_in_every_step(sampler: str) -> None:
     assert (len(set(map(tuple, seen))) > 1) == (sampler == "systematic")
 
 
-@pytest.mark.parametrize(
-    "policy", [Uniform("topk", 0.5, minimal_k=4, scores="stale", share="value"), Roles.backward(0.5)]
-)
+@pytest.mark.parametrize("policy", [Uniform(0.5, min_k=4, scores="ema"), GradientSampling.backward(0.5)])
 @pytest.mark.parametrize("name", MODELS)
 def test_autocast_and_channels_last_train(name: str, policy: Any) -> None:
     approx = made(name, policy).to(memory_format=torch.channels_last)
@@ -162,7 +157,7 @@ def test_autocast_and_channels_last_train(name: str, policy: Any) -> None:
 
 
 def test_the_dynamo_frontend_gives_the_numbers_of_the_transform() -> None:
-    policy = Uniform("topk", 0.5, minimal_k=4, scores="weight", share="value")
+    policy = Uniform(0.5, min_k=4)
     torch.manual_seed(0)
     exact = MODELS["cnn"]().cuda()
     approx = fx_approx.transform(copy.deepcopy(exact), policy, images())
@@ -175,7 +170,7 @@ def test_the_dynamo_frontend_gives_the_numbers_of_the_transform() -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_nccl_available(), reason="needs NCCL")
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("scores", ["weight", "stale"])
+@pytest.mark.parametrize("scores", ["weight", "ema"])
 def test_the_slice_hook_under_nccl_gives_the_numbers_of_dense_reduction(
     scores: str, compiled: bool, tmp_path: Path
 ) -> None:
@@ -185,12 +180,12 @@ def test_the_slice_hook_under_nccl_gives_the_numbers_of_dense_reduction(
         "nccl", init_method=place, rank=0, world_size=1, device_id=torch.device("cuda:0")
     )
     try:
-        policy = Uniform("topk", 0.5, minimal_k=4, scores=scores, share="value")
+        policy = Uniform(0.5, min_k=4, scores=scores)
         losses = []
         for sliced in (False, True):
             model = made("cnn", policy)
             parallel = DistributedDataParallel(torch.compile(model) if compiled else model)
-            traffic = fx_approx.distributed.register(parallel) if sliced else None
+            traffic = fx_approx.distributed.enable_sparse_allreduce(parallel) if sliced else None
             optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
             losses.append([])
             for turn in range(8):

@@ -22,8 +22,8 @@ from .hoisting import (
     training_step,
 )
 
-SCOPES = ("site", "value", "group")
-SCORES = ("weight", "stale", "uniform")
+SCOPES = ("layer", "value", "group")
+SCORES = ("weight", "ema", "uniform")
 SAMPLERS = ("topk", "systematic", "bernoulli")
 
 # A Latin square: every pair of scope, score and sampler for every network; all of the cross with ``-m slow``.
@@ -40,9 +40,9 @@ def built(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple
 def check(name: str, scope: str, scores: str, sampler: str, seed: int) -> None:
     model, x = built(name, seed)
     policy = Layers(sampler, 0.5, scores, scope)
-    steps = 3 if scores == "stale" else 2  # the first is exact
+    steps = 3 if scores == "ema" else 2  # the first is exact
     hoisted = assert_hoisting_changes_nothing(model, policy, x, steps=steps, seed=seed)
-    result = fx_approx.verify(hoisted, x)
+    result = fx_approx.analysis.verify(hoisted, x)
     assert result.hoisted
     assert result.passed, str(result)
     assert result.tolerance == 1e-10
@@ -68,15 +68,15 @@ def test_hoisting_changes_no_number_in_all_combinations(
 @pytest.mark.parametrize("name", ["written-attention", "stacked-heads", "dense", "grouped"])
 def test_products_of_activations_sampled_too(name: str, scope: str) -> None:
     """Their selectors read activations: with fewer heads they would choose other pairs."""
-    for scores, sampler in (("weight", "topk"), ("weight", "systematic"), ("stale", "topk")):
+    for scores, sampler in (("weight", "topk"), ("weight", "systematic"), ("ema", "topk")):
         model, x = built(name)
-        assert_hoisting_changes_nothing(model, Uniform(sampler, 0.5, scores=scores, share=scope), x, steps=3)
+        assert_hoisting_changes_nothing(model, Uniform(0.5, sampler, scores=scores, scope=scope), x, steps=3)
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_papers_policy(name: str) -> None:
     model, x = built(name)
-    policy = Paper(0.4, sampler="systematic", scores="weight", share="group")
+    policy = Paper(0.4, sampler="systematic", scores="weight", scope="group")
     assert_hoisting_changes_nothing(model, policy, x, steps=1)
 
 
@@ -93,20 +93,20 @@ def test_other_ratios(name: str, ratio: float) -> None:
 NARROW: dict[tuple[str, str], set[str]] = {
     # Only conv2 reads conv1; the stream is read by the next block's conv1 and by the addition. In the last block
     # one reader follows: the classifier, through the pool. Block 5 has a stream of its own, read by block 6.
-    ("post-activation", "site"): {"4.conv1", "5.conv1", "6.conv1", "6.conv2"},
+    ("post-activation", "layer"): {"4.conv1", "5.conv1", "6.conv1", "6.conv2"},
     # At value scope conv1 and shortcut of block 5 agree.
     ("post-activation", "value"): {"4.conv1", "4.conv2", "5.conv1", "6.conv1", "6.conv2"},
     # All of the network; the stem too, since its stream is the first stage's.
     ("post-activation", "group"): {
         *("0", "4.conv1", "4.conv2", "5.conv1", "5.conv2", "5.shortcut.0", "6.conv1", "6.conv2"),
     },
-    ("vgg", "site"): {"features.0", "features.4", "classifier.0"},
-    ("gated", "site"): {"up1", "up2", "up3", "down2"},
+    ("vgg", "layer"): {"features.0", "features.4", "classifier.0"},
+    ("gated", "layer"): {"up1", "up2", "up3", "down2"},
     ("gated", "group"): {"up1", "up2", "up3", "down1", "down2"},
-    ("fused-heads", "site"): {"qkv", "up"},
-    ("written-attention", "site"): {"q", "k", "v", "out"},
-    ("stacked-heads", "site"): {"qkv"},
-    ("plain-residual", "site"): {"a", "c"},
+    ("fused-heads", "layer"): {"qkv", "up"},
+    ("written-attention", "layer"): {"q", "k", "v", "out"},
+    ("stacked-heads", "layer"): {"qkv"},
+    ("plain-residual", "layer"): {"a", "c"},
     ("plain-residual", "group"): {"stem", "a", "b", "c"},
     ("dense", "value"): {
         *("stem", "transition.2", "layers.0.conv1", "layers.1.conv1", "layers.2.conv1"),
@@ -134,7 +134,7 @@ def test_who_computes_fewer_outputs(name: str, scope: str) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_a_wider_scope_never_computes_more(name: str, scope: str) -> None:
     model, x = built(name)
-    found = [narrow_values(fx_approx.transform(model, Layers(share=s), x)) for s in ("site", scope)]
+    found = [narrow_values(fx_approx.transform(model, Layers(scope=s), x)) for s in ("layer", scope)]
     assert found[0]
     assert found[0] <= found[1]
 
@@ -143,22 +143,22 @@ def test_a_wider_scope_never_computes_more(name: str, scope: str) -> None:
 def test_float32_within_rounding(name: str) -> None:
     model, x = built(name, dtype=torch.float32)
     hoisted = assert_hoisting_changes_nothing(model, Layers("systematic", 0.5, "weight", "group"), x, tolerance=2e-4)
-    assert fx_approx.verify(hoisted, x).passed
+    assert fx_approx.analysis.verify(hoisted, x).passed
 
 
 def test_evaluation_is_exact() -> None:
     for name in NETS:
         model, x = built(name)
         expected = model.eval()(x)
-        approx = fx_approx.transform(model, Layers(share="group"), x).eval()
+        approx = fx_approx.transform(model, Layers(scope="group"), x).eval()
         assert torch.equal(approx(x), expected), name
 
 
 def test_another_batch_size_than_the_examples() -> None:
     for name in NETS:
         model, x = built(name)
-        for scope in ("site", "group"):
-            hoisted, whole = pair(model, Layers(share=scope), x)
+        for scope in ("layer", "group"):
+            hoisted, whole = pair(model, Layers(scope=scope), x)
             for other in (x[:1].repeat(2, *[1] * (x.dim() - 1)), torch.cat([x, x])):
                 one, two = training_step(hoisted, other).outputs[0], training_step(whole, other).outputs[0]
                 assert one.shape == two.shape
@@ -180,7 +180,7 @@ def test_an_example_of_one_row() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 4, 4, dtype=torch.float64)
     for scope in SCOPES:
-        hoisted, whole = pair(Merged().double(), Layers("systematic", share=scope), x[:1])
+        hoisted, whole = pair(Merged().double(), Layers("systematic", scope=scope), x[:1])
         for one, two in zip(hoisted(x), whole(x), strict=True):
             torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
 
@@ -188,12 +188,12 @@ def test_an_example_of_one_row() -> None:
 def test_verify_finds_a_wrong_number() -> None:
     """The oracle's own check: a hoisted graph that is wrong by a hair."""
     model, x = built("post-activation")
-    approx = fx_approx.transform(model, Layers(share="group"), x)
-    assert fx_approx.verify(approx, x).passed
+    approx = fx_approx.transform(model, Layers(scope="group"), x)
+    assert fx_approx.analysis.verify(approx, x).passed
     runtime = approx._fx_approx
     exact = runtime.function
     runtime.function = lambda root, *args: exact(root, *args) * (1 + 1e-8)
-    result = fx_approx.verify(approx, x)
+    result = fx_approx.analysis.verify(approx, x)
     assert not result.passed
     assert result.worst.kind in ("output", "loss", "gradient")
     runtime.function = exact
@@ -202,7 +202,7 @@ def test_verify_finds_a_wrong_number() -> None:
 def test_verify_finds_wrong_statistics_beside_a_large_buffer() -> None:
     model, x = built("post-activation")
     model.register_buffer("mask", torch.full((2,), float("-inf")))
-    approx = fx_approx.transform(model, Layers(share="group"), x)
+    approx = fx_approx.transform(model, Layers(scope="group"), x)
     runtime = approx._fx_approx
     exact = runtime.function
 
@@ -212,7 +212,7 @@ def test_verify_finds_wrong_statistics_beside_a_large_buffer() -> None:
         return result
 
     runtime.function = wrong
-    result = fx_approx.verify(approx, x)
+    result = fx_approx.analysis.verify(approx, x)
     assert not result.passed
     assert result.worst.kind == "statistics"
 
@@ -232,8 +232,8 @@ class Labels(torch.nn.Module):
 def test_verify_takes_indices_masks_and_complex_numbers_for_what_they_are() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 8, dtype=torch.float64)
-    approx = fx_approx.transform(Labels().double(), Layers(share="value"), x)
-    result = fx_approx.verify(approx, x)
+    approx = fx_approx.transform(Labels().double(), Layers(scope="value"), x)
+    result = fx_approx.analysis.verify(approx, x)
     assert result.hoisted
     assert result.passed, str(result)
     runtime = approx._fx_approx
@@ -246,7 +246,7 @@ def test_verify_takes_indices_masks_and_complex_numbers_for_what_they_are() -> N
             return tuple(made)
 
         runtime.function = other
-        result = fx_approx.verify(approx, x)
+        result = fx_approx.analysis.verify(approx, x)
         assert not result.passed
         assert max(result.differences, key=lambda one: one.relative * (one.kind == "output")).name == str(place)
     runtime.function = exact
@@ -254,15 +254,15 @@ def test_verify_takes_indices_masks_and_complex_numbers_for_what_they_are() -> N
 
 def test_verify_leaves_everything_as_it_was() -> None:
     model, x = built("squeeze-excite")
-    approx = fx_approx.transform(model, Layers("systematic", scores="stale", share="group"), x)
+    approx = fx_approx.transform(model, Layers("systematic", scores="ema", scope="group"), x)
     for _ in range(2):
         training_step(approx, x)
     before = {name: t.clone() for name, t in approx.state_dict().items()}
-    state, random = fx_approx.sampler_state(approx), torch.get_rng_state()
+    state, random = fx_approx.sampler_state_dict(approx), torch.get_rng_state()
     graph = approx._fx_approx.function
-    assert fx_approx.verify(approx, x).passed
+    assert fx_approx.analysis.verify(approx, x).passed
     assert all(torch.equal(t, before[name]) for name, t in approx.state_dict().items())
-    assert fx_approx.sampler_state(approx) == state
+    assert fx_approx.sampler_state_dict(approx) == state
     assert torch.equal(torch.get_rng_state(), random)
     assert approx._fx_approx.function is graph
     assert all(p.grad is None for p in approx.parameters())

@@ -161,7 +161,7 @@ def net(name: str) -> tuple[Between, Tensor]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_between_two_convolutions(name: str) -> None:
-    for scope in ("site", "value", "group"):
+    for scope in ("layer", "value", "group"):
         for sampler, ratio in (("topk", 0.5), ("systematic", 0.4), ("topk", 0.01)):
             model, x = net(name)
             hoisted = assert_hoisting_changes_nothing(model, Layers(sampler, ratio, "weight", scope), x, steps=1)
@@ -191,8 +191,8 @@ class Heads(nn.Module):
 def test_a_mask_for_each_head(positional: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 8, dtype=torch.float64)
-    for scope in ("site", "value"):
-        assert_hoisting_changes_nothing(Heads(positional).double(), Layers(share=scope), x, steps=1)
+    for scope in ("layer", "value"):
+        assert_hoisting_changes_nothing(Heads(positional).double(), Layers(scope=scope), x, steps=1)
 
 
 def sequence(*layers: nn.Module) -> nn.Module:
@@ -222,13 +222,13 @@ def padded(mode: str, inputs: int = 3, groups: int = 1) -> nn.Module:
     ids=lambda layers: str(layers.__code__.co_firstlineno),
 )
 def test_layers_in_a_row(layers: Callable[[], tuple[nn.Module, ...]]) -> None:
-    for scope in ("site", "value", "group"):
+    for scope in ("layer", "value", "group"):
         torch.manual_seed(2)
         model = sequence(*layers())
         dims = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}[type(model[0])]
         x = torch.randn(2, 3, *[6] * dims, dtype=torch.float64)
         for sampler in ("topk", "systematic"):
-            assert_hoisting_changes_nothing(model, Layers(sampler, share=scope), x, steps=1)
+            assert_hoisting_changes_nothing(model, Layers(sampler, scope=scope), x, steps=1)
 
 
 def test_a_hooked_layer_sees_all_channels() -> None:
@@ -237,7 +237,7 @@ def test_a_hooked_layer_sees_all_channels() -> None:
     seen = []
     model[2].register_forward_hook(lambda module, args, output: seen.append((args[0].shape[1], output.shape[1])))
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    hoisted = assert_hoisting_changes_nothing(model, Layers(share="group"), x, steps=1)
+    hoisted = assert_hoisting_changes_nothing(model, Layers(scope="group"), x, steps=1)
     assert set(seen) == {(8, 8)}
     assert not narrow_producers(hoisted)
 
@@ -253,7 +253,7 @@ def test_outputs_are_whole() -> None:
             return {"out": self.b(hidden), "features": hidden}
 
     x = torch.randn(3, 6, dtype=torch.float64)
-    hoisted = assert_hoisting_changes_nothing(Both().double(), Layers(share="group"), x)
+    hoisted = assert_hoisting_changes_nothing(Both().double(), Layers(scope="group"), x)
     assert hoisted(x)["features"].shape == (3, 8)
     assert not narrow_producers(hoisted)
 
@@ -269,7 +269,7 @@ def test_a_model_named_like_a_method() -> None:
             return self.b(self.view(self.pool(self.a(x))))
 
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    hoisted = assert_hoisting_changes_nothing(Named().double(), Layers(share="value"), x)
+    hoisted = assert_hoisting_changes_nothing(Named().double(), Layers(scope="value"), x)
     assert narrow_producers(hoisted) == {"a"}
 
 
@@ -278,12 +278,12 @@ def test_straight_through_and_gradient_roles_stay_whole() -> None:
     torch.manual_seed(0)
     model = sequence(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    spec = fx_approx.SamplerSpec("topk", 0.5, scores="weight")
-    plan = fx_approx.explain(model, Layers(share="value"), x).plan
-    through = plan.edit("2", spec, straight_through=True, share="value")
+    spec = fx_approx.SamplerConfig("topk", 0.5, scores="weight")
+    plan = fx_approx.explain(model, Layers(scope="value"), x).plan
+    through = plan.edit("2", spec, straight_through=True, scope="value")
     hoisted = assert_hoisting_changes_nothing(model, through, x, steps=1)
     assert narrow_producers(hoisted) == set()  # layer 2 reads all, and computes all for its gradients
-    roles = plan.edit("2", {"output": spec, "grad_weight": fx_approx.SamplerSpec("systematic", 0.5)})
+    roles = plan.edit("2", {"output": spec, "grad_weight": fx_approx.SamplerConfig("systematic", 0.5)})
     assert_hoisting_changes_nothing(model, roles, x, steps=1)
 
 
@@ -295,9 +295,9 @@ def test_an_activation_in_place_behind_a_layer_that_stays_whole(size: int, memor
     model = sequence(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 1))
     model = model.to(memory_format=memory_format)
     x = torch.randn(2, 3, size, size, dtype=torch.float64).to(memory_format=memory_format)
-    plan = fx_approx.explain(model, Layers(share="value"), x).plan
-    spec = fx_approx.SamplerSpec("topk", 0.5, scores="weight")
-    plan = plan.edit("1", spec, straight_through=True, share="value")
+    plan = fx_approx.explain(model, Layers(scope="value"), x).plan
+    spec = fx_approx.SamplerConfig("topk", 0.5, scores="weight")
+    plan = plan.edit("1", spec, straight_through=True, scope="value")
     assert_hoisting_changes_nothing(model, plan, x, steps=1)
 
 
@@ -319,7 +319,7 @@ def test_what_is_changed_in_place_is_not_a_part_of_what_is_always_whole() -> Non
     torch.manual_seed(0)
     model, x = ChangedCopy().double(), torch.randn(2, 8, 3, 3, dtype=torch.float64)
     model.stem.register_forward_hook(lambda module, args, output: None)
-    hoisted = assert_hoisting_changes_nothing(model, Layers(share="value"), x, steps=1)
+    hoisted = assert_hoisting_changes_nothing(model, Layers(scope="value"), x, steps=1)
     assert narrow_producers(hoisted) == set()
 
 
@@ -340,5 +340,5 @@ class PartReadTwice(nn.Module):
 def test_a_part_of_a_split_that_is_taken_twice() -> None:
     torch.manual_seed(0)
     model, x = PartReadTwice().double(), torch.randn(2, 8, 3, 3, dtype=torch.float64)
-    for share in ("site", "value", "group"):
-        assert_hoisting_changes_nothing(model, Layers(share=share), x, steps=1)
+    for scope in ("layer", "value", "group"):
+        assert_hoisting_changes_nothing(model, Layers(scope=scope), x, steps=1)

@@ -206,8 +206,8 @@ POLICIES = st.builds(
     Layers,
     sampler=st.sampled_from(["topk", "systematic", "bernoulli"]),
     ratio=st.sampled_from([0.1, 0.3, 0.5, 0.8]),
-    scores=st.sampled_from(["weight", "stale", "uniform"]),
-    share=st.sampled_from(["site", "value", "group"]),
+    scores=st.sampled_from(["weight", "ema", "uniform"]),
+    scope=st.sampled_from(["layer", "value", "group"]),
 )
 
 
@@ -220,10 +220,10 @@ def check(program: Program, policy: Layers, seed: int) -> None:
         assert any(words in str(error) for words in ("inplace", "in-place", "view size is not compatible")), error
         return
     exact = copy.deepcopy(model).eval()
-    hoisted = assert_hoisting_changes_nothing(model, policy, x, steps=1 + (policy.scores == "stale"), seed=seed)
+    hoisted = assert_hoisting_changes_nothing(model, policy, x, steps=1 + (policy.scores == "ema"), seed=seed)
     exact.load_state_dict(hoisted.state_dict())
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.StaleStatisticsWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.BatchNormWarning)
         assert torch.equal(hoisted.eval()(x.clone()), exact(x.clone()))
 
 
@@ -246,5 +246,5 @@ def test_the_programs_hoist() -> None:
     first, norm, second = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
     steps = [Step(_call, (0,), layer=first), Step(_call, (1,), layer=norm), Step(_call, (2,), layer=second)]
     model = Program(steps, (3,), nn.Linear(4 * SIZE * SIZE, 3), None)
-    approx = fx_approx.transform(model, Layers(share="value"), torch.randn(2, 3, SIZE, SIZE))
+    approx = fx_approx.transform(model, Layers(scope="value"), torch.randn(2, 3, SIZE, SIZE))
     assert [name for name, _ in approx._fx_approx.stages] == ["capture", "share", "demand"]

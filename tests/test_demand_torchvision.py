@@ -12,8 +12,8 @@ import fx_approx
 from .hoisting import Layers, assert_hoisting_changes_nothing, narrow_producers, narrow_values
 from .test_torchvision import MODELS
 
-SCOPES = ("site", "value", "group")
-SCORES = ("weight", "stale", "uniform")
+SCOPES = ("layer", "value", "group")
+SCORES = ("weight", "ema", "uniform")
 SAMPLERS = ("topk", "systematic", "bernoulli")
 
 # Layers that compute fewer outputs, at least so many by scope.
@@ -58,11 +58,11 @@ def test_hoisting_changes_no_number(name: str, scope: str, seed: int) -> None:
     model, x = build(name, seed, torch.float64)
     scores, sampler = SCORES[(seed + SCOPES.index(scope)) % 3], SAMPLERS[seed]
     policy = Layers(sampler, 0.5, scores, scope)
-    hoisted = assert_hoisting_changes_nothing(model, policy, x, steps=2 if scores == "stale" else 1, seed=seed)
+    hoisted = assert_hoisting_changes_nothing(model, policy, x, steps=2 if scores == "ema" else 1, seed=seed)
     least = LEAST[name][SCOPES.index(scope)]
     assert len(narrow_producers(hoisted)) >= least
     assert narrow_values(hoisted)
-    result = fx_approx.verify(hoisted, x)
+    result = fx_approx.analysis.verify(hoisted, x)
     assert result.hoisted
     assert result.passed, str(result)
 
@@ -71,13 +71,13 @@ def test_hoisting_changes_no_number(name: str, scope: str, seed: int) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "swin_t"])
 def test_float32_within_rounding(name: str) -> None:
     model, x = build(name, 0, torch.float32)
-    hoisted = assert_hoisting_changes_nothing(model, Layers("systematic", share="group"), x, steps=1, tolerance=5e-3)
-    assert fx_approx.verify(hoisted, x).passed
+    hoisted = assert_hoisting_changes_nothing(model, Layers("systematic", scope="group"), x, steps=1, tolerance=5e-3)
+    assert fx_approx.analysis.verify(hoisted, x).passed
 
 
 def test_a_residual_network_shrinks_whole() -> None:
     """The quick one: all convolutions of a resnet18 at scope group, none of its numbers changed."""
     model, x = build("resnet18", 0, torch.float64)
-    hoisted = assert_hoisting_changes_nothing(model, Layers("topk", share="group"), x, steps=1)
+    hoisted = assert_hoisting_changes_nothing(model, Layers("topk", scope="group"), x, steps=1)
     layers = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     assert narrow_producers(hoisted) == layers

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fx_approx import CacheWarning
+from fx_approx.errors import CacheWarning
 from fx_approx.utils import disk_cache
 from fx_approx.utils.disk_cache import DiskCache, cache_folder
 

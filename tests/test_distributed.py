@@ -20,7 +20,7 @@ import fx_approx
 from fx_approx import distributed
 from fx_approx.distributed.hook import Part
 from fx_approx.distributed.slices import find_slices
-from fx_approx.policies import Roles, Uniform
+from fx_approx.policies import GradientSampling, Uniform
 
 from .models import CalledTwice, Tied
 from .ranks import run
@@ -104,12 +104,12 @@ def test_four_ranks(tmp_path: Path) -> None:
 def test_what_differs_between_ranks_is_named_on_all_of_them(two: Path, name: str) -> None:
     messages = [result for result, _ in left(two, name)]
     assert messages[0] == messages[1]
-    assert re.search(f"^DisagreementError: {ODD[name]}", messages[0]), messages[0]
+    assert re.search(f"^DistributedMismatchError: {ODD[name]}", messages[0]), messages[0]
 
 
 def test_micro_batches_of_stale_scores_need_a_held_selection(two: Path) -> None:
     (first, _), (second, _) = left(two, "micro batches")
-    assert "no_sync: stale scores" in first["message"] and "fx_approx.hold(model)" in first["message"]
+    assert "no_sync: ema scores" in first["message"] and "fx_approx.reuse_selection(model)" in first["message"]
     for one, other in zip(first["parameters"], second["parameters"], strict=True):
         assert torch.equal(one, other)
 
@@ -247,7 +247,7 @@ def plan_of(model: nn.Module, x: Any, policy: Any) -> tuple[dict[str, Any], dict
     return {own.name: own for own in sliced.values()}, whole
 
 
-WEIGHT = Uniform("topk", 0.5, minimal_k=1, scores="weight", share="value")
+WEIGHT = Uniform(0.5, min_k=1)
 
 
 def test_a_weight_that_is_used_twice_is_reduced_whole() -> None:
@@ -258,7 +258,7 @@ def test_a_weight_that_is_used_twice_is_reduced_whole() -> None:
 
 def test_what_is_not_known_on_all_ranks_is_reduced_whole() -> None:
     x = torch.randn(8, 3, 8, 8)
-    for policy in (Uniform("topk", 0.5, minimal_k=1), Roles.backward(0.5)):
+    for policy in (Uniform(0.5, min_k=1, scores="online"), GradientSampling.backward(0.5)):
         sliced, whole = plan_of(MODELS["cnn"](), x, policy)
         assert not sliced and len(whole) >= 3
         assert all("not made ahead" in reason for reason in whole.values())
@@ -266,12 +266,12 @@ def test_what_is_not_known_on_all_ranks_is_reduced_whole() -> None:
 
 @pytest.mark.usefixtures("alone")
 def test_what_has_no_slice_is_said_once() -> None:
-    model = fx_approx.transform(MODELS["mlp"](), Uniform("topk", 0.5, minimal_k=1), torch.randn(8, 3, 8, 8))
+    model = fx_approx.transform(MODELS["mlp"](), Uniform(0.5, min_k=1, scores="online"), torch.randn(8, 3, 8, 8))
     wrapped = DistributedDataParallel(model)
     with pytest.warns(
-        fx_approx.NoEffectWarning, match="no gradient has a slice: all are reduced whole, such as 1: its sel"
+        fx_approx.errors.NoEffectWarning, match="no gradient has a slice: all are reduced whole, such as 1: its sel"
     ):
-        traffic = distributed.register(wrapped)
+        traffic = distributed.enable_sparse_allreduce(wrapped)
     wrapped(torch.randn(8, 3, 8, 8)).sum().backward()
     assert traffic.sent == traffic.dense == traffic.predicted
 
@@ -280,9 +280,11 @@ def test_what_has_no_slice_is_said_once() -> None:
 def test_a_gradient_beside_the_selection_is_noticed() -> None:
     model = made("mlp")
     wrapped = DistributedDataParallel(model)
-    distributed.register(wrapped)
+    distributed.enable_sparse_allreduce(wrapped)
     loss = wrapped(torch.randn(8, 3, 8, 8)).sum() + model[3].weight.square().sum()  # type: ignore[index, union-attr, operator]
-    with pytest.raises(fx_approx.DisagreementError, match=r"the gradient of 3\.weight is not zero outside"):
+    with pytest.raises(
+        fx_approx.errors.DistributedMismatchError, match=r"the gradient of 3\.weight is not zero outside"
+    ):
         loss.backward()
 
 
@@ -312,9 +314,9 @@ def test_bad_input(arguments: str, options: dict[str, Any], error: type[Exceptio
     model = MODELS["mlp"]() if arguments == "exact" else made("mlp")
     given = model if arguments == "plain" else DistributedDataParallel(model)
     with pytest.raises(error, match=message):
-        distributed.register(given, **options)
+        distributed.enable_sparse_allreduce(given, **options)
     if arguments == "ddp":
-        distributed.register(given)  # nothing had been changed
+        distributed.enable_sparse_allreduce(given)  # nothing had been changed
 
 
 @pytest.mark.parametrize("axes", ["rows", "columns", "both"])
@@ -340,19 +342,19 @@ def test_a_slice_comes_back_where_it_was(shape: tuple[int, ...], last: bool, axe
 
 def test_what_would_be_sent_is_told_without_a_process_group() -> None:
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
-    model = fx_approx.transform(net, Uniform("topk", 0.5, scores="weight", share="value"), torch.randn(2, 8))
+    model = fx_approx.transform(net, Uniform(0.5), torch.randn(2, 8))
     dense = 4 * (8 * 16 + 16 + 16 * 16 + 16 + 16 * 4 + 4)
     # Half of the columns of each, and the rows that the next one reads.
     saved = 4 * (8 * 16 - 4 * 8 + 16 * 16 - 8 * 8 + 16 * 4 - 8 * 4)
-    traffic = fx_approx.distributed.planned(model)
+    traffic = fx_approx.distributed.estimate_traffic(model)
     assert (traffic.dense, traffic.predicted, traffic.sent) == (dense, dense - saved, None)
     assert "sent" in str(traffic) and "0.weight" in str(traffic)
-    fx_approx.set_ratio(model, 1.0)
+    fx_approx.set_sampling(model, 1.0)
     assert traffic.predicted == dense
     model[2].weight.requires_grad_(False)
-    fx_approx.set_ratio(model, 0.5)
-    frozen = fx_approx.distributed.planned(model)
+    fx_approx.set_sampling(model, 0.5)
+    frozen = fx_approx.distributed.estimate_traffic(model)
     assert frozen.dense == dense - 4 * 16 * 16
     assert frozen.predicted == frozen.dense - saved + 4 * (16 * 16 - 8 * 8)
     with pytest.raises(TypeError, match=r"model: expected what .* returned, got 3"):
-        fx_approx.distributed.planned(3)
+        fx_approx.distributed.estimate_traffic(3)

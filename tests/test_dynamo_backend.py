@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fx_approx
-from fx_approx import SamplerSpec
+from fx_approx import SamplerConfig
 from fx_approx._compat import retraces_autocast
-from fx_approx.policies import Override, Paper, Roles, Uniform
+from fx_approx.policies import GradientSampling, Override, Paper, Uniform
 
-VALUE = Uniform("topk", 0.5, scores="weight", share="value")
+VALUE = Uniform(0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def sampled_inputs(layer: nn.Linear) -> int:
     return int((layer.weight.grad != 0).any(0).sum())
 
 
-@pytest.mark.parametrize("policy", [VALUE, Uniform("systematic", 0.5, scores="weight", share="group"), Paper(0.5)])
+@pytest.mark.parametrize("policy", [VALUE, Uniform(0.5, "systematic", scope="group"), Paper(0.5)])
 def test_samples_gradients_and_statistics_are_those_of_the_transform(policy: Any) -> None:
     model = ConvNet()
     twin = copy.deepcopy(model)
@@ -115,7 +115,7 @@ def test_ratio_one_gives_the_inner_backend_the_very_graph() -> None:
         compiled: Callable[..., Any] = torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
         return compiled
 
-    compiled = torch.compile(model, backend=fx_approx.backend(Uniform("topk", 1.0), inner=inner))
+    compiled = torch.compile(model, backend=fx_approx.backend(Uniform(1.0, scores="online"), inner=inner))
     exact = torch.compile(twin, backend=inner)
     assert all(map(torch.equal, gradients(model, compiled, x), gradients(twin, exact, x)))
     assert len(graphs) == 2 and graphs[0] == graphs[1]
@@ -139,7 +139,7 @@ def test_evaluation_is_exact_and_each_mode_compiles_once() -> None:
 
 def test_a_layer_in_evaluation_mode_is_exact() -> None:
     model, x = Block(), torch.randn(16, 32)
-    backend = fx_approx.backend(Uniform("topk", 0.5, scores="weight"), inner="aot_eager")
+    backend = fx_approx.backend(Uniform(0.5, scope="layer"), inner="aot_eager")
     compiled = torch.compile(model, backend=backend)
     gradients(model, compiled, x)
     assert (sampled_inputs(model.fc2), sampled_inputs(model.fc3)) == (32, 32)
@@ -151,7 +151,7 @@ def test_a_layer_in_evaluation_mode_is_exact() -> None:
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_more_instances_of_a_class_than_the_recompile_limit_are_each_sampled_by_themselves() -> None:
     blocks = [Block() for _ in range(4)]
-    backend = fx_approx.backend(Uniform("systematic", 0.5, scores="uniform"), inner="aot_eager")
+    backend = fx_approx.backend(Uniform(0.5, "systematic", scores="uniform", scope="layer"), inner="aot_eager")
     for block in blocks:
         block.compile(backend=backend)
     x = torch.randn(4, 32)
@@ -203,7 +203,7 @@ def test_each_graph_of_a_broken_model_is_rewritten_and_demand_stops_between() ->
 def test_batches_of_any_size_share_one_graph(dynamic: bool | None) -> None:
     model, twin = Block(), Block()
     twin.load_state_dict(model.state_dict())
-    policy = Uniform("systematic", 0.5, scores="uniform", share="value")
+    policy = Uniform(0.5, "systematic", scores="uniform")
     backend = fx_approx.backend(policy, inner="aot_eager")
     compiled = torch.compile(model, backend=backend, dynamic=dynamic)
     approx = fx_approx.transform(twin, policy, torch.randn(4, 32))
@@ -215,7 +215,7 @@ def test_batches_of_any_size_share_one_graph(dynamic: bool | None) -> None:
 
 @pytest.mark.parametrize(
     "policy",
-    [Uniform("topk", 0.5, scores="stale", share="value"), Roles(grad_weight=SamplerSpec("topk", 0.5, scores="stale"))],
+    [Uniform(0.5, scores="ema"), GradientSampling(grad_weight=SamplerConfig("topk", 0.5, scores="ema"))],
 )
 def test_scores_that_learn_begin_with_a_step_that_is_not_compiled(policy: Any) -> None:
     model, twin = Block(), Block()
@@ -262,10 +262,10 @@ def test_switches_take_the_pieces() -> None:
     compiled = torch.compile(model, backend=backend)
     gradients(model, compiled, x)
     (piece,) = backend.pieces
-    fx_approx.set_ratio(piece, 0.25)
+    fx_approx.set_sampling(piece, 0.25)
     gradients(model, compiled, x)
     assert sampled_inputs(model.fc3) == 16
-    assert fx_approx.sampler_state(piece)["seed"] == 3
+    assert fx_approx.sampler_state_dict(piece)["seed"] == 3
     with pytest.raises(TypeError, match="cannot be pickled"):
         copy.copy(piece).__reduce_ex__(2)
 
@@ -309,13 +309,13 @@ def test_modes_inside_the_forward_are_kept(inner: str) -> None:
     found = []
     if inner != "eager" and not retraces_autocast():
         backend = fx_approx.backend(VALUE, inner=inner)
-        with pytest.warns(fx_approx.CaptureWarning, match="stays exact: autocast inside the forward"):
+        with pytest.warns(fx_approx.errors.CaptureWarning, match="stays exact: autocast inside the forward"):
             exact = gradients(model, torch.compile(model, backend=backend, fullgraph=True), x)
         torch.testing.assert_close(exact, gradients(model, model, x), rtol=0.02, atol=1e-3)
         return
     for demand in (True, False):
         torch._dynamo.reset()
-        backend = fx_approx.backend(VALUE, inner=inner, demand=demand)
+        backend = fx_approx.backend(VALUE, inner=inner, prune_unread=demand)
         found.append(gradients(model, torch.compile(model, backend=backend, fullgraph=True), x))
         assert sampled_inputs(model.low.fc2) == sampled_inputs(model.high.fc2) == 32
     torch.testing.assert_close(*found, rtol=0.02, atol=1e-3)
@@ -341,7 +341,7 @@ def test_attention_of_torch_is_taken_apart_and_whole_heads_are_left_out(batch_fi
     found = []
     for demand in (True, False):
         torch._dynamo.reset()
-        backend = fx_approx.backend(VALUE, inner="aot_eager", demand=demand)
+        backend = fx_approx.backend(VALUE, inner="aot_eager", prune_unread=demand)
         found.append(gradients(model, torch.compile(model, backend=backend, fullgraph=True), x, y))
     torch.testing.assert_close(*found, rtol=0, atol=1e-12)
     torch._dynamo.reset()
@@ -352,7 +352,7 @@ def test_attention_of_torch_is_taken_apart_and_whole_heads_are_left_out(batch_fi
     assert report["cross.out_proj"].samples[0].unit == 8
     # With all heads kept the parts are the exact layer.
     torch._dynamo.reset()
-    ratio = fx_approx.backend(Override({"last": VALUE}, Uniform("topk", 1.0)), inner="aot_eager")
+    ratio = fx_approx.backend(Override({"last": VALUE}, Uniform(1.0, scores="online")), inner="aot_eager")
     compiled = torch.compile(model, backend=ratio)
     model.last.eval()
     found = [gradients(model, compiled, x, y), gradients(model, model, x, y)]

@@ -16,12 +16,12 @@ import fx_approx
 from fx_approx.policies import Uniform
 from fx_approx.runtime.checkpoints import CHECKPOINT_KEY, Checkpoint, outlined
 
-VALUE = Uniform("topk", 0.5, scores="weight", share="value")
+VALUE = Uniform(0.5)
 POLICIES = {
     "value": VALUE,
-    "online": Uniform("topk", 0.5),
-    "random": Uniform("systematic", 0.5, scores="uniform"),
-    "stale": Uniform("topk", 0.5, scores="stale", share="value"),
+    "online": Uniform(0.5, scores="online"),
+    "random": Uniform(0.5, "systematic", scores="uniform", scope="layer"),
+    "ema": Uniform(0.5, scores="ema"),
 }
 NAMES = ["first", "middle", "second", "head"]
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fx_approx
 from fx_approx.policies import Uniform
 
-POLICY = Uniform("topk", 0.5, scores="weight", share="value")
+POLICY = Uniform(0.5)
 
 
 class _Net(nn.Module):  # Dynamo does not look into a Sequential that is called from torch's own code

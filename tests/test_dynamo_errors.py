@@ -11,7 +11,7 @@ from torch import fx, nn
 import fx_approx
 from fx_approx.policies import Override, Uniform
 
-VALUE = Uniform("topk", 0.5, scores="weight", share="value")
+VALUE = Uniform(0.5)
 
 
 class Block(nn.Module):
@@ -30,9 +30,9 @@ class Block(nn.Module):
         ({"inner": "inductr"}, ValueError, "inner: no backend 'inductr'; there are: .*inductor"),
         ({"inner": 3}, TypeError, "inner: expected the name of a backend or a callable, got 3"),
         ({"policy": 0.5}, TypeError, "policy: expected a policy such as"),
-        ({"demand": "yes"}, TypeError, "demand: expected True or False, got 'yes'"),
+        ({"prune_unread": "yes"}, TypeError, "prune_unread: expected True or False, got 'yes'"),
         ({"seed": 0.5}, TypeError, "seed: expected an integer"),
-        ({"every": 0}, ValueError, "every: expected an integer from 1"),
+        ({"selection_interval": 0}, ValueError, "selection_interval: expected an integer from 1"),
         ({"mode": "fastest"}, RuntimeError, "mode"),
     ],
 )
@@ -44,13 +44,17 @@ def test_bad_arguments_are_refused_at_construction(arguments: Any, error: type[E
 def test_a_call_by_hand_is_a_clear_error() -> None:
     gm = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
     gm.graph.call_function(torch.nn.functional.linear)
-    with pytest.raises(fx_approx.CaptureError, match=r"torch\.compile\(model, backend=fx_approx\.backend\(policy\)\)"):
+    with pytest.raises(
+        fx_approx.errors.CaptureError, match=r"torch\.compile\(model, backend=fx_approx\.backend\(policy\)\)"
+    ):
         fx_approx.backend(VALUE)(gm, [])
 
 
 def test_a_rule_that_no_graph_has_a_layer_for_is_in_the_report() -> None:
     model = Block()
-    backend = fx_approx.backend(Override({"nowhere": VALUE, "fc2": Uniform("topk", 0.25)}, VALUE), inner="aot_eager")
+    backend = fx_approx.backend(
+        Override({"nowhere": VALUE, "fc2": Uniform(0.25, scores="online")}, VALUE), inner="aot_eager"
+    )
     torch.compile(model, backend=backend)(torch.randn(4, 32))
     notes = backend.report().notes
     assert any("'nowhere'" in note for note in notes) and not any("'fc2'" in note for note in notes)

@@ -15,8 +15,8 @@ from torch.nn.utils import parametrizations
 import fx_approx
 from fx_approx.policies import Override, Uniform
 
-VALUE = Uniform("topk", 0.5, scores="weight", share="value")
-EXACT = Uniform("topk", 1.0, scores="weight")
+VALUE = Uniform(0.5)
+EXACT = Uniform(1.0, scope="layer")
 X = torch.randn(6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
@@ -86,7 +86,7 @@ def test_changes_in_place_between_hoisted_layers(name: str, shape: tuple[int, ..
     found = []
     for demand in (True, False):
         torch._dynamo.reset()
-        found.append(step(model, compiled(model, demand=demand)[0], X.view(shape)))
+        found.append(step(model, compiled(model, prune_unread=demand)[0], X.view(shape)))
     torch.testing.assert_close(*found, rtol=0, atol=1e-12)
 
 
@@ -106,9 +106,9 @@ def test_settings_outlive_another_shape(kind: str) -> None:
     call, backend = compiled(model)
     step(model, call, X)
     if kind == "off":
-        fx_approx.set_enabled(backend.pieces[0], False)
+        fx_approx.set_sampling(backend.pieces[0], enabled=False)
     else:
-        fx_approx.set_ratio(backend.pieces[0], 0.25)
+        fx_approx.set_sampling(backend.pieces[0], 0.25)
     step(model, call, X[:4])
     assert model.c.weight.grad is not None
     assert int((model.c.weight.grad != 0).any(0).sum()) == (16 if kind == "off" else 4)
@@ -121,7 +121,7 @@ def test_more_ratios_than_torch_compiles_go_on_uncompiled() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for kept in range(1, limit + 3):
-            fx_approx.set_ratio(backend.pieces[0], kept / 16) if backend.pieces else None
+            fx_approx.set_sampling(backend.pieces[0], kept / 16) if backend.pieces else None
             step(model, call, X)
             if kept > 1:
                 assert int((model.c.weight.grad != 0).any(0).sum()) == kept  # type: ignore[union-attr]
@@ -279,7 +279,7 @@ class Transformed(Net):
 def test_function_transforms_inside_stay_exact_and_leave_nothing_behind() -> None:
     model = Transformed()
     call, _ = compiled(model)
-    with pytest.warns(fx_approx.CaptureWarning, match="a graph stays exact: it contains"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="a graph stays exact: it contains"):
         found = step(model, call, X)
     torch.testing.assert_close(found, step(model, model, X))
     other = Net()
@@ -299,7 +299,7 @@ class Data(Net):
 def test_what_cannot_be_traced_a_second_time_runs_exactly() -> None:
     model = Data()
     call, _ = compiled(model)
-    with pytest.warns(fx_approx.CaptureWarning, match="a graph stays exact"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="a graph stays exact"):
         found = [step(model, call, X) for _ in range(2)]
     torch.testing.assert_close(found[0], step(model, model, X))
     torch.testing.assert_close(found[1], found[0])

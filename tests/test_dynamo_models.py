@@ -17,7 +17,7 @@ from fx_approx.policies import Uniform
 # Dynamo looks at it on the tensors that it resumes with.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
-VALUE = Uniform("topk", 0.5, scores="weight", share="value")
+VALUE = Uniform(0.5)
 Made = tuple[nn.Module, dict[str, Tensor]]
 
 
@@ -122,7 +122,7 @@ def test_training_samples_by_module_path_and_hoisting_changes_no_number(
     for demand in (True, False):
         torch._dynamo.reset()
         model.load_state_dict(state)
-        backend = fx_approx.backend(VALUE, inner="aot_eager", demand=demand)
+        backend = fx_approx.backend(VALUE, inner="aot_eager", prune_unread=demand)
         compiled = torch.compile(model, backend=backend)
         found.append([step(model, compiled, inputs) for _ in range(2)])
         report = backend.report()
@@ -142,7 +142,7 @@ def test_training_samples_by_module_path_and_hoisting_changes_no_number(
 def test_ratio_one_is_bitwise_the_inner_backend_and_evaluation_is_exact(make: Callable[[], Made]) -> None:
     model, inputs = make()
     twin = copy.deepcopy(model)
-    ours = torch.compile(model, backend=fx_approx.backend(Uniform("topk", 1.0, scores="weight"), inner="aot_eager"))
+    ours = torch.compile(model, backend=fx_approx.backend(Uniform(1.0, scope="layer"), inner="aot_eager"))
     theirs = torch.compile(twin, backend="aot_eager")
     found = []
     for one, call in ((model, ours), (twin, theirs)):

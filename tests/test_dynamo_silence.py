@@ -19,7 +19,7 @@ from fx_approx.policies import Exact, Paper, Uniform
 # Dynamo looks at it on the tensors that it resumes with.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
-VALUE = Uniform("topk", 0.5, scores="weight", share="value")
+VALUE = Uniform(0.5)
 X = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
 
 
@@ -165,7 +165,7 @@ def test_one_module_at_two_paths_is_one_layer() -> None:
     assert [row.name for row in sampling.report().rows if row.op == "linear"] == ["up", "down", "down#2"]
 
 
-@pytest.mark.filterwarnings("ignore::fx_approx.CaptureWarning")
+@pytest.mark.filterwarnings("ignore::fx_approx.errors.CaptureWarning")
 def test_a_graph_with_vmap_warns_once_and_its_report_is_of_the_whole_step() -> None:
     model = Mapped()
     call, sampling = compiled(model)
@@ -196,12 +196,12 @@ def test_a_report_outlives_the_model() -> None:
 
 def test_a_policy_that_samples_nothing_warns() -> None:
     call, sampling = compiled(Pair(), Exact())
-    with pytest.warns(fx_approx.NoEffectWarning, match="a graph stays exact: asked for"):
+    with pytest.warns(fx_approx.errors.NoEffectWarning, match="a graph stays exact: asked for"):
         call(X).sum().backward()
     assert [row.reason for row in sampling.report().rows] == ["asked for", "asked for"]
     torch._dynamo.reset()
     call, _ = compiled(nn.Sequential(nn.Linear(12, 3)), Paper())
-    with pytest.warns(fx_approx.NoEffectWarning, match="classifier"):
+    with pytest.warns(fx_approx.errors.NoEffectWarning, match="classifier"):
         call(X).sum().backward()
 
 
@@ -285,7 +285,7 @@ def test_compiling_a_container_of_torch_in_place_samples_or_says_that_it_does_no
         assert len(sampling.pieces) == 1 and all(row.samples for row in sampling.report().rows)
         return
     with pytest.warns(
-        fx_approx.CaptureWarning, match=r"Sequential\.compile\(\) compiles nothing.*torch\.compile\(model"
+        fx_approx.errors.CaptureWarning, match=r"Sequential\.compile\(\) compiles nothing.*torch\.compile\(model"
     ):
         model.compile(backend=sampling)
     model(X).sum().backward()

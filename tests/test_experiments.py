@@ -191,7 +191,7 @@ def test_fine_tuning_begins_with_the_weights_of_another_configuration(
         scripts.run.main([*arguments, "--only", "exact"])
     assert "expected the weights of 'exact', seed 0, of tiny" in capsys.readouterr().err
     # What a budget chooses depends on them, what it saves and costs likewise.
-    budget = "variants.exact={policy={kind='flops', budget=0.7, minimal_k=4, granularity=4}}"
+    budget = "variants.exact={policy={kind='flops', budget=0.7, min_k=4, round_to=4}}"
     with pytest.raises(SystemExit):
         scripts.run.main([*arguments, "--only", "exact", "--report", "--set", budget])
     assert capsys.readouterr().err.startswith("fine.toml: start: expected the weights of 'exact'")
@@ -248,7 +248,7 @@ def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
 ) -> None:
     given: list[Any] = []
     trained: list[torch.Tensor] = []
-    measure, step, transform = fx_approx.measure_sensitivity, scripts.training.Run.step, scripts.variants.approximate
+    measure, step, transform = fx_approx.analysis.sensitivity, scripts.training.Run.step, scripts.variants.approximate
 
     def measured(model: torch.nn.Module, batches: Any, *rest: Any, **options: Any) -> Any:
         before, random = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
@@ -266,10 +266,10 @@ def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
         trained.append(x)
         return step(run, x, *rest)
 
-    monkeypatch.setattr(fx_approx, "measure_sensitivity", measured)
+    monkeypatch.setattr(fx_approx, "sensitivity", measured)
     monkeypatch.setattr(scripts.variants, "approximate", approximate)
     monkeypatch.setattr(scripts.training.Run, "step", trains)
-    policy = "{kind='flops', budget=0.7, minimal_k=4, granularity=4}"
+    policy = "{kind='flops', budget=0.7, min_k=4, round_to=4}"
     (run,) = runner("moving", more=[f"--set=variants.moving={{policy={policy}, sensitivity=2}}"])
     batches, found, chosen = given
     assert chosen.sensitivity is found and run["errors"] == found.errors and set(found.errors) == {"fc1", "fc2"}
@@ -318,7 +318,7 @@ def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
         ),
         ("variants.moving.sensitivity=2", "'moving'.sensitivity: expected 0 without a budget for all layers, got 2"),
         (
-            "variants.exact={policy={kind='flops', budget=0.7, minimal_k=4, granularity=4}, sensitivity=9}",
+            "variants.exact={policy={kind='flops', budget=0.7, min_k=4, round_to=4}, sensitivity=9}",
             "'exact': sensitivity: expected at most the 6 batches of an epoch, got 9",
         ),
         ("variants.exact.frozen=['x.*']", "variants.'exact': frozen: expected a glob on parameters such as"),

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import fx_approx
 from fx_approx.policies import Paper, Uniform
 
-ALL = Uniform("topk", 1.0)
-HALF = Uniform("systematic", 0.5)
+ALL = Uniform(1.0, scores="online")
+HALF = Uniform(0.5, "systematic", scores="online")
 
 Forward = Callable[..., Any]
 
@@ -182,8 +182,8 @@ def made(body: Forward) -> Model:
 
 def quietly(model: nn.Module, *args: Any, **options: Any) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
-        warnings.simplefilter("ignore", fx_approx.NoEffectWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.NoEffectWarning)
         return fx_approx.transform(model, *args, **options)
 
 
@@ -252,7 +252,7 @@ def test_an_attribute_changed_later_counts(body: Forward, name: str, value: Any,
 def test_an_attribute_changed_later_is_said_once_and_layers_stay_sampled() -> None:
     approx, x = fx_approx.transform(made(scaled), HALF), torch.randn(8, 16)
     approx.temp = 2.0
-    with pytest.warns(fx_approx.CaptureWarning, match="attribute temp of .* was changed"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="attribute temp of .* was changed"):
         approx(x).sum().backward()
     assert (approx.q.weight.grad.abs().sum(0) == 0).sum() == 8
     approx(x)
@@ -287,7 +287,7 @@ def test_hooks_added_to_a_container_later_run() -> None:
     x, seen = torch.randn(4, 8), []
     approx = fx_approx.transform(nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8)), HALF)
     handle = approx[0].register_forward_hook(lambda module, args, output: seen.append(output))
-    with pytest.warns(fx_approx.CaptureWarning, match="a Sequential got hooks"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="a Sequential got hooks"):
         approx(x)
     assert len(seen) == 1
     handle.remove()
@@ -298,13 +298,13 @@ def test_hooks_added_to_a_container_later_run() -> None:
 def test_a_child_added_later_runs() -> None:
     approx, x = fx_approx.transform(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), HALF), torch.randn(4, 8)
     approx.append(nn.Softmax(-1))
-    with pytest.warns(fx_approx.CaptureWarning, match="a child of a ApproxSequential was changed"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="a child of a ApproxSequential was changed"):
         torch.testing.assert_close(approx(x).sum(-1), torch.ones(4))
 
 
 def test_a_copy_made_while_held_is_not_held() -> None:
     approx, x = fx_approx.transform(made(scaled), HALF), torch.randn(8, 16)
-    with fx_approx.hold(approx):
+    with fx_approx.reuse_selection(approx):
         twin = copy.deepcopy(approx)
     assert not torch.equal(twin(x), twin(x))
 

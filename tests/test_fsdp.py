@@ -31,7 +31,7 @@ SAME = [
 FOUR = ["four copies", "four shards"]
 TOLERANCE = 1e-10
 KNOWN = "FSDP2-wrapped module|BatchNorm statistics were gathered while sampling"
-UNTOLD = r"is sharded by fully_shard.*call fx_approx.distributed.register_sharded\(model\) after the last fully_shard"
+UNTOLD = r"is sharded by fully_shard.*call fx_approx.distributed.enable_fsdp\(model\) after the last fully_shard"
 REFUSED = {
     "not sharded": "ValueError: model: fully_shard was called on no part of ApproxVit; call it first",
     "no module": "TypeError: model: expected a transformed model under fully_shard, got str",
@@ -41,7 +41,7 @@ REFUSED = {
     "unregistered layers online": rf"RuntimeError: a weight of shape \[48, 192\] {UNTOLD}",
     "turns": "ValueError: model: one and two take turns in the graph.*call fully_shard on the module around them",
     "hooked": "ValueError: model: blocks.1 has hooks of its own",
-    "other seed": "DisagreementError: rank 1: seed is '1', and '0' on the others",
+    "other seed": "DistributedMismatchError: rank 1: seed is '1', and '0' on the others",
     "placed": r"ValueError: model: 3.weight is placed as \(Replicate.*expected one Shard",
     "late": "CaptureError: model: FSDPVit is sharded; transform first, then fully_shard",
     "verify": "ValueError: model: .*verify before fully_shard",

@@ -22,7 +22,7 @@ def test_gathers_and_norms_are_fused_into_their_neighbours() -> None:
     layers = conv(32, 64, 3), norm(64), nn.ReLU(), conv(64, 64, 3), norm(64), nn.ReLU(), conv(64, 32, 3)
     model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
     x = torch.randn(4, 32, 16, 16).to(memory_format=torch.channels_last)
-    policy = Uniform("topk", 0.5, scores="weight", share="value")
+    policy = Uniform(0.5)
     compiled = torch.compile(fx_approx.transform(model, policy, x), fullgraph=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

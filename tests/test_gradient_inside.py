@@ -88,7 +88,7 @@ class Convolved(Dense):
 def energies(model: nn.Module, x: Tensor, delta: Tensor, direction: Tensor) -> tuple[float, float]:
     """How the energy moves along ``direction`` under one sample, by differences and by the gradient."""
     step = 1e-6
-    with fx_approx.hold(model):
+    with fx_approx.reuse_selection(model):
         up, down = (model(x, delta + sign * step * direction)[0].item() for sign in (1, -1))
         gradient = model(x, delta)[1]
     return (up - down) / (2 * step), (gradient * direction).sum().item()
@@ -106,13 +106,13 @@ def prepared(kind: type[Dense], inside: bool, mark: str, ask: str) -> tuple[Dens
 
 @pytest.mark.parametrize("kind", [Dense, Convolved])
 @pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("share", ["site", "value", "group"])
-def test_the_gradient_is_that_of_the_sampled_function(kind: type[Dense], inside: bool, share: str) -> None:
+@pytest.mark.parametrize("scope", ["layer", "value", "group"])
+def test_the_gradient_is_that_of_the_sampled_function(kind: type[Dense], inside: bool, scope: str) -> None:
     for mark, ask, demand in itertools.product(("new name", "same name", "retained"), ASKS, (True, False)):
         model, x, delta, direction = prepared(kind, inside, mark, ask)
         delta.requires_grad_(mark == "retained")
-        policy = Uniform("topk", 0.5, scores="weight", share=share)
-        approx = fx_approx.transform(model, policy, (x, delta), demand=demand)
+        policy = Uniform(0.5, scope=scope)
+        approx = fx_approx.transform(model, policy, (x, delta), prune_unread=demand)
         moved, predicted = energies(approx, x, delta, direction)
         assert predicted == pytest.approx(moved, rel=1e-5, abs=1e-7), (mark, ask, demand)
         exact = model(x, delta)[1]
@@ -124,10 +124,10 @@ def test_the_gradient_is_that_of_the_sampled_function(kind: type[Dense], inside:
 def test_second_derivatives_are_those_of_the_sampled_function(kind: type[Dense], inside: bool) -> None:
     """A loss of the gradient moves with the parameters as its gradient says."""
     model, x, delta, _ = prepared(kind, inside, "new name", "grad")
-    approx = fx_approx.transform(model, Uniform("topk", 0.5, scores="uniform", share="group"), (x, delta))
+    approx = fx_approx.transform(model, Uniform(0.5, scores="uniform", scope="group"), (x, delta))
     weight = approx.second.weight
     direction, step = torch.randn_like(weight), 1e-6
-    with fx_approx.hold(approx):
+    with fx_approx.reuse_selection(approx):
         (gradient,) = torch.autograd.grad(approx(x, delta)[1].square().sum(), weight)
         losses = []
         for sign in (1, -2):
@@ -149,15 +149,15 @@ class Handing(nn.Module):
         return self.last(self.second(hidden).relu() + hidden), hidden.contiguous()
 
 
-@pytest.mark.parametrize("share", ["site", "value", "group"])
-def test_the_gradient_of_an_output_that_is_read_on(share: str) -> None:
+@pytest.mark.parametrize("scope", ["layer", "value", "group"])
+def test_the_gradient_of_an_output_that_is_read_on(scope: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 6)
     found = []
     for demand in (True, False):
-        policy = Uniform("topk", 0.5, scores="weight", share=share)
+        policy = Uniform(0.5, scope=scope)
         torch.manual_seed(1)
-        approx = fx_approx.transform(Handing(), policy, x, demand=demand)
+        approx = fx_approx.transform(Handing(), policy, x, prune_unread=demand)
         output, hidden = approx(x)
         found.append(torch.autograd.grad(output.square().sum(), hidden)[0])
     assert found[0].abs().max() > 0
@@ -179,10 +179,10 @@ def test_a_hook_inside_changes_the_whole_gradient() -> None:
     found = []
     for demand in (True, False):
         torch.manual_seed(1)
-        policy = Uniform("topk", 0.5, scores="weight", share="value")
+        policy = Uniform(0.5)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", fx_approx.CaptureWarning)
-            approx = fx_approx.transform(Watched(), policy, x, demand=demand)
+            warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
+            approx = fx_approx.transform(Watched(), policy, x, prune_unread=demand)
         found.append(torch.autograd.grad(approx(x)[0].square().sum(), approx.first.weight)[0])
     assert found[0].abs().max() > 0
     torch.testing.assert_close(found[0], found[1])
@@ -211,7 +211,7 @@ def test_functional_gradients_stay_untraced_with_a_warning(how: str) -> None:
     torch.manual_seed(0)
     model = Functional(how).double()
     x, delta, direction = (torch.randn(3, 6, dtype=torch.float64) for _ in range(3))
-    with pytest.warns(fx_approx.CaptureWarning):
-        approx = fx_approx.transform(model, Uniform("topk", 0.5, scores="weight", share="value"), (x, delta))
+    with pytest.warns(fx_approx.errors.CaptureWarning):
+        approx = fx_approx.transform(model, Uniform(0.5), (x, delta))
     moved, predicted = energies(approx, x, delta, direction)
     assert predicted == pytest.approx(moved, rel=1e-5)

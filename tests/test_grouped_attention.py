@@ -55,6 +55,6 @@ def test_hoisted_equals_whole(heads: int, options: dict[str, int], narrowed: set
     model = Grouped(heads, **options).double()
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     for seed in range(3):
-        policy = Layers(share="value", sampler=sampler, ratio=0.34 if heads == 3 else 0.5)
+        policy = Layers(scope="value", sampler=sampler, ratio=0.34 if heads == 3 else 0.5)
         hoisted = assert_hoisting_changes_nothing(model, policy, x, seed=seed)
         assert narrow_producers(hoisted) == narrowed

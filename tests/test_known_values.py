@@ -15,7 +15,7 @@ from fx_approx.policies import Uniform
 
 from .models import same, train_step
 
-VALUE = Uniform("topk", 0.5, scores="weight", share="value")
+VALUE = Uniform(0.5)
 
 
 class Net(nn.Module):
@@ -110,7 +110,7 @@ def test_it_is_traced_and_exact_where_sampling_is_off(body: Any) -> None:
     model = Net(body)
     approx = fx_approx.transform(model, VALUE, inputs())  # a CaptureWarning would be an error here
     assert approx._fx_approx.graph is not None
-    fx_approx.set_enabled(approx, False)
+    fx_approx.set_sampling(approx, enabled=False)
     for batch in (4, 3, 1, 7):  # no batch size is in the graph
         x = inputs(batch)
         assert same(train_step(approx.train(), x), train_step(model.train(), x))
@@ -120,7 +120,7 @@ def test_it_is_traced_and_exact_where_sampling_is_off(body: Any) -> None:
 @each_body
 def test_not_computing_what_no_one_reads_changes_no_number(body: Any) -> None:
     model = Net(body)
-    models = [fx_approx.transform(model, VALUE, inputs(), demand=demand) for demand in (True, False)]
+    models = [fx_approx.transform(model, VALUE, inputs(), prune_unread=demand) for demand in (True, False)]
     (one, grads), (other, others) = (train_step(approx, inputs()) for approx in models)
     torch.testing.assert_close(one, other)
     assert grads.keys() == others.keys()
@@ -131,7 +131,7 @@ def test_not_computing_what_no_one_reads_changes_no_number(body: Any) -> None:
 @pytest.mark.parametrize("body", [chunks, starred, assigned, filled], ids=lambda body: body.__name__)
 def test_it_compiles(body: Any) -> None:
     approx = fx_approx.transform(Net(body), VALUE, inputs())
-    with fx_approx.hold(approx):
+    with fx_approx.reuse_selection(approx):
         expected = train_step(approx, inputs())
         torch._dynamo.reset()
         found = train_step(torch.compile(approx, backend="aot_eager"), inputs())
@@ -144,11 +144,11 @@ def test_it_compiles(body: Any) -> None:
 def test_another_length_runs_the_models_own_python(body: Any) -> None:
     model = Net(body)
     approx = fx_approx.transform(model, VALUE, inputs())
-    fx_approx.set_enabled(approx, False)
+    fx_approx.set_sampling(approx, enabled=False)
     shorter = inputs(4, 5)
     assert same(approx(shorter), model(shorter))
-    fx_approx.set_enabled(approx, True)
-    with pytest.warns(fx_approx.CaptureWarning, match="axis 1 of input x is not 6 long"):
+    fx_approx.set_sampling(approx, enabled=True)
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="axis 1 of input x is not 6 long"):
         approx(shorter)
 
 
@@ -163,7 +163,7 @@ def test_pieces_of_the_batch_are_guarded_by_the_batch() -> None:
 
     model = Net(halves)
     approx = fx_approx.transform(model, VALUE, inputs(4))
-    with pytest.warns(fx_approx.CaptureWarning, match="axis 0 of input x is not 4 long"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="axis 0 of input x is not 4 long"):
         assert approx(inputs(3)).shape[0] == 3
 
 
@@ -171,7 +171,7 @@ def test_a_loop_over_the_batch_is_not_unrolled() -> None:
     def rows(net: Any, x: Tensor) -> Tensor:
         return torch.stack([net.d(net.a(row)) for row in x])
 
-    with pytest.warns(fx_approx.CaptureWarning, match="it depends on the size of the batch"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="it depends on the size of the batch"):
         fx_approx.transform(Net(rows), VALUE, inputs(4))
 
 
@@ -181,7 +181,7 @@ def test_a_branch_that_asks_for_the_batch_is_not_frozen(example: int) -> None:
         return net.d(net.a(x)) * (2 if x.shape[0] == 4 else 1)
 
     model = Net(single)
-    with pytest.warns(fx_approx.CaptureWarning, match="batch"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="batch"):
         approx = fx_approx.transform(model, VALUE, inputs(example)).eval()
     for batch in (1, 2, 4):
         assert torch.equal(approx(inputs(batch)), model.eval()(inputs(batch)))
@@ -194,7 +194,7 @@ def test_squeeze_sees_a_batch_of_one() -> None:
 
     model = Net(squeezed)
     approx = fx_approx.transform(model, VALUE, inputs(4))
-    fx_approx.set_enabled(approx, False)
+    fx_approx.set_sampling(approx, enabled=False)
     for batch in (4, 1, 2):
         assert torch.equal(approx(inputs(batch)), model(inputs(batch)))
 
@@ -205,7 +205,7 @@ def test_a_slice_that_clamps_is_guarded() -> None:
 
     model = Net(head)
     approx = fx_approx.transform(model, VALUE, inputs(4, 6))
-    fx_approx.set_enabled(approx, False)
+    fx_approx.set_sampling(approx, enabled=False)
     for length in (6, 12, 3):
         assert torch.equal(approx(inputs(4, length)), model(inputs(4, length)))
 
@@ -217,7 +217,7 @@ def test_data_types_that_were_asked_for_are_guarded() -> None:
 
     model = Net(typed)
     approx = fx_approx.transform(model, VALUE, inputs())
-    fx_approx.set_enabled(approx, False)
+    fx_approx.set_sampling(approx, enabled=False)
     assert torch.equal(approx(inputs()), model(inputs()))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(approx(inputs()), model(inputs()))
@@ -238,14 +238,14 @@ def test_containers_of_inputs_are_what_they_are() -> None:
     for example in ({"x": inputs(), "y": inputs(4) * 2}, [inputs(), inputs() + 1, inputs() - 1]):
         model = Fused()
         approx = fx_approx.transform(model, VALUE, (example,))
-        fx_approx.set_enabled(approx, False)
+        fx_approx.set_sampling(approx, enabled=False)
         assert torch.equal(approx(example), model(example))
         more: Any = {**example, "z": inputs()} if isinstance(example, dict) else [*example, inputs()]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", fx_approx.CaptureWarning)
+            warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
             assert torch.equal(approx(more), model(more))
 
 
 def test_without_example_inputs_nothing_is_known() -> None:
-    with pytest.warns(fx_approx.CaptureWarning, match="without example_inputs"):
-        fx_approx.transform(Net(starred), Uniform("topk", 0.5))
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="without example_inputs"):
+        fx_approx.transform(Net(starred), Uniform(0.5, scores="online"))

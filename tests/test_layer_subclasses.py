@@ -110,14 +110,14 @@ def network(own: bool) -> nn.Sequential:
     return model
 
 
-@pytest.mark.parametrize("share", ["site", "value", "group"])
-def test_subclasses_are_sampled_and_hoisted_as_the_layers_that_they_are(share: str) -> None:
+@pytest.mark.parametrize("scope", ["layer", "value", "group"])
+def test_subclasses_are_sampled_and_hoisted_as_the_layers_that_they_are(scope: str) -> None:
     x = torch.randn(4, 3, 8, 8)
     results = []
     for own in (False, True):
         torch.manual_seed(0)
         exact = network(own)
-        approx = fx_approx.transform(exact, Uniform("topk", 0.5, scores="weight", share=share), x)
+        approx = fx_approx.transform(exact, Uniform(0.5, scope=scope), x)
         loss = approx(x).square().sum()
         gradients = torch.autograd.grad(loss, list(approx.parameters()))
         results.append((fx_approx.report(approx).totals, loss, gradients))
@@ -130,7 +130,7 @@ def test_subclasses_are_sampled_and_hoisted_as_the_layers_that_they_are(share: s
 def test_a_swapped_layer_keeps_what_its_class_adds() -> None:
     x = torch.randn(4, 3, 8, 8)
     exact = network(True)
-    approx = fx_approx.transform(exact, Uniform("topk", 0.5, scores="weight", share="value"), x)
+    approx = fx_approx.transform(exact, Uniform(0.5), x)
     copies = {"itself": approx, "deepcopy": copy.deepcopy(approx), "pickle": pickle.loads(pickle.dumps(approx))}
     torch.manual_seed(1)
     expected = approx(x)
@@ -140,7 +140,7 @@ def test_a_swapped_layer_keeps_what_its_class_adds() -> None:
             assert layer_type(one) is layer_type(kind)
         assert model[3].step() == (1, 1) and model[3].note == "mine", name
         assert {type(one) for one in fx_approx.restore(model)} == {type(one) for one in exact}
-    fresh = fx_approx.transform(exact, Uniform("topk", 0.5, scores="weight", share="value"), x)
+    fresh = fx_approx.transform(exact, Uniform(0.5), x)
     torch.testing.assert_close(copy.deepcopy(fresh)(x), expected)
     torch.testing.assert_close(pickle.loads(pickle.dumps(fresh))(x), expected)
 
@@ -163,8 +163,8 @@ def test_what_a_subclass_computes_otherwise_is_computed(kind: type[nn.Module]) -
     else:
         model, x = nn.Sequential(nn.Linear(6, 4), kind(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.randn(2, 6)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
-        approx = fx_approx.transform(model, Uniform("topk", 1.0, scores="weight", share="value"), x)
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
+        approx = fx_approx.transform(model, Uniform(1.0), x)
     torch.testing.assert_close(approx(x), model(x))
 
 
@@ -180,9 +180,9 @@ def test_video_network_of_subclasses_is_hoisted() -> None:
     from torchvision.models.video import r3d_18
 
     model, x = r3d_18(weights=None), torch.randn(2, 3, 2, 16, 16)
-    approx = fx_approx.transform(model, Uniform("topk", 0.5, scores="weight", share="group"), x)
+    approx = fx_approx.transform(model, Uniform(0.5, scope="group"), x)
     assert all(row.samples for row in fx_approx.report(approx).rows)
-    assert fx_approx.verify(approx, x).passed
+    assert fx_approx.analysis.verify(approx, x).passed
     block = approx.layer2[0]
     assert isinstance(block.conv1[0], type(model.layer2[0].conv1[0]))
     assert block.conv1[0].get_downsample_stride(2) == (2, 2, 2)

@@ -22,20 +22,20 @@ from fx_approx.policies import Uniform
 
 from .models import ZOO, Cnn, Tied, loss_of, mlp, same, tensors, train_step
 
-RANDOM = Uniform("systematic", 0.5)
+RANDOM = Uniform(0.5, "systematic", scores="online")
 every_model = pytest.mark.parametrize("name", ZOO)
 
 
 def transformed(model: nn.Module, policy: Any = RANDOM, **options: Any) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
         return fx_approx.transform(model, policy, **options)
 
 
 def quiet_eval(model: Any) -> Any:
     """``model.eval()``; BatchNorm statistics do not matter here."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.StaleStatisticsWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.BatchNormWarning)
         return model.eval()
 
 
@@ -50,18 +50,18 @@ def check_equal_and_independent(original: Any, twin: Any, x: Any) -> None:
     assert type(twin).__mro__[1:] == type(original).__mro__[1:]
     assert list(twin.state_dict()) == list(original.state_dict())
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in original.parameters()}
-    assert fx_approx.sampler_state(twin) == fx_approx.sampler_state(original)
+    assert fx_approx.sampler_state_dict(twin) == fx_approx.sampler_state_dict(original)
     for _ in range(2):
         assert same(train_step(twin, x), train_step(original, x))
     before = copy.deepcopy(original.state_dict())
-    state = fx_approx.sampler_state(original)
+    state = fx_approx.sampler_state_dict(original)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.add_(1)
     twin(x)
-    fx_approx.set_ratio(twin, 0.25)
+    fx_approx.set_sampling(twin, 0.25)
     assert same(dict(original.state_dict()), dict(before))
-    assert fx_approx.sampler_state(original) == state
+    assert fx_approx.sampler_state_dict(original) == state
     selectors = original._fx_approx.selectors.values()
     assert {selector.spec.ratio for selector in selectors} == {0.5}
     quiet_eval(twin)  # pickling and copying lose no connection to the own training flags
@@ -82,7 +82,7 @@ def test_deepcopy_is_equal_and_independent(name: str) -> None:
 @pytest.mark.parametrize("way", ["pickle", "torch.save"])
 def test_the_whole_model_can_be_pickled(name: str, way: str) -> None:
     build, inputs = ZOO[name]
-    approx, x = transformed(build(), seed=7, every=2), inputs()
+    approx, x = transformed(build(), seed=7, selection_interval=2), inputs()
     train_step(approx, x)
     approx.zero_grad()
     twin = pickle.loads(pickle.dumps(approx)) if way == "pickle" else saved(approx, weights_only=False)
@@ -91,8 +91,8 @@ def test_the_whole_model_can_be_pickled(name: str, way: str) -> None:
 
 def test_pickling_keeps_ratios_switches_and_flags() -> None:
     approx = fx_approx.transform(mlp(), RANDOM)
-    fx_approx.set_ratio(approx, {"0": 0.25})
-    fx_approx.set_enabled(approx, {"2": False})
+    fx_approx.set_sampling(approx, {"0": 0.25})
+    fx_approx.set_sampling(approx, enabled={"2": False})
     approx[4].eval()
     twin = pickle.loads(pickle.dumps(approx))
     x = torch.randn(6, 12)
@@ -136,7 +136,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> l
 def test_an_optimizer_checkpoint_loads_across(kind: str, to_approx: bool) -> None:
     """Optimiser state is positional: with another order of parameters it would be assigned to the wrong ones."""
     make = optimizers()[kind]
-    exact, approx = Cnn(), fx_approx.transform(Cnn(), Uniform("topk", 1.0))
+    exact, approx = Cnn(), fx_approx.transform(Cnn(), Uniform(1.0, scores="online"))
     source, target = (exact, approx) if to_approx else (approx, exact)
     optimizer = make(source)
     train(source, optimizer, range(3))
@@ -163,8 +163,8 @@ def test_averaged_models(use_buffers: bool, ema: bool) -> None:
         averaged.update_parameters(approx)
         plain.update_parameters(approx)
     assert same(dict(averaged.state_dict()), dict(plain.state_dict()))
-    assert fx_approx.sampler_state(averaged) == {"step": 0, "every": 1, "seed": 3}
-    assert fx_approx.sampler_state(approx)["step"] == 3
+    assert fx_approx.sampler_state_dict(averaged) == {"step": 0, "selection_interval": 1, "seed": 3}
+    assert fx_approx.sampler_state_dict(approx)["step"] == 3
     x = torch.randn(4, 3, 8, 8)
     quiet_eval(averaged.module)
     assert same(tensors(averaged(x)), tensors(plain.eval()(x)))
@@ -188,7 +188,7 @@ def test_data_parallel_training() -> None:
     assert [name for name, _ in wrapped.module.named_buffers()] == [name for name, _ in alone.named_buffers()]
     first, second = (torch.optim.SGD(model.parameters(), 1e-2) for model in (wrapped, alone))
     assert train(wrapped, first, range(3)) == train(alone, second, range(3))
-    assert fx_approx.sampler_state(wrapped) == fx_approx.sampler_state(alone)
+    assert fx_approx.sampler_state_dict(wrapped) == fx_approx.sampler_state_dict(alone)
     assert same(dict(wrapped.module.state_dict()), dict(alone.state_dict()))
     assert fx_approx.report(wrapped).totals.saved > 0
 
@@ -198,15 +198,15 @@ def test_dtype_changes_keep_the_random_state(dtype: torch.dtype) -> None:
     approx = fx_approx.transform(mlp(), RANDOM, seed=2**62 + 1)
     x = torch.randn(6, 12)
     approx(x)
-    state = fx_approx.sampler_state(approx)
+    state = fx_approx.sampler_state_dict(approx)
     approx.to(dtype)
-    assert fx_approx.sampler_state(approx) == state
+    assert fx_approx.sampler_state_dict(approx) == state
     output = approx(x.to(dtype))
     assert output.dtype == dtype
     loss_of(output).backward()
-    assert fx_approx.sampler_state(approx) == {**state, "step": 2}
+    assert fx_approx.sampler_state_dict(approx) == {**state, "step": 2}
     approx.half().double().float().to("cpu")
-    assert fx_approx.sampler_state(approx)["seed"] == 2**62 + 1
+    assert fx_approx.sampler_state_dict(approx)["seed"] == 2**62 + 1
     assert approx(x).dtype == torch.float32
 
 
@@ -219,9 +219,9 @@ def test_converting_a_copy_is_what_converting_the_model_is() -> None:
 
 def test_a_half_cast_of_a_model_that_counts_steps() -> None:
     approx = fx_approx.transform(Cnn(), RANDOM)
-    fx_approx.load_sampler_state(approx, {"step": 123_457, "every": 1, "seed": 0})
+    fx_approx.load_sampler_state_dict(approx, {"step": 123_457, "selection_interval": 1, "seed": 0})
     approx.half()
-    assert fx_approx.sampler_state(approx)["step"] == 123_457, "float16 would give 65504 or inf"
+    assert fx_approx.sampler_state_dict(approx)["step"] == 123_457, "float16 would give 65504 or inf"
 
 
 def test_share_memory_and_type_and_zero_grad_work() -> None:
@@ -234,11 +234,11 @@ def test_share_memory_and_type_and_zero_grad_work() -> None:
 
 
 def test_loading_with_assign_keeps_sampling() -> None:
-    approx = fx_approx.transform(mlp(), Uniform("topk", 0.5))
+    approx = fx_approx.transform(mlp(), Uniform(0.5, scores="online"))
     x = torch.randn(6, 12)
     fresh = mlp()
     approx.load_state_dict(fresh.state_dict(), assign=True)
-    assert torch.equal(approx(x), fx_approx.transform(fresh, Uniform("topk", 0.5))(x))
+    assert torch.equal(approx(x), fx_approx.transform(fresh, Uniform(0.5, scores="online"))(x))
 
 
 def test_tied_weights_survive_training_and_checkpoints() -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fx_approx
-from fx_approx import Plan, Role, SamplerSpec
-from fx_approx.policies import Exact, Override, Roles, Uniform
+from fx_approx import Plan, SamplerConfig
+from fx_approx.core.candidates import Role
+from fx_approx.policies import Exact, GradientSampling, Override, Uniform
 
 from .models import ZOO, Attention, CalledTwice, Tied, loss_of, mlp, same, tensors, train_step
 from .modes import EXACT_FORWARD, MODES, steps, transformed
@@ -69,14 +70,14 @@ def test_a_few_steps_of_training_lower_the_loss(network: str, mode: str) -> None
     model, x, labels = build(), inputs(), torch.randint(4, (16,))
     approx = transformed(model, MODES[mode](0.5))
     optimizer = torch.optim.Adam(approx.parameters(), 2e-2)
-    fx_approx.set_enabled(approx, False)
+    fx_approx.set_sampling(approx, enabled=False)
     before = F.cross_entropy(approx(x), labels).item()
-    fx_approx.set_enabled(approx, True)
+    fx_approx.set_sampling(approx, enabled=True)
     for _ in range(15):
         optimizer.zero_grad()
         F.cross_entropy(approx(x), labels).backward()
         optimizer.step()
-    fx_approx.set_enabled(approx, False)
+    fx_approx.set_sampling(approx, enabled=False)
     assert F.cross_entropy(approx(x), labels).item() < 0.85 * before
 
 
@@ -88,7 +89,7 @@ def test_what_a_mode_leaves_exact(name: str, mode: str) -> None:
     model, x = build(), inputs()
     approx = transformed(copy.deepcopy(model), MODES[mode](1.0))
     assert same(train_step(approx, x), train_step(model, x))
-    fx_approx.set_ratio(approx, 0.4)
+    fx_approx.set_sampling(approx, 0.4)
     model.eval(), approx.eval()
     assert same(train_step(approx, x), train_step(model, x))
     model.train(), approx.train()
@@ -131,10 +132,10 @@ def test_tied_weights_have_the_gradients_of_both_uses(mode: str) -> None:
     torch.testing.assert_close(grads["embedding.weight"], split["embedding.weight"] + split["decoder.weight"])
 
 
-OWN = Roles(
-    SamplerSpec("topk", 0.5, minimal_k=2),
-    SamplerSpec("crs", 0.25, minimal_k=3, scores="weight"),
-    SamplerSpec("systematic", 0.75, minimal_k=5, scores="input"),
+OWN = GradientSampling(
+    SamplerConfig("topk", 0.5, min_k=2),
+    SamplerConfig("crs", 0.25, min_k=3, scores="weight"),
+    SamplerConfig("systematic", 0.75, min_k=5, scores="input"),
 )
 
 
@@ -174,9 +175,11 @@ def test_the_report_counts_what_torch_counts(mode: str, network: str) -> None:
 def test_the_ratio_of_one_product_is_set_alone(role: Role) -> None:
     model, x = mlp(), torch.randn(6, 12)
     approx = fx_approx.transform(copy.deepcopy(model), OWN, x)
-    fx_approx.set_ratio(approx, {"2": 0.9}, role=role)
+    fx_approx.set_sampling(approx, {"2": 0.9}, role=role)
     changed = OWN.roles[role].replace(ratio=0.9)
-    policy = Override({"2": Roles(**{r.value: changed if r is role else s for r, s in OWN.roles.items()})}, OWN)
+    policy = Override(
+        {"2": GradientSampling(**{r.value: changed if r is role else s for r, s in OWN.roles.items()})}, OWN
+    )
     wanted = fx_approx.transform(copy.deepcopy(model), policy, x)
     assert samples(approx, "2") == samples(wanted, "2") != samples(approx, "0")
     assert same(steps(approx, 2, x), steps(wanted, 2, x))
@@ -186,18 +189,18 @@ def test_the_ratio_of_one_product_is_set_alone(role: Role) -> None:
 def test_one_product_is_switched_off_alone(role: Role) -> None:
     model, x = mlp(), torch.randn(6, 12)
     approx = fx_approx.transform(copy.deepcopy(model), OWN, x)
-    fx_approx.set_enabled(approx, False, role=role)
-    without = Roles(**{r.value: spec for r, spec in OWN.roles.items() if r is not role})
+    fx_approx.set_sampling(approx, enabled=False, role=role)
+    without = GradientSampling(**{r.value: spec for r, spec in OWN.roles.items() if r is not role})
     wanted = fx_approx.transform(copy.deepcopy(model), without, x)
     assert role.value not in samples(approx, "2") and samples(approx, "2") == samples(wanted, "2")
     assert same(steps(approx, 2, x), steps(wanted, 2, x))
-    fx_approx.set_enabled(approx, {"2": True}, role=role)
+    fx_approx.set_sampling(approx, enabled={"2": True}, role=role)
     assert role.value in samples(approx, "2") and role.value not in samples(approx, "0")
 
 
 def test_switches_of_a_product_that_is_not_sampled_are_an_error() -> None:
-    approx = fx_approx.transform(mlp(), Roles.weight_gradient())
-    for switch, value in ((fx_approx.set_ratio, 0.5), (fx_approx.set_enabled, False)):
+    approx = fx_approx.transform(mlp(), GradientSampling.weight_gradient())
+    for switch, value in ((fx_approx.set_sampling, 0.5), (fx_approx.set_sampling, False)):
         with pytest.raises(ValueError, match="no sampled layer matches"):
             switch(approx, value, role="grad_input")
         with pytest.raises(ValueError, match="'sideways' is not a valid Role"):
@@ -219,11 +222,13 @@ def test_a_plan_goes_to_json_and_back(mode: str) -> None:
 
 def test_plans_are_edited_by_role() -> None:
     model, x = mlp(), torch.randn(6, 12)
-    spec = SamplerSpec("crs", 0.5)
-    plan = fx_approx.explain(model, Roles.backward(0.5), x).plan
+    spec = SamplerConfig("crs", 0.5)
+    plan = fx_approx.explain(model, GradientSampling.backward(0.5), x).plan
     edited = plan.edit("0", None).edit("2", {Role.GRAD_WEIGHT: spec}).edit("4", spec, straight_through=True)
     assert [dict(decision.roles) for decision in edited] == [{}, {Role.GRAD_WEIGHT: spec}, {Role.OUTPUT: spec}]
-    policy = Override({"0": Exact(), "2": Roles(grad_weight=spec)}, Roles(output=spec, straight_through=True))
+    policy = Override(
+        {"0": Exact(), "2": GradientSampling(grad_weight=spec)}, GradientSampling(output=spec, straight_through=True)
+    )
     approx, wanted = (fx_approx.transform(copy.deepcopy(model), one) for one in (edited, policy))
     assert same(steps(approx, 2, x), steps(wanted, 2, x))
     assert plan["0"].roles, "the plan itself is as it was"
@@ -232,9 +237,9 @@ def test_plans_are_edited_by_role() -> None:
 
 
 def test_other_modes_for_some_layers() -> None:
-    rules = {"0": Roles.weight_gradient(0.5), "2": Uniform("topk", 0.25)}
+    rules = {"0": GradientSampling.weight_gradient(0.5), "2": Uniform(0.25, scores="online")}
     model, x = mlp(), torch.randn(6, 12)
-    approx = fx_approx.transform(copy.deepcopy(model), Override(rules, Roles.straight(0.5)), x)
+    approx = fx_approx.transform(copy.deepcopy(model), Override(rules, GradientSampling.straight(0.5)), x)
     rows = fx_approx.report(approx).rows
     assert [[sample.role.value for sample in row.samples] for row in rows] == [["grad_weight"], ["output"], ["output"]]
     assert [row.straight_through for row in rows] == [False, False, True]
@@ -252,11 +257,11 @@ def test_copies_go_on_as_the_original_does(mode: str, how: Any) -> None:
     x = torch.randn(6, 16)
     approx = transformed(CalledTwice(), MODES[mode](0.5), seed=3)
     steps(approx, 2, x)
-    fx_approx.set_ratio(approx, {"head": 0.25})
+    fx_approx.set_sampling(approx, {"head": 0.25})
     twin = how(approx)
-    assert fx_approx.sampler_state(twin) == fx_approx.sampler_state(approx)
+    assert fx_approx.sampler_state_dict(twin) == fx_approx.sampler_state_dict(approx)
     assert same(steps(twin, 2, x), steps(approx, 2, x))
-    assert fx_approx.sampler_state(twin) == fx_approx.sampler_state(approx)
+    assert fx_approx.sampler_state_dict(twin) == fx_approx.sampler_state_dict(approx)
     assert fx_approx.report(twin) == fx_approx.report(approx)
 
 
@@ -267,39 +272,39 @@ def test_training_resumes_exactly(mode: str) -> None:
     optimizer = torch.optim.Adam(approx.parameters(), 1e-3)
     steps(approx, 3, x, optimizer)
     weights, momenta = copy.deepcopy(approx.state_dict()), copy.deepcopy(optimizer.state_dict())
-    stored = json.loads(json.dumps(fx_approx.sampler_state(approx)))
-    assert bool(stored.get("running")) == (mode == "stale")
+    stored = json.loads(json.dumps(fx_approx.sampler_state_dict(approx)))
+    assert bool(stored.get("running")) == (mode == "ema")
     expected = steps(approx, 3, x, optimizer)
     fresh = transformed(Transformer(), MODES[mode](0.5))
     fresh.load_state_dict(weights)
     resumed = torch.optim.Adam(fresh.parameters(), 1e-3)
     resumed.load_state_dict(momenta)
-    fx_approx.load_sampler_state(fresh, stored)
+    fx_approx.load_sampler_state_dict(fresh, stored)
     assert same(steps(fresh, 3, x, resumed), expected)
-    assert fx_approx.sampler_state(fresh) == fx_approx.sampler_state(approx)
+    assert fx_approx.sampler_state_dict(fresh) == fx_approx.sampler_state_dict(approx)
 
 
 def test_running_norms_matter_for_what_is_drawn() -> None:
-    approx = fx_approx.transform(mlp(), Roles.weight_gradient(0.5, "systematic", "stale"))
+    approx = fx_approx.transform(mlp(), GradientSampling.weight_gradient(0.5, "systematic", "ema"))
     x = torch.randn(6, 5, 12)
     steps(approx, 1, x)
-    state = fx_approx.sampler_state(approx)
+    state = fx_approx.sampler_state_dict(approx)
     assert set(state["running"]) == {"0/grad_weight", "2/grad_weight", "4/grad_weight"}
     norms = state["running"]["2/grad_weight"]
     assert len(norms) == 5 and all(norm > 0 for norm in norms)
     other = {**state, "running": {site: [1.0, 100.0, 1.0, 1.0, 1.0] for site in state["running"]}}
     first = train_step(copy.deepcopy(approx), x)
-    fx_approx.load_sampler_state(approx, other)
+    fx_approx.load_sampler_state_dict(approx, other)
     assert not same(train_step(approx, x), first)
     with pytest.raises(ValueError, match="no running norms are kept at 9/grad_weight"):
-        fx_approx.load_sampler_state(approx, {**state, "running": {"9/grad_weight": [1.0]}})
+        fx_approx.load_sampler_state_dict(approx, {**state, "running": {"9/grad_weight": [1.0]}})
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "stale"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "ema"])
 def test_hold_keeps_the_sample(mode: str) -> None:
-    """Under ``stale`` the numbers are kept, but the norms they are compared with move with every backward pass."""
+    """Under ``ema`` the numbers are kept, but the norms they are compared with move with every backward pass."""
     approx, x = transformed(Attention(), MODES[mode](0.5)), torch.randn(3, 5, 8)
-    with fx_approx.hold(approx):
+    with fx_approx.reuse_selection(approx):
         first, second = train_step(approx, x), train_step(approx, x)
     assert same(first, second) and not same(train_step(approx, x)[1], first[1])
 

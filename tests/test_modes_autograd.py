@@ -18,8 +18,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import fx_approx
-from fx_approx import SamplerSpec
-from fx_approx.policies import Roles
+from fx_approx import SamplerConfig
+from fx_approx.policies import GradientSampling
 from fx_approx.runtime.rng import new_state
 from fx_approx.sampling import Sampler, Selection
 
@@ -55,7 +55,7 @@ models = pytest.mark.parametrize("name", MODELS)
 
 def transformed(model: nn.Module, policy: Any, **options: Any) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
         return fx_approx.transform(model, policy, **options)
 
 
@@ -69,10 +69,10 @@ def gradients(model: nn.Module, x: Tensor, call: Callable[..., Any] | None = Non
     return output.detach(), {"input": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
 
 
-def even(policy: Roles) -> Roles:
+def even(policy: GradientSampling) -> GradientSampling:
     """The same with uniform scores: rounding cannot change a sample."""
     roles = {role.value: spec.replace(scores="uniform") for role, spec in policy.roles.items()}
-    return Roles(**roles, straight_through=policy.straight_through)
+    return GradientSampling(**roles, straight_through=policy.straight_through)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -82,7 +82,7 @@ def test_autocast_and_gradient_scaling(mode: str, name: str, dtype: torch.dtype)
     build, inputs = MODELS[name]
     model, x = build(), inputs()
     approx = transformed(model, even(MODES[mode](0.5)))
-    with fx_approx.hold(approx):
+    with fx_approx.reuse_selection(approx):
         wanted = {key: grad.clone() for key, grad in gradients(approx, x)[1].items() if grad is not None}
         approx.zero_grad(set_to_none=True)
         scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=4.0), torch.optim.SGD(approx.parameters(), 1e-3)
@@ -106,9 +106,9 @@ def test_autocast_and_gradient_scaling(mode: str, name: str, dtype: torch.dtype)
 
 def test_an_overflow_skips_the_step_and_leaves_the_running_norms() -> None:
     """Gradient scaling tries scales that are too large; the infinite gradients of that step teach nothing."""
-    approx, x = fx_approx.transform(mlp(), MODES["stale"](0.5)), torch.randn(6, 12)
+    approx, x = fx_approx.transform(mlp(), MODES["ema"](0.5)), torch.randn(6, 12)
     gradients(approx, x)
-    norms = fx_approx.sampler_state(approx)["running"]
+    norms = fx_approx.sampler_state_dict(approx)["running"]
     scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1e38), torch.optim.SGD(approx.parameters(), 1e-3)
     before = [p.detach().clone() for p in approx.parameters()]
     approx.zero_grad()
@@ -119,7 +119,7 @@ def test_an_overflow_skips_the_step_and_leaves_the_running_norms() -> None:
     scaler.update()
     assert scaler.get_scale() == pytest.approx(0.5e38)
     assert same(before, [p.detach() for p in approx.parameters()])
-    assert fx_approx.sampler_state(approx)["running"] == norms
+    assert fx_approx.sampler_state_dict(approx)["running"] == norms
 
 
 @reentrant
@@ -132,7 +132,7 @@ def test_a_checkpoint_around_the_model_changes_nothing(mode: str, name: str, ree
     for _ in range(2):
         found = gradients(approx, x, lambda x: checkpoint(approx, x, use_reentrant=reentrant))
         assert same(found, gradients(twin, x))
-    assert fx_approx.sampler_state(approx) == fx_approx.sampler_state(twin)
+    assert fx_approx.sampler_state_dict(approx) == fx_approx.sampler_state_dict(twin)
 
 
 @reentrant
@@ -150,7 +150,7 @@ def test_a_checkpoint_inside_the_model_changes_nothing(mode: str, reentrant: boo
 @reentrant
 @modes
 def test_checkpointed_forwards_may_wait_for_their_backward(mode: str, reentrant: bool) -> None:
-    """The running norms of ``stale`` move between a forward and its recomputation; a random count may too."""
+    """The running norms of ``ema`` move between a forward and its recomputation; a random count may too."""
     approx = fx_approx.transform(mlp(), MODES[mode](0.5))
     twin, batches = copy.deepcopy(approx), [torch.randn(6, 12).requires_grad_() for _ in range(2)]
     results = []
@@ -202,10 +202,10 @@ def dual(model: nn.Module, x: Tensor) -> Any:
 def test_what_is_not_supported_while_sampling_says_so(mode: str, sampler: str, transform: str) -> None:
     policy = MODES[mode](0.5)
     roles = {role.value: spec.replace(name=sampler) for role, spec in policy.roles.items()}
-    approx = fx_approx.transform(mlp(), Roles(**roles, straight_through=policy.straight_through))
+    approx = fx_approx.transform(mlp(), GradientSampling(**roles, straight_through=policy.straight_through))
     exact, x = copy.deepcopy(approx), torch.randn(4, 12)
     word = "vmap" if transform == "vmap" else "vmap|forward-mode"
-    with pytest.raises(fx_approx.UnsupportedTransformError, match=rf"(?s)({word}).*model\.eval\(\)"):
+    with pytest.raises(fx_approx.errors.UnsupportedError, match=rf"(?s)({word}).*model\.eval\(\)"):
         TRANSFORMS[transform](approx, x)
     approx.eval()
     found = TRANSFORMS[transform](approx, x)
@@ -217,7 +217,7 @@ def test_what_is_not_supported_while_sampling_says_so(mode: str, sampler: str, t
 def rows(model: nn.Module, x: Tensor) -> Tensor:
     """The Jacobian, row by row, under one sample."""
     found = []
-    with fx_approx.hold(model):
+    with fx_approx.reuse_selection(model):
         for j in range(model(x).numel()):
             x = x.detach().requires_grad_()
             found.append(torch.autograd.grad(model(x).flatten()[j], x)[0])
@@ -237,7 +237,7 @@ def test_a_vectorised_backward_is_right_or_says_that_it_is_not_supported(mode: s
             output = approx(x)
             units = torch.eye(output.numel()).view(-1, *output.shape)
             (found,) = torch.autograd.grad(output, x, units, is_grads_batched=True)
-    except fx_approx.UnsupportedTransformError as error:
+    except fx_approx.errors.UnsupportedError as error:
         assert "vmap" in str(error)
     else:
         torch.testing.assert_close(found.reshape(wanted.shape), wanted)
@@ -278,8 +278,9 @@ def test_a_gradient_penalty_in_backward_mode(
 
     monkeypatch.setattr(Sampler, "draw", recorded)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    policy = Roles(
-        grad_input=SamplerSpec(sampler, 0.5, scores=scores[0]), grad_weight=SamplerSpec(sampler, 0.5, scores=scores[1])
+    policy = GradientSampling(
+        grad_input=SamplerConfig(sampler, 0.5, scores=scores[0]),
+        grad_weight=SamplerConfig(sampler, 0.5, scores=scores[1]),
     )
     approx, x = fx_approx.transform(model, policy), torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
 
@@ -289,7 +290,7 @@ def test_a_gradient_penalty_in_backward_mode(
         loss = output.sin().sum() + (slope.square().sum() - 1).square()
         return torch.autograd.grad(loss, [x, *model.parameters()])
 
-    with fx_approx.hold(approx):
+    with fx_approx.reuse_selection(approx):
         found, again = penalty(approx), penalty(approx)
     torch.testing.assert_close(found, again)
     masks = iter(drawn[:6])
@@ -365,7 +366,7 @@ class WithCheckpoint(nn.Module):
 COMPILED = [
     *(("linear", mode) for mode in MODES),
     *(("mixed", mode) for mode in ("backward", "positions", "combined_straight")),
-    *(("checkpoint", mode) for mode in ("backward", "stale")),
+    *(("checkpoint", mode) for mode in ("backward", "ema")),
 ]
 
 
@@ -379,7 +380,7 @@ def test_a_compiled_model_is_one_graph_with_the_gradients_of_the_eager_one(backe
     eager = transformed(build().double(), MODES[mode](0.5), seed=3)
     approx = copy.deepcopy(eager)
     shape = (6, 2, 5, 5) if name == "mixed" else (6, 12)
-    for model in (eager, approx) if mode == "stale" else ():
+    for model in (eager, approx) if mode == "ema" else ():
         gradients(model, torch.ones(shape, dtype=torch.float64))  # the norms are there before the graph
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(approx, backend=counter, fullgraph=True)
@@ -387,7 +388,7 @@ def test_a_compiled_model_is_one_graph_with_the_gradients_of_the_eager_one(backe
         x = torch.randn(shape, dtype=torch.float64)
         torch.testing.assert_close(gradients(approx, x, compiled), gradients(eager, x), rtol=1e-9, atol=1e-10)
     assert counter.frame_count == 1
-    found, wanted = (dict(fx_approx.sampler_state(model)) for model in (approx, eager))
+    found, wanted = (dict(fx_approx.sampler_state_dict(model)) for model in (approx, eager))
     norms, expected = found.pop("running", {}), wanted.pop("running", {})
     assert found == wanted and norms.keys() == expected.keys()
     assert all(norms[name] == pytest.approx(expected[name]) for name in norms)

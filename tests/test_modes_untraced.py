@@ -38,7 +38,7 @@ def test_a_part_that_is_not_traced_gives_what_the_graph_gives(mode: str) -> None
     traced = nn.Sequential(nn.Linear(8, 16), Part(), nn.Linear(16, 4))
     traced.load_state_dict(untraced.state_dict())
     x = torch.randn(6, 4, 8)
-    with pytest.warns(fx_approx.CaptureWarning, match="not traced"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="not traced"):
         swapped = fx_approx.transform(untraced, MODES[mode](0.5))
     assert same(steps(swapped, 3, x), steps(fx_approx.transform(traced, MODES[mode](0.5)), 3, x))
 
@@ -54,7 +54,7 @@ class Several(nn.Module):
         return [self.fc(x) for x in inputs] if inputs[0].sum() == inputs[0].sum() else []
 
 
-@pytest.mark.filterwarnings("ignore::fx_approx.CaptureWarning")
+@pytest.mark.filterwarnings("ignore::fx_approx.errors.CaptureWarning")
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 def test_each_call_of_a_layer_that_is_not_traced_draws_for_itself(mode: str) -> None:
     """A sample shared by two calls is biased where one follows the other."""
@@ -67,7 +67,7 @@ def test_each_call_of_a_layer_that_is_not_traced_draws_for_itself(mode: str) -> 
         sum(outputs).sum().backward()
         return list(outputs) if mode == "forward" else [one.grad for one in inputs if one.grad is not None]
 
-    with fx_approx.hold(approx):
+    with fx_approx.reuse_selection(approx):
         found, again = run(), run()
     assert len(found) == 5 and same(found, again)
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(found, 2))
@@ -82,8 +82,8 @@ def test_a_recomputed_part_that_calls_a_layer_several_times_is_refused() -> None
         def forward(self, x: Tensor) -> Tensor:
             return sum(checkpoint(self.inner, x, x + 1, use_reentrant=False))  # type: ignore[return-value]
 
-    with pytest.warns(fx_approx.CaptureWarning, match="not traced"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="not traced"):
         approx = fx_approx.transform(Outer(), MODES["forward"](0.25))
     output = approx(torch.randn(4, 32))
-    with pytest.raises(fx_approx.RecomputationError, match="several times"):
+    with pytest.raises(fx_approx.errors.RecomputationError, match="several times"):
         output.sum().backward()

@@ -1,4 +1,4 @@
-"""measure_error against enumerated samples, hand computation, and training steps that are really taken."""
+"""gradient_noise against enumerated samples, hand computation, and training steps that are really taken."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx import NoiseReport, SamplerSpec, measure_error
+from fx_approx import SamplerConfig
+from fx_approx.analysis import NoiseReport, gradient_noise
 from fx_approx.core.candidates import Role
 from fx_approx.core.plan import Policy
-from fx_approx.policies import Exact, Override, Roles, Uniform
+from fx_approx.policies import Exact, GradientSampling, Override, Uniform
 
 from .models import ZOO, Checkpointed, Counting, loss_of, mlp, same, train_step
 
@@ -26,8 +27,8 @@ PAIRS, KEPT = 6, 3
 
 def transform(model: nn.Module, policy: Policy, **options: Any) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
-        warnings.simplefilter("ignore", fx_approx.NoEffectWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.NoEffectWarning)
         return fx_approx.transform(model.double(), policy, **options)
 
 
@@ -50,7 +51,7 @@ class Linear:
         self.name = f"{leading}"
 
     def measured(self, policy: Policy, draws: int) -> NoiseReport:
-        return measure_error(transform(self.model, policy), self.x, lambda y: (y * self.grad).sum(), draws=draws)
+        return gradient_noise(transform(self.model, policy), self.x, lambda y: (y * self.grad).sum(), draws=draws)
 
     def products(self, factors: Tensor) -> dict[Role, Tensor]:
         """Output and gradients where column-row pair j counts ``factors[j]`` times."""
@@ -83,7 +84,7 @@ def outcomes(sampler: str, scores: Tensor) -> list[tuple[float, Tensor]]:
 def test_errors_of_a_product_are_those_of_all_its_samples(sampler: str) -> None:
     """|z| < 4.5 for mean squared error and mean cosine of 150 draws: false alarms below 1e-4, and the seed is fixed."""
     case, draws = Linear(), 150
-    row = case.measured(Uniform(sampler, 0.5, epsilon=0.0), draws)[case.name]
+    row = case.measured(Uniform(0.5, sampler, epsilon=0.0, scores="online"), draws)[case.name]
     samples = outcomes(sampler, case.scores)
     probabilities = torch.tensor([p for p, _ in samples], dtype=torch.float64)
     exact = case.products(torch.ones(PAIRS, dtype=torch.float64))
@@ -110,7 +111,7 @@ def test_errors_of_a_product_are_those_of_all_its_samples(sampler: str) -> None:
 
 def test_topk_is_one_draw_and_all_bias() -> None:
     case = Linear()
-    report = case.measured(Uniform("topk", 0.5), 16)
+    report = case.measured(Uniform(0.5, scores="online"), 16)
     row = report[case.name]
     kept = torch.zeros(PAIRS, dtype=torch.float64).index_fill(0, case.scores.topk(KEPT).indices, 1.0)
     exact, estimates = case.products(torch.ones(PAIRS, dtype=torch.float64)), case.products(kept)
@@ -129,21 +130,21 @@ def test_topk_is_one_draw_and_all_bias() -> None:
 
 def test_gradients_that_autograd_does_not_run_are_none() -> None:
     case = Linear(leading=0)
-    assert case.measured(Roles.backward(0.5), 2)["0"].grad_input is None
+    assert case.measured(GradientSampling.backward(0.5), 2)["0"].grad_input is None
     case = Linear()
     case.layer.weight.requires_grad_(False)
-    row = case.measured(Uniform("systematic", 0.5), 2)[case.name]
+    row = case.measured(Uniform(0.5, "systematic", scores="online"), 2)[case.name]
     assert row.grad_weight is None and row.grad_input is not None
 
 
 @pytest.mark.parametrize("how", ["ratio", "switched off", "plan"])
 def test_without_sampling_nothing_differs(how: str) -> None:
-    approx = transform(mlp(), Exact() if how == "plan" else Roles.backward(0.5))
+    approx = transform(mlp(), Exact() if how == "plan" else GradientSampling.backward(0.5))
     if how == "ratio":
-        fx_approx.set_ratio(approx, 1.0)
+        fx_approx.set_sampling(approx, 1.0)
     elif how == "switched off":
-        fx_approx.set_enabled(approx, False)
-    report = measure_error(approx, torch.randn(6, 12).double(), loss_of)
+        fx_approx.set_sampling(approx, enabled=False)
+    report = gradient_noise(approx, torch.randn(6, 12).double(), loss_of)
     assert len(report.rows) == (0 if how == "plan" else 3)
     noises = [row.of(role) for row in report.rows for role in Role] + [report.step, *report.parameters.values()]
     assert all(n is None or (n.error, n.bias, n.biased, n.cosine) == (0, 0, False, 1) for n in noises)
@@ -151,7 +152,9 @@ def test_without_sampling_nothing_differs(how: str) -> None:
 
 
 def test_backward_mode_has_exact_outputs_and_no_bias() -> None:
-    report = measure_error(transform(mlp(), Roles.backward(0.5)), torch.randn(6, 12).double(), loss_of, draws=32)
+    report = gradient_noise(
+        transform(mlp(), GradientSampling.backward(0.5)), torch.randn(6, 12).double(), loss_of, draws=32
+    )
     for row in report.rows:
         assert (row.output.draws, row.output.error, row.output.norm > 0) == (0, 0, True)
         assert row.grad_weight.error > 0.1 and not row.grad_weight.biased
@@ -161,7 +164,7 @@ def test_backward_mode_has_exact_outputs_and_no_bias() -> None:
 
 
 def test_straight_through_has_exact_gradients() -> None:
-    row = Linear().measured(Roles.straight(0.5), 4)["1"]
+    row = Linear().measured(GradientSampling.straight(0.5), 4)["1"]
     assert row.output.error > 0 and row.grad_input.error == row.grad_weight.error == 0
 
 
@@ -200,18 +203,20 @@ def test_the_step_is_that_of_the_steps_that_follow(name: str, every: int) -> Non
     build, batch = ZOO[name]
     x = doubled(batch())
     arguments = (x,) if isinstance(x, dict) else x
-    approx = transform(build(), Uniform("bernoulli", 0.6), every=every)
+    approx = transform(build(), Uniform(0.6, "bernoulli", scores="online"), selection_interval=every)
     for _ in range(3):
         train_step(approx, x)
     off = copy.deepcopy(approx)
-    fx_approx.set_enabled(off, False)
+    fx_approx.set_sampling(off, enabled=False)
     exact = steps_taken(off, x, 1)[0]
     torch.manual_seed(1)  # the dropout masks of train_step
-    report = measure_error(approx, arguments, loss_of, draws=4)
-    step = fx_approx.sampler_state(approx)["step"] // every * every
+    report = gradient_noise(approx, arguments, loss_of, draws=4)
+    step = fx_approx.sampler_state_dict(approx)["step"] // every * every
     taken = []
     for number in range(4):
-        fx_approx.load_sampler_state(approx, {"step": step + number * every, "every": every, "seed": 0})
+        fx_approx.load_sampler_state_dict(
+            approx, {"step": step + number * every, "selection_interval": every, "seed": 0}
+        )
         taken += steps_taken(approx, x, 1)
     check_step(report, exact, taken)
 
@@ -227,9 +232,9 @@ def test_the_step_is_that_of_the_steps_that_follow(name: str, every: int) -> Non
 def test_a_weight_gradient_that_alone_is_sampled_is_that_of_the_step(name: str, layer: str) -> None:
     """Then nothing else differs from the exact step, so both ways to measure must agree; graph and swapped layers."""
     build, batch = ZOO[name]
-    spec = SamplerSpec("systematic", 0.5)
-    approx = transform(build(), Override({layer: Roles(grad_weight=spec)}, Exact()))
-    report = measure_error(approx, doubled(batch()), loss_of, draws=8)
+    spec = SamplerConfig("systematic", 0.5)
+    approx = transform(build(), Override({layer: GradientSampling(grad_weight=spec)}, Exact()))
+    report = gradient_noise(approx, doubled(batch()), loss_of, draws=8)
     (row,) = report.rows
     weight = {"linear": "weight", "conv2d": "kernel", "fc#2": "fc.weight"}.get(layer, f"{layer}.weight")
     assert (row.label, row.sampled) == (layer, "dW systematic/online 0.5")
@@ -254,7 +259,7 @@ class Products(nn.Module):
 
 def test_functional_products_count_without_what_is_added() -> None:
     model, x = Products().double(), torch.randn(2, 4, 4).double()
-    report = measure_error(transform(model, Uniform("topk", 0.5)), x, loss_of)
+    report = gradient_noise(transform(model, Uniform(0.5, scores="online")), x, loss_of)
     left, right = x * model.a, model.b + 1
     hidden = torch.bmm(left, right)
     assert report["bmm"].output.norm == pytest.approx(hidden.norm().item())
@@ -281,15 +286,18 @@ class ChangesItsInput(nn.Module):
 
 def test_operands_are_those_of_the_call() -> None:
     model, x = ChangesItsInput().double(), torch.randn(4, 6).double()
-    row = measure_error(transform(model, Uniform("topk", 0.5)), x, loss_of)["frozen"]
+    row = gradient_noise(transform(model, Uniform(0.5, scores="online")), x, loss_of)["frozen"]
     assert row.output.norm == pytest.approx(model.frozen(model.first(x)).norm().item()) and row.output.error > 0
 
 
 def test_every_draw_starts_from_the_same_running_norms() -> None:
     """One layer in a linear loss: the product by itself is the step."""
-    approx, x = transform(nn.Linear(6, 5), Roles.weight_gradient(0.5, scores="stale")), torch.randn(4, 7, 6).double()
+    approx, x = (
+        transform(nn.Linear(6, 5), GradientSampling.weight_gradient(0.5, scores="ema")),
+        torch.randn(4, 7, 6).double(),
+    )
     train_step(approx, x.cumsum(1))
-    report = measure_error(approx, x, lambda y: (y * x.norm(dim=-1, keepdim=True)).sum(), draws=6)
+    report = gradient_noise(approx, x, lambda y: (y * x.norm(dim=-1, keepdim=True)).sum(), draws=6)
     in_step = report.parameters["weight"]
     for name in ("error", "bias", "cosine"):
         assert getattr(report.rows[0].grad_weight, name) == pytest.approx(getattr(in_step, name))
@@ -307,8 +315,11 @@ class Repeats(nn.Module):
 
 
 def test_each_call_of_a_swapped_layer_has_a_row_and_a_sample() -> None:
-    approx, x = transform(Repeats(), Roles(grad_weight=SamplerSpec("bernoulli", 0.5))), torch.randn(8, 6).double()
-    report = measure_error(approx, x, lambda y: y.square().sum(), draws=120)
+    approx, x = (
+        transform(Repeats(), GradientSampling(grad_weight=SamplerConfig("bernoulli", 0.5))),
+        torch.randn(8, 6).double(),
+    )
+    report = gradient_noise(approx, x, lambda y: y.square().sum(), draws=120)
     assert [row.label for row in report.rows] == ["fc", "fc (call 2)"]
     with pytest.raises(KeyError, match=r"no sampled product 'fd'; there are: fc, fc \(call 2\)"):
         report["fd"]
@@ -341,7 +352,7 @@ def state_of(model: nn.Module) -> Any:
         "objects": [id(t) for t in (*model.parameters(), *model.buffers(), *runtime.buffers())],
         "grads": [(id(p.grad), p.grad.clone()) for p in model.parameters()],
         "random": (torch.random.get_rng_state(), random.getstate()),
-        "sampler": fx_approx.sampler_state(model),
+        "sampler": fx_approx.sampler_state_dict(model),
         "attributes": [
             {k: copy.copy(v) if isinstance(v, (list, dict, set)) else id(v) for k, v in vars(module).items()}
             for module in modules
@@ -350,7 +361,14 @@ def state_of(model: nn.Module) -> Any:
     }
 
 
-@pytest.mark.parametrize("policy", [Roles.backward(0.5), Uniform("wta", 0.5), Roles.weight_gradient(scores="stale")])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        GradientSampling.backward(0.5),
+        Uniform(0.5, "wta", scores="online"),
+        GradientSampling.weight_gradient(scores="ema"),
+    ],
+)
 @pytest.mark.parametrize("fails_at", [None, 1, 3])
 def test_nothing_changes_even_where_it_fails(policy: Policy, fails_at: int | None) -> None:
     torch.manual_seed(0)
@@ -367,11 +385,11 @@ def test_nothing_changes_even_where_it_fails(policy: Policy, fails_at: int | Non
     before, kept = state_of(model), x.clone()
     for _ in range(2):
         if fails_at is None:
-            first = measure_error(model, x, loss, draws=3).to_dict()
-            assert first == measure_error(model, x, loss, draws=3).to_dict()
+            first = gradient_noise(model, x, loss, draws=3).to_dict()
+            assert first == gradient_noise(model, x, loss, draws=3).to_dict()
         else:
             with pytest.raises(ArithmeticError, match=r"^in the loss$"):
-                measure_error(model, x, loss, draws=3)
+                gradient_noise(model, x, loss, draws=3)
             calls = itertools.count(1)
     assert same(state_of(model), before) and torch.equal(x, kept)
     assert same(train_step(model, x), train_step(twin, x))

@@ -1,4 +1,4 @@
-"""measure_error in use: its arguments, wrappers, mixed precision; the report as table, numbers and figure."""
+"""gradient_noise in use: its arguments, wrappers, mixed precision; the report as table, numbers and figure."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fx_approx
-from fx_approx import NoiseReport, measure_error
+from fx_approx.analysis import NoiseReport, gradient_noise
 from fx_approx.core.candidates import Role
 from fx_approx.core.plan import Policy
-from fx_approx.policies import Override, Roles, Uniform
+from fx_approx.policies import GradientSampling, Override, Uniform
 
 from .models import Checkpointed, Cnn, WithDataDependent, loss_of, mlp, same
 
 
 def transform(model: nn.Module, policy: Policy) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
         return fx_approx.transform(model.double(), policy)
 
 
@@ -48,52 +48,62 @@ class Output(nn.Module):
 
 def output(form: str) -> nn.Module:
     torch.manual_seed(0)
-    return transform(Output(form), Roles.backward(0.5))
+    return transform(Output(form), GradientSampling.backward(0.5))
 
 
 def test_loss_and_batch_come_in_several_forms() -> None:
     x = torch.randn(4, 6).double()
-    reports = [measure_error(output(form), x) for form in ("scalar", "entry", "one")]
-    reports += [measure_error(output("logits"), batch, lambda y: y.square().sum()) for batch in ((x,), [x], {"x": x})]
+    reports = [gradient_noise(output(form), x) for form in ("scalar", "entry", "one")]
+    reports += [gradient_noise(output("logits"), batch, lambda y: y.square().sum()) for batch in ((x,), [x], {"x": x})]
     assert len({report.to_json() for report in reports}) == 1
 
 
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "draws 0": (
-        lambda: measure_error(output("one"), torch.ones(1), draws=0),
+        lambda: gradient_noise(output("one"), torch.ones(1), draws=0),
         ValueError,
         "draws: .* at least 1, got 0",
     ),
-    "draws True": (lambda: measure_error(output("one"), torch.ones(1), draws=True), TypeError, "integer, got True"),
-    "draws 1.5": (lambda: measure_error(output("one"), torch.ones(1), draws=1.5), TypeError, "integer, got 1.5"),
-    "loss": (lambda: measure_error(output("one"), torch.ones(1), "mse"), TypeError, "loss: expected a func.*'mse'"),
-    "model": (lambda: measure_error(mlp(), torch.ones(1, 12)), ValueError, "Sequential is not a transformed model"),
-    "eval": (lambda: measure_error(output("one").eval(), torch.ones(1, 6)), ValueError, r"Output is in eval\(\)"),
+    "draws True": (lambda: gradient_noise(output("one"), torch.ones(1), draws=True), TypeError, "integer, got True"),
+    "draws 1.5": (lambda: gradient_noise(output("one"), torch.ones(1), draws=1.5), TypeError, "integer, got 1.5"),
+    "loss": (lambda: gradient_noise(output("one"), torch.ones(1), "mse"), TypeError, "loss: expected a func.*'mse'"),
+    "model": (lambda: gradient_noise(mlp(), torch.ones(1, 12)), ValueError, "Sequential is not a transformed model"),
+    "eval": (lambda: gradient_noise(output("one").eval(), torch.ones(1, 6)), ValueError, r"Output is in eval\(\)"),
     "frozen": (
-        lambda: measure_error(output("one").requires_grad_(False), torch.ones(1, 6)),
+        lambda: gradient_noise(output("one").requires_grad_(False), torch.ones(1, 6)),
         ValueError,
         "no parameter of Output requires a gradient",
     ),
-    "no scalar": (lambda: measure_error(output("logits"), ones()), ValueError, r"output is a tensor of shape \(2, 3\)"),
+    "no scalar": (
+        lambda: gradient_noise(output("logits"), ones()),
+        ValueError,
+        r"output is a tensor of shape \(2, 3\)",
+    ),
     "no loss": (
-        lambda: measure_error(output("none"), ones()),
+        lambda: gradient_noise(output("none"), ones()),
         ValueError,
         "output is dict without a scalar loss; give",
     ),
-    "bad loss": (lambda: measure_error(output("logits"), ones(), lambda y: y), ValueError, r"it to return .* \(2, 3\)"),
-    "no tensor": (lambda: measure_error(output("logits"), ones(), lambda y: 1.5), ValueError, "tensor, got float"),
+    "bad loss": (
+        lambda: gradient_noise(output("logits"), ones(), lambda y: y),
+        ValueError,
+        r"it to return .* \(2, 3\)",
+    ),
+    "no tensor": (lambda: gradient_noise(output("logits"), ones(), lambda y: 1.5), ValueError, "tensor, got float"),
     "detached": (
-        lambda: measure_error(output("logits"), ones(), lambda y: y.detach().sum()),
+        lambda: gradient_noise(output("logits"), ones(), lambda y: y.detach().sum()),
         ValueError,
         "loss: it depends on no parameter",
     ),
     "input only": (
-        lambda: measure_error(output("logits"), ones(), lambda y: torch.ones((), requires_grad=True) * 2),
+        lambda: gradient_noise(output("logits"), ones(), lambda y: torch.ones((), requires_grad=True) * 2),
         ValueError,
         "loss: it depends on no parameter",
     ),
     "reentrant": (
-        lambda: measure_error(transform(Checkpointed(True), Roles.backward(0.5)), torch.ones(2, 12).double(), loss_of),
+        lambda: gradient_noise(
+            transform(Checkpointed(True), GradientSampling.backward(0.5)), torch.ones(2, 12).double(), loss_of
+        ),
         RuntimeError,
         "use_reentrant=True",
     ),
@@ -123,24 +133,26 @@ class Wrapper(nn.Module):
 
 
 @pytest.mark.parametrize("build", [mlp, WithDataDependent])
-@pytest.mark.parametrize("policy", [Uniform("systematic", 0.5), Roles.weight_gradient(scores="stale")])
+@pytest.mark.parametrize(
+    "policy", [Uniform(0.5, "systematic", scores="online"), GradientSampling.weight_gradient(scores="ema")]
+)
 def test_wrappers_and_checkpoints_change_no_number(build: Callable[[], nn.Module], policy: Policy) -> None:
     approx, x = transform(build(), policy), torch.randn(6, 12).double()
-    plain = measure_error(approx, x, loss_of, draws=3)
+    plain = gradient_noise(approx, x, loss_of, draws=3)
     for wrapped in (Wrapper(approx, True), Wrapper(approx, False)):
-        report = measure_error(wrapped, x, loss_of, draws=3)
+        report = gradient_noise(wrapped, x, loss_of, draws=3)
         assert report.rows == plain.rows and report.step == plain.step
         assert list(report.parameters) == [f"model.{name}" for name in plain.parameters]
 
 
 def test_compiled_models_run_eagerly() -> None:
-    approx, x = transform(mlp(), Uniform("systematic", 0.5)), torch.randn(6, 12).double()
-    plain = measure_error(approx, x, loss_of, draws=3)
+    approx, x = transform(mlp(), Uniform(0.5, "systematic", scores="online")), torch.randn(6, 12).double()
+    plain = gradient_noise(approx, x, loss_of, draws=3)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(approx, backend=counter)
-    assert measure_error(compiled, x, loss_of, draws=3) == plain
-    assert measure_error(Wrapper(compiled, False), x, loss_of, draws=3).rows == plain.rows
+    assert gradient_noise(compiled, x, loss_of, draws=3) == plain
+    assert gradient_noise(Wrapper(compiled, False), x, loss_of, draws=3).rows == plain.rows
     assert counter.frame_count == 0
     compiled(x)
     assert counter.frame_count == 1
@@ -149,22 +161,22 @@ def test_compiled_models_run_eagerly() -> None:
 def test_a_model_that_got_hooks_is_measured_as_it_trains() -> None:
     """Its graph does not serve it then: the module frontend does, from the model's own Python."""
     seen: list[int] = []
-    approx, x = transform(nn.Sequential(mlp(), nn.Tanh()), Roles.backward(0.5)), torch.randn(6, 12).double()
-    plain = measure_error(approx, x, loss_of, draws=3)
+    approx, x = transform(nn.Sequential(mlp(), nn.Tanh()), GradientSampling.backward(0.5)), torch.randn(6, 12).double()
+    plain = gradient_noise(approx, x, loss_of, draws=3)
     approx[0].register_forward_hook(lambda *_: seen.append(1))
-    hooked = measure_error(approx, x, loss_of, draws=3)
+    hooked = gradient_noise(approx, x, loss_of, draws=3)
     assert seen == [1] * 4 and hooked.rows == plain.rows and hooked.step == plain.step
-    with pytest.warns(fx_approx.CaptureWarning, match="got hooks"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="got hooks"):
         approx(x)
 
 
 def test_bfloat16_autocast() -> None:
     """The same products in bfloat16, and steps that are those of training under autocast."""
     torch.manual_seed(0)
-    approx, x = fx_approx.transform(mlp(), Roles.backward(0.5)), torch.randn(16, 12)
-    plain = measure_error(approx, x, lambda y: y.square().sum(), draws=8)
+    approx, x = fx_approx.transform(mlp(), GradientSampling.backward(0.5)), torch.randn(16, 12)
+    plain = gradient_noise(approx, x, lambda y: y.square().sum(), draws=8)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = measure_error(approx, x, lambda y: y.float().square().sum(), draws=8)
+        mixed = gradient_noise(approx, x, lambda y: y.float().square().sum(), draws=8)
         assert torch.is_autocast_enabled("cpu")
     assert mixed.step.error != plain.step.error
     for role in (Role.GRAD_INPUT, Role.GRAD_WEIGHT):
@@ -179,8 +191,8 @@ def test_bfloat16_autocast() -> None:
         loss.backward()
         taken.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     with torch.autocast("cpu", torch.bfloat16):
-        fx_approx.load_sampler_state(approx, {"step": 0, "every": 1, "seed": 0})
-        one_step = measure_error(approx, x, lambda y: y.float().square().sum(), draws=1).step
+        fx_approx.load_sampler_state_dict(approx, {"step": 0, "selection_interval": 1, "seed": 0})
+        one_step = gradient_noise(approx, x, lambda y: y.float().square().sum(), draws=1).step
     assert one_step.norm == pytest.approx(taken[1].norm().item())
     assert one_step.error == pytest.approx(((taken[0] - taken[1]).norm() / taken[1].norm()).item(), rel=1e-4)
     assert one_step.cosine == pytest.approx(torch.cosine_similarity(*taken, dim=0).item(), rel=1e-4)
@@ -198,22 +210,24 @@ class LeavesAutocast(nn.Module):
 
 def test_a_part_without_autocast_is_measured_without() -> None:
     torch.manual_seed(0)
-    with pytest.warns(fx_approx.CaptureWarning):
-        approx = fx_approx.transform(LeavesAutocast(), Roles.backward(0.5))
+    with pytest.warns(fx_approx.errors.CaptureWarning):
+        approx = fx_approx.transform(LeavesAutocast(), GradientSampling.backward(0.5))
     x = torch.randn(6, 12)
-    plain = measure_error(approx, x, lambda y: y.square().sum(), draws=3)
+    plain = gradient_noise(approx, x, lambda y: y.square().sum(), draws=3)
     with torch.autocast("cpu", torch.bfloat16):
-        assert measure_error(approx, x, lambda y: y.square().sum(), draws=3) == plain
+        assert gradient_noise(approx, x, lambda y: y.square().sum(), draws=3) == plain
 
 
 def transform_off(model: nn.Module) -> nn.Module:
     off = copy.deepcopy(model)
-    fx_approx.set_enabled(off, False)
+    fx_approx.set_sampling(off, enabled=False)
     return off
 
 
 def test_one_random_draw_says_nothing_of_the_bias() -> None:
-    report = measure_error(transform(mlp(), Roles.backward(0.5)), torch.randn(6, 12).double(), loss_of, draws=1)
+    report = gradient_noise(
+        transform(mlp(), GradientSampling.backward(0.5)), torch.randn(6, 12).double(), loss_of, draws=1
+    )
     assert report.step.floor is None and report.step.biased is None and report["2"].grad_weight.biased is None
     assert str(report).splitlines()[4].split()[-1] == "?"
 
@@ -222,8 +236,12 @@ def test_what_rounding_leaves_of_zero_is_not_called_biased() -> None:
     """The gradient of a bias in front of a BatchNorm is 0; in float32, some rounding errors."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
-    for policy in (Roles.backward(0.5), Roles.weight_gradient(0.3), Uniform("systematic", 0.5)):
-        report = measure_error(fx_approx.transform(model, policy), torch.randn(16, 3, 8, 8), loss_of)
+    for policy in (
+        GradientSampling.backward(0.5),
+        GradientSampling.weight_gradient(0.3),
+        Uniform(0.5, "systematic", scores="online"),
+    ):
+        report = gradient_noise(fx_approx.transform(model, policy), torch.randn(16, 3, 8, 8), loss_of)
         assert report.parameters["0.bias"].norm < 1e-5 * report.step.norm
         assert report.parameters["0.bias"].biased is False
 
@@ -231,8 +249,8 @@ def test_what_rounding_leaves_of_zero_is_not_called_biased() -> None:
 def mixed_report() -> NoiseReport:
     """A biased and an unbiased layer; draws of both."""
     torch.manual_seed(0)
-    approx = transform(Cnn(), Override({"conv2": Uniform("topk", 0.5)}, Roles.backward(0.5)))
-    return measure_error(approx, torch.randn(8, 3, 8, 8).double(), lambda y: y.square().sum())
+    approx = transform(Cnn(), Override({"conv2": Uniform(0.5, scores="online")}, GradientSampling.backward(0.5)))
+    return gradient_noise(approx, torch.randn(8, 3, 8, 8).double(), lambda y: y.square().sum())
 
 
 def test_the_table_says_what_the_numbers_say() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fx_approx
-from fx_approx.policies import Roles, Uniform
+from fx_approx.policies import GradientSampling, Uniform
 
 
 def net() -> nn.Module:
@@ -24,9 +24,9 @@ def net() -> nn.Module:
 
 X = torch.randn(4, 3, 8, 8)
 POLICIES = {
-    "ahead": Uniform("topk", 0.5, scores="stale", share="value"),
-    "online": Uniform("systematic", 0.5),
-    "gradients": Roles.backward(0.5, scores="uniform"),
+    "ahead": Uniform(0.5, scores="ema"),
+    "online": Uniform(0.5, "systematic", scores="online"),
+    "gradients": GradientSampling.backward(0.5, scores="uniform"),
 }
 
 
@@ -43,15 +43,15 @@ def test_what_makes_selections_is_timed_and_the_rest_is_not(name: str) -> None:
     approx = fx_approx.transform(net(), POLICIES[name], X)
     runtime = approx._fx_approx
     makers = [runtime.resample] if name == "ahead" else list(runtime.selectors.values())
-    plain = fx_approx.measure_selection(approx, X, repeats=3)
+    plain = fx_approx.analysis.selection_time(approx, X, repeats=3)
     assert plain.seconds > 0 and plain.step > 0
     handles = [maker.register_forward_hook(wait) for maker in makers]
-    slow = fx_approx.measure_selection(approx, X, repeats=3)
+    slow = fx_approx.analysis.selection_time(approx, X, repeats=3)
     for handle in handles:
         handle.remove()
     assert WAIT * len(makers) < slow.seconds and WAIT * len(makers) < slow.step
     approx[2].register_forward_hook(wait)  # a ReLU chooses nothing
-    other = fx_approx.measure_selection(approx, X, repeats=3)
+    other = fx_approx.analysis.selection_time(approx, X, repeats=3)
     assert other.step > WAIT > other.seconds
     assert 0 < other.quartiles[0] <= other.quartiles[1]
 
@@ -62,10 +62,10 @@ def test_the_model_is_as_before(name: str) -> None:
     approx(X).sum().backward()
     before = {key: value.clone() for key, value in approx.state_dict().items()}
     grads = [None if p.grad is None else p.grad.clone() for p in approx.parameters()]
-    sampler, numbers = fx_approx.sampler_state(approx), torch.get_rng_state()
-    fx_approx.measure_selection(approx, X, repeats=1)
+    sampler, numbers = fx_approx.sampler_state_dict(approx), torch.get_rng_state()
+    fx_approx.analysis.selection_time(approx, X, repeats=1)
     assert all(torch.equal(value, before[key]) for key, value in approx.state_dict().items())
-    assert fx_approx.sampler_state(approx) == sampler
+    assert fx_approx.sampler_state_dict(approx) == sampler
     assert torch.equal(torch.get_rng_state(), numbers)
     for p, grad in zip(approx.parameters(), grads, strict=True):
         assert (p.grad is None) == (grad is None) and (grad is None or torch.equal(p.grad, grad))
@@ -75,7 +75,7 @@ def test_the_report_shows_it() -> None:
     approx = fx_approx.transform(net(), POLICIES["ahead"], X)
     assert "Selections take" not in str(fx_approx.report(approx))
     assert json.loads(fx_approx.report(approx).to_json())["selection_time"] is None
-    found = fx_approx.measure_selection(approx, X, repeats=2)
+    found = fx_approx.analysis.selection_time(approx, X, repeats=2)
     report = fx_approx.report(approx)
     assert report.selection_time == found
     assert f"Selections take {100 * found.share:.1f} % of a training step" in str(report)
@@ -85,19 +85,19 @@ def test_the_report_shows_it() -> None:
 def test_bad_calls() -> None:
     approx = fx_approx.transform(net(), POLICIES["ahead"], X)
     with pytest.raises(ValueError, match="repeats: expected an integer of at least 1, got 0"):
-        fx_approx.measure_selection(approx, X, repeats=0)
+        fx_approx.analysis.selection_time(approx, X, repeats=0)
     with pytest.raises(ValueError, match="batch: expected"):
-        fx_approx.measure_selection(approx, None)
+        fx_approx.analysis.selection_time(approx, None)
     with pytest.raises(ValueError, match="not a transformed model"):
-        fx_approx.measure_selection(net(), X)
-    fx_approx.set_enabled(approx, False)
+        fx_approx.analysis.selection_time(net(), X)
+    fx_approx.set_sampling(approx, enabled=False)
     with pytest.raises(ValueError, match="nothing is selected"):
-        fx_approx.measure_selection(approx, X)
+        fx_approx.analysis.selection_time(approx, X)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.StaleStatisticsWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.BatchNormWarning)
         approx.eval()
     with pytest.raises(ValueError, match="expected training mode"):
-        fx_approx.measure_selection(approx, X)
+        fx_approx.analysis.selection_time(approx, X)
 
 
 @pytest.mark.slow
@@ -106,5 +106,5 @@ def test_compiled_models_time_compiled_selections(name: str) -> None:
     approx = fx_approx.transform(net(), POLICIES[name], X)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = fx_approx.measure_selection(torch.compile(approx), X, repeats=2)
+        found = fx_approx.analysis.selection_time(torch.compile(approx), X, repeats=2)
     assert found.compiled and found.seconds > 0 and found.step > 0

@@ -13,9 +13,9 @@ from fx_approx import Plan
 from fx_approx.core.plan import Policy
 from fx_approx.policies import Exact, FlopBudget, MemoryBudget, Override, Paper, Uniform
 
-pytestmark = pytest.mark.filterwarnings("ignore::fx_approx.CaptureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::fx_approx.errors.CaptureWarning")
 
-VALUE = Uniform("topk", 0.5, scores="weight", share="value")
+VALUE = Uniform(0.5)
 X = torch.randn(8, 16)
 
 
@@ -126,11 +126,11 @@ UNKNOWN = "not shared: its shapes are not known"
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("share", ["value", "group"])
-def test_what_is_known_is_shared_as_without_the_rest(part: type[nn.Module], share: str) -> None:
+@pytest.mark.parametrize("scope", ["value", "group"])
+def test_what_is_known_is_shared_as_without_the_rest(part: type[nn.Module], scope: str) -> None:
     torch.manual_seed(0)
     model = Around(part())
-    policy = Uniform("topk", 0.5, scores="weight", share=share)
+    policy = Uniform(0.5, scope=scope)
     approx = fx_approx.transform(model, policy, X)
     report = fx_approx.report(approx)
     alone = fx_approx.report(fx_approx.transform(BodyAlone(model), policy, X))
@@ -143,7 +143,7 @@ def test_what_is_known_is_shared_as_without_the_rest(part: type[nn.Module], shar
         if not row.name.startswith("body"):
             assert row.exact is not None or UNKNOWN in row.reason
     assert report.totals.memory is None and any("without shapes" in note for note in report.notes)
-    assert fx_approx.verify(approx, X).hoisted
+    assert fx_approx.analysis.verify(approx, X).hoisted
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -152,7 +152,7 @@ def test_the_numbers_are_those_of_the_same_selections_without_demand(part: type[
     model = Around(part()).double()
     x, found = X.double(), []
     for demand in (True, False):
-        approx = fx_approx.transform(model, VALUE, x, demand=demand)
+        approx = fx_approx.transform(model, VALUE, x, prune_unread=demand)
         torch.manual_seed(1)
         loss = approx(x).square().sum()
         grads = torch.autograd.grad(loss, list(approx.parameters()), allow_unused=True)
@@ -163,7 +163,7 @@ def test_the_numbers_are_those_of_the_same_selections_without_demand(part: type[
 
 @pytest.mark.parametrize("model", [Branching, Uncalled, Translate])
 @pytest.mark.parametrize(
-    "policy", [VALUE, Paper(0.5, scores="stale", share="group"), Override({"*": VALUE}, Exact())], ids=type
+    "policy", [VALUE, Paper(0.5, scores="ema", scope="group"), Override({"*": VALUE}, Exact())], ids=type
 )
 def test_no_layer_refuses_the_model(model: type[nn.Module], policy: Policy) -> None:
     x = torch.randn(4, 32) if model is Branching else torch.randn(4, 16)
@@ -174,7 +174,7 @@ def test_no_layer_refuses_the_model(model: type[nn.Module], policy: Policy) -> N
     sampled = [row for row in unknown if row.samples]
     # Of a transformer the parts behind the question have graphs of their own, and shapes.
     assert (sampled or model is Translate) and all(row.reason.endswith(UNKNOWN) for row in sampled)
-    assert all(explained.plan[row.name].share == "site" for row in sampled)
+    assert all(explained.plan[row.name].scope == "layer" for row in sampled)
     out = approx(x)
     (out if isinstance(out, Tensor) else out[0]).sum().backward()
     again = Plan.from_dict(json.loads(explained.plan.to_json()))
@@ -192,5 +192,5 @@ def test_budgets_decide_about_what_is_known(policy: Policy, part: type[nn.Module
 
 def test_without_any_example_inputs_sharing_is_still_refused() -> None:
     for policy in (VALUE, fx_approx.explain(Around(Branching()), VALUE, X).plan):
-        with pytest.raises(fx_approx.ShapesNeededError, match="give example_inputs"):
+        with pytest.raises(fx_approx.errors.ShapesRequiredError, match="give example_inputs"):
             fx_approx.transform(Around(Branching()), policy)

@@ -19,14 +19,14 @@ from fx_approx.runtime import rng as state
 
 from .models import Attention, Checkpointed, Cnn, WithDataDependent, loss_of, mlp, same
 
-RANDOM = Uniform("systematic", 0.5)
+RANDOM = Uniform(0.5, "systematic", scores="online")
 random_samplers = pytest.mark.parametrize("sampler", ["systematic", "bernoulli", "crs", "wta", "wta_unique"])
 reentrant = pytest.mark.parametrize("reentrant", [False, True])
 
 
 def transformed(model: nn.Module, policy: Any = RANDOM, **options: Any) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
         return fx_approx.transform(model, policy, **options)
 
 
@@ -46,7 +46,7 @@ def run(approx: nn.Module, steps: range) -> list[float]:
 
 @random_samplers
 def test_one_seed_is_one_training_run(sampler: str) -> None:
-    model, policy = Cnn(), Uniform(sampler, 0.5)
+    model, policy = Cnn(), Uniform(0.5, sampler, scores="online")
     runs = [run(transformed(copy.deepcopy(model), policy, seed=seed), range(4)) for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
@@ -64,7 +64,7 @@ def test_the_seed_is_the_only_source_of_randomness() -> None:
 @pytest.mark.parametrize("seed", [0, -1, -(2**63), 2**63 - 1, 2**32])
 def test_every_64_bit_seed_works(seed: int) -> None:
     approx = fx_approx.transform(mlp(), RANDOM, seed=seed)
-    assert fx_approx.sampler_state(approx)["seed"] == seed
+    assert fx_approx.sampler_state_dict(approx)["seed"] == seed
     assert bool(approx(torch.randn(6, 12)).isfinite().all())
 
 
@@ -86,21 +86,21 @@ def test_sites_draw_differently() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return self.a(x), self.b(x)
 
-    approx = fx_approx.transform(Pair(), Uniform("systematic", 0.5, scores="uniform"))
+    approx = fx_approx.transform(Pair(), Uniform(0.5, "systematic", scores="uniform", scope="layer"))
     first, second = approx(torch.randn(6, 32))
     assert not torch.equal(first, second)
 
 
 def test_topk_takes_no_random_numbers() -> None:
-    approx, x = fx_approx.transform(mlp(), Uniform("topk", 0.5)), torch.randn(6, 12)
+    approx, x = fx_approx.transform(mlp(), Uniform(0.5, scores="online")), torch.randn(6, 12)
     assert torch.equal(approx(x), approx(x))
-    assert fx_approx.sampler_state(approx)["step"] == 0
+    assert fx_approx.sampler_state_dict(approx)["step"] == 0
 
 
 def test_hold_keeps_the_sample_over_micro_batches() -> None:
     approx = fx_approx.transform(mlp(), RANDOM)
     x = torch.randn(6, 12)
-    with fx_approx.hold(approx):
+    with fx_approx.reuse_selection(approx):
         held = [approx(x) for _ in range(3)]
     after = approx(x)
     assert torch.equal(held[0], held[1]) and torch.equal(held[0], held[2])
@@ -110,16 +110,16 @@ def test_hold_keeps_the_sample_over_micro_batches() -> None:
 def test_hold_counts_as_one_forward() -> None:
     approx, x = fx_approx.transform(mlp(), RANDOM), torch.randn(6, 12)
     free = [approx(x) for _ in range(2)]
-    fx_approx.load_sampler_state(approx, {"step": 0, "every": 1, "seed": 0})
-    with fx_approx.hold(approx):
+    fx_approx.load_sampler_state_dict(approx, {"step": 0, "selection_interval": 1, "seed": 0})
+    with fx_approx.reuse_selection(approx):
         assert torch.equal(approx(x), free[0]) and torch.equal(approx(x), free[0])
     assert torch.equal(approx(x), free[1])
 
 
 def test_gradient_accumulation_under_hold_is_the_gradient_of_the_whole_batch() -> None:
-    approx = fx_approx.transform(mlp(), Uniform("systematic", 0.5, scores="weight"))
+    approx = fx_approx.transform(mlp(), Uniform(0.5, "systematic", scope="layer"))
     x = torch.randn(8, 12)
-    with fx_approx.hold(approx):
+    with fx_approx.reuse_selection(approx):
         approx(x).sum().backward()
         whole = [p.grad.clone() for p in approx.parameters() if p.grad is not None]
         approx.zero_grad()
@@ -130,28 +130,28 @@ def test_gradient_accumulation_under_hold_is_the_gradient_of_the_whole_batch() -
 
 def test_hold_ends_after_an_error_and_can_be_nested() -> None:
     approx, x = fx_approx.transform(mlp(), RANDOM), torch.randn(6, 12)
-    with pytest.raises(RuntimeError, match="stop"), fx_approx.hold(approx):
+    with pytest.raises(RuntimeError, match="stop"), fx_approx.reuse_selection(approx):
         raise RuntimeError("stop")
     assert not torch.equal(approx(x), approx(x))
-    with fx_approx.hold(approx):
+    with fx_approx.reuse_selection(approx):
         first = approx(x)
-        with fx_approx.hold(approx):
+        with fx_approx.reuse_selection(approx):
             assert torch.equal(approx(x), first)
         assert torch.equal(approx(x), first)
     assert not torch.equal(approx(x), first)
 
 
 def test_every_keeps_the_sample_for_so_many_forwards() -> None:
-    approx, x = fx_approx.transform(mlp(), RANDOM, every=3), torch.randn(6, 12)
+    approx, x = fx_approx.transform(mlp(), RANDOM, selection_interval=3), torch.randn(6, 12)
     outputs = [approx(x) for _ in range(6)]
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
     assert torch.equal(outputs[3], outputs[5]) and not torch.equal(outputs[0], outputs[3])
 
 
 def test_hold_inside_a_period_of_every() -> None:
-    approx, x = fx_approx.transform(mlp(), RANDOM, every=2), torch.randn(6, 12)
+    approx, x = fx_approx.transform(mlp(), RANDOM, selection_interval=2), torch.randn(6, 12)
     first = approx(x)
-    with fx_approx.hold(approx):
+    with fx_approx.reuse_selection(approx):
         assert torch.equal(approx(x), first) and torch.equal(approx(x), first)
     assert not torch.equal(approx(x), first)
 
@@ -160,22 +160,22 @@ def test_eval_and_switched_off_forwards_take_no_step() -> None:
     approx, x = fx_approx.transform(mlp(), RANDOM), torch.randn(6, 12)
     approx.eval()(x)
     approx.train()
-    fx_approx.set_enabled(approx, False)
+    fx_approx.set_sampling(approx, enabled=False)
     approx(x)
-    assert fx_approx.sampler_state(approx)["step"] == 0
+    assert fx_approx.sampler_state_dict(approx)["step"] == 0
 
 
 def test_resume_in_the_middle_of_training_is_exact() -> None:
     approx = fx_approx.transform(Cnn(), RANDOM, seed=4)
     run(approx, range(3))
     weights = copy.deepcopy(approx.state_dict())
-    state = fx_approx.sampler_state(approx)
+    state = fx_approx.sampler_state_dict(approx)
     expected = run(approx, range(3, 6))
     resumed = fx_approx.transform(Cnn(), RANDOM, seed=0)
     resumed.load_state_dict(weights)
-    fx_approx.load_sampler_state(resumed, state)
+    fx_approx.load_sampler_state_dict(resumed, state)
     assert run(resumed, range(3, 6)) == expected
-    assert state == {"step": 3, "every": 1, "seed": 4}
+    assert state == {"step": 3, "selection_interval": 1, "seed": 4}
 
 
 def test_the_state_is_no_part_of_the_model() -> None:
@@ -211,7 +211,7 @@ def gradients(model: nn.Module, x: Tensor) -> Any:
 @pytest.mark.parametrize("name", models())
 def test_checkpoint_around_the_model_changes_nothing(name: str, sampler: str, reentrant: bool) -> None:
     build, inputs = models()[name]
-    approx = transformed(build(), Uniform(sampler, 0.5))
+    approx = transformed(build(), Uniform(0.5, sampler, scores="online"))
     twin = copy.deepcopy(approx)
     for step in range(3):
         x = inputs().requires_grad_()
@@ -224,7 +224,7 @@ def test_checkpoint_around_the_model_changes_nothing(name: str, sampler: str, re
         loss_of(output).backward()
         assert torch.equal(output, expected)
         assert same(gradients(approx, x), wanted)
-        assert fx_approx.sampler_state(approx) == fx_approx.sampler_state(twin), "a recomputation is no step"
+        assert fx_approx.sampler_state_dict(approx) == fx_approx.sampler_state_dict(twin), "a recomputation is no step"
 
 
 @reentrant
@@ -251,7 +251,7 @@ def test_two_pending_forwards_of_one_tensor_are_an_error(name: str, reentrant: b
     build, inputs = models()[name]
     approx, x = transformed(build()), inputs().requires_grad_()
     losses = [loss_of(checkpoint(approx, x, use_reentrant=reentrant)) for _ in range(2)]
-    with pytest.raises(fx_approx.RecomputationError, match="clone"):
+    with pytest.raises(fx_approx.errors.RecomputationError, match="clone"):
         losses[0].backward()
 
 
@@ -259,10 +259,10 @@ def test_two_pending_forwards_of_one_tensor_are_an_error(name: str, reentrant: b
 def test_two_pending_forwards_of_one_tensor_under_hold(reentrant: bool) -> None:
     approx = fx_approx.transform(mlp(), RANDOM)
     twin, x = copy.deepcopy(approx), torch.randn(6, 12, requires_grad=True)
-    with fx_approx.hold(twin):
+    with fx_approx.reuse_selection(twin):
         (loss_of(twin(x)) + loss_of(twin(x))).backward()
     wanted = gradients(twin, x)
-    with fx_approx.hold(approx):
+    with fx_approx.reuse_selection(approx):
         losses = [loss_of(checkpoint(approx, x, use_reentrant=reentrant)) for _ in range(2)]
     (losses[0] + losses[1]).backward()
     torch.testing.assert_close(gradients(approx, x), wanted)
@@ -301,7 +301,7 @@ def test_a_checkpointed_part_called_by_itself_is_an_error(build: Any, before: st
             other.backward()
         elif before == "joint":
             loss = loss + other
-    with pytest.raises(fx_approx.RecomputationError, match="called by itself"):
+    with pytest.raises(fx_approx.errors.RecomputationError, match="called by itself"):
         loss.backward()
 
 

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fx_approx
-from fx_approx import Role, SamplerSpec
-from fx_approx.policies import Override, Roles, Uniform, parse_policy
+from fx_approx import SamplerConfig
+from fx_approx.core.candidates import Role
+from fx_approx.policies import GradientSampling, Override, Uniform, parse_policy
 from fx_approx.sampling import SAMPLERS
 
 from .modes import MODES
 
-TOPK = SamplerSpec("topk", 0.5)
+TOPK = SamplerConfig("topk", 0.5)
 CONVOLUTIONS = {
     "plain": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1),
     "groups": lambda: nn.Conv2d(8, 4, 3, padding=1, groups=2),
@@ -80,7 +81,7 @@ def masked_convolution(layer: nn.Conv2d, x: Tensor, dy: Tensor, roles: set[Role]
     return Outcome(y, dx, dw, dy.sum((0, 2, 3)))
 
 
-def trained(layer: nn.Module, policy: Roles, x: Tensor, dy: Tensor) -> Outcome:
+def trained(layer: nn.Module, policy: GradientSampling, x: Tensor, dy: Tensor) -> Outcome:
     """One step of the layer in a transformed model."""
     approx, x = fx_approx.transform(nn.Sequential(layer), policy), x.clone().requires_grad_()
     y = approx(x)
@@ -99,9 +100,11 @@ def convolved(kind: str) -> tuple[nn.Conv2d, Tensor, Tensor]:
 
 @convolutions
 @pytest.mark.parametrize(
-    "policy", [Roles(grad_input=TOPK), Roles(grad_weight=TOPK), Roles.backward(0.5, "topk")], ids=["dX", "dW", "both"]
+    "policy",
+    [GradientSampling(grad_input=TOPK), GradientSampling(grad_weight=TOPK), GradientSampling.backward(0.5, "topk")],
+    ids=["dX", "dW", "both"],
 )
-def test_backward_sampling_of_a_convolution_runs_and_is_right(kind: str, policy: Roles) -> None:
+def test_backward_sampling_of_a_convolution_runs_and_is_right(kind: str, policy: GradientSampling) -> None:
     """NameError in the reference."""
     layer, x, dy = convolved(kind)
     wanted = masked_convolution(layer, x, dy, set(policy.roles), False)
@@ -113,7 +116,7 @@ def test_a_straight_through_convolution_runs_and_is_right(kind: str) -> None:
     """NameError in the reference, which calls it black box."""
     layer, x, dy = convolved(kind)
     wanted = masked_convolution(layer, x, dy, {Role.OUTPUT}, True)
-    torch.testing.assert_close(trained(layer, Roles.straight(0.5), x, dy), wanted)
+    torch.testing.assert_close(trained(layer, GradientSampling.straight(0.5), x, dy), wanted)
     exact = products(layer, x, dy)
     torch.testing.assert_close(wanted[1:3], exact[1:])
     assert not torch.allclose(wanted.output, exact[0])
@@ -124,7 +127,7 @@ def test_grouped_convolutions_are_sampled_in_the_forward_pass(kind: str) -> None
     """More than one group crashes in the reference."""
     layer, x, dy = convolved(kind)
     wanted = masked_convolution(layer, x, dy, {Role.OUTPUT}, False)
-    torch.testing.assert_close(trained(layer, Roles(output=TOPK), x, dy), wanted)
+    torch.testing.assert_close(trained(layer, GradientSampling(output=TOPK), x, dy), wanted)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -152,7 +155,7 @@ def test_bfloat16_with_a_bias(kind: str, autocast: bool, mode: str) -> None:
     layer, x = build(), inputs()
     specs = MODES[mode](0.5)
     # Uniform scores: rounding cannot change the sample.
-    policy = Roles(
+    policy = GradientSampling(
         **{role.value: s.replace(scores="uniform") for role, s in specs.roles.items()},
         straight_through=specs.straight_through,
     )
@@ -179,7 +182,7 @@ def test_a_linear_layer_on_more_than_two_axes_trains_backward(lead: tuple[int, .
     """The reference multiplies tensors of three axes where it needs matrices, and crashes."""
     layer = nn.Linear(6, 8).double()
     x, dy = torch.randn(*lead, 6, dtype=torch.float64), torch.randn(*lead, 8, dtype=torch.float64)
-    found = trained(layer, Roles.backward(0.5, "topk"), x, dy)
+    found = trained(layer, GradientSampling.backward(0.5, "topk"), x, dy)
     weight, rows, grads = layer.weight.detach(), x.reshape(10, 6), dy.reshape(10, 8)
     columns = largest((grads.norm(dim=0) * weight.norm(dim=1)).unsqueeze(0))
     chosen = largest((grads.norm(dim=1) * rows.norm(dim=1)).unsqueeze(0)).T
@@ -200,7 +203,7 @@ def test_bernoulli_draws_the_expected_number_of_pairs() -> None:
     layer = nn.Linear(64, 8, bias=False)
     with torch.no_grad():
         layer.weight.mul_(torch.linspace(0.01, 2, 64).square())  # some scores are far above the average
-    approx = fx_approx.transform(nn.Sequential(layer), Uniform("bernoulli", 0.5), torch.randn(4, 64))
+    approx = fx_approx.transform(nn.Sequential(layer), Uniform(0.5, "bernoulli", scores="online"), torch.randn(4, 64))
     x, drawn = torch.randn(4, 64), []
     for _ in range(2000):
         approx(x)
@@ -220,16 +223,16 @@ def multiplied(model: nn.Module, x: Tensor) -> int:
 @pytest.mark.parametrize(
     ("policy", "share"),
     [
-        (Uniform("systematic", 0.25), 3 / 4),
-        (Uniform("crs", 0.25), 3 / 4),
-        (Roles.backward(0.25), 3 / 2),
-        (Roles.backward(0.25, "wta"), 3 / 2),
-        (Roles.weight_gradient(0.25), 9 / 4),
-        (Roles.straight(0.25, "systematic"), 9 / 4),
+        (Uniform(0.25, "systematic", scores="online"), 3 / 4),
+        (Uniform(0.25, "crs", scores="online"), 3 / 4),
+        (GradientSampling.backward(0.25), 3 / 2),
+        (GradientSampling.backward(0.25, "wta"), 3 / 2),
+        (GradientSampling.weight_gradient(0.25), 9 / 4),
+        (GradientSampling.straight(0.25, "systematic"), 9 / 4),
     ],
     ids=lambda value: "" if isinstance(value, float) else None,
 )
-def test_scaling_costs_no_further_product(policy: Roles | Uniform, share: float) -> None:
+def test_scaling_costs_no_further_product(policy: GradientSampling | Uniform, share: float) -> None:
     """The reference multiplies by a diagonal matrix of k rows: r + r² of the operations."""
     x = torch.randn(64, 64, requires_grad=True)
     layer = nn.Linear(64, 64)
@@ -276,7 +279,7 @@ def test_an_empty_bernoulli_draw_is_zero_and_unbiased(kind: str) -> None:
 
 def test_an_empty_bernoulli_draw_of_the_gradients_is_zero() -> None:
     layer = nn.Linear(3, 3).double()
-    approx = fx_approx.transform(nn.Sequential(layer), Roles.backward(0.25, "bernoulli", scores="uniform"))
+    approx = fx_approx.transform(nn.Sequential(layer), GradientSampling.backward(0.25, "bernoulli", scores="uniform"))
     x = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
     empty = {"input": 0, "weight": 0}
     for _ in range(60):
@@ -293,15 +296,20 @@ def test_an_empty_bernoulli_draw_of_the_gradients_is_zero() -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_sampler_is_an_option(name: str) -> None:
     """In the reference one comments source lines in and out."""
-    assert parse_policy(f"{name}:0.25") == Uniform(name, 0.25)
-    report = fx_approx.report(fx_approx.transform(nn.Sequential(nn.Linear(8, 8)), Uniform(name, 0.25)))
+    assert parse_policy(f"{name}:0.25") == Uniform(0.25, name, scores="online")
+    report = fx_approx.report(fx_approx.transform(nn.Sequential(nn.Linear(8, 8)), Uniform(0.25, name, scores="online")))
     sample = report["0"].sample()
     assert sample is not None and (sample.sampler, sample.ratio) == (name, 0.25)
 
 
 def test_layers_and_products_of_one_model_have_samplers_of_their_own() -> None:
-    roles = Roles(SamplerSpec("topk", 0.5), SamplerSpec("crs", 0.25), SamplerSpec("wta", 0.75, scores="input"))
-    policy = Override({"0": Uniform("bernoulli"), "1": roles}, Roles.backward(sampler="wta_unique"))
+    roles = GradientSampling(
+        SamplerConfig("topk", 0.5), SamplerConfig("crs", 0.25), SamplerConfig("wta", 0.75, scores="input")
+    )
+    policy = Override(
+        {"0": Uniform(sampler="bernoulli", scores="online"), "1": roles},
+        GradientSampling.backward(sampler="wta_unique"),
+    )
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
     report = fx_approx.report(fx_approx.transform(model, policy))
     assert [[sample.sampler for sample in row.samples] for row in report.rows] == [

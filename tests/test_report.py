@@ -35,7 +35,7 @@ from .models import (
     normed,
 )
 
-HALF = Uniform("topk", 0.5)
+HALF = Uniform(0.5, scores="online")
 
 
 def hooked_container() -> nn.Module:
@@ -61,8 +61,8 @@ COUNTED: dict[str, tuple[Any, Any]] = {
 
 def transformed(model: nn.Module, policy: Any = HALF, example: Any = None) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
-        warnings.simplefilter("ignore", fx_approx.NoEffectWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.NoEffectWarning)
         return fx_approx.transform(model, policy, example)
 
 
@@ -79,12 +79,12 @@ def counted(model: nn.Module, x: Tensor) -> int:
 def test_totals_equal_what_torch_counts(name: str, sampler: str, needs_grad: bool) -> None:
     build, inputs = COUNTED[name]
     model, x = build(), inputs().requires_grad_(needs_grad)
-    approx = transformed(model, Uniform(sampler, 0.5), x)
+    approx = transformed(model, Uniform(0.5, sampler, scores="online"), x)
     totals = fx_approx.report(approx).totals
     assert totals.executed.total == counted(approx, x)
     assert totals.exact.total == counted(model, x)
     assert totals.executed.total < totals.exact.total
-    fx_approx.set_enabled(approx, False)
+    fx_approx.set_sampling(approx, enabled=False)
     assert counted(approx, x) == totals.exact.total == fx_approx.report(approx).totals.executed.total
 
 
@@ -115,8 +115,8 @@ def test_grouped_convolutions_against_integers_by_hand() -> None:
 
 
 def test_a_row_says_everything_of_its_layer() -> None:
-    policy = Uniform("crs", 0.25, scores="weight")
-    row = fx_approx.report(fx_approx.transform(mlp(), policy, torch.randn(6, 12), demand=False))["2"]
+    policy = Uniform(0.25, "crs", scope="layer")
+    row = fx_approx.report(fx_approx.transform(mlp(), policy, torch.randn(6, 12), prune_unread=False))["2"]
     assert (row.name, row.op, row.shape) == ("2", "linear", "(6, 16, 16)")
     assert row.samples == (Sample(Role.OUTPUT, "crs", "weight", 0.25, 4, 16),) and row.pairs == 16
     assert row.saved == 0.75
@@ -160,7 +160,7 @@ def test_without_example_inputs_the_first_forward_fills_the_report(name: str) ->
     assert "?" in str(before) and before.to_json() and before.to_csv() and before.to_html()
     approx(x)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "shapes are known only in part", fx_approx.CaptureWarning)
+        warnings.filterwarnings("ignore", "shapes are known only in part", fx_approx.errors.CaptureWarning)
         after = fx_approx.report(approx).to_dict()
         given = fx_approx.report(transformed(model, HALF, x)).to_dict()
     if name == "opaque_model":  # why it is not traced depends on whether there were inputs to ask
@@ -169,10 +169,10 @@ def test_without_example_inputs_the_first_forward_fills_the_report(name: str) ->
 
 
 def test_rows_behind_data_dependent_control_flow_stay_unknown() -> None:
-    with pytest.warns(fx_approx.CaptureWarning):
+    with pytest.warns(fx_approx.errors.CaptureWarning):
         approx = fx_approx.transform(WithDataDependent(), HALF, torch.randn(6, 12))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
         report = fx_approx.report(approx)
     assert report["fc1"].exact is not None and report["middle.fc"].exact is not None
     assert report["fc2"].exact is None
@@ -196,25 +196,25 @@ def test_explain_predicts_the_report(name: str, policy: Any) -> None:
 def test_ratios_and_switches_are_those_of_now() -> None:
     x = torch.randn(6, 12)
     approx = fx_approx.transform(mlp(), HALF, x)
-    fx_approx.set_ratio(approx, {"2": 0.25})
+    fx_approx.set_sampling(approx, {"2": 0.25})
     report = fx_approx.report(approx)
     assert (report["2"].sample().ratio, report["2"].sample().k, report["2"].saved) == (0.25, 4, 0.75)
     assert report["0"].sample().ratio == 0.5
     assert report.totals.executed.total == counted(approx, x)
-    fx_approx.set_enabled(approx, {"0": False})
+    fx_approx.set_sampling(approx, enabled={"0": False})
     report = fx_approx.report(approx)
     assert (report["0"].samples, report["0"].saved, report["0"].reason) == ((), 0.0, "switched off")
     assert report.totals.executed.total == counted(approx, x)
-    fx_approx.set_ratio(approx, 1.0)
+    fx_approx.set_sampling(approx, 1.0)
     report = fx_approx.report(approx)
     assert report.totals.executed == report.totals.exact and "keeps all 16 pairs" in report["2"].reason
-    fx_approx.set_enabled(approx, True)
-    fx_approx.set_ratio(approx, 0.5)
+    fx_approx.set_sampling(approx, enabled=True)
+    fx_approx.set_sampling(approx, 0.5)
     assert fx_approx.report(approx) == fx_approx.report(fx_approx.transform(mlp(), HALF, x))
 
 
 def test_a_random_count_is_reported_as_expected_and_last() -> None:
-    approx = fx_approx.transform(mlp(), Uniform("bernoulli", 0.5), torch.randn(6, 12))
+    approx = fx_approx.transform(mlp(), Uniform(0.5, "bernoulli", scores="online"), torch.randn(6, 12))
     assert fx_approx.report(approx)["2"].sample().last_k is None
     seen = set()
     for _ in range(10):
@@ -226,8 +226,8 @@ def test_a_random_count_is_reported_as_expected_and_last() -> None:
     assert len(seen) > 1
 
 
-def mixed() -> fx_approx.SavingsReport:
-    policy = Override({"conv1": Exact(), "fc": Uniform("systematic", 0.25, scores="uniform")}, HALF)
+def mixed() -> fx_approx.analysis.SavingsReport:
+    policy = Override({"conv1": Exact(), "fc": Uniform(0.25, "systematic", scores="uniform", scope="layer")}, HALF)
     return fx_approx.report(fx_approx.transform(Cnn(), policy, torch.randn(4, 3, 8, 8)))
 
 
@@ -303,10 +303,10 @@ def test_a_model_that_was_not_transformed_is_a_clear_error() -> None:
 
 def test_a_report_that_stays_incomplete_says_why_and_warns_once() -> None:
     x = torch.randn(6, 12)
-    with pytest.warns(fx_approx.CaptureWarning, match="not traced"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="not traced"):
         approx = fx_approx.transform(WithDataDependent(), HALF)
     approx(x)
-    with pytest.warns(fx_approx.CaptureWarning, match="shapes are known only in part"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="shapes are known only in part"):
         first = fx_approx.report(approx)
     assert "fake tensors do not get there" in first.notes[-1]
     assert fx_approx.report(approx).to_dict() == first.to_dict()

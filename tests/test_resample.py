@@ -12,23 +12,23 @@ from fx_approx.ops.input_norm_ema import aged
 from fx_approx.policies import Uniform
 from fx_approx.runtime.selection_tracker import Published
 from fx_approx.runtime.shared_selection import Resample, Shared, unit_count
-from fx_approx.sampling import SamplerSpec
+from fx_approx.sampling import SamplerConfig
 
 from .ahead import Readers, batch, indices, names, readers, selections, shared
 from .demand_nets import NETS
 from .hoisting import Layers, pair, perturbed, training_step
 
-# ---- which readers share, and by what
+# ---- which readers scope, and by what
 
 
 def test_who_shares() -> None:
-    assert names(readers(Layers(share="site"))) == [["first"], ["left"], ["right"], ["last"]]
-    assert names(readers(Layers(share="value"))) == [["first"], ["left", "right"], ["last"]]
-    assert names(readers(Layers(share="group"))) == [["first"], ["left", "right", "last"]]
+    assert names(readers(Layers(scope="layer"))) == [["first"], ["left"], ["right"], ["last"]]
+    assert names(readers(Layers(scope="value"))) == [["first"], ["left", "right"], ["last"]]
+    assert names(readers(Layers(scope="group"))) == [["first"], ["left", "right", "last"]]
 
 
 def test_shared_selections_are_of_the_sum_of_the_scores() -> None:
-    model = readers(Layers("topk", share="group"))
+    model = readers(Layers("topk", scope="group"))
     total = model.left.weight.norm(dim=0) + model.right.weight.norm(dim=0) + model.last.weight.norm(dim=0)
     expected = [
         sorted(model.first.weight.norm(dim=0).topk(3).indices.tolist()),
@@ -38,7 +38,7 @@ def test_shared_selections_are_of_the_sum_of_the_scores() -> None:
 
 
 def test_scales_are_those_of_the_sum_of_the_scores() -> None:
-    model = readers(Layers("systematic", share="value"))
+    model = readers(Layers("systematic", scope="value"))
     weights = (model.left.weight.norm(dim=0) + model.right.weight.norm(dim=0)).detach()
     for _ in range(3):
         chosen = selections(model, batch())[1]
@@ -57,7 +57,7 @@ def test_heads_are_scored_by_the_norm_of_their_block() -> None:
     torch.manual_seed(0)
     build, shape = NETS["fused-heads"]
     model = build().double()
-    approx = fx_approx.transform(model, Layers(share="value"), torch.randn(shape).double())
+    approx = fx_approx.transform(model, Layers(scope="value"), torch.randn(shape).double())
     places = {r.name: (i, r.block) for i, c in enumerate(approx._fx_approx.facts.sharing.classes) for r in c.readings}
     place, block = places["proj"]
     assert block == 3
@@ -69,7 +69,7 @@ def test_a_flattened_map_is_scored_as_one_channel() -> None:
     torch.manual_seed(0)
     build, shape = NETS["vgg"]
     model = build().double()
-    approx = fx_approx.transform(model, Layers(share="value"), torch.randn(shape).double())
+    approx = fx_approx.transform(model, Layers(scope="value"), torch.randn(shape).double())
     place = next(i for i, own in enumerate(names(approx)) if own == ["classifier.0"])
     scores = model.classifier[0].weight.square().sum(0).view(10, 4).sum(1).sqrt()
     assert indices(approx, torch.randn(shape).double())[place] == sorted(scores.topk(5).indices.tolist())
@@ -79,7 +79,7 @@ def test_groups_give_as_many_each() -> None:
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 12, 1), nn.ReLU(), nn.Conv2d(12, 9, 1, groups=3), nn.ReLU(), nn.Conv2d(9, 4, 1)
     model = nn.Sequential(*layers).double()
-    approx = fx_approx.transform(model, Layers(share="value"), torch.randn(2, 3, 4, 4).double())
+    approx = fx_approx.transform(model, Layers(scope="value"), torch.randn(2, 3, 4, 4).double())
     chosen = selections(approx, torch.randn(2, 3, 4, 4).double())
     norms = model[2].weight.square().sum((2, 3)).view(3, 3, 4).sum(1).sqrt()
     assert chosen[1].indices.tolist() == [sorted(row.topk(2).indices.tolist()) for row in norms]
@@ -90,26 +90,26 @@ def test_groups_give_as_many_each() -> None:
     ("options", "units", "block", "groups", "reader_groups", "expected"),
     [
         ({}, 16, 1, 1, 1, 8),
-        ({"granularity": 8}, 16, 4, 1, 1, 8),  # 32 of 64 pairs; two units are a granule
-        ({"granularity": 8}, 15, 4, 1, 1, 8),  # 7.5 units, up to a multiple of two
-        ({"minimal_k": 10}, 16, 4, 1, 1, 8),
-        ({"minimal_k": 50}, 16, 4, 1, 1, 13),  # 50 pairs are 12.5 units
-        ({"minimal_k": 6}, 4, 1, 4, 1, 2),  # a plain reader beside four groups: 8 in all
-        ({"minimal_k": 6}, 4, 1, 4, 4, 4),  # a grouped one: 6 of each group
-        ({"granularity": 4}, 4, 1, 4, 1, 2),
+        ({"round_to": 8}, 16, 4, 1, 1, 8),  # 32 of 64 pairs; two units are a granule
+        ({"round_to": 8}, 15, 4, 1, 1, 8),  # 7.5 units, up to a multiple of two
+        ({"min_k": 10}, 16, 4, 1, 1, 8),
+        ({"min_k": 50}, 16, 4, 1, 1, 13),  # 50 pairs are 12.5 units
+        ({"min_k": 6}, 4, 1, 4, 1, 2),  # a plain reader beside four groups: 8 in all
+        ({"min_k": 6}, 4, 1, 4, 4, 4),  # a grouped one: 6 of each group
+        ({"round_to": 4}, 4, 1, 4, 1, 2),
     ],
 )
 def test_unit_count(
     options: dict[str, int], units: int, block: int, groups: int, reader_groups: int, expected: int
 ) -> None:
-    assert unit_count(SamplerSpec(**options), units, block, groups, reader_groups) == expected
+    assert unit_count(SamplerConfig(**options), units, block, groups, reader_groups) == expected
 
 
 # ---- scores that learn
 
 
 def test_the_first_step_of_stale_scores_is_exact() -> None:
-    model = readers(Layers(scores="stale", share="group"))
+    model = readers(Layers(scores="ema", scope="group"))
     torch.manual_seed(0)
     exact = Readers().double()
     one, other = training_step(model, batch()), training_step(exact, batch())
@@ -120,7 +120,7 @@ def test_the_first_step_of_stale_scores_is_exact() -> None:
 
 
 def test_running_norms_start_from_the_exact_step() -> None:
-    model = readers(Layers(scores="stale", share="value"))
+    model = readers(Layers(scores="ema", scope="value"))
     x = batch()
     hidden = F.linear(x, model.first.weight, model.first.bias).relu().detach()
     model(x)
@@ -130,7 +130,7 @@ def test_running_norms_start_from_the_exact_step() -> None:
 
 
 def test_running_norms_move_on_sampled_channels_only() -> None:
-    model = readers(Layers(scores="stale", share="value"))
+    model = readers(Layers(scores="ema", scope="value"))
     model(batch())
     one = shared(model)[0]
     before = one.running.clone()
@@ -149,8 +149,8 @@ def test_running_norms_are_those_without_demand() -> None:
     for name in ("post-activation", "grouped", "fused-heads", "dense", "squeeze-excite", "vgg"):
         build, shape = NETS[name]
         x = torch.randn(shape).double()
-        for scope in ("site", "value", "group"):
-            hoisted, whole = pair(perturbed(build()).double(), Layers("topk", 0.5, "stale", scope), x)
+        for scope in ("layer", "value", "group"):
+            hoisted, whole = pair(perturbed(build()).double(), Layers("topk", 0.5, "ema", scope), x)
             for _ in range(3):
                 hoisted(x)
                 whole(x)
@@ -161,7 +161,7 @@ def test_running_norms_are_those_without_demand() -> None:
 
 
 def test_scores_are_weight_norms_times_running_norms() -> None:
-    model = readers(Layers(scores="stale", share="value"))
+    model = readers(Layers(scores="ema", scope="value"))
     model(batch())
     weight = model.left.weight.norm(dim=0) * shared(model)[1].running[0]
     weight = weight + model.right.weight.norm(dim=0) * shared(model)[1].running[1]
@@ -174,7 +174,7 @@ def test_no_channel_starves() -> None:
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)).double()
     with torch.no_grad():
         model[2].weight[:, 3] *= 1e-3
-    approx = fx_approx.transform(model, Layers(scores="stale", share="value"), batch())
+    approx = fx_approx.transform(model, Layers(scores="ema", scope="value"), batch())
     seen: set[int] = set()
     for _ in range(1100):
         seen |= set(indices(approx, batch())[1] or ())
@@ -189,7 +189,7 @@ def test_age_raises_scores_toward_the_largest() -> None:
 
 
 def test_coverage() -> None:
-    model = readers(Layers(scores="stale", share="value"))
+    model = readers(Layers(scores="ema", scope="value"))
     assert all(one.coverage == 1 for one in shared(model))
     for one in shared(model):
         one.age.fill_(1000)
@@ -199,7 +199,7 @@ def test_coverage() -> None:
     one = shared(model)[0]
     one.age[:3] = 1000
     assert one.coverage == 0.5
-    assert readers(Layers(share="value"))._fx_approx.resample.shared[0].coverage is None
+    assert readers(Layers(scope="value"))._fx_approx.resample.shared[0].coverage is None
 
 
 def test_ages_leave_scores_that_are_not_finite_alone() -> None:
@@ -209,11 +209,11 @@ def test_ages_leave_scores_that_are_not_finite_alone() -> None:
     assert aged(torch.tensor([1.0, float("nan"), 2.0]), ages[:3]).isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("scores", ["weight", "stale"])
+@pytest.mark.parametrize("scores", ["weight", "ema"])
 def test_all_that_is_kept_lies_on_the_device_of_the_weights(scores: str) -> None:
     approx = fx_approx.transform(
         nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)),
-        Uniform("topk", 0.5, minimal_k=1, scores=scores, share="value"),
+        Uniform(0.5, min_k=1, scores=scores),
         torch.randn(2, 8),
     )
     device = torch.device("meta")
@@ -221,9 +221,9 @@ def test_all_that_is_kept_lies_on_the_device_of_the_weights(scores: str) -> None
     resample = Resample([Shared(one.members, one.units, one.groups, device) for one in made.each()], device)
     resample.published = Published(resample)
     resample.fit()
-    fx_approx.set_ratio(approx, 0.25)
+    fx_approx.set_sampling(approx, 0.25)
     resample.fit()
     found = dict(resample.named_buffers())
     assert {"held_key", "held_indices", "held_scale", "published.mask"} <= set(found)
-    assert ("shared.0.running" in found) == (scores == "stale")
+    assert ("shared.0.running" in found) == (scores == "ema")
     assert {buffer.device.type for buffer in found.values()} == {"meta"}

@@ -19,13 +19,13 @@ from .hoisting import Layers, assert_same_numbers, pair, perturbed, training_ste
 # ---- keeping one sample
 
 
-@pytest.mark.parametrize("scores", ["weight", "stale", "uniform"])
+@pytest.mark.parametrize("scores", ["weight", "ema", "uniform"])
 @pytest.mark.parametrize("sampler", ["topk", "systematic"])
 def test_hold_keeps_a_sample_while_weights_and_norms_move(sampler: str, scores: str) -> None:
-    model = readers(Layers(sampler, scores=scores, share="value"))
+    model = readers(Layers(sampler, scores=scores, scope="value"))
     model(batch())
     model(batch())
-    with fx_approx.hold(model):
+    with fx_approx.reuse_selection(model):
         first = selections(model, batch())
         for step in range(3):
             shuffle(model)
@@ -35,11 +35,11 @@ def test_hold_keeps_a_sample_while_weights_and_norms_move(sampler: str, scores: 
     assert not same(first, after) or (sampler, scores) == ("topk", "uniform")
 
 
-@pytest.mark.parametrize("scores", ["weight", "stale"])
+@pytest.mark.parametrize("scores", ["weight", "ema"])
 @pytest.mark.parametrize("sampler", ["topk", "systematic"])
 def test_every_keeps_a_sample_for_so_many_forwards(sampler: str, scores: str) -> None:
-    model = readers(Layers(sampler, scores=scores, share="value"), every=3)
-    if scores == "stale":
+    model = readers(Layers(sampler, scores=scores, scope="value"), selection_interval=3)
+    if scores == "ema":
         for _ in range(3):
             model(batch())
     for _ in range(3):
@@ -55,10 +55,10 @@ def test_every_keeps_a_sample_for_so_many_forwards(sampler: str, scores: str) ->
 
 
 def test_bernoulli_keeps_its_numbers() -> None:
-    for scores in ("weight", "stale"):
-        model = readers(Layers("bernoulli", scores=scores, share="value"))
+    for scores in ("weight", "ema"):
+        model = readers(Layers("bernoulli", scores=scores, scope="value"))
         model(batch())
-        with fx_approx.hold(model):
+        with fx_approx.reuse_selection(model):
             first = selections(model, batch())
             if scores == "weight":
                 assert same(first, selections(model, batch(1)))
@@ -66,8 +66,8 @@ def test_bernoulli_keeps_its_numbers() -> None:
 
 
 def test_hold_keeps_a_sample_while_a_reader_is_off() -> None:
-    model = readers(Layers(share="value"))
-    with fx_approx.hold(model):
+    model = readers(Layers(scope="value"))
+    with fx_approx.reuse_selection(model):
         first = selections(model, batch())
         model.last.eval()
         shuffle(model)
@@ -80,9 +80,9 @@ def test_hold_keeps_a_sample_while_a_reader_is_off() -> None:
 
 
 def test_a_held_sample_can_be_taken_up_by_a_layer_that_was_off() -> None:
-    model = readers(Layers("systematic", share="value"))
+    model = readers(Layers("systematic", scope="value"))
     model.last.eval()
-    with fx_approx.hold(model):
+    with fx_approx.reuse_selection(model):
         first = selections(model, batch())
         model.last.train()
         second = selections(model, batch())
@@ -96,7 +96,7 @@ def test_a_held_sample_can_be_taken_up_by_a_layer_that_was_off() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["topk", "systematic"])
-@pytest.mark.parametrize("scores", ["weight", "stale"])
+@pytest.mark.parametrize("scores", ["weight", "ema"])
 @pytest.mark.parametrize("scope", ["value", "group"])
 def test_a_checkpoint_of_the_whole_model_changes_nothing(scope: str, scores: str, sampler: str) -> None:
     build, shape = NETS["post-activation"]
@@ -125,10 +125,10 @@ class _Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("sampler", ["topk", "systematic"])
-@pytest.mark.parametrize("scores", ["weight", "stale"])
+@pytest.mark.parametrize("scores", ["weight", "ema"])
 def test_two_forwards_wait_for_their_recomputation(scores: str, sampler: str) -> None:
     def gradients(keep: bool) -> list[Tensor]:
-        model = readers(Layers(sampler, scores=scores, share="value"))
+        model = readers(Layers(sampler, scores=scores, scope="value"))
         model(batch())
         x, y = batch(1), batch(2)
         if keep:
@@ -146,7 +146,7 @@ def test_two_forwards_wait_for_their_recomputation(scores: str, sampler: str) ->
 
 
 def test_a_recomputation_teaches_nothing() -> None:
-    model, plain = (readers(Layers(scores="stale", share="value")) for _ in range(2))
+    model, plain = (readers(Layers(scores="ema", scope="value")) for _ in range(2))
     for _ in range(3):
         checkpoint(model, batch(), use_reentrant=False).sum().backward()
         plain(batch()).sum().backward()
@@ -157,7 +157,7 @@ def test_a_recomputation_teaches_nothing() -> None:
 
 def test_a_copy_recomputes_with_its_own_selections() -> None:
     """Both are at the same step of the same seed, but have learnt different norms."""
-    model = readers(Layers(scores="stale", share="value"))
+    model = readers(Layers(scores="ema", scope="value"))
     twin = copy.deepcopy(model)
     model(batch(1))
     twin(batch(2) * torch.linspace(0.01, 9, 6))
@@ -177,7 +177,7 @@ def test_hoisted_equals_whole_under_a_checkpoint() -> None:
     build, shape = NETS["squeeze-excite"]
     torch.manual_seed(0)
     x = torch.randn(shape).double()
-    for hoisted, whole in [pair(perturbed(build()).double(), Layers("systematic", 0.5, "stale", "group"), x)]:
+    for hoisted, whole in [pair(perturbed(build()).double(), Layers("systematic", 0.5, "ema", "group"), x)]:
         for _ in range(2):
             one, other = training_step(_Checkpointed(hoisted), x), training_step(_Checkpointed(whole), x)
         # The statistics are updated twice, as by any checkpoint.
@@ -187,17 +187,17 @@ def test_hoisted_equals_whole_under_a_checkpoint() -> None:
 def test_a_checkpoint_around_a_compiled_model_takes_the_selections_of_its_forward() -> None:
     """Running norms move in every forward, so a recomputation that chose anew would choose otherwise."""
     torch._dynamo.reset()
-    model = readers(Layers("topk", scores="stale", share="value"))
+    model = readers(Layers("topk", scores="ema", scope="value"))
     for step in range(2):
         model(batch(step))
-    state = fx_approx.sampler_state(model)
+    state = fx_approx.sampler_state_dict(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
 
     def uneven(step: int) -> Tensor:
         return batch(step) * 1e3 ** torch.eye(6, dtype=torch.float64)[step]
 
     def gradients(call: object) -> list[Tensor]:
-        fx_approx.load_sampler_state(model, state)
+        fx_approx.load_sampler_state_dict(model, state)
         inputs = [uneven(step).requires_grad_() for step in range(5)]
         outputs = [call(x) for x in inputs]  # type: ignore[operator]
         return list(torch.autograd.grad(sum(y.square().sum() for y in outputs), [*inputs, *model.parameters()]))

@@ -22,7 +22,7 @@ from .hoisting import Layers, assert_same_numbers, narrow_producers, pair, pertu
 
 
 def stale(**options: Any) -> nn.Module:
-    return readers(Layers("systematic", scores="stale", share="group"), **options)
+    return readers(Layers("systematic", scores="ema", scope="group"), **options)
 
 
 @pytest.fixture(autouse=True)
@@ -36,17 +36,17 @@ def no_leftovers() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
-@pytest.mark.parametrize("scores", ["stale", "weight"])
+@pytest.mark.parametrize("scores", ["ema", "weight"])
 def test_resumed_runs_continue_exactly(scores: str, steps: int) -> None:
     """With every=2, in the middle of a period and between two; the state goes through JSON."""
-    model = readers(Layers("systematic", scores=scores, share="value"), every=2)
+    model = readers(Layers("systematic", scores=scores, scope="value"), selection_interval=2)
     for step in range(steps):
         model(batch(step))
         shuffle_same(model, step)
-    state = json.loads(json.dumps(fx_approx.sampler_state(model)))
-    other = readers(Layers("systematic", scores=scores, share="value"), seed=5)
+    state = json.loads(json.dumps(fx_approx.sampler_state_dict(model)))
+    other = readers(Layers("systematic", scores=scores, scope="value"), seed=5)
     other.load_state_dict(model.state_dict())
-    fx_approx.load_sampler_state(other, state)
+    fx_approx.load_sampler_state_dict(other, state)
     for step in range(steps, steps + 5):
         one, two = selections(model, batch(step)), selections(other, batch(step))
         assert same(one, two), step
@@ -65,19 +65,19 @@ def shuffle_same(model: nn.Module, step: int) -> None:
 def test_state_of_another_model_is_refused() -> None:
     model = stale()
     model(batch())
-    before = fx_approx.sampler_state(model)
-    values = fx_approx.sampler_state(readers(Layers(scores="stale", share="site")))
+    before = fx_approx.sampler_state_dict(model)
+    values = fx_approx.sampler_state_dict(readers(Layers(scores="ema", scope="layer")))
     with pytest.raises(ValueError, match="running norms of shapes"):
-        fx_approx.load_sampler_state(model, values)
-    assert fx_approx.sampler_state(model) == before
+        fx_approx.load_sampler_state_dict(model, values)
+    assert fx_approx.sampler_state_dict(model) == before
 
 
 def test_state_without_what_was_learnt_starts_anew() -> None:
     model = stale()
     for _ in range(3):
         model(batch())
-    values = {k: v for k, v in fx_approx.sampler_state(model).items() if k != "resample"}
-    fx_approx.load_sampler_state(model, values)
+    values = {k: v for k, v in fx_approx.sampler_state_dict(model).items() if k != "resample"}
+    fx_approx.load_sampler_state_dict(model, values)
     assert selections(model, batch()) == [None, None]  # exact again
     assert all(one is not None for one in selections(model, batch()))
 
@@ -105,7 +105,7 @@ def test_copies_learn_for_themselves() -> None:
     assert {id(s) for one in shared(twin) for s in one.selectors}.isdisjoint(
         id(s) for one in shared(model) for s in one.selectors
     )
-    fx_approx.set_ratio(twin, 0.25)
+    fx_approx.set_sampling(twin, 0.25)
     assert [one.k for one in shared(model)] == [3, 8]
     assert [one.k for one in shared(twin)] == [2, 4]
 
@@ -138,7 +138,7 @@ def test_another_dtype_keeps_what_was_learnt(dtype: torch.dtype) -> None:
 def test_the_state_dict_is_the_exact_models() -> None:
     build, shape = NETS["post-activation"]
     model = build()
-    approx = fx_approx.transform(model, Layers(scores="stale", share="group"), torch.randn(shape))
+    approx = fx_approx.transform(model, Layers(scores="ema", scope="group"), torch.randn(shape))
     approx(torch.randn(shape))
     assert list(approx.state_dict()) == list(model.state_dict())
     assert [n for n, _ in approx.named_buffers()] == [n for n, _ in model.named_buffers()]
@@ -164,13 +164,13 @@ def test_a_reader_in_evaluation_makes_all_that_share_with_it_exact() -> None:
 
 
 def test_switching_off_one_layer() -> None:
-    model = readers(Layers(share="value"))
-    fx_approx.set_enabled(model, {"right": False})
+    model = readers(Layers(scope="value"))
+    fx_approx.set_sampling(model, enabled={"right": False})
     assert indices(model, batch())[1] is None
     assert indices(model, batch())[0] is not None
-    fx_approx.set_enabled(model, {"right": True})
+    fx_approx.set_sampling(model, enabled={"right": True})
     assert len(indices(model, batch())[1]) == 8
-    fx_approx.set_enabled(model, False)
+    fx_approx.set_sampling(model, enabled=False)
     torch.manual_seed(0)
     exact = fx_approx.restore(model)
     expected = exact(batch())
@@ -181,8 +181,8 @@ def test_all_ahead_layers_off_while_another_draws() -> None:
     """The step is random because of another layer; nothing is there to be kept."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8)).double()
-    plan = fx_approx.explain(model, Layers("systematic", scores="stale"), batch()).plan
-    plan = plan.edit("2", fx_approx.SamplerSpec("systematic", 0.5))
+    plan = fx_approx.explain(model, Layers("systematic", scores="ema"), batch()).plan
+    plan = plan.edit("2", fx_approx.SamplerConfig("systematic", 0.5))
     approx = fx_approx.transform(model, plan, batch())
     approx(batch())
     approx[0].eval()
@@ -191,12 +191,12 @@ def test_all_ahead_layers_off_while_another_draws() -> None:
 
 
 def test_the_largest_ratio_of_those_that_share_decides() -> None:
-    model = readers(Layers(share="value"))
-    fx_approx.set_ratio(model, {"right": 0.25})
+    model = readers(Layers(scope="value"))
+    fx_approx.set_sampling(model, {"right": 0.25})
     assert len(indices(model, batch())[1]) == 8
-    fx_approx.set_ratio(model, {"left": 0.125})
+    fx_approx.set_sampling(model, {"left": 0.125})
     assert len(indices(model, batch())[1]) == 4
-    fx_approx.set_ratio(model, {"left": 1.0})
+    fx_approx.set_sampling(model, {"left": 1.0})
     assert indices(model, batch())[1] is None
     assert indices(model, batch())[0] is not None
 
@@ -206,10 +206,10 @@ def test_a_new_ratio_is_hoisted_too(name: str) -> None:
     torch.manual_seed(0)
     build, shape = NETS[name]
     x = torch.randn(shape).double()
-    hoisted, whole = pair(perturbed(build()).double(), Layers("systematic", 0.5, "stale", "group"), x)
+    hoisted, whole = pair(perturbed(build()).double(), Layers("systematic", 0.5, "ema", "group"), x)
     for ratio in (0.25, 0.75, 1.0, 0.5):
         for model in (hoisted, whole):
-            fx_approx.set_ratio(model, ratio)
+            fx_approx.set_sampling(model, ratio)
         assert_same_numbers(training_step(hoisted, x), training_step(whole, x), 1e-10)
 
 
@@ -248,7 +248,7 @@ def test_statistics_of_channels_that_are_not_computed_stay() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).double()
     x = torch.randn(2, 3, 4, 4).double()
-    approx = fx_approx.transform(model, Layers(share="value"), x)
+    approx = fx_approx.transform(model, Layers(scope="value"), x)
     chosen = indices(approx, x)[1]
     fresh = [channel for channel in range(8) if approx[1].running_mean[channel] == 0]
     assert sorted(set(range(8)) - set(fresh)) == chosen
@@ -260,8 +260,8 @@ def test_sync_batch_norm_without_a_process_group() -> None:
     build, shape = NETS["post-activation"]
     x = torch.randn(shape).double()
     model = nn.SyncBatchNorm.convert_sync_batchnorm(perturbed(build()).double())
-    for share in ("value", "group"):
-        hoisted, whole = pair(model, Layers("systematic", 0.5, "weight", share), x)
+    for scope in ("value", "group"):
+        hoisted, whole = pair(model, Layers("systematic", 0.5, "weight", scope), x)
         assert narrow_producers(hoisted)
         for _ in range(2):
             assert_same_numbers(training_step(hoisted, x), training_step(whole, x), 1e-10)
@@ -274,9 +274,9 @@ def test_sync_batch_norm_without_a_process_group() -> None:
 # ---- compiled
 
 
-SCORES = ("weight", "stale")
+SCORES = ("weight", "ema")
 # All of the cross with ``-m slow``; these two compile quickly.
-QUICK = (("vgg", "value", "weight"), ("fused-heads", "group", "stale"))
+QUICK = (("vgg", "value", "weight"), ("fused-heads", "group", "ema"))
 COMPILED = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
     for case in itertools.product(("vgg", "post-activation", "grouped", "fused-heads"), ("value", "group"), SCORES)
@@ -293,7 +293,7 @@ def test_compiled_steps_take_the_same_selections(name: str, scope: str, scores: 
         fx_approx.transform(copy.deepcopy(model), Layers("systematic", 0.5, scores, scope), x) for _ in range(2)
     )
     compiled = torch.compile(approx, backend="aot_eager", fullgraph=True)
-    if scores == "stale":
+    if scores == "ema":
         eager(x)
         approx(x)
     for _ in range(3):
@@ -308,9 +308,9 @@ def test_compiled_steps_take_the_same_selections(name: str, scope: str, scores: 
 
 
 def test_compiled_hold_keeps_a_sample() -> None:
-    model = readers(Layers("systematic", share="value"))
+    model = readers(Layers("systematic", scope="value"))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with fx_approx.hold(model):
+    with fx_approx.reuse_selection(model):
         one = compiled(batch())
         with torch.no_grad():
             model.first.weight.mul_(torch.linspace(0.1, 3, 6))

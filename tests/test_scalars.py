@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import fx_approx
-from fx_approx import ScalarLogger
+from fx_approx.analysis import ScalarLogger
 
 from .policies.test_budget import IMAGES
 from .test_scheduler import Writer, transformed
@@ -24,7 +24,7 @@ def test_savings_are_those_of_the_report() -> None:
 
 def test_errors_are_those_of_the_noise_report() -> None:
     writer, model = Writer(), transformed()
-    report = fx_approx.measure_error(model, IMAGES, lambda output: output.square().mean())
+    report = fx_approx.analysis.gradient_noise(model, IMAGES, lambda output: output.square().mean())
     ScalarLogger(writer).noise(report, 3)
     found = {tag: value for tag, value, _ in writer.written}
     assert found["fx_approx/error/gradient"] == report.step.error > 0

@@ -12,22 +12,23 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fx_approx
-from fx_approx import RatioScheduler, ScalarLogger
-from fx_approx.policies import FlopBudget, Roles, Uniform
-from fx_approx.schedules.schedule import (
+from fx_approx.analysis import ScalarLogger
+from fx_approx.policies import FlopBudget, GradientSampling, Uniform
+from fx_approx.schedules import (
     Constant,
     ExactTail,
     ExactWarmup,
-    Interleaved,
     Linear,
-    Planned,
+    PeriodicExact,
+    PiecewiseConstant,
+    PlanRatios,
+    RatioScheduler,
     Schedule,
-    Stairs,
 )
 
 from .policies.test_budget import IMAGES, SMALL, network
 
-VALUE = Uniform("topk", 0.5, scores="weight", share="value", granularity=4)
+VALUE = Uniform(0.5, round_to=4)
 
 
 class Writer:
@@ -53,12 +54,12 @@ def in_force(model: nn.Module) -> set[float]:
         Constant(0.25),
         Linear(1.0, 0.5, 4),
         ExactWarmup(ExactTail(Constant(0.5), 5, 2), 2),
-        Interleaved(Linear(0.75, 0.25, 6), 3),
-        Stairs({0: 0.75, 2: 1.0, 4: 0.25}),
+        PeriodicExact(Linear(0.75, 0.25, 6), 3),
+        PiecewiseConstant({0: 0.75, 2: 1.0, 4: 0.25}),
     ],
     ids=lambda schedule: type(schedule).__name__,
 )
-@pytest.mark.filterwarnings("ignore:ExactTail:fx_approx.StaleStatisticsWarning")
+@pytest.mark.filterwarnings("ignore:ExactTail:fx_approx.errors.BatchNormWarning")
 def test_every_step_has_its_ratio(schedule: Schedule) -> None:
     model = transformed()
     scheduler = RatioScheduler(model, schedule)
@@ -71,7 +72,7 @@ def test_every_step_has_its_ratio(schedule: Schedule) -> None:
 def test_the_plan_s_own_ratios_come_back() -> None:
     model = transformed(FlopBudget(0.5, **SMALL))
     before = {key: selector.spec for key, selector in model._fx_approx.selectors.items()}
-    scheduler = RatioScheduler(model, Stairs({0: 0.25, 1: 1.0, 2: None}))
+    scheduler = RatioScheduler(model, PiecewiseConstant({0: 0.25, 1: 1.0, 2: None}))
     assert in_force(model) == {0.25}
     scheduler.step()
     assert in_force(model) == {1.0}
@@ -80,8 +81,8 @@ def test_the_plan_s_own_ratios_come_back() -> None:
 
 
 def test_by_layer_and_first_match() -> None:
-    model = transformed(Uniform("topk", 0.5))
-    scheduler = RatioScheduler(model, {"5.conv1": Constant(0.25), "5.*": Constant(0.75), "*": Planned()})
+    model = transformed(Uniform(0.5, scores="online"))
+    scheduler = RatioScheduler(model, {"5.conv1": Constant(0.25), "5.*": Constant(0.75), "*": PlanRatios()})
     found = scheduler.get_last_ratio()
     assert (found["5.conv1"], found["5.conv2"], found["3.conv1"]) == (0.25, 0.75, 0.5)
 
@@ -102,17 +103,17 @@ def twice(policy: Uniform) -> nn.Module:
 
 
 def test_calls_of_one_layer_are_told_apart() -> None:
-    model = twice(Uniform("topk", 0.5, minimal_k=1))
-    scheduler = RatioScheduler(model, {"fc#2": Stairs({0: 0.25, 1: 1.0}), "*": Constant(0.75)})
+    model = twice(Uniform(0.5, min_k=1, scores="online"))
+    scheduler = RatioScheduler(model, {"fc#2": PiecewiseConstant({0: 0.25, 1: 1.0}), "*": Constant(0.75)})
     assert scheduler.get_last_ratio() == {"fc": 0.75, "fc#2": 0.25, "out": 0.75}
     scheduler.step()
     assert scheduler.get_last_ratio() == {"fc": 0.75, "fc#2": 1.0, "out": 0.75}
-    RatioScheduler(model, {"fc": Constant(0.5), "out": Planned()})
+    RatioScheduler(model, {"fc": Constant(0.5), "out": PlanRatios()})
     assert scheduler.get_last_ratio() == {"fc": 0.5, "fc#2": 0.5, "out": 0.75}
 
 
 def test_all_roles_of_a_layer_follow() -> None:
-    model = transformed(Roles.backward(0.5))
+    model = transformed(GradientSampling.backward(0.5))
     RatioScheduler(model, Constant(0.25))
     assert {(selector.spec.ratio) for selector in model._fx_approx.selectors.values()} == {0.25}
 
@@ -124,7 +125,7 @@ def test_an_exact_step_is_the_exact_model_s() -> None:
     assert torch.equal(model(IMAGES), plain(IMAGES))
 
 
-@pytest.mark.filterwarnings("ignore:ExactTail:fx_approx.StaleStatisticsWarning")
+@pytest.mark.filterwarnings("ignore:ExactTail:fx_approx.errors.BatchNormWarning")
 def test_compilations_are_the_distinct_ratios() -> None:
     """Exact, 0.75 and 0.5, in any order and back: three graphs."""
     torch._dynamo.reset()
@@ -135,7 +136,7 @@ def test_compilations_are_the_distinct_ratios() -> None:
         count += 1
         return gm.forward
 
-    schedule = ExactTail(ExactWarmup(Interleaved(Linear(0.75, 0.5, 4, levels=(0.75, 0.5)), 3), 2), 11, 2)
+    schedule = ExactTail(ExactWarmup(PeriodicExact(Linear(0.75, 0.5, 4, levels=(0.75, 0.5)), 3), 2), 11, 2)
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     scheduler = RatioScheduler(compiled, schedule)
     for _ in range(13):
@@ -148,13 +149,11 @@ def test_compilations_are_the_distinct_ratios() -> None:
 def test_exact_steps_are_one_graph_whatever_the_ratio_between_them(scores: str) -> None:
     """And up to the limit of torch.compile without a warning, which the tests would raise."""
     torch._dynamo.reset()
-    model = twice(
-        Uniform("systematic", 0.5, minimal_k=1, scores=scores, share="value" if scores == "weight" else "site")
-    )
+    model = twice(Uniform(0.5, "systematic", min_k=1, scores=scores, scope="value" if scores == "weight" else "layer"))
     counter, x = CompileCounterWithBackend("aot_eager"), torch.randn(4, 32)
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     ratios = [0.25, 0.375, 0.5, 0.625, 0.75]
-    schedule = Stairs(dict(enumerate(ratio for one in [*ratios, *ratios] for ratio in (1.0, one))))
+    schedule = PiecewiseConstant(dict(enumerate(ratio for one in [*ratios, *ratios] for ratio in (1.0, one))))
     scheduler = RatioScheduler(compiled, schedule)
     for _ in range(20):
         compiled(x).sum().backward()
@@ -164,21 +163,21 @@ def test_exact_steps_are_one_graph_whatever_the_ratio_between_them(scores: str) 
 
 def test_the_last_compilation_is_announced_once() -> None:
     torch._dynamo.reset()
-    model = twice(Uniform("topk", 0.5, minimal_k=1, scores="weight", share="value"))
+    model = twice(Uniform(0.5, min_k=1))
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     limit = torch._dynamo.config.recompile_limit
     new = [(place + 1) / 20 for place in range(1, limit)]
     order = [1.0, *new[:-1], 1.0, new[0], 1.0, new[3], new[-1]]
-    scheduler = RatioScheduler(compiled, Stairs(dict(enumerate(order))))
+    scheduler = RatioScheduler(compiled, PiecewiseConstant(dict(enumerate(order))))
     for _ in order[:-2]:
         compiled(torch.randn(4, 32))
         scheduler.step()
-    with pytest.warns(fx_approx.RecompilationWarning):
+    with pytest.warns(fx_approx.errors.RecompilationWarning):
         scheduler.step()
 
 
 def test_it_resumes_from_json() -> None:
-    schedule = Interleaved(Linear(1.0, 0.25, 6), 4)
+    schedule = PeriodicExact(Linear(1.0, 0.25, 6), 4)
     one, model = RatioScheduler(transformed(FlopBudget(0.5, **SMALL)), schedule), transformed(FlopBudget(0.5, **SMALL))
     for _ in range(4):
         one.step()
@@ -192,15 +191,15 @@ def test_it_resumes_from_json() -> None:
 
 def test_planned_ratios_survive_a_resume() -> None:
     """The model that resumes may have been transformed, or set, otherwise in between."""
-    one = RatioScheduler(transformed(Uniform("topk", 0.75)), Planned())
-    model = transformed(Uniform("topk", 0.25))
-    RatioScheduler(model, Planned()).load_state_dict(one.state_dict())
+    one = RatioScheduler(transformed(Uniform(0.75, scores="online")), PlanRatios())
+    model = transformed(Uniform(0.25, scores="online"))
+    RatioScheduler(model, PlanRatios()).load_state_dict(one.state_dict())
     assert in_force(model) == {0.75}
 
 
 def test_what_is_logged() -> None:
     writer, model = Writer(), transformed()
-    scheduler = RatioScheduler(model, Stairs({0: 1.0, 2: 0.25}), log=ScalarLogger(writer))
+    scheduler = RatioScheduler(model, PiecewiseConstant({0: 1.0, 2: 0.25}), log=ScalarLogger(writer))
     for _ in range(4):
         scheduler.step()
     means = [(value, step) for tag, value, step in writer.written if tag == "fx_approx/mean_ratio"]
@@ -226,7 +225,7 @@ def test_bad_input(schedule: Any, error: type[Exception], message: str) -> None:
 def test_bad_states_change_nothing() -> None:
     scheduler, other = (
         RatioScheduler(transformed(), Constant(0.25)),
-        RatioScheduler(transformed(FlopBudget(0.9, **SMALL)), Planned()),
+        RatioScheduler(transformed(FlopBudget(0.9, **SMALL)), PlanRatios()),
     )
     state = scheduler.state_dict()
     for wrong, message in (

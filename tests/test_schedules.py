@@ -6,28 +6,28 @@ from typing import Any
 
 import pytest
 
-from fx_approx.schedules.schedule import (
+from fx_approx.schedules import (
     Constant,
     Cosine,
     ExactTail,
     ExactWarmup,
-    Interleaved,
     Linear,
-    Planned,
+    PeriodicExact,
+    PiecewiseConstant,
+    PlanRatios,
     Schedule,
-    Stairs,
 )
 
 ALL = [
-    Planned(),
+    PlanRatios(),
     Constant(0.5),
     Linear(1.0, 0.25, 10),
     Cosine(0.9, 0.3, 7, levels=(0.5, 0.7)),
     Linear(0.3, 0.9, 12, levels=4),
-    Stairs({0: 1.0, 5: 0.5, 8: None}),
+    PiecewiseConstant({0: 1.0, 5: 0.5, 8: None}),
     ExactWarmup(Constant(0.5), 3),
     ExactTail(Linear(0.5, 0.25, 4), 12, 2),
-    Interleaved(ExactWarmup(Planned(), 2), 4),
+    PeriodicExact(ExactWarmup(PlanRatios(), 2), 4),
 ]
 
 
@@ -38,7 +38,7 @@ def values(schedule: Schedule, count: int) -> list[float | None]:
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        (Planned(), [None, None]),
+        (PlanRatios(), [None, None]),
         (Constant(0.3), [0.3, 0.3]),
         (Linear(1.0, 0.5, 4), [1.0, 0.875, 0.75, 0.625, 0.5, 0.5]),
         (Linear(0.5, 1.0, 4, levels=(0.5, 1.0)), [0.5, 0.5, 1.0, 1.0, 1.0]),
@@ -46,11 +46,11 @@ def values(schedule: Schedule, count: int) -> list[float | None]:
         (Linear(0.25, 0.75, 2, levels=2), [0.25, 0.75, 0.75]),
         (Cosine(1.0, 0.5, 4), [1.0, 0.875, 0.75, 0.625, 0.5]),  # 1, 0.927, 0.75, 0.573, 0.5
         (Cosine(1.0, 0.5, 8), [1.0, 1.0, 0.875, 0.875, 0.75, 0.625, 0.625, 0.5, 0.5]),
-        (Stairs({0: 1.0, 2: 0.5, 4: None}), [1.0, 1.0, 0.5, 0.5, None, None]),
+        (PiecewiseConstant({0: 1.0, 2: 0.5, 4: None}), [1.0, 1.0, 0.5, 0.5, None, None]),
         (ExactWarmup(Linear(0.75, 0.5, 2), 2), [1.0, 1.0, 0.75, 0.625, 0.5]),
         (ExactTail(Constant(0.5), 4, 2), [0.5, 0.5, 1.0, 1.0, 1.0]),
-        (Interleaved(Constant(0.5), 3), [0.5, 0.5, 1.0, 0.5, 0.5, 1.0]),
-        (ExactWarmup(Interleaved(Planned(), 2), 1), [1.0, None, 1.0, None]),
+        (PeriodicExact(Constant(0.5), 3), [0.5, 0.5, 1.0, 0.5, 0.5, 1.0]),
+        (ExactWarmup(PeriodicExact(PlanRatios(), 2), 1), [1.0, None, 1.0, None]),
     ],
 )
 def test_values(schedule: Schedule, expected: list[float | None]) -> None:
@@ -78,22 +78,26 @@ def test_json(schedule: Schedule) -> None:
         (lambda: Cosine(1.0, 0.5, 3, levels=[0.5]), TypeError, "levels: expected a tuple"),
         (lambda: Cosine(1.0, 0.5, 3, levels=(2.0,)), ValueError, "levels: expected"),
         (lambda: Cosine(1.0, 0.5, 3, levels=1), ValueError, "levels: expected an integer of at least 2, got 1"),
-        (lambda: Stairs({0: 0.5}).ratio(-1), ValueError, "step: expected an integer of at least 0, got -1"),
+        (lambda: PiecewiseConstant({0: 0.5}).ratio(-1), ValueError, "step: expected an integer of at least 0, got -1"),
         (lambda: Schedule.from_dict({"kind": "_Moving"}), ValueError, r"kind: expected one of Constant, Cosine, "),
         (
             lambda: Schedule.from_dict({"kind": "Constant"}),
             ValueError,
             r"Constant: expected the fields value, got \[\]",
         ),
-        (lambda: Schedule.from_dict({"kind": "Planned", "value": 1}), ValueError, "Planned: expected the fields none"),
-        (lambda: Stairs({}), TypeError, "ratios_by_step: expected steps with ratios"),
-        (lambda: Stairs({1: 0.5}), ValueError, r"expected steps in order, the first 0, got \[1\]"),
-        (lambda: Stairs({0: 0.5, 3: 2.0}), ValueError, r"ratios_by_step\[3\]: expected"),
-        (lambda: Stairs({0: 0.5, 1.5: 0.5}), TypeError, "ratios_by_step: expected an integer"),
+        (
+            lambda: Schedule.from_dict({"kind": "PlanRatios", "value": 1}),
+            ValueError,
+            "PlanRatios: expected the fields none",
+        ),
+        (lambda: PiecewiseConstant({}), TypeError, "ratios_by_step: expected steps with ratios"),
+        (lambda: PiecewiseConstant({1: 0.5}), ValueError, r"expected steps in order, the first 0, got \[1\]"),
+        (lambda: PiecewiseConstant({0: 0.5, 3: 2.0}), ValueError, r"ratios_by_step\[3\]: expected"),
+        (lambda: PiecewiseConstant({0: 0.5, 1.5: 0.5}), TypeError, "ratios_by_step: expected an integer"),
         (lambda: ExactWarmup(0.5, 3), TypeError, "schedule: expected a schedule such as"),
         (lambda: ExactWarmup(Constant(0.5), -1), ValueError, "steps: expected"),
         (lambda: ExactTail(Constant(0.5), 3, 4), ValueError, "steps: expected at most total=3, got 4"),
-        (lambda: Interleaved(Constant(0.5), 1), ValueError, "every: expected an integer of at least 2"),
+        (lambda: PeriodicExact(Constant(0.5), 1), ValueError, "every: expected an integer of at least 2"),
         (lambda: Schedule.from_dict({"kind": "Random"}), ValueError, "kind: expected one of .*Constant.* got 'Random'"),
     ],
 )

@@ -18,7 +18,7 @@ from fx_approx.policies import Uniform
 from .models import same
 from .test_sections import AHEAD, RANDOM, gradients, sections
 
-pytestmark = pytest.mark.filterwarnings("ignore:not traced:fx_approx.CaptureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:not traced:fx_approx.errors.CaptureWarning")
 
 
 class Base(nn.Module):
@@ -48,14 +48,14 @@ class Block(nn.Module):
         return self.b(torch.tanh(self.a(x))) * self.scale
 
 
-EXACT = Uniform("topk", 1.0, scores="weight", share="value")
+EXACT = Uniform(1.0)
 
 
 def exactly(model: nn.Module, x: Tensor, found: list[str]) -> nn.Module:
     """At ratio 1.0, in the sections that are expected."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.NoEffectWarning)
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.NoEffectWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
         approx = fx_approx.transform(model, EXACT, x)
     assert sections(approx) == found
     return approx
@@ -98,7 +98,7 @@ def test_what_a_section_took_for_granted_is_guarded_wherever_it_is() -> None:
     assert torch.equal(approx(x), model(x))
     sampled = fx_approx.transform(model, AHEAD, x)
     sampled.block.scale = 4.0
-    with pytest.warns(fx_approx.CaptureWarning, match="attribute scale of a Block was changed"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="attribute scale of a Block was changed"):
         sampled(x)
 
 
@@ -165,11 +165,11 @@ class Repeats(Base):
 @pytest.mark.parametrize("demand", [True, False])
 def test_a_checkpoint_of_an_earlier_forward_knows_how_often_it_called(demand: bool) -> None:
     x = torch.randn(4, 8)
-    approx = fx_approx.transform(Repeats(), RANDOM, x, demand=demand)
+    approx = fx_approx.transform(Repeats(), RANDOM, x, prune_unread=demand)
     first = approx(x)
     approx.times = 1
     second = approx(2 * x)
-    with pytest.raises(fx_approx.RecomputationError, match="several times"):
+    with pytest.raises(fx_approx.errors.RecomputationError, match="several times"):
         (first.square().sum() + second.square().sum()).backward()
 
 
@@ -181,7 +181,7 @@ def test_a_direct_call_is_recomputed_with_its_own_selections(policy: Any, demand
     results = []
     for on in (True, False):
         torch.manual_seed(1)
-        approx = fx_approx.transform(Base(), policy, x, demand=demand, seed=1)
+        approx = fx_approx.transform(Base(), policy, x, prune_unread=demand, seed=1)
         u = checkpoint(approx.block, z, use_reentrant=False) if on else approx.block(z)
         y = approx(x)
         results.append(torch.autograd.grad(u.square().sum() + y.square().sum(), list(approx.parameters())))
@@ -237,7 +237,7 @@ def test_a_part_is_pickled_by_itself(traced: bool) -> None:
 def test_scores_that_learn_sample_from_the_second_step_on() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 8)
-    approx = fx_approx.transform(Base(), Uniform("topk", 0.5, scores="stale", share="value"), x)
+    approx = fx_approx.transform(Base(), Uniform(0.5, scores="ema"), x)
     first, second = (gradients(approx, approx, (x,))[1]["block.2.weight"] for _ in range(2))
     assert (first != 0).any(0).sum() == 16 and (second != 0).any(0).sum() == 8
 

@@ -21,10 +21,10 @@ from .hoisting import loss_of, narrow_producers, perturbed
 from .models import same
 from .modes import MODES
 
-AHEAD = Uniform("topk", 0.5, scores="weight", share="value")
-RANDOM = Uniform("crs", 0.5, scores="weight", share="value")
+AHEAD = Uniform(0.5)
+RANDOM = Uniform(0.5, "crs")
 
-pytestmark = pytest.mark.filterwarnings("ignore:not traced:fx_approx.CaptureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:not traced:fx_approx.errors.CaptureWarning")
 
 
 class Backbone(nn.Module):
@@ -93,7 +93,9 @@ def columns(grad: Tensor) -> int:
 
 def test_the_largest_modules_that_can_be_traced_have_graphs() -> None:
     model, inputs = made()
-    with pytest.warns(fx_approx.CaptureWarning, match="by graphs of backbone, head, and by module swap: the model"):
+    with pytest.warns(
+        fx_approx.errors.CaptureWarning, match="by graphs of backbone, head, and by module swap: the model"
+    ):
         approx = fx_approx.transform(model, AHEAD, inputs)
     assert sections(approx) == ["backbone", "head"]
     assert narrow_producers(approx) == {"backbone.stem.0", "backbone.up.0", "head.tower.0", "head.tower.2"}
@@ -134,7 +136,7 @@ def test_they_compute_the_sampled_function() -> None:
 def test_at_ratio_one_the_model_is_exact(mode: str) -> None:
     model, inputs = made()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.NoEffectWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.NoEffectWarning)
         approx = fx_approx.transform(copy.deepcopy(model), MODES[mode](1.0), inputs)
     assert sections(approx) == ["backbone", "head"]
     (ours, own), (theirs, other) = gradients(approx, approx, inputs), gradients(model, model, inputs)
@@ -142,11 +144,11 @@ def test_at_ratio_one_the_model_is_exact(mode: str) -> None:
     assert same(dict(approx.named_buffers()), dict(model.named_buffers()))
 
 
-@pytest.mark.parametrize("policy", [AHEAD, RANDOM, Uniform("topk", 0.5, share="site", scores="online")])
+@pytest.mark.parametrize("policy", [AHEAD, RANDOM, Uniform(0.5, scores="online")])
 def test_demand_changes_no_number(policy: Any) -> None:
     model, inputs = made()
     approx = fx_approx.transform(model, policy, inputs)
-    found = fx_approx.verify(approx, inputs, loss_of)
+    found = fx_approx.analysis.verify(approx, inputs, loss_of)
     assert found.passed, found
 
 
@@ -187,7 +189,9 @@ def test_a_section_that_does_not_fit_a_call_runs_its_own_python() -> None:
     approx = fx_approx.transform(copy.deepcopy(model), AHEAD, inputs)
     approx.head.tower[1] = nn.Tanh()
     approx.head.tower.register_forward_hook(lambda *_: None)
-    with pytest.warns(fx_approx.CaptureWarning, match="graph of Head cannot serve this call: a Sequential got hooks"):
+    with pytest.warns(
+        fx_approx.errors.CaptureWarning, match="graph of Head cannot serve this call: a Sequential got hooks"
+    ):
         _, grads = gradients(approx, approx, inputs)
     assert columns(grads["head.tower.2.weight"]) == columns(grads["backbone.down.weight"]) == 8
     assert columns(grads["backbone.up.0.weight"]) == 4
@@ -216,7 +220,7 @@ def test_each_step_draws_anew_and_a_held_one_does_not() -> None:
     approx = fx_approx.transform(model, RANDOM, inputs)
     first, second = (gradients(approx, approx, inputs)[0] for _ in range(2))
     assert not same(first, second)
-    with fx_approx.hold(approx):
+    with fx_approx.reuse_selection(approx):
         assert same(*(gradients(approx, approx, inputs)[1] for _ in range(2)))
 
 
@@ -246,7 +250,7 @@ def test_each_call_of_a_section_draws_for_itself() -> None:
     assert sections(approx) == ["block"] and len(approx._fx_approx.capture.sections[0].called.calls) == 3
     found = approx(x)
     assert not same(found[0], found[1]) and not same(found[1], found[2])
-    with fx_approx.hold(approx):  # what is held is one selection
+    with fx_approx.reuse_selection(approx):  # what is held is one selection
         found, again = approx(x), approx(x)
         with torch.no_grad():
             approx.block[0].weight.mul_(2)
@@ -270,7 +274,7 @@ class Checkpointed(nn.Module):
         return self.end(x) if bool(x.sum() == x.sum()) else x
 
 
-@pytest.mark.parametrize("policy", [AHEAD, RANDOM, Uniform("crs", 0.5, share="value", scores="stale")])
+@pytest.mark.parametrize("policy", [AHEAD, RANDOM, Uniform(0.5, "crs", scores="ema")])
 def test_under_a_checkpoint_a_section_is_recomputed_with_the_same_selections(policy: Any) -> None:
     x = torch.randn(6, 8)
     results = []
@@ -282,7 +286,7 @@ def test_under_a_checkpoint_a_section_is_recomputed_with_the_same_selections(pol
     assert same(*results)
 
 
-@pytest.mark.filterwarnings("ignore::fx_approx.StaleStatisticsWarning")
+@pytest.mark.filterwarnings("ignore::fx_approx.errors.BatchNormWarning")
 def test_below_a_part_of_a_traced_model() -> None:
     """The model around it has a graph as well, which calls that part."""
 
@@ -300,7 +304,7 @@ def test_below_a_part_of_a_traced_model() -> None:
     approx = fx_approx.transform(copy.deepcopy(model), RANDOM, inputs)
     assert sections(approx) == ["", "detector.backbone", "detector.head"]
     assert narrow_producers(approx) >= {"before.0", "detector.backbone.up.0", "detector.head.tower.0"}
-    assert fx_approx.verify(approx, inputs, loss_of).passed
+    assert fx_approx.analysis.verify(approx, inputs, loss_of).passed
     names = [row.name for row in fx_approx.report(approx).rows]
     assert len(names) == len(set(names)) == 13
     first, twin = gradients(approx, approx, inputs), copy.deepcopy(approx)
@@ -320,11 +324,11 @@ def test_ends_are_those_of_the_whole_model() -> None:
 def test_schedules_noise_and_statistics() -> None:
     model, inputs = made()
     approx = fx_approx.transform(model, RANDOM, inputs)
-    fx_approx.set_ratio(approx, 1.0)
+    fx_approx.set_sampling(approx, 1.0)
     exact = fx_approx.restore(copy.deepcopy(approx))
     assert same(gradients(approx, approx, inputs), gradients(exact, exact, inputs))
-    fx_approx.set_ratio(approx, 0.5)
-    report = fx_approx.measure_error(approx, inputs, loss=loss_of, draws=4)
+    fx_approx.set_sampling(approx, 0.5)
+    report = fx_approx.analysis.gradient_noise(approx, inputs, loss=loss_of, draws=4)
     assert {row.name for row in report.rows} >= {"backbone.up.0", "head.score", "last"}
 
 
@@ -352,7 +356,9 @@ class Remembers(Detector):
 def test_a_run_on_the_example_changes_nothing_elsewhere() -> None:
     _, (x, targets) = made()
     kept = x.clone()
-    with pytest.warns(fx_approx.CaptureWarning, match="it changes a tensor in place that is no attribute of a module"):
+    with pytest.warns(
+        fx_approx.errors.CaptureWarning, match="it changes a tensor in place that is no attribute of a module"
+    ):
         approx = fx_approx.transform(perturbed(Remembers()).double(), AHEAD, (x, targets))
     assert torch.equal(MEMORY, torch.zeros_like(MEMORY)) and torch.equal(x, kept)
     assert sections(approx) == ["backbone", "head"]
@@ -360,7 +366,7 @@ def test_a_run_on_the_example_changes_nothing_elsewhere() -> None:
 
 def test_without_example_inputs_layers_are_swapped() -> None:
     model, inputs = made()
-    approx = fx_approx.transform(model, Uniform("topk", 0.5))
+    approx = fx_approx.transform(model, Uniform(0.5, scores="online"))
     assert sections(approx) == [] and fx_approx.report(approx).totals is not None
     gradients(approx, approx, inputs)
 

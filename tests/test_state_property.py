@@ -52,10 +52,10 @@ def stepped(model: nn.Module, x: Tensor, seed: int) -> Any:
 
 def transformed(model: nn.Module, x: Tensor, scores: str) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
-        share = "site" if scores == "online" else "value"
-        fx_approx.explain(model, Uniform("topk", 0.5, scores=scores, share=share), x)
-        return fx_approx.transform(model, Uniform("topk", 1.0, scores=scores, share=share), x)
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
+        scope = "layer" if scores == "online" else "value"
+        fx_approx.explain(model, Uniform(0.5, scores=scores, scope=scope), x)
+        return fx_approx.transform(model, Uniform(1.0, scores=scores, scope=scope), x)
 
 
 def assert_is_the_model(
@@ -72,7 +72,7 @@ def assert_is_the_model(
     assert generators() == drawn
     assert list(approx.state_dict()) == list(model.state_dict())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
         for number, mode in enumerate(modes):
             approx.train(mode), exact.train(mode)
             expected = stepped(exact, x, number)
@@ -123,7 +123,7 @@ def test_a_policy_that_times_steps_leaves_the_model_alone() -> None:
     versions = {place: t._version for place, t in tensors_of(model).items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        view, _ = fx_approx.compiler.transform.view_of(model, Uniform("topk", 0.5), torch.ones(5, WIDTH))
+        view, _ = fx_approx.compiler.transform.view_of(model, Uniform(0.5, scores="online"), torch.ones(5, WIDTH))
         view.time([{}], repeats=1)
     assert (everything(model), generators()) == (state, drawn)
     assert {place: t._version for place, t in tensors_of(model).items()} == versions
@@ -151,8 +151,8 @@ def test_an_error_leaves_the_model_alone() -> None:
     ],
 )
 def test_what_is_not_traced_says_why(names: list[str], reason: str) -> None:
-    with pytest.warns(fx_approx.CaptureWarning, match=reason):
-        fx_approx.transform(built(["read layer", *names], None, 0), Uniform("topk", 0.5))
+    with pytest.warns(fx_approx.errors.CaptureWarning, match=reason):
+        fx_approx.transform(built(["read layer", *names], None, 0), Uniform(0.5, scores="online"))
 
 
 @pytest.mark.parametrize(
@@ -176,26 +176,26 @@ def test_what_is_not_traced_says_why(names: list[str], reason: str) -> None:
 def test_what_can_be_traced_is(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fx_approx.transform(built(["read layer", f"read {name}"], None, 0), Uniform("topk", 0.5))
+        fx_approx.transform(built(["read layer", f"read {name}"], None, 0), Uniform(0.5, scores="online"))
 
 
 @pytest.mark.parametrize("change", ["grow", "freeze", "replace"])
 def test_what_the_graph_takes_for_granted_is_checked(change: str) -> None:
     names = {"grow": "read penalty", "freeze": "read wanted", "replace": "read shape"}
-    approx = fx_approx.transform(built([names[change]], None, 0), Uniform("topk", 0.5))
+    approx = fx_approx.transform(built([names[change]], None, 0), Uniform(0.5, scores="online"))
     CHANGES[change](approx)
     if change == "replace":
         approx.l.weight = nn.Parameter(torch.randn(WIDTH + 1, WIDTH))
         approx.l.bias = None
-    with pytest.warns(fx_approx.CaptureWarning, match="the graph of State cannot serve this call"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="the graph of State cannot serve this call"):
         approx(torch.randn(5, WIDTH))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("trace", [torch.jit.script, torch.fx.symbolic_trace])
 def test_scripting_and_tracing_a_transformed_model_say_what_to_do(trace: Any) -> None:
-    approx = fx_approx.transform(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), Uniform("topk", 0.5))
+    approx = fx_approx.transform(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), Uniform(0.5, scores="online"))
     for model in (approx, nn.Sequential(approx)):
-        with pytest.raises(fx_approx.CaptureError, match=r"fx_approx\.restore\(model\)"):
+        with pytest.raises(fx_approx.errors.CaptureError, match=r"fx_approx\.restore\(model\)"):
             trace(model)
     trace(fx_approx.restore(approx))

@@ -9,7 +9,7 @@ from torch import nn
 import fx_approx
 from fx_approx.policies import Uniform
 
-HALF = Uniform("topk", 0.5)
+HALF = Uniform(0.5, scores="online")
 
 
 def chain() -> nn.Sequential:
@@ -19,7 +19,7 @@ def chain() -> nn.Sequential:
 def test_a_layer_replaced_after_the_transform_is_used_and_the_others_stay_sampled() -> None:
     approx, x = fx_approx.transform(chain(), HALF), torch.randn(2, 8)
     approx[1][0] = new = nn.Linear(8, 8)
-    with pytest.warns(fx_approx.CaptureWarning, match="a child of a Sequential was changed"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="a child of a Sequential was changed"):
         approx(x).sum().backward()
     assert (new.weight.grad.abs().sum(0) > 0).all()
     assert (approx[2].weight.grad.abs().sum(0) == 0).sum() == 4
@@ -62,7 +62,7 @@ def test_shape_propagation_runs_no_hook_of_the_user() -> None:
     seen: list[torch.Tensor] = []
     model = chain()
     model[1].register_forward_hook(lambda module, args, output: seen.append(output))
-    with pytest.warns(fx_approx.CaptureWarning, match="has hooks"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="has hooks"):
         approx = fx_approx.transform(model, HALF, torch.randn(2, 8))
     assert seen == []
     assert fx_approx.report(approx)["1.0"].exact is not None
@@ -73,14 +73,14 @@ def test_shape_propagation_runs_no_hook_of_the_user() -> None:
 def test_a_model_that_needs_its_hooks_to_run_has_unknown_shapes() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(16, 4))
     model[1].register_forward_pre_hook(lambda module, args: (torch.cat((args[0], args[0]), -1),))
-    with pytest.warns(fx_approx.CaptureWarning, match="without the hooks of 1"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="without the hooks of 1"):
         approx = fx_approx.transform(model, HALF, torch.randn(2, 8))
     assert approx(torch.randn(2, 8)).shape == (2, 4)
 
 
 def test_the_first_matching_glob_decides_the_ratio() -> None:
     approx = fx_approx.transform(chain(), HALF, torch.randn(2, 8))
-    fx_approx.set_ratio(approx, {"0": 0.25, "*": 0.75})
+    fx_approx.set_sampling(approx, {"0": 0.25, "*": 0.75})
     assert [row.sample().k for row in fx_approx.report(approx).rows] == [2, 6, 6]
-    fx_approx.set_ratio(approx, {"*": 0.75, "0": 0.25})
+    fx_approx.set_sampling(approx, {"*": 0.75, "0": 0.25})
     assert [row.sample().k for row in fx_approx.report(approx).rows] == [6, 6, 6]

@@ -21,13 +21,13 @@ def _model() -> nn.Module:
 
 def _rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    approx = fx_approx.transform(_model(), Uniform("topk", 0.5, scores="stale"), torch.randn(4, 6))
+    approx = fx_approx.transform(_model(), Uniform(0.5, scores="ema", scope="layer"), torch.randn(4, 6))
     generator = torch.Generator().manual_seed(rank)
     for _ in range(3):
         approx(torch.randn(8, 6, generator=generator) * torch.arange(1.0, 7.0) ** (2 * rank))
     resample = approx._fx_approx.resample
     before = [one.running.clone() for one in resample.each()]
-    fx_approx.synchronize_scores(approx)
+    fx_approx.distributed.synchronize_scores(approx)
     after = [one.running.clone() for one in resample.each()]
     torch.save({"before": before, "after": after, "age": [one.age for one in resample.each()]}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -45,9 +45,9 @@ def test_two_ranks_agree_after_synchronizing(tmp_path: Path) -> None:
 
 
 def test_without_a_process_group_it_says_so() -> None:
-    approx = fx_approx.transform(_model(), Uniform("topk", 0.5, scores="stale"), torch.randn(4, 6))
+    approx = fx_approx.transform(_model(), Uniform(0.5, scores="ema", scope="layer"), torch.randn(4, 6))
     with pytest.raises(RuntimeError, match="init_process_group"):
-        fx_approx.synchronize_scores(approx)
+        fx_approx.distributed.synchronize_scores(approx)
 
 
 if __name__ == "__main__":

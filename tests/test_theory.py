@@ -242,9 +242,9 @@ def test_second_moment_of_the_sampled_gradient(theory: Theory, p: float, q: floa
     w = given.w_best + numbers(2, 2, seed=5)
     exact = given.v.T @ ((given.x @ (given.v @ w).T - given.y).T @ given.x) / len(given.x)
 
-    def every(share: float, pairs: int) -> list[tuple]:
+    def every(scope: float, pairs: int) -> list[tuple]:
         ones = torch.ones(pairs, dtype=torch.float64)
-        return [(None, 1.0)] if share == 1 else list(shared.bernoulli_outcomes(ones, round(share * pairs)))
+        return [(None, 1.0)] if scope == 1 else list(shared.bernoulli_outcomes(ones, round(scope * pairs)))
 
     mean, second, batches = torch.zeros_like(w), 0.0, list(itertools.product(range(3), repeat=2))
     for batch, (rows, a), (outs, b) in itertools.product(batches, every(p, 2), every(q, 4)):
@@ -319,14 +319,14 @@ def test_sampling_and_dropout_are_unbiased_alone_and_together(theory: Theory, ca
     means, errors = example.moments(x, w, d, keep, how)
     for mean, exact in zip(means, (x @ w.T, d.T @ x, d @ w), strict=True):
         assert same(mean, exact)
-    share = keep * (1.0 if how == "none" else example.KEPT / example.K)
-    formula = example.output_error(x, w, share)
+    scope = keep * (1.0 if how == "none" else example.KEPT / example.K)
+    formula = example.output_error(x, w, scope)
     if how == "online":
         assert errors[0] < formula  # that of equal scores
     else:
         assert same(errors[0], formula)
     if (how, keep < 1) in (("none", True), ("uniform", False)):  # one of the two alone
-        assert same(errors[1], example.gradient_error(x, d, share, how == "uniform"))
+        assert same(errors[1], example.gradient_error(x, d, scope, how == "uniform"))
 
 
 def test_torch_dropout_has_the_formulas_of_a_mask_per_row(theory: Theory) -> None:
@@ -344,7 +344,7 @@ def test_torch_dropout_has_the_formulas_of_a_mask_per_row(theory: Theory) -> Non
 def test_dropout_and_sampling_are_exact_in_evaluation() -> None:
     model = nn.Sequential(nn.Dropout(0.25), nn.Linear(8, 4))
     x = torch.randn(5, 8)
-    approx = fx_approx.transform(model, Uniform("bernoulli", 0.5, scores="uniform"), x)
+    approx = fx_approx.transform(model, Uniform(0.5, "bernoulli", scores="uniform", scope="layer"), x)
     assert not torch.equal(approx(x), model.eval()(x))
     assert torch.equal(approx.eval()(x), F.linear(x, model[1].weight, model[1].bias))
 

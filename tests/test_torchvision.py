@@ -76,7 +76,7 @@ def test_there_are_eighty_models() -> None:
 @pytest.mark.parametrize("name", names())
 def test_model(name: str) -> None:
     model, x = build(name)
-    approx = fx_approx.transform(model, Uniform("topk", 0.5), x)
+    approx = fx_approx.transform(model, Uniform(0.5, scores="online"), x)
 
     assert all(row.exact is not None for row in fx_approx.report(approx).rows)
     assert list(approx.state_dict()) == list(model.state_dict())
@@ -91,7 +91,7 @@ def test_model(name: str) -> None:
     not_finite = [n for n, grad in sampled.items() if grad is not None and not bool(grad.isfinite().all())]
     assert not not_finite
 
-    fx_approx.set_ratio(approx, 1.0)
+    fx_approx.set_sampling(approx, 1.0)
     outputs, grads = step(approx, x)
     assert all_equal(outputs, exact_outputs)
     differing = [n for n, grad in grads.items() if grad is not None and not torch.equal(grad, exact[n])]

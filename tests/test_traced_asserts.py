@@ -13,7 +13,7 @@ from fx_approx.policies import Uniform
 
 from .models import same, train_step
 
-VALUE = Uniform("topk", 0.5, scores="weight", share="value")
+VALUE = Uniform(0.5)
 
 
 class TooLargeError(ValueError):
@@ -44,14 +44,16 @@ def x(batch: int = 4) -> Tensor:
 def test_the_model_is_traced() -> None:
     model = Checked()
     approx = fx_approx.transform(model, VALUE, x())  # a CaptureWarning would be an error here
-    fx_approx.set_enabled(approx, False)
+    fx_approx.set_sampling(approx, enabled=False)
     for batch in (4, 2, 8):
         assert same(train_step(approx.train(), x(batch)), train_step(model.train(), x(batch)))
         assert same(approx.eval()(x(batch)), model.eval()(x(batch)))
 
 
 def test_it_is_traced_without_example_inputs() -> None:
-    approx = fx_approx.transform(nn.Sequential(nn.Linear(12, 12), _Asserts(), nn.Linear(12, 4)), Uniform("topk", 0.5))
+    approx = fx_approx.transform(
+        nn.Sequential(nn.Linear(12, 12), _Asserts(), nn.Linear(12, 4)), Uniform(0.5, scores="online")
+    )
     approx(x())
     with pytest.raises(AssertionError):
         approx(x() / 0)
@@ -69,9 +71,9 @@ def test_an_error_that_is_handled_is_no_check() -> None:
 
     model = Handled()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
         approx = fx_approx.transform(model, VALUE, x())
-    fx_approx.set_enabled(approx, False)
+    fx_approx.set_sampling(approx, enabled=False)
     for sign in (1, -1):
         assert torch.equal(approx(x().abs() * sign), model(x().abs() * sign))
 
@@ -97,7 +99,7 @@ class _Asserts(nn.Module):
 def test_what_fails_raises(bad: Tensor, error: type[Exception], training: bool) -> None:
     approx = fx_approx.transform(Checked(), VALUE, x()).train(training)
     with warnings.catch_warnings(), pytest.raises(error):
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)  # another number of axes is not the graph's
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)  # another number of axes is not the graph's
         approx(bad)
     assert bool(approx(x()).isfinite().all())
 
@@ -111,7 +113,7 @@ def test_an_assertion_compiles_in_one_graph() -> None:
     approx = fx_approx.transform(Asserted(), VALUE, x())
     torch._dynamo.reset()
     compiled = torch.compile(approx, backend="aot_eager", fullgraph=True)
-    with fx_approx.hold(approx):
+    with fx_approx.reuse_selection(approx):
         torch.testing.assert_close(compiled(x()), approx(x()))
 
 
@@ -123,7 +125,7 @@ def test_a_branch_that_computes_is_no_check() -> None:
             return self.b(self.a(x))
 
     with (
-        pytest.warns(fx_approx.CaptureWarning, match="known only in part"),
-        pytest.warns(fx_approx.CaptureWarning, match=r"backend=fx_approx\.backend\(policy\)"),
+        pytest.warns(fx_approx.errors.CaptureWarning, match="known only in part"),
+        pytest.warns(fx_approx.errors.CaptureWarning, match=r"backend=fx_approx\.backend\(policy\)"),
     ):
         fx_approx.transform(Branch(), VALUE, x())

@@ -34,12 +34,12 @@ class Asks(nn.Module):
 def test_the_class_of_a_traced_value_is_told_to_the_model_only() -> None:
     torch.manual_seed(0)
     model, x = Asks().double(), torch.randn(4, 6, dtype=torch.float64)
-    approx = fx_approx.transform(model, Uniform("topk", 1.0, scores="weight", share="value"), x)
+    approx = fx_approx.transform(model, Uniform(1.0), x)
     assert approx._fx_approx.graph is not None
     assert torch.equal(approx(x), model(x))
 
 
 def test_isinstance_is_what_it_was() -> None:
     before = isinstance
-    fx_approx.transform(Asks(), Uniform("topk", 0.5, scores="weight", share="value"), torch.randn(4, 6))
+    fx_approx.transform(Asks(), Uniform(0.5), torch.randn(4, 6))
     assert isinstance is before

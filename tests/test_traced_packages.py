@@ -15,7 +15,7 @@ from fx_approx.policies import Uniform
 from .models import same, train_step
 from .torchvision_compat import import_torchvision
 
-VALUE = Uniform("topk", 0.5, scores="weight", share="value")
+VALUE = Uniform(0.5)
 
 
 def tokens(batch: int = 4, length: int = 6) -> Tensor:
@@ -57,12 +57,12 @@ def layered(einops: Any) -> nn.Module:
 def test_einops_is_traced_for_any_batch(build: Any) -> None:
     model = build(pytest.importorskip("einops"))
     approx = fx_approx.transform(model, VALUE, tokens())  # a CaptureWarning would be an error here
-    fx_approx.set_enabled(approx, False)
+    fx_approx.set_sampling(approx, enabled=False)
     for batch, length in ((4, 6), (2, 6), (1, 6), (4, 5)):
         assert same(train_step(approx, tokens(batch, length)), train_step(model, tokens(batch, length)))
     assert same(approx.eval()(tokens(3)), model.eval()(tokens(3)))
-    fx_approx.set_enabled(approx.train(), True)
-    whole = fx_approx.transform(model.train(), VALUE, tokens(), demand=False)
+    fx_approx.set_sampling(approx.train(), enabled=True)
+    whole = fx_approx.transform(model.train(), VALUE, tokens(), prune_unread=False)
     torch.testing.assert_close(train_step(approx, tokens())[0], train_step(whole, tokens())[0])
 
 

@@ -47,7 +47,7 @@ class Prompted(nn.Module):
 def test_sizes_are_traced(name: str) -> None:
     model = Prompted(USES[name]).double()
     x = torch.randn(2, 3, 8, dtype=torch.float64)
-    approx = fx_approx.transform(model, Uniform("topk", 1.0), x)
+    approx = fx_approx.transform(model, Uniform(1.0, scores="online"), x)
     assert approx._fx_approx.graph is not None
     batches = [x] if "numbers" in name or "second" in name else [x, torch.randn(5, 3, 8, dtype=torch.float64)]
     for batch in batches:
@@ -60,6 +60,6 @@ def test_sizes_are_traced(name: str) -> None:
 
 def test_the_methods_of_tensors_are_left_as_they_were() -> None:
     methods = {name: getattr(Tensor, name) for name in ("expand", "new_empty", "new_ones", "new_zeros")}
-    fx_approx.transform(Prompted(USES["expand"]).double(), Uniform("topk", 0.5), torch.randn(2, 3, 8).double())
+    fx_approx.transform(Prompted(USES["expand"]).double(), Uniform(0.5, scores="online"), torch.randn(2, 3, 8).double())
     assert all(getattr(Tensor, name) is method for name, method in methods.items())
     assert not set(methods) & set(vars(Tensor))

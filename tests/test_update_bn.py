@@ -14,17 +14,17 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import fx_approx
-from fx_approx.policies import Roles, Uniform
-from fx_approx.schedules.schedule import Constant, ExactTail, ExactWarmup, Planned, Schedule
+from fx_approx.policies import GradientSampling, Uniform
+from fx_approx.schedules import Constant, ExactTail, ExactWarmup, PlanRatios, Schedule
 
 from .models import same
 
 BATCHES = [torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(i)) for i in range(4)]
-VALUE = Uniform("topk", 0.5, scores="weight", share="value")
+VALUE = Uniform(0.5)
 POLICIES = {
     "value": VALUE,
-    "online": Uniform("topk", 0.5),
-    "learnt": Uniform("systematic", 0.5, scores="stale", share="group"),
+    "online": Uniform(0.5, scores="online"),
+    "learnt": Uniform(0.5, "systematic", scores="ema", scope="group"),
 }
 
 
@@ -50,7 +50,7 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_buffers())
 
 
-@pytest.mark.filterwarnings("ignore::fx_approx.CaptureWarning")
+@pytest.mark.filterwarnings("ignore::fx_approx.errors.CaptureWarning")
 @pytest.mark.parametrize("rows", [False, True], ids=["traced", "untraced"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_update_bn_of_an_averaged_model_gives_the_statistics_of_the_plain_one(policy: str, rows: bool) -> None:
@@ -62,12 +62,12 @@ def test_update_bn_of_an_averaged_model_gives_the_statistics_of_the_plain_one(po
         averaged.update_parameters(approx)
     plain = Net()
     plain.load_state_dict(averaged.module.state_dict())
-    before = fx_approx.sampler_state(averaged)
+    before = fx_approx.sampler_state_dict(averaged)
     for model in (averaged, plain):
         torch.manual_seed(1)  # dropout is on, as in update_bn of any model
         update_bn(BATCHES, model)
     assert same(statistics(averaged.module), statistics(plain))
-    assert fx_approx.sampler_state(averaged) == before
+    assert fx_approx.sampler_state_dict(averaged) == before
     averaged.eval()  # and no warning
     averaged.train()
     averaged(BATCHES[1])  # the first step of learnt scores is exact
@@ -75,7 +75,7 @@ def test_update_bn_of_an_averaged_model_gives_the_statistics_of_the_plain_one(po
     sampled = averaged(BATCHES[0])
     torch.manual_seed(2)
     assert not torch.allclose(sampled, plain(BATCHES[0])), "training goes on sampled"
-    with pytest.warns(fx_approx.StaleStatisticsWarning):
+    with pytest.warns(fx_approx.errors.BatchNormWarning):
         averaged.eval()
 
 
@@ -101,10 +101,10 @@ def test_layers_that_average_plainly_from_the_start_tell_nothing() -> None:
     approx = fx_approx.transform(Net(momentum=None), VALUE, BATCHES[0])
     step(approx, BATCHES[0])
     update_bn(BATCHES, approx)
-    with pytest.warns(fx_approx.StaleStatisticsWarning, match=r"recalibrate\(model, batches\) first"):
+    with pytest.warns(fx_approx.errors.BatchNormWarning, match=r"recalibrate_batchnorm\(model, batches\) first"):
         approx.eval()
     approx.train()
-    fx_approx.recalibrate(approx, BATCHES)
+    fx_approx.recalibrate_batchnorm(approx, BATCHES)
     approx.eval()
 
 
@@ -141,39 +141,43 @@ def share_of_exact(momentum: float, steps: int) -> float:
 @pytest.mark.parametrize("momentum", [0.5, 0.1, 0.03, 0.01])
 def test_a_tail_that_is_too_short_warns_with_the_number_that_would_do(momentum: float) -> None:
     approx = fx_approx.transform(Net(momentum), VALUE, BATCHES[0])
-    with pytest.warns(fx_approx.StaleStatisticsWarning, match=r"steps=1 is too short") as seen:
-        fx_approx.RatioScheduler(approx, ExactTail(Planned(), 1000, 1))
+    with pytest.warns(fx_approx.errors.BatchNormWarning, match=r"steps=1 is too short") as seen:
+        fx_approx.schedules.RatioScheduler(approx, ExactTail(PlanRatios(), 1000, 1))
     enough = int(str(seen[0].message).partition("so with a step for each batch steps=")[2].split()[0])
     assert share_of_exact(momentum, enough) > 0.87 and share_of_exact(momentum, enough - 2) < 0.88
     assert seen[0].filename == __file__
-    fx_approx.RatioScheduler(approx, ExactTail(Planned(), 1000, enough))
-    with pytest.warns(fx_approx.StaleStatisticsWarning):
-        fx_approx.RatioScheduler(approx, {"*": ExactWarmup(ExactTail(Planned(), 1000, enough - 1), 5)})
+    fx_approx.schedules.RatioScheduler(approx, ExactTail(PlanRatios(), 1000, enough))
+    with pytest.warns(fx_approx.errors.BatchNormWarning):
+        fx_approx.schedules.RatioScheduler(approx, {"*": ExactWarmup(ExactTail(PlanRatios(), 1000, enough - 1), 5)})
 
 
 def test_the_default_momentum_needs_20() -> None:
     approx = fx_approx.transform(Net(), VALUE, BATCHES[0])
-    with pytest.warns(fx_approx.StaleStatisticsWarning, match="need 20 exact batches.*steps=20 would do"):
-        fx_approx.RatioScheduler(approx, ExactTail(Planned(), 224, 224 // 50), preserve=True)
-    with pytest.warns(fx_approx.StaleStatisticsWarning, match="no tail is long enough.*recalibrate"):
-        fx_approx.RatioScheduler(fx_approx.transform(Net(None), VALUE, BATCHES[0]), ExactTail(Planned(), 99, 50))
+    with pytest.warns(fx_approx.errors.BatchNormWarning, match="need 20 exact batches.*steps=20 would do"):
+        fx_approx.schedules.RatioScheduler(approx, ExactTail(PlanRatios(), 224, 224 // 50), preserve=True)
+    with pytest.warns(fx_approx.errors.BatchNormWarning, match="no tail is long enough.*recalibrate_batchnorm"):
+        fx_approx.schedules.RatioScheduler(
+            fx_approx.transform(Net(None), VALUE, BATCHES[0]), ExactTail(PlanRatios(), 99, 50)
+        )
     assert round(math.log(0.12) / math.log(0.9)) == 20
 
 
 @pytest.mark.parametrize(
-    "schedule", [Planned(), Constant(0.25), ExactWarmup(Planned(), 3), ExactTail(Planned(), 50, 20)]
+    "schedule", [PlanRatios(), Constant(0.25), ExactWarmup(PlanRatios(), 3), ExactTail(PlanRatios(), 50, 20)]
 )
 def test_no_warning_of_other_schedules(schedule: Schedule) -> None:
-    fx_approx.RatioScheduler(fx_approx.transform(Net(), VALUE, BATCHES[0]), schedule)
+    fx_approx.schedules.RatioScheduler(fx_approx.transform(Net(), VALUE, BATCHES[0]), schedule)
 
 
 def test_no_warning_where_the_statistics_are_exact_or_frozen() -> None:
-    short = ExactTail(Planned(), 50, 2)
-    fx_approx.RatioScheduler(fx_approx.transform(Net(), Roles.backward(0.5), BATCHES[0]), short)
+    short = ExactTail(PlanRatios(), 50, 2)
+    fx_approx.schedules.RatioScheduler(fx_approx.transform(Net(), GradientSampling.backward(0.5), BATCHES[0]), short)
     frozen = fx_approx.transform(Net(), VALUE, BATCHES[0])
     for layer in (frozen.n, frozen.m):
         layer.eval()
-    fx_approx.RatioScheduler(frozen, short)
+    fx_approx.schedules.RatioScheduler(frozen, short)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fx_approx.RatioScheduler(fx_approx.transform(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)), Uniform()), short)
+        fx_approx.schedules.RatioScheduler(
+            fx_approx.transform(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)), Uniform(scores="online")), short
+        )

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 import fx_approx
 from fx_approx.policies import Uniform
 
-VALUE = Uniform("topk", 0.5, scores="weight", share="value")
+VALUE = Uniform(0.5)
 
 
 class Between(nn.Module):
@@ -55,11 +55,11 @@ DROPOUTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 }
 
 
-def verified(model: nn.Module, x: Tensor) -> fx_approx.Verification:
+def verified(model: nn.Module, x: Tensor) -> fx_approx.analysis.Verification:
     torch.manual_seed(0)
     approx = fx_approx.transform(model, VALUE, x)
     state = torch.get_rng_state()
-    found = fx_approx.verify(approx, x)
+    found = fx_approx.analysis.verify(approx, x)
     assert torch.equal(torch.get_rng_state(), state)
     return found
 
@@ -97,7 +97,7 @@ def test_graphs_of_the_backend_too() -> None:
     inputs = [p for p in (x, *model.parameters())]
     called = piece._fx_approx.called[0]
     given = [next(t for t in inputs if tuple(t.shape) == tuple(spec.shape)) for spec in called]
-    found = fx_approx.verify(piece, tuple(given))
+    found = fx_approx.analysis.verify(piece, tuple(given))
     assert found.incomparable is None and found.passed, str(found)
 
 
@@ -111,7 +111,7 @@ def test_other_random_numbers_cannot_be_compared() -> None:
     with graph.inserting_before(draw):
         graph.call_function(torch.rand, (1,))
     approx._fx_approx.compile_graph(graph)
-    found = fx_approx.verify(approx, x)
+    found = fx_approx.analysis.verify(approx, x)
     assert not found.passed and found.incomparable is not None
     assert "rand_like of shape (32,) without demand, rand of (1,) with it" in found.incomparable
     assert "torch.rand_like(" in found.incomparable, "the line of the graph"
@@ -129,7 +129,7 @@ def test_the_same_noise_in_both_graphs_can_be_compared() -> None:
     assert found.hoisted and found.passed, str(found)
 
 
-@pytest.mark.filterwarnings("ignore::fx_approx.CaptureWarning")
+@pytest.mark.filterwarnings("ignore::fx_approx.errors.CaptureWarning")
 def test_attributes_that_a_forward_changes_are_as_before() -> None:
     def counted(module: nn.Module, x: Tensor) -> Tensor:
         module.calls += 1  # type: ignore[operator]
@@ -138,7 +138,7 @@ def test_attributes_that_a_forward_changes_are_as_before() -> None:
     torch.manual_seed(0)
     approx = fx_approx.transform(Between(counted), VALUE, x := torch.randn(8, 8))
     before = approx.calls
-    found = fx_approx.verify(approx, x)
+    found = fx_approx.analysis.verify(approx, x)
     assert found.passed and approx.calls == before, str(found)
 
 
@@ -171,7 +171,7 @@ def test_none_in_place_of_a_tensor_fails(what: str, kind: str, name: str, stage:
     without(dict(runtime.stages)[stage], what)
     if stage == "demand":
         runtime.compile_graph(runtime.stages[-1][1])
-    found = fx_approx.verify(approx, x)
+    found = fx_approx.analysis.verify(approx, x)
     worst = next(one for one in found.differences if one.missing)
     assert (worst.kind, worst.name) == (kind, name) and not found.passed
     said = "with" if stage == "demand" else "without"

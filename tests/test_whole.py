@@ -10,24 +10,23 @@ import torch
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx import Decision, Plan, SamplerSpec
+from fx_approx import Plan, SamplerConfig
 from fx_approx.compiler.graph_view import Whole
 from fx_approx.compiler.transform import view_of
-from fx_approx.policies import Exact, Override, Paper, Roles, Uniform
+from fx_approx.core.plan import Decision
+from fx_approx.policies import Exact, GradientSampling, Override, Paper, Uniform
 
 from .demand_nets import post_activation
 from .models import Cnn
 
 IMAGES = torch.randn(2, 3, 8, 8)
 POLICIES = [
-    Uniform("topk", 0.5, scores="weight", share="value"),
-    Uniform("topk", 0.25, scores="stale", share="group"),
-    Uniform("systematic", 0.5),
-    Roles.backward(0.5),
-    Roles.straight(0.5),
-    Override(
-        {"4.conv1": Exact(), "5.*": Uniform("topk", 0.25, scores="weight")}, Uniform("topk", 0.75, scores="weight")
-    ),
+    Uniform(0.5),
+    Uniform(0.25, scores="ema", scope="group"),
+    Uniform(0.5, "systematic", scores="online"),
+    GradientSampling.backward(0.5),
+    GradientSampling.straight(0.5),
+    Override({"4.conv1": Exact(), "5.*": Uniform(0.25, scope="layer")}, Uniform(0.75, scope="layer")),
 ]
 
 
@@ -45,7 +44,7 @@ def test_work_is_that_of_the_report(policy: Any, ratio: float | None) -> None:
         view.work(decisions)
         for name, decision in decisions.items():
             roles = {role: spec.replace(ratio=ratio) for role, spec in decision.roles.items()}
-            plan = plan.edit(name, roles, straight_through=decision.straight_through, share=decision.share)
+            plan = plan.edit(name, roles, straight_through=decision.straight_through, scope=decision.scope)
         decisions = {decision.name: decision for decision in plan.sampled}
     work, totals = view.work(decisions), fx_approx.explain(post_activation(), plan, IMAGES).report.totals
     assert (work.flops_exact, work.flops) == (totals.exact.total, totals.executed.total)
@@ -57,32 +56,32 @@ def test_work_is_that_of_the_report(policy: Any, ratio: float | None) -> None:
 
 def test_readers_of_one_value_at_different_ratios() -> None:
     """They do not share then, which no work found for equal ratios says."""
-    view, decisions, plan = viewed(post_activation(), Uniform("topk", 0.5, scores="weight", share="value"))
+    view, decisions, plan = viewed(post_activation(), Uniform(0.5))
     view.work(decisions)
-    plan = plan.edit("4.conv1", SamplerSpec("topk", 0.25, scores="weight"), share="value")
+    plan = plan.edit("4.conv1", SamplerConfig("topk", 0.25, scores="weight"), scope="value")
     other = view.work({decision.name: decision for decision in plan.sampled})
     assert other.flops == fx_approx.explain(post_activation(), plan, IMAGES).report.totals.executed.total
 
 
 def test_nothing_sampled_is_the_exact_step() -> None:
-    view, decisions, _ = viewed(Cnn(), Uniform("topk", 0.5, scores="weight", share="value"))
+    view, decisions, _ = viewed(Cnn(), Uniform(0.5))
     work = view.work({})
     assert work == view.work(decisions).exact
     assert work.flops == work.flops_exact and work.moved == work.moved_exact > 0 and work.slicing == 0
 
 
 def test_the_products_alone() -> None:
-    view, decisions, _ = viewed(post_activation(), Uniform("topk", 0.5, scores="weight", share="value"))
+    view, decisions, _ = viewed(post_activation(), Uniform(0.5))
     work, short = view.work(decisions), view.work(decisions, memory=False)
     assert short.products == work.products and short.slicing == work.slicing and short.memory == short.moved == 0
 
 
 def test_what_shares_a_selection_is_tied() -> None:
-    view, decisions, _ = viewed(post_activation(), Uniform("topk", 0.5, scores="weight", share="value"))
+    view, decisions, _ = viewed(post_activation(), Uniform(0.5))
     tied = [set(names) for names in view.tied(decisions)]
     assert {"5.conv1", "5.shortcut.0"} in tied
     assert sorted(name for names in tied for name in names) == sorted(decisions)
-    view, decisions, _ = viewed(post_activation(), Uniform("topk", 0.5))
+    view, decisions, _ = viewed(post_activation(), Uniform(0.5, scores="online"))
     assert all(len(names) == 1 for names in view.tied(decisions))
 
 

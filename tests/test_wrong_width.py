@@ -47,12 +47,12 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...], list[tuple[int, ..
 
 
 @pytest.mark.parametrize("name", networks())
-@pytest.mark.parametrize(("scores", "share"), [("online", "site"), ("weight", "site"), ("weight", "value")])
-def test_the_error_is_that_of_the_exact_model(name: str, scores: str, share: str) -> None:
+@pytest.mark.parametrize(("scores", "scope"), [("online", "layer"), ("weight", "layer"), ("weight", "value")])
+def test_the_error_is_that_of_the_exact_model(name: str, scores: str, scope: str) -> None:
     model, right, wrong = networks()[name]
     for demand in (True, False):
-        policy = Uniform("topk", 0.5, scores=scores, share=share)
-        approx = fx_approx.transform(model, policy, torch.randn(right), demand=demand)
+        policy = Uniform(0.5, scores=scores, scope=scope)
+        approx = fx_approx.transform(model, policy, torch.randn(right), prune_unread=demand)
         for shape in wrong:
             x = torch.randn(shape)
             with pytest.raises(RuntimeError) as expected:
@@ -65,9 +65,7 @@ def test_the_error_is_that_of_the_exact_model(name: str, scores: str, share: str
 
 @pytest.mark.slow
 def test_compiled_code_raises_an_error_too() -> None:
-    approx = fx_approx.transform(
-        networks()["linear"][0], Uniform("topk", 0.5, scores="weight", share="value"), torch.randn(4, 6)
-    )
+    approx = fx_approx.transform(networks()["linear"][0], Uniform(0.5), torch.randn(4, 6))
     compiled = torch.compile(approx, fullgraph=True, backend="eager")
     compiled(torch.randn(4, 6))
     for width in (9, 5):

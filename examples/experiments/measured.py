@@ -65,4 +65,4 @@ def _step(run: Run, first: int) -> Any:
 def _gradient_bytes(run: Run) -> int:
     if not run.sampled or not run.layers:
         return sum(one.nbytes for one in run.model.parameters() if one.requires_grad)
-    return fx_approx.distributed.planned(run.model).predicted
+    return fx_approx.distributed.estimate_traffic(run.model).predicted

@@ -160,7 +160,7 @@ class Run:
         """Counts and times a step of each phase, and compiles on the way; everything is as before afterwards."""
         start = time.perf_counter()
         kept = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        sampling = fx_approx.sampler_state(self.model) if self.sampled else None
+        sampling = fx_approx.sampler_state_dict(self.model) if self.sampled else None
         optimizer = costs.optimizer_of(self.training, self.model, 0.0)
         if count:
             self.count()
@@ -178,7 +178,7 @@ class Run:
             for name, value in self.model.state_dict().items():
                 value.copy_(kept[name])
         if sampling is not None:
-            fx_approx.load_sampler_state(self.model, sampling)
+            fx_approx.load_sampler_state_dict(self.model, sampling)
         self.ratios.jump(0)
         self.model.zero_grad(set_to_none=True)
         self.warm_seconds = time.perf_counter() - start
@@ -198,7 +198,7 @@ class Run:
 
     def train(self, records: Records, key: str, progress: bool = True) -> dict[str, Any]:
         """Trains from the last checkpoint, or the beginning, to the end; returns what is to be recorded."""
-        warnings.filterwarnings("ignore", category=fx_approx.StaleStatisticsWarning)  # both figures are recorded
+        warnings.filterwarnings("ignore", category=fx_approx.errors.BatchNormWarning)  # both figures are recorded
         self.measure()
         state = records.load(key) or {"step": 0, **self.prepared, "epochs": [], "diverged": False}
         if state["step"]:
@@ -303,7 +303,7 @@ class Run:
 
     def _recalibrate(self, number: int) -> None:
         with self._precision():
-            fx_approx.recalibrate(self.model, self._fresh(number))
+            fx_approx.recalibrate_batchnorm(self.model, self._fresh(number))
 
     def _fresh(self, number: int) -> Iterator[Tensor]:
         count = 0
@@ -317,7 +317,7 @@ class Run:
     # ---- state
 
     def _save(self, records: Records, key: str, state: dict[str, Any]) -> None:
-        sampling = fx_approx.sampler_state(self.model) if self.sampled else None
+        sampling = fx_approx.sampler_state_dict(self.model) if self.sampled else None
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "sampling": sampling}
         records.save(key, {**state, **parts})
 
@@ -328,7 +328,7 @@ class Run:
             group["fused"] = True  # older checkpoints say otherwise
         sampling = state.pop("sampling")
         if sampling is not None:
-            fx_approx.load_sampler_state(self.model, sampling)
+            fx_approx.load_sampler_state_dict(self.model, sampling)
         self.ratios.jump(state["step"])
 
     def _finish(self, state: dict[str, Any]) -> dict[str, Any]:

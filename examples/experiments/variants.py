@@ -13,15 +13,25 @@ from config import Config, ConfigError, Variant, one_of
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx.policies import Auto, Exact, FlopBudget, MemoryBudget, Override, Paper, Roles, TimeBudget, Uniform
+from fx_approx.policies import (
+    Auto,
+    Exact,
+    FlopBudget,
+    GradientSampling,
+    MemoryBudget,
+    Override,
+    Paper,
+    TimeBudget,
+    Uniform,
+)
 from fx_approx.schedules import schedule as schedules
 
 POLICIES: dict[str, Callable[..., Any]] = {
     "paper": Paper,
     "uniform": Uniform,
-    "backward": Roles.backward,
-    "weight_gradient": Roles.weight_gradient,
-    "straight": Roles.straight,
+    "backward": GradientSampling.backward,
+    "weight_gradient": GradientSampling.weight_gradient,
+    "straight": GradientSampling.straight,
     "auto": Auto,
     "flops": FlopBudget,
     "time": TimeBudget,
@@ -61,7 +71,7 @@ def with_sensitivity(
     policy: Any, model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], smoothing: float
 ) -> tuple[Any, int]:
     """The budget ``policy`` with errors measured on ``batches``, and the exact steps that this took at most."""
-    fields = ("sampler", "scores", "share", "minimal_k", "granularity", "keep_first", "keep_last")
+    fields = ("sampler", "scores", "scope", "min_k", "round_to", "keep_first", "keep_last")
     steps = 0
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -70,7 +80,7 @@ def with_sensitivity(
         return costs.loss_of(model(batch[0]), batch[1], smoothing)
 
     options = {field: getattr(policy, field) for field in fields}
-    found = fx_approx.measure_sensitivity(model, batches, loss, batches[0][0], **options)
+    found = fx_approx.analysis.sensitivity(model, batches, loss, batches[0][0], **options)
     return dataclasses.replace(policy, sensitivity=found), steps
 
 
@@ -82,7 +92,7 @@ def schedule_of(config: Config, name: str, steps: int) -> schedules.Schedule | N
     """
     variant = config.variants[name]
     warmup, tail = round(variant.warmup * steps), round(variant.tail * steps)
-    schedule: schedules.Schedule = schedules.Planned()
+    schedule: schedules.Schedule = schedules.PlanRatios()
     if variant.end_ratio:
         ratio = variant.policy.get("ratio")
         if not isinstance(ratio, float):
@@ -90,12 +100,12 @@ def schedule_of(config: Config, name: str, steps: int) -> schedules.Schedule | N
         moving = {"linear": schedules.Linear, "cosine": schedules.Cosine}[variant.along]
         schedule = moving(ratio, variant.end_ratio, max(1, steps - warmup - tail), levels=variant.levels)
     if variant.interleave:
-        schedule = schedules.Interleaved(schedule, variant.interleave)
+        schedule = schedules.PeriodicExact(schedule, variant.interleave)
     if warmup:
         schedule = schedules.ExactWarmup(schedule, warmup)
     if tail:
         schedule = schedules.ExactTail(schedule, steps, tail)
-    return None if isinstance(schedule, schedules.Planned) else schedule
+    return None if isinstance(schedule, schedules.PlanRatios) else schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +149,9 @@ def approximate(model: nn.Module, policy: Any, example: Tensor, variant: Variant
     if policy is None:
         return model
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.NoEffectWarning)  # Auto may find nothing; the record says so
+        warnings.simplefilter("ignore", fx_approx.errors.NoEffectWarning)  # Auto may find nothing; the record says so
         return fx_approx.transform(
-            model, policy, example, seed=seed, every=variant.every or _ALWAYS, demand=variant.demand
+            model, policy, example, seed=seed, selection_interval=variant.every or _ALWAYS, prune_unread=variant.demand
         )
 
 
@@ -149,12 +159,12 @@ class Ratios:
     """Moves the ratios of a model along its schedule; does nothing without one."""
 
     def __init__(self, model: nn.Module, schedule: schedules.Schedule | None, preserve: bool = False) -> None:
-        """Sets the ratios of step 0; ``preserve`` as in :class:`fx_approx.RatioScheduler`."""
+        """Sets the ratios of step 0; ``preserve`` as in :class:`fx_approx.schedules.RatioScheduler`."""
         self._scheduler = None
         if schedule is not None and any(row.samples for row in fx_approx.report(model).rows):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", fx_approx.StaleStatisticsWarning)  # recalibrated ones are recorded
-                self._scheduler = fx_approx.RatioScheduler(model, schedule, preserve=preserve)
+                warnings.simplefilter("ignore", fx_approx.errors.BatchNormWarning)  # recalibrated ones are recorded
+                self._scheduler = fx_approx.schedules.RatioScheduler(model, schedule, preserve=preserve)
 
     def jump(self, step: int) -> None:
         """To the ratios of ``step``."""

@@ -25,7 +25,7 @@ from fx_approx.core.plan import Policy
 from fx_approx.errors import NoEffectWarning
 from fx_approx.runtime.approx_module import find
 from fx_approx.runtime.batchnorm import tracked
-from fx_approx.runtime.controls import recalibrate
+from fx_approx.runtime.controls import recalibrate_batchnorm
 from fx_approx.runtime.step_gradient import Loss, scalar
 from fx_approx.runtime.validation import check_model
 from fx_approx.utils.timing import seconds
@@ -151,7 +151,7 @@ class Job:
     def _recalibrate(self, model: nn.Module, policy: Policy | None, batches: Iterable[Any]) -> None:
         """Mends the BatchNorm statistics of a model that was sampled."""
         if policy is not None and self.recalibration and find(model)._fx_approx.samples and tracked(model):
-            recalibrate(model, batches)
+            recalibrate_batchnorm(model, batches)
 
     def _accuracy(self, model: nn.Module) -> float:
         with torch.no_grad():

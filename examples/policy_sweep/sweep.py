@@ -20,7 +20,7 @@ from fx_approx.core.plan import Plan, Policy
 from fx_approx.passes import check_policy
 from fx_approx.runtime.step_gradient import Loss
 from fx_approx.runtime.validation import check_seed
-from fx_approx.schedules.schedule import check_step
+from fx_approx.schedules import check_step
 from fx_approx.utils.disk_cache import DiskCache
 from policy_sweep.job import ADDRESS, Job
 from policy_sweep.result import EXACT, SweepResult, SweepRun, SweepTime
@@ -51,8 +51,9 @@ def sweep(
     Every run starts from the same parameters (or from what the factory makes under the run's seed). Times are measured
     apart from the trainings: steps of one policy and of the exact model in turn, in one process, on the first batch,
     with the optimiser and without compilation. Where layers are sampled and the model has BatchNorm, a run is evaluated
-    after :func:`fx_approx.recalibrate`. Before the first training, each policy makes one step and ``evaluate`` is
-    called once, so that errors come early. The model given and all random states are as before afterwards.
+    after :func:`fx_approx.recalibrate_batchnorm`. Before the first training, each policy makes one step and
+    ``evaluate`` is called once, so that errors come early. The model given and all random states are as before
+    afterwards.
 
     Args:
         model: The exact model on its device, or a function that makes one. Parts in evaluation mode stay so, unless
@@ -66,7 +67,7 @@ def sweep(
         optimizer: Called with the parameters; SGD with rate 0.05 and momentum 0.9 by default.
         seeds: One training each; for random numbers of torch, Python, numpy and the samplers.
         compile: Train and time models under ``torch.compile``.
-        recalibration: Batches for ``recalibrate``; 0: leave it out.
+        recalibration: Batches for ``recalibrate_batchnorm``; 0: leave it out.
         repeats: Steps that are timed, of each.
         directory: Where finished runs are kept, so that a sweep that was interrupted goes on with what is missing. Runs
             are told apart by policy, seed, steps, model (its ``repr``, the first values of parameters and buffers),

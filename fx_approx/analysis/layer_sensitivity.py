@@ -33,7 +33,7 @@ class _Groups(GraphPolicy):
         return self.final(model, groups, [self.ratio] * len(groups), refused, {}, {})
 
 
-def measure_sensitivity(
+def sensitivity(
     model: nn.Module,
     batches: Sequence[Any],
     loss: Callable[[nn.Module, Any], Tensor],
@@ -59,7 +59,7 @@ def measure_sensitivity(
         example_inputs: As in :func:`fx_approx.transform`.
         ratio: At which each is sampled, in (0, 1).
         draws: How often, for random samplers.
-        **options: ``sampler``, ``scores``, ``share``, ``minimal_k``, ``granularity``, ``keep_first``, ``keep_last`` of
+        **options: ``sampler``, ``scores``, ``share``, ``min_k``, ``round_to``, ``keep_first``, ``keep_last`` of
             the policy.
 
     Returns:

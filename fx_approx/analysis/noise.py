@@ -26,14 +26,14 @@ from fx_approx.passes.find_candidates import META_KEY
 from fx_approx.runtime.approx_module import find
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.layers import SampledLayer, Selector
-from fx_approx.runtime.rng import EVERY, SEED, STEP, Draw, draw, further
+from fx_approx.runtime.rng import SEED, SELECTION_INTERVAL, STEP, Draw, draw, further
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel")
 _EXACT = How(None, None, None, False)
 
 
 @torch.inference_mode(False)
-def measure_error(
+def gradient_noise(
     model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None = None, *, draws: int = 16
 ) -> NoiseReport:
     """How far sampling takes this training step from the exact one, layer by layer and as a whole.
@@ -100,7 +100,7 @@ def measure_error(
             with snapshot.undone(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", CaptureWarning)  # training says it
                 state = runtime.state
-                state[STEP] = (state[STEP] // state[EVERY] + number) * state[EVERY]
+                state[STEP] = (state[STEP] // state[SELECTION_INTERVAL] + number) * state[SELECTION_INTERVAL]
                 for path, grad in zip(parameters, gradients(), strict=True):
                     if path in tallies:
                         tallies[path].add(grad)
@@ -402,5 +402,5 @@ def _measured(runtime: Runtime, call: _Call, draws: int) -> ProductNoise:
 def _drawn(runtime: Runtime, number: int, call: int) -> Draw:
     """The randomness of the ``number``-th of the next forwards, for a layer that was called ``call`` times before."""
     state = runtime.state
-    key = further(torch.stack((state[SEED], state[STEP] // state[EVERY] + number)), call)
+    key = further(torch.stack((state[SEED], state[STEP] // state[SELECTION_INTERVAL] + number)), call)
     return Draw(key, draw(key, runtime.sites, runtime.counts))

@@ -14,7 +14,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from fx_approx.core.candidates import Role
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 from fx_approx.utils.optional_imports import load_matplotlib
 
 _BEYOND_CHANCE = 3.0
@@ -337,7 +337,7 @@ class NoiseReport:
         return drawn
 
 
-def sampled_text(specs: Mapping[Role, SamplerSpec]) -> str:
+def sampled_text(specs: Mapping[Role, SamplerConfig]) -> str:
     """Sampler, scores and ratio of each sampled product; of which is not said of the output alone."""
     each: dict[str, list[str]] = {}
     for role, spec in specs.items():

@@ -63,6 +63,6 @@ class ScalarLogger:
         self.scalars({**whole, **layers, **coverage}, step)
 
     def noise(self, report: NoiseReport, step: int) -> None:
-        """What :func:`fx_approx.measure_error` says: relative error of the gradient, and of each product's output."""
+        """The relative error of the gradient, and of the output of each product."""
         self.scalars({"error/gradient": report.step.error}, step)
         self.scalars({f"error/{row.label}": row.output.error for row in report.rows}, step)

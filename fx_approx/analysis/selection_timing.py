@@ -20,15 +20,16 @@ from fx_approx.utils.timing import seconds
 _WARM = 3
 
 
-def measure_selection(
+def selection_time(
     model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None = None, *, repeats: int = 20
 ) -> SelectionTime:
     """Times the selections of a forward and the whole training step in turn; the report shows the result from then on.
 
     All that makes selections is run by itself, on what it was given in a forward: random numbers, scores, samplers, and
-    the copies that ``hold``, ``every`` and learnt scores keep. Where ``model`` is compiled, the selections are compiled
-    apart from the rest with Inductor; inside the whole they may be fused with more, and scores that read activations
-    then cost less than here. Not counted: slicing weights (see the report), and samples drawn in the backward pass.
+    the copies that ``reuse_selection``, ``selection_interval`` and learnt scores keep. Where ``model`` is compiled, the
+    selections are compiled apart from the rest with Inductor; inside the whole they may be fused with more, and scores
+    that read activations then cost less than here. Not counted: slicing weights (see the report), and samples drawn in
+    the backward pass.
 
     The model is as before afterwards, its gradients too.
 

@@ -14,7 +14,7 @@ from fx_approx.policies.cost_roofline import RooflineModel
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction:
+class StepTimeEstimate:
     """A training step, exact and under a plan.
 
     Attributes:
@@ -48,7 +48,7 @@ class Prediction:
         return f"{text}. Left out: {self.omits}."
 
 
-def predict(
+def estimate_step_time(
     model: nn.Module,
     policy: Policy,
     example_inputs: Any,
@@ -58,7 +58,7 @@ def predict(
     compiled: bool = False,
     repeats: int = 9,
     demand: bool = True,
-) -> Prediction:
+) -> StepTimeEstimate:
     """What a policy or plan will do to the time of a training step, without transforming the model.
 
     Args:
@@ -83,4 +83,4 @@ def predict(
     chosen = RooflineModel(compiled) if cost is None else cost
     exact, now = chosen.step(view.work({}), view), chosen.step(view.work(decisions), view)
     measured = view.time([decisions], compiled=compiled, repeats=repeats)[1] if check else None
-    return Prediction(exact, now, chosen.omits, measured)
+    return StepTimeEstimate(exact, now, chosen.omits, measured)

@@ -25,7 +25,7 @@ from fx_approx.passes.plan_effects import Effects, find_effects, tied
 from fx_approx.passes.rewrite import find_facts
 from fx_approx.runtime.step_gradient import mean_square
 from fx_approx.sampling.scores import get_score
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 from fx_approx.savings.memory_model import Counts, Product, memory
 from fx_approx.utils.timing import seconds
 
@@ -137,7 +137,7 @@ class Whole:
     def _effects_of(self, decisions: Mapping[str, Decision]) -> Effects:
         """Sharing and demand under ``decisions``, which depend on ratios only where readers of one value differ."""
         sampled = {name: decision for name, decision in decisions.items() if decision.roles}
-        key = tuple((name, _unrated(one.roles), one.share, one.straight_through) for name, one in sampled.items())
+        key = tuple((name, _unrated(one.roles), one.scope, one.straight_through) for name, one in sampled.items())
         found = self._effects.get(key)
         if found is None:
             found = self._effects[key] = self._find({name: _alike(one) for name, one in sampled.items()})
@@ -153,7 +153,7 @@ class Whole:
         return find_effects(prepared.found, plan, facts, self._flow, self._demand)
 
 
-def _unrated(roles: Mapping[Role, SamplerSpec]) -> Any:
+def _unrated(roles: Mapping[Role, SamplerConfig]) -> Any:
     return tuple((role, spec.replace(ratio=0.5)) for role, spec in roles.items())
 
 

@@ -51,7 +51,7 @@ class Prepared:
         graph = self.captured.graph
         return None if graph is None or self.values is None else find_flow(root, graph, self.values)
 
-    def predicted(self, root: nn.Module, name: str, plan: Plan, demand: bool) -> SavingsReport:
+    def predicted(self, root: nn.Module, name: str, plan: Plan, prune_unread: bool) -> SavingsReport:
         """The report of ``plan`` before anything is rewritten."""
         flow = self.flow(root)
         facts = find_facts(self.captured.graph, self.found, plan, flow)
@@ -61,7 +61,7 @@ class Prepared:
             plan,
             self.captured.opaque,
             tried=self.called is not None,
-            effects=find_effects(self.found, plan, facts, flow, demand),
+            effects=find_effects(self.found, plan, facts, flow, prune_unread),
         )
 
 
@@ -95,16 +95,18 @@ def with_shapes(
     return known, shapes.values
 
 
-def install(root: nn.Module, prepared: Prepared, plan: Plan, seed: int, every: int, demand: bool) -> Runtime:
+def install(
+    root: nn.Module, prepared: Prepared, plan: Plan, seed: int, selection_interval: int, prune_unread: bool
+) -> Runtime:
     """Rewrites ``root`` in place by ``plan``; the runtime that it returns runs it."""
-    runtime = Runtime(prepared.captured, prepared.candidates, plan, seed, every)
+    runtime = Runtime(prepared.captured, prepared.candidates, plan, seed, selection_interval)
     runtime.called = prepared.called
     runtime.learnt = runtime.shaped = prepared.called is not None
     first = next(root.parameters(), None)
     if first is not None:
         runtime.state = runtime.state.to(first.device)
-    runtime.hoisting = demand
+    runtime.hoisting = prune_unread
     flow = prepared.flow(root)
-    facts = rewrite(root, runtime, prepared.found, flow, demand)
-    runtime.effects = find_effects(prepared.found, plan, facts, flow, demand)
+    facts = rewrite(root, runtime, prepared.found, flow, prune_unread)
+    runtime.effects = find_effects(prepared.found, plan, facts, flow, prune_unread)
     return runtime

@@ -23,9 +23,9 @@ from fx_approx.passes.apply_policy import decide
 from fx_approx.passes.channel_rules import find_flow
 from fx_approx.passes.find_candidates import annotate
 from fx_approx.passes.plan_effects import find_effects
-from fx_approx.policies.paper import Paper
+from fx_approx.policies.uniform import DEFAULT_POLICY
 from fx_approx.runtime.approx_module import ApproxModule, adopt, find
-from fx_approx.runtime.controls import load_sampler_state, sampler_state
+from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.layers import unswap
 from fx_approx.runtime.validation import check_inputs, check_model, check_seed
@@ -42,8 +42,8 @@ def transform(
     example_inputs: Any = None,
     *,
     seed: int = 0,
-    every: int = 1,
-    demand: bool = True,
+    selection_interval: int = 1,
+    prune_unread: bool = True,
 ) -> M:
     """A copy of ``model`` that trains with fewer operations, on the same parameters and buffers.
 
@@ -52,15 +52,17 @@ def transform(
 
     Args:
         model: Any module on its final device. Transform before ``torch.compile`` and DistributedDataParallel.
-        policy: What to sample, a policy or a :class:`Plan`; by default the paper's rule at ratio 0.5.
+        policy: What to sample, a policy or a :class:`Plan`; by default :data:`fx_approx.policies.DEFAULT_POLICY`,
+            which needs example inputs.
         example_inputs: One training batch as the model is called with it: a tensor, a tuple of positional arguments
             or a dict of keyword arguments. Only shapes are read, except where the model's own Python decides by values:
             then a copy of the model runs on it once. Without it shapes are learnt from the first forward.
         seed: All samples of a training run follow from it (64-bit integer).
-        every: Keep one sample for so many forwards.
-        demand: Do not compute what no one will read (docs/how-it-works.md): where selections are made ahead and example
-            inputs are given, the layers before compute the selected channels only. The numbers are the same, but for
-            running statistics of channels that are not computed, and for dropout masks. False keeps all channels.
+        selection_interval: Keep one sample for so many forwards.
+        prune_unread: Do not compute what no one will read (docs/how-it-works.md): where selections are made ahead and
+            example inputs are given, the layers before compute the selected channels only. The numbers are the same,
+            but for running statistics of channels that are not computed, and for dropout masks. False keeps all
+            channels.
 
     Returns:
         The transformed model.
@@ -69,7 +71,7 @@ def transform(
         AlreadyTransformedError: ``model`` is or contains the result of a transform.
         CaptureError: ``model`` cannot be captured (scripted, compiled, wrapped, on meta, lazy, not copyable).
         PlanMismatchError: ``policy`` is a plan for another model.
-        ShapesNeededError: The policy decides by shapes and there are no example inputs.
+        ShapesRequiredError: The policy decides by shapes and there are no example inputs.
         ValueError: ``example_inputs`` do not fit; names what is wrong.
 
     Warns:
@@ -77,12 +79,12 @@ def transform(
         CaptureWarning: A part is served by module swap; names module and line.
     """
     check_model(model)
-    check_seed(seed, every)
-    if not isinstance(demand, bool):
-        raise TypeError(f"demand: expected True or False, got {demand!r}")
+    check_seed(seed, selection_interval)
+    if not isinstance(prune_unread, bool):
+        raise TypeError(f"prune_unread: expected True or False, got {prune_unread!r}")
     prepared = _prepare(model, example_inputs)
-    view = functools.partial(_view, model, example_inputs, prepared, demand)
-    return _transform(model, policy, prepared, seed, every, demand, view)
+    view = functools.partial(_view, model, example_inputs, prepared, prune_unread)
+    return _transform(model, policy, prepared, seed, selection_interval, prune_unread, view)
 
 
 def _transform(
@@ -90,13 +92,13 @@ def _transform(
     policy: Policy | None,
     prepared_root: tuple[nn.Module, Prepared],
     seed: int,
-    every: int,
-    demand: bool,
+    selection_interval: int,
+    prune_unread: bool,
     view: Callable[[], Whole] | None = None,
 ) -> M:
     root, prepared = prepared_root
-    plan = decide(prepared.candidates, Paper() if policy is None else policy, view, prepared.called is not None)
-    runtime = install(root, prepared, plan, seed, every, demand)
+    plan = decide(prepared.candidates, DEFAULT_POLICY if policy is None else policy, view, prepared.called is not None)
+    runtime = install(root, prepared, plan, seed, selection_interval, prune_unread)
     for part in prepared.captured.opaque:
         hint = ". Where torch.compile can capture it: backend=fx_approx.backend(policy)" if part.elsewhere else ""
         warnings.warn(f"not traced, served by {part.served}: {part}{hint}", CaptureWarning, stacklevel=4)
@@ -107,7 +109,7 @@ def _transform(
 
 
 def explain(
-    model: nn.Module, policy: Policy | None = None, example_inputs: Any = None, *, demand: bool = True
+    model: nn.Module, policy: Policy | None = None, example_inputs: Any = None, *, prune_unread: bool = True
 ) -> Explanation:
     """What :func:`transform` would do, without doing it: the plan, and the report it predicts.
 
@@ -115,27 +117,27 @@ def explain(
         model: As in :func:`transform`; it is not changed.
         policy: As there.
         example_inputs: As there; without them the report has no shapes.
-        demand: As there.
+        prune_unread: As there.
 
     Returns:
         An explanation whose ``plan`` can be edited and given to :func:`transform`.
     """
     check_model(model)
     root, prepared = _prepare(model, example_inputs)
-    view = functools.partial(_view, model, example_inputs, (root, prepared), demand)
-    plan = decide(prepared.candidates, Paper() if policy is None else policy, view, prepared.called is not None)
-    return Explanation(plan, prepared.predicted(root, type(model).__name__, plan, demand))
+    view = functools.partial(_view, model, example_inputs, (root, prepared), prune_unread)
+    plan = decide(prepared.candidates, DEFAULT_POLICY if policy is None else policy, view, prepared.called is not None)
+    return Explanation(plan, prepared.predicted(root, type(model).__name__, plan, prune_unread))
 
 
-def view_of(model: nn.Module, policy: Policy, example_inputs: Any, demand: bool = True) -> tuple[Whole, Plan]:
+def view_of(model: nn.Module, policy: Policy, example_inputs: Any, prune_unread: bool = True) -> tuple[Whole, Plan]:
     """The graph as policies see it, and the plan that ``policy`` makes of it."""
     check_model(model)
     prepared = _prepare(model, example_inputs)
-    view = _view(model, example_inputs, prepared, demand)
+    view = _view(model, example_inputs, prepared, prune_unread)
     return view, decide(prepared[1].candidates, policy, lambda: view, prepared[1].called is not None)
 
 
-def _view(model: nn.Module, example_inputs: Any, prepared: tuple[nn.Module, Prepared], demand: bool) -> Whole:
+def _view(model: nn.Module, example_inputs: Any, prepared: tuple[nn.Module, Prepared], prune_unread: bool) -> Whole:
     """What a policy for the whole graph is shown; it times models with the example inputs, if there are any."""
 
     @functools.cache
@@ -147,10 +149,10 @@ def _view(model: nn.Module, example_inputs: Any, prepared: tuple[nn.Module, Prep
             return skeleton(twin())
         candidates = prepared[1].candidates
         plan = make_plan(candidates, [decisions.get(one.name, Decision(one.name)) for one in candidates])
-        return _transform(twin(), plan, _prepare(twin(), example_inputs), 0, 1, demand)
+        return _transform(twin(), plan, _prepare(twin(), example_inputs), 0, 1, prune_unread)
 
     args, kwargs = check_inputs(model, example_inputs)
-    return Whole(*prepared, demand, build, None if args is None else (args, kwargs))
+    return Whole(*prepared, prune_unread, build, None if args is None else (args, kwargs))
 
 
 def _prepare(
@@ -237,7 +239,7 @@ def restore(model: nn.Module) -> nn.Module:
 def _reduce(approx: ApproxModule) -> tuple[Any, ...]:
     runtime = approx._fx_approx
     switches = {key: (s.spec, s.enabled) for key, s in runtime.selectors.items()}
-    parts = _plain(approx), runtime.plan.to_dict(), runtime.capture.form, sampler_state(approx), switches
+    parts = _plain(approx), runtime.plan.to_dict(), runtime.capture.form, sampler_state_dict(approx), switches
     known = runtime.capture.sections, dict(runtime.capture.strays)
     return _rebuild, (*parts, runtime.called, runtime.hoisting, runtime.shaped, known)
 
@@ -249,7 +251,7 @@ def _rebuild(
     state: Mapping[str, Any],
     switches: Mapping[tuple[str, Role], tuple[Any, bool]],
     called: tuple[Any, Any] | None,
-    demand: bool,
+    prune_unread: bool,
     shaped: bool,
     known: tuple[Sequence[Section], Mapping[str, Called]],
 ) -> nn.Module:
@@ -257,9 +259,9 @@ def _rebuild(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         prepared = _prepare(model, None, form, called if shaped else None, known)
-        approx = _transform(model, Plan.from_dict(plan), prepared, 0, 1, demand)
+        approx = _transform(model, Plan.from_dict(plan), prepared, 0, 1, prune_unread)
     runtime = find(approx)._fx_approx
-    load_sampler_state(approx, state)
+    load_sampler_state_dict(approx, state)
     runtime.called = called
     for key, (spec, enabled) in switches.items():
         runtime.selectors[key].set_spec(spec)

@@ -18,7 +18,7 @@ from fx_approx._compat import fused_attention, tree_leaves
 from fx_approx.core.candidates import Candidate, GemmShape, ProductFacts, Role, RoleFlops
 from fx_approx.sampling.base import get_sampler
 from fx_approx.sampling.scores import get_score
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 
 _INDEX_BYTES = 8
 _SCALE_BYTES = 4
@@ -91,7 +91,7 @@ def executed_flops(facts: ProductFacts, kept: Kept) -> RoleFlops:
     return role_flops(facts.shape, facts.flops.grad_input > 0, facts.flops.grad_weight > 0, kept)
 
 
-def role_pairs(candidate: Candidate, role: Role, spec: SamplerSpec) -> int | None:
+def role_pairs(candidate: Candidate, role: Role, spec: SamplerConfig) -> int | None:
     """What a sampler of ``role`` chooses from, per group; None where shapes are not known."""
     shape = candidate.facts.shape if candidate.facts is not None else None
     if shape is None:
@@ -99,7 +99,7 @@ def role_pairs(candidate: Candidate, role: Role, spec: SamplerSpec) -> int | Non
     return shape.role_pairs(role, spec.positions)
 
 
-def kept_pairs(candidate: Candidate, roles: Mapping[Role, SamplerSpec], straight_through: bool = False) -> Kept:
+def kept_pairs(candidate: Candidate, roles: Mapping[Role, SamplerConfig], straight_through: bool = False) -> Kept:
     """How many pairs samplers of ``roles`` keep; None for those that keep all, and where shapes are not known."""
     counts: dict[Role, int | None] = {}
     for role, spec in roles.items():
@@ -117,7 +117,7 @@ def kept_pairs(candidate: Candidate, roles: Mapping[Role, SamplerSpec], straight
     )
 
 
-def selection_flops(candidate: Candidate, role: Role, spec: SamplerSpec) -> int:
+def selection_flops(candidate: Candidate, role: Role, spec: SamplerConfig) -> int:
     """Operations spent on the scores: one multiply-add per entry of each operand whose norms are read.
 
     The sampler itself (a sort and a cumulative sum over the pairs) is not counted: it multiplies nothing.
@@ -148,7 +148,7 @@ def _runs(facts: ProductFacts, role: Role) -> bool:
     return role is Role.OUTPUT or (flops.grad_input if role is Role.GRAD_INPUT else flops.grad_weight) > 0
 
 
-def kept_bytes(facts: ProductFacts, kept: Kept, roles: Mapping[Role, SamplerSpec]) -> int:
+def kept_bytes(facts: ProductFacts, kept: Kept, roles: Mapping[Role, SamplerConfig]) -> int:
     """Bytes this product alone keeps for backward, parameters not counted.
 
     Exact, it keeps its left operand where the right one needs a gradient, and its right operand where the left one
@@ -219,7 +219,7 @@ def slicing_bytes(facts: ProductFacts, kept: Kept) -> int:
     return 2 * found + facts.rhs_bytes * backward
 
 
-def _groups(shape: GemmShape, role: Role, spec: SamplerSpec) -> int:
+def _groups(shape: GemmShape, role: Role, spec: SamplerConfig) -> int:
     """Selections of one product: one for each group of a convolution, or for each product of a batch if asked."""
     return (1 if role is Role.GRAD_WEIGHT else shape.groups) * (shape.batch if spec.per_batch else 1)
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.errors import PlanMismatchError
 from fx_approx.sampling.scores import SCORES, get_score
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 
 _FORMAT = "fx_approx.plan/1"
 
@@ -50,7 +50,7 @@ class CostModel(Protocol):
     """Estimates what sampling a candidate would cost and save."""
 
     def estimate(
-        self, candidate: Candidate, roles: Mapping[Role, SamplerSpec], straight_through: bool = False
+        self, candidate: Candidate, roles: Mapping[Role, SamplerConfig], straight_through: bool = False
     ) -> CostEstimate | None:
         """The estimate, or None where the candidate's shapes are not known."""
         ...
@@ -71,26 +71,26 @@ class Decision:
             all that read the same channels; ``group``, also with those that read what additions make of them.
 
     Raises:
-        TypeError: A role's value is no SamplerSpec.
+        TypeError: A role's value is no SamplerConfig.
         ValueError: An unknown role or scope, scores that a role does not have or that cannot be shared, or
             ``straight_through`` without OUTPUT.
     """
 
     name: str
-    roles: Mapping[Role, SamplerSpec] = dataclasses.field(default_factory=dict)
+    roles: Mapping[Role, SamplerConfig] = dataclasses.field(default_factory=dict)
     reason: str = ""
     source: str = ""
     cost: CostEstimate | None = None
     straight_through: bool = False
-    share: str = "site"
+    scope: str = "layer"
 
     def __post_init__(self) -> None:
         """Checks the roles."""
         check_roles(self.roles, self.straight_through)
-        check_share(self.share, self.spec)
+        check_scope(self.scope, self.spec)
 
     @property
-    def spec(self) -> SamplerSpec | None:
+    def spec(self) -> SamplerConfig | None:
         """The sampler of the forward product, or None when it is exact."""
         return self.roles.get(Role.OUTPUT)
 
@@ -103,7 +103,7 @@ class Decision:
             "source": self.source,
             "cost": None if self.cost is None else dataclasses.asdict(self.cost),
             "straight_through": self.straight_through,
-            "share": self.share,
+            "scope": self.scope,
         }
 
     @classmethod
@@ -112,41 +112,41 @@ class Decision:
         cost = data.get("cost")
         if cost is not None:
             cost = CostEstimate(Cost(**cost["exact"]), Cost(**cost["sampled"]), cost["omits"])
-        roles = {Role(role): SamplerSpec.from_dict(spec) for role, spec in data["roles"].items()}
+        roles = {Role(role): SamplerConfig.from_dict(spec) for role, spec in data["roles"].items()}
         straight_through = data.get("straight_through", False)
-        reason, source, share = data.get("reason", ""), data.get("source", ""), data.get("share", "site")
-        return cls(data["name"], roles, reason, source, cost, straight_through, share)
+        reason, source, scope = data.get("reason", ""), data.get("source", ""), data.get("scope", "layer")
+        return cls(data["name"], roles, reason, source, cost, straight_through, scope)
 
 
-SCOPES = ("site", "value", "group")
+SCOPES = ("layer", "value", "group")
 """With whom a selection is shared, see :class:`Decision`."""
 
 
-def check_share(share: Any, spec: SamplerSpec | None) -> None:
-    """ValueError if ``share`` is no scope, or one in which selections by ``spec`` cannot be shared."""
-    if share not in SCOPES:
-        raise ValueError(f"share: expected one of {', '.join(SCOPES)}, got {share!r}")
-    if share == "site" or spec is None:
+def check_scope(scope: Any, spec: SamplerConfig | None) -> None:
+    """ValueError if ``scope`` is no scope, or one in which selections by ``spec`` cannot be shared."""
+    if scope not in SCOPES:
+        raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
+    if scope == "layer" or spec is None:
         return
     if not get_score(spec.scores).ahead:
         ahead = [repr(kind.name) for kind in SCORES.values() if kind.ahead and "output" in kind.products]
         raise ValueError(
-            f"share: {share!r} shares a selection that is made before the layers run, but scores {spec.scores!r} read "
-            f"the activations; set scores to {', '.join(ahead[:-1])} or {ahead[-1]}, or share to 'site'"
+            f"scope: {scope!r} shares a selection that is made before the layers run, but scores {spec.scores!r} read "
+            f"the activations; set scores to {', '.join(ahead[:-1])} or {ahead[-1]}, or scope to 'layer'"
         )
     if spec.per_batch:
-        raise ValueError(f"share: {share!r} is one selection for all, per_batch=True many; set one of them otherwise")
+        raise ValueError(f"scope: {scope!r} is one selection for all, per_batch=True many; set one of them otherwise")
 
 
-def check_roles(roles: Mapping[Role, SamplerSpec], straight_through: bool) -> None:
+def check_roles(roles: Mapping[Role, SamplerConfig], straight_through: bool) -> None:
     """Raises the errors of :class:`Decision` for what it cannot hold."""
     known = [role.value for role in Role]
     for name, spec in roles.items():
         if name not in known:
             raise ValueError(f"roles: expected names from {', '.join(known)}, got {name!r}")
         role = Role(name).value
-        if not isinstance(spec, SamplerSpec):
-            raise TypeError(f"{role}: expected a SamplerSpec, got {spec!r}")
+        if not isinstance(spec, SamplerConfig):
+            raise TypeError(f"{role}: expected a SamplerConfig, got {spec!r}")
         if role not in get_score(spec.scores).products:
             fit = ", ".join(kind.name for kind in SCORES.values() if role in kind.products)
             raise ValueError(f"{role}: scores {spec.scores!r} say nothing of it; expected one of {fit}")
@@ -191,7 +191,7 @@ class Plan:
     @property
     def needs_shapes(self) -> bool:
         """Whether selections are shared: who reads what is told by shapes."""
-        return any(decision.roles and decision.share != "site" for decision in self.decisions)
+        return any(decision.roles and decision.scope != "layer" for decision in self.decisions)
 
     def __post_init__(self) -> None:
         """Checks that names are unique."""
@@ -233,11 +233,11 @@ class Plan:
     def edit(
         self,
         name: str,
-        spec: SamplerSpec | Mapping[Role, SamplerSpec] | None,
+        spec: SamplerConfig | Mapping[Role, SamplerConfig] | None,
         reason: str = "edited by hand",
         *,
         straight_through: bool = False,
-        share: str = "site",
+        scope: str = "layer",
     ) -> Plan:
         """A copy in which candidate ``name`` is sampled otherwise.
 
@@ -246,14 +246,14 @@ class Plan:
             spec: The sampler of its output, or one for each role (``{"grad_weight": ...}``), or None for exact.
             reason: What the report shows.
             straight_through: Gradients do not follow the sampled output.
-            share: With whom the selection is shared, see :class:`Decision`.
+            scope: With whom the selection is shared, see :class:`Decision`.
 
         Raises:
             KeyError, TypeError, ValueError: As :class:`Decision` and ``plan[name]``.
         """
         self[name]
-        roles = {} if spec is None else {Role.OUTPUT: spec} if isinstance(spec, SamplerSpec) else dict(spec)
-        edited = Decision(name, roles, reason, "edit", straight_through=straight_through, share=share)
+        roles = {} if spec is None else {Role.OUTPUT: spec} if isinstance(spec, SamplerConfig) else dict(spec)
+        edited = Decision(name, roles, reason, "edit", straight_through=straight_through, scope=scope)
         decisions = tuple(edited if decision.name == name else decision for decision in self.decisions)
         return dataclasses.replace(self, decisions=decisions)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.flops import Kept, executed_flops, selection_flops
 from fx_approx.core.plan import Cost, Decision, Policy
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ProductWork:
 
     candidate: Candidate
     kept: Kept
-    roles: Mapping[Role, SamplerSpec]
+    roles: Mapping[Role, SamplerConfig]
     hoisted: bool = False
 
     @property

@@ -12,18 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fx_approx.errors import DisagreementError
+from fx_approx.errors import DistributedMismatchError
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.selection_tracker import Published
 
-_STATE = ("step", "increment", "every", "seed")
+_STATE = ("step", "increment", "selection_interval", "seed")
 
 
 def check_plans(model: ApproxModule, group: dist.ProcessGroup | None) -> None:
     """All ranks sample the same layers in the same way, from the same seed, at the same step.
 
     Raises:
-        DisagreementError: On every rank; names ranks and the first layer or setting that differs.
+        DistributedMismatchError: On every rank; names ranks and the first layer or setting that differs.
     """
     own = _described(model)
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
@@ -37,7 +37,7 @@ def check_plans(model: ApproxModule, group: dist.ProcessGroup | None) -> None:
         values = [one.get(key) for one in whole]
         usual, odd = _odd(values)
         if odd:
-            raise DisagreementError(
+            raise DistributedMismatchError(
                 f"{_ranks(odd)}: {key} is {values[odd[0]]!r}, and {usual!r} on the others; all ranks must "
                 "transform the same model by the same plan with the same seed, and resume from the same checkpoint"
             )
@@ -45,7 +45,7 @@ def check_plans(model: ApproxModule, group: dist.ProcessGroup | None) -> None:
 
 def _described(model: ApproxModule) -> dict[str, str]:
     runtime = model._fx_approx
-    found = {f"layer {one.name}": repr((dict(one.roles), one.share, one.straight_through)) for one in runtime.plan}
+    found = {f"layer {one.name}": repr((dict(one.roles), one.scope, one.straight_through)) for one in runtime.plan}
     for (name, role), selector in runtime.selectors.items():
         found[f"layer {name}, {role.value}"] = repr((selector.spec, selector.enabled))
     found.update({name: repr(value) for name, value in zip(_STATE, runtime.state.tolist(), strict=True)})
@@ -67,7 +67,7 @@ def check_selections(digest: Tensor, layers: Sequence[str], group: dist.ProcessG
     """The random state and every selection are the same on all ranks; one small all-gather.
 
     Raises:
-        DisagreementError: On every rank; names ranks and layer.
+        DistributedMismatchError: On every rank; names ranks and layer.
     """
     size = dist.get_world_size(group)
     gathered = [torch.empty_like(digest) for _ in range(size)]
@@ -82,7 +82,7 @@ def check_selections(digest: Tensor, layers: Sequence[str], group: dist.ProcessG
         else:
             what = f"the selection of layer {layers[place - len(_STATE)]} is another one than on the others"
             hint = "weights, running norms or training flags differ between the ranks"
-        raise DisagreementError(f"{_ranks(odd)}: {what}; {hint}")
+        raise DistributedMismatchError(f"{_ranks(odd)}: {what}; {hint}")
 
 
 def _odd(values: Sequence[Any]) -> tuple[Any, list[int]]:

@@ -24,7 +24,7 @@ from fx_approx.runtime.sharding import is_sharded
 _FSDP_HOOKS = 2  # of fully_shard, before and after a forward
 
 
-def register(
+def enable_sparse_allreduce(
     ddp_model: Any,
     *,
     inner: InnerHook | None = None,
@@ -37,8 +37,8 @@ def register(
     computed, in the selected rows only. All ranks make the same selections, from weights, from running norms that are
     averaged over the ranks after each step, or from the seed; so no indices are sent. All other gradients, and all
     gradients of a step in which a layer is exact, are reduced whole. Over micro-batches in ``no_sync``, the union of
-    their selections is sent; with ``stale`` scores they need one held selection (:func:`fx_approx.hold`) and, as
-    long as they have not seen a batch, a ``no_sync`` for each.
+    their selections is sent; with ``ema`` scores they need one held selection (:func:`fx_approx.reuse_selection`) and,
+    as long as they have not seen a batch, a ``no_sync`` for each.
 
     A model that could be traced in sections only is left to its own Python.
 
@@ -62,7 +62,8 @@ def register(
     Raises:
         TypeError: ``ddp_model`` is no DistributedDataParallel, ``inner`` no hook, or ``dense`` no such pair.
         ValueError: It holds no transformed model, or ``check_every`` is below 1.
-        DisagreementError: Plans, seeds or steps differ between the ranks, on every rank; also from the backward pass.
+        DistributedMismatchError: Plans, seeds or steps differ between the ranks, on every rank; also from the backward
+            pass.
 
     Warns:
         NoEffectWarning: Some sampled layers are reduced whole, with the reason; or all are.
@@ -96,7 +97,7 @@ def register(
     return Traffic(model, sliced, whole, hook)
 
 
-def planned(model: Any) -> Traffic:
+def estimate_traffic(model: Any) -> Traffic:
     """What :func:`register` would send at the present ratios; needs no process group.
 
     Args:
@@ -114,7 +115,7 @@ def planned(model: Any) -> Traffic:
 
 
 def _guard_no_sync(ddp_model: DistributedDataParallel, model: ApproxModule, group: Any) -> None:
-    """Running norms of ``stale`` scores stay the same on all ranks over micro-batches, too."""
+    """Running norms of ``ema`` scores stay the same on all ranks over micro-batches, too."""
     plain = ddp_model.no_sync
 
     @contextlib.contextmanager
@@ -122,8 +123,8 @@ def _guard_no_sync(ddp_model: DistributedDataParallel, model: ApproxModule, grou
         resample = model._fx_approx.resample
         if resample is not None and resample.learns and not resample.held:
             raise RuntimeError(
-                "no_sync: stale scores follow each rank's own micro-batches, so that the ranks would choose different "
-                "channels; hold one selection over them: with fx_approx.hold(model): ..."
+                "no_sync: ema scores follow each rank's own micro-batches, so that the ranks would choose different "
+                "channels; hold one selection over them: with fx_approx.reuse_selection(model): ..."
             )
         with plain():
             yield
@@ -132,7 +133,7 @@ def _guard_no_sync(ddp_model: DistributedDataParallel, model: ApproxModule, grou
     ddp_model.no_sync = no_sync  # type: ignore[method-assign]
 
 
-def register_sharded(model: Any, group: Any = None) -> None:
+def enable_fsdp(model: Any, group: Any = None) -> None:
     """Makes a transformed model run under ``fully_shard`` (FSDP2): each block gathered for its own part of the graph.
 
     The graph of a transformed model does not call the blocks that ``fully_shard`` was called on, so their parameters
@@ -140,7 +141,7 @@ def register_sharded(model: Any, group: Any = None) -> None:
     of ``fully_shard``, as a forward method of the block. Selections that are made at the head of the graph, where
     blocks are not gathered yet, take the norms of their weights from the shards: each rank adds up the squares that it
     has, and one all-reduce of as many numbers as the sampled layers have inputs adds up those. All ranks choose the
-    same channels. The running norms of ``stale`` scores are averaged over the ranks in each training forward.
+    same channels. The running norms of ``ema`` scores are averaged over the ranks in each training forward.
 
     A model that could be traced in sections only is left to its own Python.
 
@@ -156,7 +157,7 @@ def register_sharded(model: Any, group: Any = None) -> None:
         ValueError: It holds no transformed model, or ``fully_shard`` was not called; two sharded modules take turns in
             the graph; a sharded module has other hooks, too; a parameter is divided by something else as well.
         RuntimeError: torch.distributed is not initialised.
-        DisagreementError: Plans, seeds or steps differ between the ranks, on every rank.
+        DistributedMismatchError: Plans, seeds or steps differ between the ranks, on every rank.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformed model under fully_shard, got {type(model).__name__}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fx_approx.distributed.agreement import check_selections, digest_of
 from fx_approx.distributed.slices import Sliced, indices
-from fx_approx.errors import DisagreementError
+from fx_approx.errors import DistributedMismatchError
 from fx_approx.passes.plan_effects import Axis
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.controls import synchronize_scores
@@ -187,7 +187,7 @@ class SliceHook:
         group: dist.ProcessGroup | None,
         dense: tuple[Any, InnerHook] | None = None,
     ) -> None:
-        """State of the hook; see :func:`fx_approx.distributed.register` for the arguments."""
+        """State of the hook; see :func:`fx_approx.distributed.enable_sparse_allreduce` for the arguments."""
         self._model, self._sliced, self._inner, self._dense = model, sliced, inner, dense
         self._check_every, self._group = check_every, group
         self.steps = self.sent = 0
@@ -285,7 +285,7 @@ class SliceHook:
             return Part(gradient, None, None)
         part = Part(gradient, self._found.get(own.rows), self._found.get(own.columns))
         if checking and not part.whole and gradient.count_nonzero() != part.nonzero():
-            raise DisagreementError(
+            raise DistributedMismatchError(
                 f"the gradient of {own.name} is not zero outside of its selection: the weight is used elsewhere, or "
                 "the model was changed since the transform"
             )

@@ -40,10 +40,10 @@ from fx_approx.errors import CaptureError, CaptureWarning, NoEffectWarning
 from fx_approx.ops.base import find_op
 from fx_approx.passes.apply_policy import check_policy, decide
 from fx_approx.policies.override import Override
-from fx_approx.policies.paper import Paper
+from fx_approx.policies.uniform import DEFAULT_POLICY
 from fx_approx.runtime.approx_module import ApproxModule, adopt
 from fx_approx.runtime.batchnorm import averages
-from fx_approx.runtime.controls import load_sampler_state, sampler_state
+from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict
 from fx_approx.runtime.validation import check_model, check_seed
 from fx_approx.savings.report import Explanation, SavingsReport, merged_reports
 
@@ -65,8 +65,8 @@ def backend(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
     seed: int = 0,
-    every: int = 1,
-    demand: bool = True,
+    selection_interval: int = 1,
+    prune_unread: bool = True,
 ) -> Backend:
     """A backend of ``torch.compile`` that samples: ``torch.compile(model, backend=fx_approx.backend(policy))``.
 
@@ -83,18 +83,18 @@ def backend(
         mode: Of the inner backend, as in ``torch.compile``.
         options: Of the inner backend, as in ``torch.compile``.
         seed: As in :func:`fx_approx.transform`; every graph has its own stream of random numbers that follows from it.
-        every: As there.
-        demand: As there.
+        selection_interval: As there.
+        prune_unread: As there.
 
     Raises:
         TypeError: An argument of a wrong type.
         ValueError: No backend has that name, or a number is out of range.
         RuntimeError: Inductor knows no such mode or option.
     """
-    check_seed(seed, every)
-    if not isinstance(demand, bool):
-        raise TypeError(f"demand: expected True or False, got {demand!r}")
-    check_policy(Paper() if policy is None else policy)
+    check_seed(seed, selection_interval)
+    if not isinstance(prune_unread, bool):
+        raise TypeError(f"prune_unread: expected True or False, got {prune_unread!r}")
+    check_policy(DEFAULT_POLICY if policy is None else policy)
     if isinstance(inner, str):
         known = backend_names()
         if inner not in known:
@@ -103,7 +103,9 @@ def backend(
             inductor(mode, options)
     elif not callable(inner):
         raise TypeError(f"inner: expected the name of a backend or a callable, got {inner!r}")
-    return Backend(Paper() if policy is None else policy, inner, mode, options, seed, every, demand)
+    return Backend(
+        DEFAULT_POLICY if policy is None else policy, inner, mode, options, seed, selection_interval, prune_unread
+    )
 
 
 class Backend:
@@ -120,12 +122,12 @@ class Backend:
         mode: str | None,
         options: dict[str, Any] | None,
         seed: int,
-        every: int,
-        demand: bool,
+        selection_interval: int,
+        prune_unread: bool,
     ) -> None:
         self.policy = policy
         self._inner, self._how = inner, {"mode": mode, "options": options}
-        self._seed, self._every, self._demand = seed, every, demand
+        self._seed, self._selection_interval, self._prune_unread = seed, selection_interval, prune_unread
         self._graphs: list[Compilation] = []
         self._steps = Steps()
         self._warned: set[str] = set()
@@ -150,8 +152,9 @@ class Backend:
     def pieces(self) -> tuple[nn.Module, ...]:
         """The transformed graphs in the order of their compilation, as modules.
 
-        What takes a transformed model takes each of them: :func:`fx_approx.set_ratio`, :func:`fx_approx.hold`,
-        :func:`fx_approx.sampler_state` and the like. They live as long as the compiled code.
+        What takes a transformed model takes each of them: :func:`fx_approx.set_sampling`,
+            :func:`fx_approx.reuse_selection`,
+        :func:`fx_approx.sampler_state_dict` and the like. They live as long as the compiled code.
         """
         return tuple(approx for graph in self._graphs if graph.approx is not None and (approx := graph.approx()))
 
@@ -204,7 +207,7 @@ class Backend:
         def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             graph = self._analysed(gm, example_inputs)
             if isinstance(graph, _Graph):
-                found.append((graph.plan, graph.predicted(self._demand)))
+                found.append((graph.plan, graph.predicted(self._prune_unread)))
             elif graph is not None:
                 left.append(graph.note)
             return gm.forward
@@ -251,10 +254,12 @@ class Backend:
         if not graph.plan.sampled:
             reason = "; ".join(dict.fromkeys(decision.reason for decision in graph.plan))
             kind = CaptureWarning if graph.blocked else NoEffectWarning
-            self._leave(Left(graph.key, graph.name, reason, graph.owners, graph.predicted(self._demand)), kind)
+            self._leave(Left(graph.key, graph.name, reason, graph.owners, graph.predicted(self._prune_unread)), kind)
             return self._exact(gm, example_inputs, how)
         root = graph.lifted.root
-        runtime = install(root, graph.prepared, graph.plan, self._seed_of(graph.key), self._every, self._demand)
+        runtime = install(
+            root, graph.prepared, graph.plan, self._seed_of(graph.key), self._selection_interval, self._prune_unread
+        )
         approx = adopt(root, runtime, _cannot_pickle)
         for other in self._graphs:
             before = other.approx() if other.key == graph.key and other.approx is not None else None
@@ -266,7 +271,7 @@ class Backend:
 
         def exact(reason: str) -> Callable[..., Any]:
             self._graphs = [other for other in self._graphs if other is not compilation]
-            self._leave(graph.left(reason, self._demand))
+            self._leave(graph.left(reason, self._prune_unread))
             return self._exact(gm, inputs, how)
 
         # Torch's eager backend would make functions without second derivatives of what has them.
@@ -309,7 +314,7 @@ class Backend:
             frame.guard((root, "") for root in frame.roots)
             blocked = [one.candidate.blocked for one in prepared.found if one.candidate.blocked]
             reason = "; ".join(dict.fromkeys(blocked)) if len(blocked) == len(prepared.found) else _EVALUATING
-            return graph.left(reason, self._demand) if training else None
+            return graph.left(reason, self._prune_unread) if training else None
         return dataclasses.replace(graph, plan=self._plan(prepared, lifted.root))
 
     def _numbers_of(self, frame: Frame) -> tuple[int, ...]:
@@ -346,7 +351,7 @@ class Backend:
             policy = policy.part(prepared.candidates)
         if isinstance(policy, Override):
             self._unmatched = [rule for rule in self._unmatched if rule not in policy.rules]
-        return decide(prepared.candidates, policy, lambda: Whole(root, prepared, self._demand))
+        return decide(prepared.candidates, policy, lambda: Whole(root, prepared, self._prune_unread))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,11 +385,11 @@ class _Graph:
         """Whether something other than the policy keeps a candidate exact."""
         return any(candidate.blocked for candidate in self.prepared.candidates)
 
-    def predicted(self, demand: bool) -> SavingsReport:
+    def predicted(self, prune_unread: bool) -> SavingsReport:
         """Its report before anything is rewritten."""
-        return self.prepared.predicted(self.lifted.root, self.name, self.plan, demand)
+        return self.prepared.predicted(self.lifted.root, self.name, self.plan, prune_unread)
 
-    def left(self, reason: str, demand: bool) -> Left:
+    def left(self, reason: str, prune_unread: bool) -> Left:
         """The graph as one that stays exact."""
         found = [
             dataclasses.replace(
@@ -396,7 +401,7 @@ class _Graph:
         candidates = prepared.candidates
         plan = make_plan(candidates, [Decision(candidate.name) for candidate in candidates])
         graph = dataclasses.replace(self, prepared=prepared, plan=plan)
-        return Left(self.key, self.name, reason, self.owners, graph.predicted(demand))
+        return Left(self.key, self.name, reason, self.owners, graph.predicted(prune_unread))
 
 
 def _name(frame: Frame) -> str:
@@ -410,7 +415,7 @@ def _take_over(approx: ApproxModule, before: ApproxModule) -> None:
         selector.set_spec(old.selectors[key].spec)
         selector.enabled = old.selectors[key].enabled
     runtime.lay_out()
-    load_sampler_state(approx, sampler_state(before))
+    load_sampler_state_dict(approx, sampler_state_dict(before))
     runtime.state = old.state
 
 

@@ -19,7 +19,7 @@ from fx_approx.core.candidates import GemmShape, Role
 from fx_approx.ops.gather import channels_last_order
 from fx_approx.sampling.base import Selection
 from fx_approx.sampling.scores import ScoreKind
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 
 SAMPLING_ARGUMENTS = ("selection", "grad_input", "grad_weight", "straight_through")
 """What the functions of ops take beyond the exact call's arguments, by keyword."""
@@ -44,7 +44,7 @@ class RolePairs(Protocol):
     """
 
     def count(
-        self, role: Role, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerSpec
+        self, role: Role, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerConfig
     ) -> tuple[int, int]:
         """Groups that choose apart from each other, and pairs of each; (1, 0) if they cannot be sampled."""
         ...
@@ -55,7 +55,7 @@ class RolePairs(Protocol):
         lhs: Tensor,
         rhs: Tensor,
         static: Mapping[str, Any],
-        spec: SamplerSpec,
+        spec: SamplerConfig,
         running: Tensor | None,
     ) -> Tensor:
         """Scores ``[groups, pairs]`` that do not read the gradient, see :class:`fx_approx.sampling.ScoreKind`.
@@ -64,7 +64,7 @@ class RolePairs(Protocol):
         """
         ...
 
-    def positions(self, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerSpec) -> int:
+    def positions(self, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerConfig) -> int:
         """How many consecutive rows of the weight gradient's contraction have a running norm of their own."""
         ...
 

@@ -23,7 +23,7 @@ from fx_approx.ops.grad_norm_ema import refresh, weighted
 from fx_approx.ops.gradient_selection import Early, How, Late, Rule, amp, draw_late, flat, for_backward
 from fx_approx.sampling.base import Selection
 from fx_approx.sampling.scores import get_score
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _TRANSPOSED = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
@@ -184,7 +184,7 @@ class ConvPairs:
     """The pairs of a convolution's gradients; see :class:`fx_approx.ops.base.RolePairs`."""
 
     def count(
-        self, role: Role, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerSpec
+        self, role: Role, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerConfig
     ) -> tuple[int, int]:
         """As the protocol says."""
         if role is Role.OUTPUT:
@@ -200,7 +200,7 @@ class ConvPairs:
         lhs: Tensor,
         rhs: Tensor,
         static: Mapping[str, Any],
-        spec: SamplerSpec,
+        spec: SamplerConfig,
         running: Tensor | None,
     ) -> Tensor:
         """As the protocol says; for a gradient only."""
@@ -211,7 +211,7 @@ class ConvPairs:
         scores = _row_scores(None, x, "input" in kind.reads, rhs.shape[2:], call, spec.positions)
         return weighted(scores, running)
 
-    def positions(self, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerSpec) -> int:
+    def positions(self, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerConfig) -> int:
         """The output positions of an example, where each is a row."""
         if not spec.positions:
             return 1

@@ -17,7 +17,7 @@ from fx_approx.ops.gradient_selection import Choice, How
 from fx_approx.ops.matmul_gradients import MatrixPairs, product
 from fx_approx.sampling.base import Selection
 from fx_approx.sampling.scores import ScoreKind
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,13 +151,13 @@ class _EinsumPairs(MatrixPairs):
     """Entries of the sampled label are pairs of the output, the other contracted labels their block."""
 
     def count(
-        self, role: Role, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerSpec
+        self, role: Role, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerConfig
     ) -> tuple[int, int]:
         """As the protocol says."""
         groups, pairs = super().count(role, lhs, rhs, static, spec)
         return groups, _pairs(lhs, rhs, static) if role is Role.OUTPUT else pairs
 
-    def positions(self, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerSpec) -> int:
+    def positions(self, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerConfig) -> int:
         """The last of the labels that only ``lhs`` has, if there is another one before it."""
         parsed = _parse(static["equation"])
         return lhs.shape[parsed.lhs.index(parsed.rows[-1])] if len(parsed.batch + parsed.rows) > 1 else 1
@@ -168,7 +168,7 @@ class _EinsumPairs(MatrixPairs):
         lhs: Tensor,
         rhs: Tensor,
         static: Mapping[str, Any],
-        spec: SamplerSpec,
+        spec: SamplerConfig,
         running: Tensor | None,
     ) -> Tensor:
         """As the protocol says; a block scores √Σ s² of its entries."""

@@ -23,7 +23,7 @@ from fx_approx.ops.grad_norm_ema import refresh, weighted
 from fx_approx.ops.gradient_selection import Early, How, Late, Rule, amp, draw_late, flat, for_backward, pick, spread
 from fx_approx.sampling.base import Selection
 from fx_approx.sampling.scores import get_score
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 
 
 def slice_scores(left: Tensor | None, axis: int, right: Tensor | None, like: Tensor, per_batch: bool) -> Tensor:
@@ -83,7 +83,7 @@ class MatrixPairs:
     view: View
 
     def count(
-        self, role: Role, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerSpec
+        self, role: Role, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerConfig
     ) -> tuple[int, int]:
         """As the protocol says."""
         x, w = self.view(lhs, rhs, static)
@@ -96,7 +96,7 @@ class MatrixPairs:
         lhs: Tensor,
         rhs: Tensor,
         static: Mapping[str, Any],
-        spec: SamplerSpec,
+        spec: SamplerConfig,
         running: Tensor | None,
     ) -> Tensor:
         """As the protocol says."""
@@ -111,7 +111,7 @@ class MatrixPairs:
         scores = slice_scores(None, -2, x if read_x else None, x, spec.per_batch)
         return weighted(scores, running)
 
-    def positions(self, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerSpec) -> int:
+    def positions(self, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerConfig) -> int:
         """The second axis of an input ``[batch, positions, features]``."""
         x, _ = self.view(lhs, rhs, static)
         return lhs.shape[-2] if lhs.dim() > 2 or x.dim() > 2 else 1

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx._compat import BatchNormBase
-from fx_approx.errors import StaleStatisticsWarning
+from fx_approx.errors import BatchNormWarning
 
 EXACT_SHARE = 0.88
 """Share of exact values from which running statistics fit exact evaluation: 20 batches at the default momentum, 0.1."""
 
 
-_TAIL = ", or end training with some exact steps: fx_approx.set_enabled(model, False) for at least {} batches"
+_TAIL = ", or end training with some exact steps: fx_approx.set_sampling(model, False) for at least {} batches"
 
 
 class SamplingState(Protocol):
@@ -114,9 +114,9 @@ def warn_if_stale(model: nn.Module, state: SamplingState) -> None:
     enough = enough_exact_batches(tracked(model))
     warnings.warn(
         "BatchNorm statistics were gathered while sampling and do not fit exact evaluation, which can cost many points "
-        "of accuracy. Call fx_approx.recalibrate(model, batches) first (of an averaged model, "
+        "of accuracy. Call fx_approx.recalibrate_batchnorm(model, batches) first (of an averaged model, "
         f"torch.optim.swa_utils.update_bn does the same){'' if enough is None else _TAIL.format(enough)}.",
-        StaleStatisticsWarning,
+        BatchNormWarning,
         stacklevel=4,
     )
 
@@ -134,8 +134,8 @@ def warn_of_short_tail(model: nn.Module, steps: int) -> None:
     )
     warnings.warn(
         f"ExactTail: steps={steps} is too short for the BatchNorm statistics: they {need}; otherwise call "
-        "fx_approx.recalibrate(model, batches) before an exact evaluation.",
-        StaleStatisticsWarning,
+        "fx_approx.recalibrate_batchnorm(model, batches) before an exact evaluation.",
+        BatchNormWarning,
         stacklevel=4,
     )
 

@@ -17,7 +17,7 @@ from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.batchnorm import note_fresh, note_switch, reestimate
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.layers import Selector
-from fx_approx.runtime.rng import EVERY, INCREMENT, SEED, STEP
+from fx_approx.runtime.rng import INCREMENT, SEED, SELECTION_INTERVAL, STEP
 from fx_approx.runtime.validation import check_seed
 
 
@@ -63,23 +63,46 @@ def _counted(approx: ApproxModule) -> Iterator[None]:
         )
 
 
-def set_ratio(model: nn.Module, ratio: float | Mapping[str, float], *, role: Role | str | None = None) -> None:
-    """Changes the sample ratio of all sampled layers, or by glob on their names, from the next forward on.
+def set_sampling(
+    model: nn.Module,
+    ratio: float | Mapping[str, float] | None = None,
+    *,
+    enabled: bool | Mapping[str, bool] | None = None,
+    role: Role | str | None = None,
+) -> None:
+    """Changes the sample ratio, or switches sampling on or off, from the next forward on.
 
-    Where several globs match a layer, the first decides, as in :class:`fx_approx.policies.Override`.
-    Each new number of pairs is one more compilation of a compiled model. ``role`` (``"output"``, ``"grad_input"``,
-    ``"grad_weight"``) limits it to that product; by default all sampled products of a layer change.
+    Both are for all sampled layers, or by glob on their names; where several globs match a layer, the first decides, as
+    in :class:`fx_approx.policies.Override`. Each new number of pairs is one more compilation of a compiled model.
+
+    Args:
+        model: A transformed model, or what wraps it.
+        ratio: Share of the column-row pairs to keep, in (0, 1]; None leaves the ratios as they are.
+        enabled: Whether the layers sample at all; None leaves the switches as they are.
+        role: The product that changes, ``"output"``, ``"grad_input"`` or ``"grad_weight"``; None for all of a layer.
 
     Warns:
         RecompilationWarning: The model is compiled, and this is the last setting that ``torch.compile`` will compile.
 
     Raises:
-        ValueError: A ratio outside (0, 1] or a glob that matches no sampled layer; nothing is changed then.
-        TypeError: A ratio that is no number.
+        ValueError: A ratio outside (0, 1], a glob that matches no sampled layer, or nothing to change; nothing is
+            changed then.
+        TypeError: A ratio that is no number, or a switch that is no bool.
     """
-    rules = dict(ratio) if isinstance(ratio, Mapping) else {"*": ratio}
-    selected = _selected(find(model)._fx_approx, rules, role)
-    set_each(model, {one: (rules[pattern], one.enabled) for pattern, own in selected.items() for one in own})
+    if ratio is None and enabled is None:
+        raise ValueError("ratio, enabled: expected one of them at least, got None for both")
+    runtime = find(model)._fx_approx
+    ratios = {} if ratio is None else dict(ratio) if isinstance(ratio, Mapping) else {"*": ratio}
+    switches = {} if enabled is None else dict(enabled) if isinstance(enabled, Mapping) else {"*": enabled}
+    for pattern, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"enabled[{pattern!r}]: expected True or False, got {value!r}")
+    by_ratio, by_switch = _selected(runtime, ratios, role), _selected(runtime, switches, role)
+    settings = {one: (ratios[pattern], one.enabled) for pattern, own in by_ratio.items() for one in own}
+    for pattern, own in by_switch.items():
+        for one in own:
+            settings[one] = (settings[one][0] if one in settings else one.spec.ratio, switches[pattern])
+    set_each(model, settings)
 
 
 def set_each(model: nn.Module, settings: Mapping[Selector, tuple[float, bool]]) -> None:
@@ -96,28 +119,11 @@ def set_each(model: nn.Module, settings: Mapping[Selector, tuple[float, bool]]) 
     note_switch(approx, runtime)
 
 
-def set_enabled(model: nn.Module, enabled: bool | Mapping[str, bool], *, role: Role | str | None = None) -> None:
-    """Switches sampling on or off, for all sampled layers or by glob on their names, from the next forward on.
-
-    ``role`` limits it to one product, as in :func:`set_ratio`.
-
-    Raises:
-        TypeError: A value that is no bool.
-        ValueError: A glob that matches no sampled layer; nothing is changed then.
-    """
-    rules = dict(enabled) if isinstance(enabled, Mapping) else {"*": enabled}
-    for pattern, value in rules.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"enabled[{pattern!r}]: expected True or False, got {value!r}")
-    selected = _selected(find(model)._fx_approx, rules, role)
-    set_each(model, {one: (one.spec.ratio, rules[pattern]) for pattern, own in selected.items() for one in own})
-
-
 @contextlib.contextmanager
-def hold(model: nn.Module) -> Iterator[None]:
+def reuse_selection(model: nn.Module) -> Iterator[None]:
     """Keeps one sample for all forwards inside, for example over the micro-batches of gradient accumulation.
 
-    What is held are the random numbers, and the selections that are made ahead, as with ``every`` of
+    What is held are the random numbers, and the selections that are made ahead, as with ``selection_interval`` of
     :func:`fx_approx.transform`; scores that read activations follow the activations. (Of a sampler whose count is
     random, the random numbers only.)
     """
@@ -134,17 +140,17 @@ def hold(model: nn.Module) -> Iterator[None]:
         if resample is not None:
             resample.held = outer
         state[INCREMENT] = before
-        # The next forward takes a new sample, unless this one was nested in another hold.
-        state[STEP] += before * state[EVERY]
+        # The next forward takes a new sample, unless this one was nested in another one.
+        state[STEP] += before * state[SELECTION_INTERVAL]
 
 
-def sampler_state(model: nn.Module) -> dict[str, Any]:
+def sampler_state_dict(model: nn.Module) -> dict[str, Any]:
     """The sampling state of a transformed model, for exact resume, to store beside the state_dict.
 
     Returns:
-        ``step``, ``every`` and ``seed``, integers; where scores keep running norms, also ``running``, lists of numbers
-        by the candidate's name and the role, such as ``"fc1/grad_weight"``; where selections made ahead are kept or
-        learn, ``resample``, what is kept.
+        ``step``, ``selection_interval`` and ``seed``, integers; where scores keep running norms, also ``running``,
+        lists of numbers by the candidate's name and the role, such as ``"fc1/grad_weight"``; where selections made
+        ahead are kept or learn, ``resample``, what is kept.
     """
     runtime = find(model)._fx_approx
     state = runtime.state
@@ -159,23 +165,23 @@ def sampler_state(model: nn.Module) -> dict[str, Any]:
     resample = runtime.resample
     if resample is not None and (resample.remembers or resample.held_key[0] >= 0):
         extra["resample"] = resample.state()
-    numbers = {"step": int(state[STEP]), "every": int(state[EVERY]), "seed": int(state[SEED])}
+    numbers = {"step": int(state[STEP]), "selection_interval": int(state[SELECTION_INTERVAL]), "seed": int(state[SEED])}
     return {**numbers, **extra}
 
 
-def load_sampler_state(model: nn.Module, values: Mapping[str, Any]) -> None:
-    """Takes over the sampling state that :func:`sampler_state` gave.
+def load_sampler_state_dict(model: nn.Module, values: Mapping[str, Any]) -> None:
+    """Takes over the sampling state that :func:`sampler_state_dict` gave.
 
     Raises:
-        ValueError: Other keys than ``step``, ``every``, ``seed`` and ``running`` (which may be left out), a value out
-            of range, or running norms of a site that is not there; nothing is changed then.
+        ValueError: Other keys than ``step``, ``selection_interval``, ``seed`` and ``running`` (which may be left out),
+            a value out of range, or running norms of a site that is not there; nothing is changed then.
         TypeError: A value of the wrong type.
     """
     runtime = find(model)._fx_approx
-    places = {"step": STEP, "every": EVERY, "seed": SEED}
+    places = {"step": STEP, "selection_interval": SELECTION_INTERVAL, "seed": SEED}
     if set(values) - {"running", "resample"} != set(places):
         raise ValueError(f"values: expected the keys {sorted(places)}, running and resample, got {sorted(values)}")
-    check_seed(values["seed"], values["every"], values["step"])
+    check_seed(values["seed"], values["selection_interval"], values["step"])
     sites = {f"{name}/{role.value}": selector for (name, role), selector in runtime.selectors.items()}
     running = values.get("running", {})
     learning = [s for s, selector in sites.items() if selector.score.learns and selector.role is not Role.OUTPUT]
@@ -192,7 +198,7 @@ def load_sampler_state(model: nn.Module, values: Mapping[str, Any]) -> None:
     elif resample is not None:
         resample.forget()
     if resample is not None:
-        resample.held = values["every"] > 1
+        resample.held = values["selection_interval"] > 1
     for name, place in places.items():
         runtime.state[place] = values[name]
     for site in learning:
@@ -201,7 +207,7 @@ def load_sampler_state(model: nn.Module, values: Mapping[str, Any]) -> None:
 
 
 def synchronize_scores(model: nn.Module, group: Any = None) -> None:
-    """Averages the running norms of ``stale`` scores over all ranks, so that they choose the same channels.
+    """Averages the running norms of ``ema`` scores over all ranks, so that they choose the same channels.
 
     To be called by all ranks alike: once is enough where all see data of one kind; where the shared selection is relied
     upon, before every step. Nothing to do for other scores, which are the same on all ranks by themselves.
@@ -234,7 +240,7 @@ def synchronize_scores(model: nn.Module, group: Any = None) -> None:
         own.copy_(value)
 
 
-def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
+def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> int:
     """Re-estimates all BatchNorm statistics on exact forwards, as an exact evaluation needs them.
 
     Args:

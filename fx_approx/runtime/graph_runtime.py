@@ -27,9 +27,9 @@ from fx_approx.runtime.checkpoints import is_checkpointed, outlined
 from fx_approx.runtime.guards import Guards
 from fx_approx.runtime.layers import Selector
 from fx_approx.runtime.rng import (
-    EVERY,
     INCREMENT,
     SEED,
+    SELECTION_INTERVAL,
     STEP,
     Draw,
     draw,
@@ -64,7 +64,7 @@ class Runtime(Moved):
     the buffer broadcast of data-parallel training touches the state.
 
     Attributes:
-        state: ``[step, increment, every, seed]``, see :func:`fx_approx.runtime.rng.new_state`.
+        state: ``[step, increment, selection interval, seed]``, see :func:`fx_approx.runtime.rng.new_state`.
         number: Unique in the process; tells forwards of different models apart.
         capture: The captured graph before the rewrite.
         graph: The rewritten graph that runs.
@@ -96,9 +96,11 @@ class Runtime(Moved):
     state: Tensor
     resample: Resample | None
 
-    def __init__(self, capture: Capture, candidates: tuple[Candidate, ...], plan: Plan, seed: int, every: int) -> None:
+    def __init__(
+        self, capture: Capture, candidates: tuple[Candidate, ...], plan: Plan, seed: int, selection_interval: int
+    ) -> None:
         super().__init__()
-        self.register_buffer("state", new_state(seed, every), persistent=False)
+        self.register_buffer("state", new_state(seed, selection_interval), persistent=False)
         self.number = next(_numbers)
         weakref.finalize(self, forget_calls, self.number)
         self.capture, self.candidates, self.plan = capture, candidates, plan
@@ -184,7 +186,7 @@ class Runtime(Moved):
     def upcoming(self, key: Tensor | None = None) -> Draw:
         """The randomness of the next forward, which stays the next; or that of ``key``."""
         if key is None:
-            key = torch.stack((self.state[SEED], self.state[STEP] // self.state[EVERY]))
+            key = torch.stack((self.state[SEED], self.state[STEP] // self.state[SELECTION_INTERVAL]))
         return self._draw(key)
 
     def _draw(self, key: Tensor) -> Draw:

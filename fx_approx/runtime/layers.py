@@ -25,7 +25,7 @@ from fx_approx.runtime.rng import Draw, draw
 from fx_approx.runtime.sharding import refuse_shard
 from fx_approx.sampling.base import get_sampler
 from fx_approx.sampling.scores import get_score
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 
 
 class Selector(nn.Module):
@@ -53,7 +53,7 @@ class Selector(nn.Module):
         self,
         kind: str,
         static: Mapping[str, Any],
-        spec: SamplerSpec,
+        spec: SamplerConfig,
         site: int,
         pairs: int | None,
         owner: nn.Module,
@@ -72,7 +72,7 @@ class Selector(nn.Module):
         self.register_buffer("running", None, persistent=False)
         self.set_spec(spec)
 
-    def set_spec(self, spec: SamplerSpec) -> None:
+    def set_spec(self, spec: SamplerConfig) -> None:
         """Takes another sampler or ratio from the next call on."""
         self.spec = spec
         self.sampler, self.score = get_sampler(spec.name), get_score(spec.scores)
@@ -100,7 +100,7 @@ class Selector(nn.Module):
         return self.is_ahead(self.role, self.spec)
 
     @staticmethod
-    def is_ahead(role: Role, spec: SamplerSpec) -> bool:
+    def is_ahead(role: Role, spec: SamplerConfig) -> bool:
         """Whether a selection of ``role`` by ``spec`` can be made before the input exists."""
         return role is Role.OUTPUT and get_score(spec.scores).ahead and not spec.per_batch
 

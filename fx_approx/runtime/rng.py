@@ -24,7 +24,7 @@ from fx_approx.sampling.base import Selection
 from fx_approx.sampling.device_uniforms import uniforms
 from fx_approx.sampling.uniforms import derive_key, lane_uniforms, site_lanes, site_uniforms
 
-STEP, INCREMENT, EVERY, SEED = range(4)
+STEP, INCREMENT, SELECTION_INTERVAL, SEED = range(4)
 
 _NEXT_SEED = 0x3C6EF372FE94F82B  # odd, so that seeds near each other stay apart
 _REMEMBERED = 4096
@@ -65,9 +65,9 @@ Fingerprint = tuple[object, ...]
 _calls: collections.OrderedDict[Fingerprint, _Call] = collections.OrderedDict()
 
 
-def new_state(seed: int, every: int = 1) -> Tensor:
-    """``[step, increment, every, seed]``, int64: all that the samples of a run depend on."""
-    return torch.tensor([0, 1, every, seed], dtype=torch.int64)
+def new_state(seed: int, selection_interval: int = 1) -> Tensor:
+    """``[step, increment, selection interval, seed]``, int64: all that the samples of a run depend on."""
+    return torch.tensor([0, 1, selection_interval, seed], dtype=torch.int64)
 
 
 def fingerprint(owner: int, inputs: list[Tensor]) -> Fingerprint:
@@ -93,7 +93,8 @@ def recall(call: Fingerprint) -> Tensor | None:
     if not torch.equal(found.key, found.first):
         raise RecomputationError(
             "two forwards with the same input tensor wait for their backward, so the sample of the recomputed one "
-            "cannot be told. Give each its own tensor (x.clone()), or keep one sample: `with fx_approx.hold(model)`."
+            "cannot be told. Give each its own tensor (x.clone()), or keep one sample: "
+            "`with fx_approx.reuse_selection(model)`."
         )
     found.waiting = False
     return found.key.clone()
@@ -134,14 +135,15 @@ def next_key(state: Tensor, inputs: list[Tensor], owner: int) -> Tensor:
             raise RecomputationError(
                 "a checkpoint recomputes a forward that is not remembered: its input tensors are not those of any "
                 f"of the last {_REMEMBERED} forwards, or were changed in place since. Checkpoint parts of the model "
-                "instead of calling it on temporary inputs, or keep one sample: `with fx_approx.hold(model)`."
+                "instead of calling it on temporary inputs, or keep one sample: "
+                "`with fx_approx.reuse_selection(model)`."
             )
         return key
     if state.device.type == "cpu":
-        step, _, every, seed = state.tolist()
-        key = torch.tensor((seed, step // every))
+        step, _, interval, seed = state.tolist()
+        key = torch.tensor((seed, step // interval))
     else:
-        key = torch.stack((state[SEED], state[STEP] // state[EVERY]))
+        key = torch.stack((state[SEED], state[STEP] // state[SELECTION_INTERVAL]))
     state[STEP] += state[INCREMENT]
     _remember(call, key, inputs)
     return key

@@ -14,7 +14,7 @@ from fx_approx.sampling.scores import ScoreKind
 
 UNREGISTERED = (
     "is sharded by fully_shard, and the transformed model was not told: call "
-    "fx_approx.distributed.register_sharded(model) after the last fully_shard"
+    "fx_approx.distributed.enable_fsdp(model) after the last fully_shard"
 )
 
 

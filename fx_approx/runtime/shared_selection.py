@@ -1,7 +1,7 @@
 """Ahead selection: all selections that read no activation of this step, made in one node at the head of the graph.
 
 Readers of one value share a selection; it is scored by the sum over the readers. Scores that follow the activations
-(``stale``) use running norms of earlier steps, which are refreshed on the sampled channels, from values that the step
+(``ema``) use running norms of earlier steps, which are refreshed on the sampled channels, from values that the step
 computes anyway.
 """
 
@@ -27,7 +27,7 @@ from fx_approx.runtime.selection_tracker import Published
 from fx_approx.runtime.sharding import Scored, weight_scores
 from fx_approx.sampling.base import Selection
 from fx_approx.sampling.scores import get_score
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 
 RECENT = 100
 """Steps within which a channel counts as covered, see :attr:`Shared.coverage`."""
@@ -37,7 +37,7 @@ _numbers = itertools.count()
 _EXAMPLES = 8  # of a batch, whose norms stand for those of all
 
 
-def unit_count(spec: SamplerSpec, units: int, block: int, groups: int, reader_groups: int) -> int:
+def unit_count(spec: SamplerConfig, units: int, block: int, groups: int, reader_groups: int) -> int:
     """Units to keep of each group's ``units``, where ``spec`` counts single pairs of a reader.
 
     Args:
@@ -48,8 +48,8 @@ def unit_count(spec: SamplerSpec, units: int, block: int, groups: int, reader_gr
         reader_groups: Groups of the reader, of each of which ``spec`` counts.
     """
     together = block * max(1, groups // reader_groups)
-    granularity = spec.granularity // math.gcd(spec.granularity, together)
-    own = spec.replace(minimal_k=max(1, -(-spec.minimal_k // together)), granularity=granularity)
+    round_to = spec.round_to // math.gcd(spec.round_to, together)
+    own = spec.replace(min_k=max(1, -(-spec.min_k // together)), round_to=round_to)
     return own.count(units)
 
 
@@ -319,7 +319,7 @@ class Resample(nn.Module):
             start += size
 
     def state(self) -> dict[str, Any]:
-        """What :func:`fx_approx.sampler_state` stores: running norms, ages and kept selections, as plain lists."""
+        """What :func:`fx_approx.sampler_state_dict` stores: running norms, ages and kept selections, as plain lists."""
         learnt = [one for one in self.each() if one.running is not None and one.age is not None]
         return {
             "known": self.known,

@@ -11,7 +11,7 @@ from torch import nn
 from fx_approx._compat import DropoutBase
 from fx_approx.capture.trace import kept_random_state
 from fx_approx.runtime.approx_module import ApproxModule
-from fx_approx.runtime.controls import load_sampler_state, sampler_state
+from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -21,7 +21,7 @@ def undone(approx: ApproxModule) -> Iterator[None]:
     """Puts buffers, plain attributes, sampler state, random state, dropout and the graph back."""
     runtime = approx._fx_approx
     buffers = [(buffer, buffer.clone()) for buffer in approx.buffers()]
-    state, function, pieces = sampler_state(approx), runtime.function, runtime.pieces
+    state, function, pieces = sampler_state_dict(approx), runtime.function, runtime.pieces
     modules = list(approx.modules())
     dropouts: list[tuple[nn.Module, str, float]] = [(m, "p", m.p) for m in modules if isinstance(m, DropoutBase)]
     dropouts += [(m, "dropout", m.dropout) for m in modules if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))]
@@ -40,4 +40,4 @@ def undone(approx: ApproxModule) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
-            load_sampler_state(approx, state)
+            load_sampler_state_dict(approx, state)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fx_approx.capture.containers import tensors
 from fx_approx.runtime.approx_module import ApproxModule
-from fx_approx.runtime.rng import EVERY, STEP
+from fx_approx.runtime.rng import SELECTION_INTERVAL, STEP
 from fx_approx.runtime.shared_selection import Resample
 from fx_approx.runtime.snapshot import undone
 
@@ -62,7 +62,7 @@ def sampled_gradient(approx: ApproxModule, batch: Any, loss: Loss, names: Collec
                 selector.enabled = selector.enabled and name in names
             if runtime.resample is not None:
                 note_known(runtime.resample)
-            runtime.state[STEP] += number * int(runtime.state[EVERY])
+            runtime.state[STEP] += number * int(runtime.state[SELECTION_INTERVAL])
             found = torch.autograd.grad(scalar(loss, approx, batch), parameters, allow_unused=True)
         finally:
             for selector, on in enabled:

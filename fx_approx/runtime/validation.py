@@ -85,9 +85,13 @@ def check_inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...]
     return args, kwargs
 
 
-def check_seed(seed: Any, every: Any, step: Any = 0) -> None:
+def check_seed(seed: Any, selection_interval: Any, step: Any = 0) -> None:
     """Refuses a seed, period or step that is no integer in range."""
-    for name, value, least in (("seed", seed, -(2**63)), ("every", every, 1), ("step", step, 0)):
+    for name, value, least in (
+        ("seed", seed, -(2**63)),
+        ("selection_interval", selection_interval, 1),
+        ("step", step, 0),
+    ):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an integer, got {value!r}")
         if not least <= value < 2**63:

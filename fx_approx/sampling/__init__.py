@@ -5,7 +5,7 @@ from fx_approx.sampling.bernoulli import Bernoulli, capacity
 from fx_approx.sampling.crs import Crs
 from fx_approx.sampling.probabilities import draw_probabilities, guard_nonfinite, inclusion_probabilities
 from fx_approx.sampling.scores import SCORES, ScoreKind, get_score
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 from fx_approx.sampling.systematic import Systematic
 from fx_approx.sampling.topk import TopK
 from fx_approx.sampling.uniforms import derive_key, lane_uniforms, mix, site_lanes, site_uniforms, uniforms
@@ -17,7 +17,7 @@ __all__ = [
     "Bernoulli",
     "Crs",
     "Sampler",
-    "SamplerSpec",
+    "SamplerConfig",
     "ScoreKind",
     "Selection",
     "Systematic",

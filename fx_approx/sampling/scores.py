@@ -29,7 +29,7 @@ class ScoreKind:
     """One way to score the column-row pairs of a product.
 
     Attributes:
-        name: what a ``SamplerSpec`` calls it.
+        name: what a ``SamplerConfig`` calls it.
         reads: the operands whose norms it multiplies, of ``input``, ``weight``, ``gradient``; those that a product
             does not have do not count.
         description: the formula, for reports.
@@ -72,7 +72,7 @@ SCORES: Mapping[str, ScoreKind] = MappingProxyType(
                 "gradient", frozenset({"gradient"}), "norm of column or row j of the gradient", _ALL - {"output"}
             ),
             ScoreKind(
-                "stale",
+                "ema",
                 frozenset({"input"}),
                 "output: norm of row j of the weight times the running norm of column j of the input; weight gradient: "
                 "norm of row j of the input times the running norm of the gradient at its position",

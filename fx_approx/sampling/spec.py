@@ -1,4 +1,4 @@
-"""SamplerSpec: how one product is to be sampled, as a validated, frozen record."""
+"""SamplerConfig: how one product is to be sampled, as a validated, frozen record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from fx_approx.sampling.base import get_sampler
 from fx_approx.sampling.scores import get_score
 
-__all__ = ["SamplerSpec"]
+__all__ = ["SamplerConfig"]
 
 
 def _require_name(field: str, value: object) -> None:
@@ -34,15 +34,15 @@ def _require_real(field: str, value: object, right: str) -> float:
 
 
 @dataclass(frozen=True)
-class SamplerSpec:
+class SamplerConfig:
     """How many pairs to draw, with which sampler, from which scores.
 
     Attributes:
         name: the sampler, a key of ``SAMPLERS``.
         ratio: the share of the K pairs to keep, in (0, 1]; 1 means exact.
-        minimal_k: never keep fewer pairs than this (or K, if that is less).
+        min_k: never keep fewer pairs than this (or K, if that is less).
         scores: what the sampler draws from, a key of ``SCORES``.
-        granularity: round the count to a multiple of this, for the device's matrix units.
+        round_to: round the count to a multiple of this, for the device's matrix units.
         epsilon: share of uniform probability mixed in, in [0, 1); None means the sampler's own default.
         positions: sample the weight gradient of a convolution over all output positions of all examples, one by
             one, rather than over whole examples. Says nothing of other products.
@@ -55,9 +55,9 @@ class SamplerSpec:
 
     name: str = "topk"
     ratio: float = 0.5
-    minimal_k: int = 1
+    min_k: int = 1
     scores: str = "online"
-    granularity: int = 1
+    round_to: int = 1
     epsilon: float | None = None
     positions: bool = False
     per_batch: bool = False
@@ -71,8 +71,8 @@ class SamplerSpec:
         # `not` around the range, so that NaN fails too.
         if not 0 < _require_real("ratio", self.ratio, "a number in (0, 1]") <= 1:
             raise ValueError(f"ratio: expected a number in (0, 1], got {self.ratio!r}")
-        _require_count("minimal_k", self.minimal_k)
-        _require_count("granularity", self.granularity)
+        _require_count("min_k", self.min_k)
+        _require_count("round_to", self.round_to)
         for field in ("positions", "per_batch"):
             if not isinstance(getattr(self, field), bool):
                 raise TypeError(f"{field}: expected True or False, got {getattr(self, field)!r}")
@@ -90,10 +90,10 @@ class SamplerSpec:
         return get_sampler(self.name).default_epsilon if self.epsilon is None else self.epsilon
 
     def count(self, pairs: int) -> int:
-        """Return k for K = ``pairs``: min(K, max(minimal_k, align(floor(ratio K + 1/2)))).
+        """Return k for K = ``pairs``: min(K, max(min_k, align(floor(ratio K + 1/2)))).
 
-        ``align`` takes the nearest multiple of ``granularity``, the upper one half way, but at least one.
-        A ratio of 1 gives K whatever the granularity.
+        ``align`` takes the nearest multiple of ``round_to``, the upper one half way, but at least one.
+        A ratio of 1 gives K whatever the round_to.
 
         Raises:
             ValueError: ``pairs`` is negative.
@@ -104,15 +104,15 @@ class SamplerSpec:
             return pairs
         # Halves round up also where floating point falls just short: 0.29 * 50 is 14.499999999999998.
         rounded = math.floor(self.ratio * pairs + 0.5 + 1e-9)
-        multiple = max(1, (2 * rounded + self.granularity) // (2 * self.granularity))
-        return min(pairs, max(self.minimal_k, multiple * self.granularity))
+        multiple = max(1, (2 * rounded + self.round_to) // (2 * self.round_to))
+        return min(pairs, max(self.min_k, multiple * self.round_to))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary, ready for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SamplerSpec:
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplerConfig:
         """Build a spec from ``to_dict``'s output; absent fields take their defaults.
 
         Raises:
@@ -124,6 +124,6 @@ class SamplerSpec:
             raise ValueError(f"unknown field(s) {', '.join(unknown)}; known: {', '.join(known)}")
         return cls(**values)
 
-    def replace(self, **changes: Any) -> SamplerSpec:
+    def replace(self, **changes: Any) -> SamplerConfig:
         """Return a copy with the given fields changed, checked like a new one."""
         return self.from_dict({**self.to_dict(), **changes})

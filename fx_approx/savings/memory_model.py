@@ -13,7 +13,7 @@ from fx_approx.runtime.layers import Selector
 from fx_approx.runtime.shared_selection import Shared
 from fx_approx.sampling.base import get_sampler
 from fx_approx.sampling.scores import get_score
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 from fx_approx.savings.rows import Demanded
 
 _INDEX_BYTES = 8
@@ -31,7 +31,7 @@ class Counts:
         self,
         effects: Effects,
         candidates: Sequence[Candidate],
-        specs: Mapping[str, SamplerSpec],
+        specs: Mapping[str, SamplerConfig],
         off: Mapping[str, str],
     ) -> None:
         """Counts.
@@ -76,7 +76,7 @@ class Counts:
         others = [reason for reason in reasons if not reason.startswith(f"{name},")]
         return f"shares its selection with {others[0]}" if others else None
 
-    def of(self, candidate: Candidate, roles: Mapping[Role, SamplerSpec], straight_through: bool) -> Kept:
+    def of(self, candidate: Candidate, roles: Mapping[Role, SamplerConfig], straight_through: bool) -> Kept:
         """How much of each product of ``candidate`` is computed, if samplers of ``roles`` are at work."""
         kept = kept_pairs(candidate, roles, straight_through)
         axis = self.effects.reads.get(candidate.name)
@@ -113,7 +113,7 @@ class Product:
 
     candidate: Candidate
     kept: Kept
-    roles: Mapping[Role, SamplerSpec]
+    roles: Mapping[Role, SamplerConfig]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fx_approx.passes.plan_effects import Effects
 from fx_approx.runtime.layers import Selector
 from fx_approx.runtime.shared_selection import RECENT
 from fx_approx.sampling.base import get_sampler
-from fx_approx.sampling.spec import SamplerSpec
+from fx_approx.sampling.spec import SamplerConfig
 from fx_approx.savings.memory_model import Counts, Product, memory
 from fx_approx.savings.rows import (
     Row,
@@ -52,7 +52,7 @@ class SavingsReport:
         notes: Parts that could not be traced, and rows without shapes.
         stops: Where demand or sharing stopped, and why: ``name of the graph's node: reason``, for each value that is
             computed whole although some reader wants a part of it only.
-        selection_time: What choosing costs, where :func:`fx_approx.measure_selection` was called before.
+        selection_time: What choosing costs, where :func:`fx_approx.analysis.selection_time` was called before.
     """
 
     model: str
@@ -303,8 +303,8 @@ class _Site:
 
     candidate: Candidate
     decision: Decision
-    roles: dict[Role, SamplerSpec]
-    output: SamplerSpec | None
+    roles: dict[Role, SamplerConfig]
+    output: SamplerConfig | None
     reason: str
     last: dict[Role, int | None]
 

@@ -112,7 +112,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class SelectionTime:
-    """What :func:`fx_approx.measure_selection` measured.
+    """What :func:`fx_approx.analysis.selection_time` measured.
 
     Attributes:
         seconds: All selections of a forward, median.

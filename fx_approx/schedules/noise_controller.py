@@ -50,7 +50,7 @@ class NoiseRecord:
         return self.sampling / self.sgd if self.sgd else math.inf
 
 
-class AdaptiveRatios:
+class NoiseController:
     """Moves the sample ratios so that sampling adds ``target`` of the noise of SGD to the gradient.
 
     To be called as ``controller.step(batch)`` after every training step. Every ``every`` steps it measures on that

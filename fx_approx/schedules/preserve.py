@@ -12,7 +12,7 @@ from torch import nn
 
 from fx_approx.core.candidates import Role, matches
 from fx_approx.distributed.slices import selected, weight_uses
-from fx_approx.errors import NoEffectWarning, ShapesNeededError
+from fx_approx.errors import NoEffectWarning, ShapesRequiredError
 from fx_approx.passes.plan_effects import Axis
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.selection_tracker import Published
@@ -22,23 +22,24 @@ from fx_approx.runtime.step_gradient import note_known
 _KINDS = ("linear", "conv")  # whose weight is [outputs, inputs of a group, ...]
 
 
-def preserve_function(model: nn.Module, layers: str = "*") -> dict[str, int]:
+def zero_unread_weights(model: nn.Module, layers: str = "*") -> dict[str, int]:
     """Sets the weights to zero that the selections leave out, so that the exact network computes what the sampled did.
 
     Call it where sampling ends, or its ratio rises, before ``set_enabled``, ``set_ratio`` or the exact step: what was
     trained goes on as it is, and the channels that were left out come in with outgoing weights of zero and learn from
     there. Without it, they come in as they were initialised, or were left when they were last chosen. Network growth
     keeps the function for the same reason when it adds channels (Net2Net, Chen et al. 2016).
-    :class:`fx_approx.RatioScheduler` does it by itself with ``preserve=True``.
+    :class:`fx_approx.schedules.RatioScheduler` does it by itself with ``preserve=True``.
 
-    What is left out is what the kept selection leaves out, where one is kept (``every`` of
-    :func:`fx_approx.transform`, :func:`fx_approx.hold`), and otherwise what the next sampled step would leave out.
-    Scores ``stale`` look for channels that were not read for long, so that the next step may read others than the last
-    one: keep one selection with them, or take scores ``weight``. Gradients, optimiser state and BatchNorm statistics
-    are left alone.
+    What is left out is what the kept selection leaves out, where one is kept (``selection_interval`` of
+    :func:`fx_approx.transform`, :func:`fx_approx.reuse_selection`), and otherwise what the next sampled step would
+    leave out. Scores ``ema`` look for channels that were not read for long, so that the next step may read others than
+    the last one: keep one selection with them, or take scores ``weight``. Gradients, optimiser state and BatchNorm
+    statistics are left alone.
 
     In data-parallel training all ranks are to call it alike, with selections that agree: scores ``weight``, or what
-    :func:`fx_approx.distributed.register` or :func:`fx_approx.synchronize_scores` keeps equal.
+    :func:`fx_approx.distributed.enable_sparse_allreduce` or :func:`fx_approx.distributed.synchronize_scores` keeps
+    equal.
 
     Args:
         model: A transformed model, or what holds it, in either mode.
@@ -51,7 +52,7 @@ def preserve_function(model: nn.Module, layers: str = "*") -> dict[str, int]:
         TypeError: ``model`` is no module.
         ValueError: ``model`` is not transformed, or sharded; ``layers`` matches no sampled layer; or a sampler scales
             what it reads (it is unbiased), so that no exact network computes the same. Nothing is changed then.
-        ShapesNeededError: ``transform`` got no example inputs, so that it is not known who reads what.
+        ShapesRequiredError: ``transform`` got no example inputs, so that it is not known who reads what.
 
     Warns:
         NoEffectWarning: The selection of some sampled layers is not made ahead, or is not of a weight of a linear or
@@ -73,7 +74,7 @@ def check_preservable(approx: ApproxModule, argument: str = "model") -> None:
     """ValueError that names ``argument`` unless an exact network can compute what ``approx`` does when sampled."""
     runtime = approx._fx_approx
     if not runtime.effects.operations:
-        raise ShapesNeededError(
+        raise ShapesRequiredError(
             f"{argument}: expected a model transformed with example_inputs, they tell who reads what"
         )
     for (name, role), selector in runtime.selectors.items():

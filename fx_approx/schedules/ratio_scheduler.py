@@ -48,18 +48,18 @@ class RatioScheduler:
             model: A transformed model, or what wraps it.
             schedule: For all layers, or by glob on their names; the first that matches decides.
             preserve: Where :meth:`step` raises a ratio, or makes a layer exact, first set to zero what the selection
-                leaves out, see :func:`fx_approx.preserve_function`: for ratios that rise once or a few times and do
-                not fall again.
+                leaves out, see :func:`fx_approx.schedules.zero_unread_weights`: for ratios that rise once or a few
+                times and do not fall again.
             log: Told the ratios whenever they change.
 
         Raises:
             TypeError: ``schedule`` is none, or ``preserve`` no bool.
             ValueError: ``model`` is not transformed, or a glob matches no sampled layer, or none that an earlier one
                 does not match; with ``preserve``, a sampler scales what it reads, or parameters are sharded.
-            ShapesNeededError: ``preserve`` for a model that was transformed without example inputs.
+            ShapesRequiredError: ``preserve`` for a model that was transformed without example inputs.
 
         Warns:
-            StaleStatisticsWarning: An :class:`fx_approx.schedules.ExactTail` is too short for the model's BatchNorm
+            BatchNormWarning: An :class:`fx_approx.schedules.ExactTail` is too short for the model's BatchNorm
                 statistics, if a step is a batch.
         """
         rules = dict(schedule) if isinstance(schedule, Mapping) else {"*": schedule}

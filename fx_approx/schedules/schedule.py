@@ -91,7 +91,7 @@ class Schedule(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned(Schedule):
+class PlanRatios(Schedule):
     """The ratios of the plan, each layer its own."""
 
     def ratio(self, step: int) -> float | None:
@@ -205,7 +205,7 @@ class Cosine(_Moving):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stairs(Schedule):
+class PiecewiseConstant(Schedule):
     """A ratio from each of some steps on.
 
     Attributes:
@@ -309,7 +309,7 @@ def exact_tail(schedule: Schedule) -> int | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Interleaved(_Around):
+class PeriodicExact(_Around):
     """Every ``every``-th step exact, the last of each stretch; the others by the schedule.
 
     Attributes:

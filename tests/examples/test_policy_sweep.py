@@ -29,7 +29,7 @@ from policy_sweep.sweep import sweep
 
 from ..models import Cnn
 
-VALUE = Uniform("topk", 0.5, scores="weight", share="value")
+VALUE = Uniform(0.5)
 DATA = [(torch.randn(8, 3, 8, 8), torch.randint(4, (8,))) for _ in range(3)]
 
 
@@ -100,7 +100,7 @@ def test_sampled_runs_are_recalibrated() -> None:
         optimizer.zero_grad()
         loss(approx, DATA[step % 3]).backward()
         optimizer.step()
-    fx_approx.recalibrate(approx, [DATA[step % 3] for step in range(20)])
+    fx_approx.recalibrate_batchnorm(approx, [DATA[step % 3] for step in range(20)])
     with torch.no_grad():
         expected = evaluate(approx.eval())
     assert swept(model=model).runs[1].accuracy == expected
@@ -202,7 +202,7 @@ def slow(parameters: Any) -> torch.optim.Optimizer:
         {"optimizer": slow},
         {"steps": 6},
         {"recalibration": 3},
-        {"policies": {"half": Uniform("topk", 0.75, scores="weight", share="value")}},
+        {"policies": {"half": Uniform(0.75)}},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -273,7 +273,7 @@ def test_a_corrupt_file_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = swept(model=model, directory=tmp_path)
     for path in tmp_path.iterdir():
         path.write_text("{")
-    with pytest.warns(fx_approx.CacheWarning, match="made anew"):
+    with pytest.warns(fx_approx.errors.CacheWarning, match="made anew"):
         again = swept(model=model, directory=tmp_path)
     assert again.runs == found.runs
 

@@ -70,7 +70,7 @@ READS: Mapping[Role, Mapping[str, str]] = {
         "online": "gradient input",
         "gradient": "gradient",
         "input": "input",
-        "stale": "input",
+        "ema": "input",
         "uniform": "",
     },
 }

@@ -11,7 +11,7 @@ import torch
 
 from fx_approx.core.candidates import GemmShape, ProductFacts, Role, RoleFlops
 from fx_approx.core.flops import Kept, executed_flops, kept_bytes, role_flops
-from fx_approx.sampling import SamplerSpec, Selection
+from fx_approx.sampling import SamplerConfig, Selection
 from tests.families import OP_CASES, OpCase
 from tests.ops.counting import counted, facts_of, kept, operands_of, selection_of, shape_of
 
@@ -29,7 +29,7 @@ needs = pytest.mark.parametrize("grads", [(True, True), (True, False), (False, T
 
 
 # A sampler with scales, and one without.
-OUTPUT = {scaled: {Role.OUTPUT: SamplerSpec("systematic" if scaled else "topk")} for scaled in (True, False)}
+OUTPUT = {scaled: {Role.OUTPUT: SamplerConfig("systematic" if scaled else "topk")} for scaled in (True, False)}
 
 
 def of_output(selection: Selection | None) -> Kept:

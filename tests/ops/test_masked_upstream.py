@@ -16,11 +16,11 @@ from fx_approx.core.candidates import Role
 from fx_approx.ops import Early, Late, Rule
 from fx_approx.runtime.layers import Selector
 from fx_approx.runtime.rng import Draw, draw
-from fx_approx.sampling import SAMPLERS, SamplerSpec, Selection, get_sampler
+from fx_approx.sampling import SAMPLERS, SamplerConfig, Selection, get_sampler
 from tests.families import OP_CASES, SAMPLER_CASES, OpCase, Operands, gradients
 
-SPEC, POSITIONS = SamplerSpec(), SamplerSpec(positions=True)
-BATCHED = SamplerSpec(per_batch=True)
+SPEC, POSITIONS = SamplerConfig(), SamplerConfig(positions=True)
+BATCHED = SamplerConfig(per_batch=True)
 # Axes of the output that are columns, those that are rows, those of the batch; of einsum rows the labels tell.
 EINSUM = {
     "einsum-linear": ((2,), (0, 1), ()),
@@ -75,7 +75,7 @@ def selection(groups: int, pairs: int, scaled: bool, seed: int = 0) -> Selection
     return Selection(rows, scale if scaled else None)
 
 
-def counts(case: OpCase, operands: Operands, role: Role, spec: SamplerSpec) -> tuple[int, int]:
+def counts(case: OpCase, operands: Operands, role: Role, spec: SamplerConfig) -> tuple[int, int]:
     return case.op.roles.count(role, operands[case.op.lhs], operands[case.op.rhs], case.plain, spec)
 
 
@@ -101,7 +101,7 @@ def expected(case: OpCase, operands: Operands, role: Role, factor: Tensor, grad:
 @pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "unscaled"])
 @pytest.mark.parametrize("spec", [SPEC, POSITIONS, BATCHED], ids=["shared", "positions", "per-batch"])
 def test_a_sampled_gradient_is_the_exact_one_of_a_masked_upstream(
-    case: OpCase, role: Role, scaled: bool, spec: SamplerSpec
+    case: OpCase, role: Role, scaled: bool, spec: SamplerConfig
 ) -> None:
     operands = case.operands(grad=True)
     positions = spec.positions and role is Role.GRAD_WEIGHT and case.kind.startswith("conv")
@@ -218,7 +218,7 @@ def test_a_ratio_of_one_is_bitwise_exact_in_every_role(case: OpCase, sampler: st
     given = Draw(torch.tensor([0, 0]), draw(torch.tensor([0, 0]), [], []))
     how = {}
     for role in (Role.GRAD_INPUT, Role.GRAD_WEIGHT):
-        spec = SamplerSpec(SAMPLER_CASES[sampler].sampler, 1.0)
+        spec = SamplerConfig(SAMPLER_CASES[sampler].sampler, 1.0)
         selector = Selector(case.kind, case.plain, spec, 0, None, nn.Identity(), case.groups, role)
         how[role.value] = selector(lhs, rhs, given)
     for straight_through in (False, True):

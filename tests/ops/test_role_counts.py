@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fx_approx.core.candidates import Candidate, GemmShape, Role, RoleFlops
 from fx_approx.core.flops import Kept, executed_flops, kept_bytes, role_flops, selection_flops
 from fx_approx.ops import Late, Rule
-from fx_approx.sampling import SamplerSpec, get_sampler, get_score
+from fx_approx.sampling import SamplerConfig, get_sampler, get_score
 from tests.families import OpCase, SamplerCase
 from tests.op_case import conv_case
 from tests.ops.counting import counted, facts_of, kept, narrowed, operands_of
@@ -106,21 +106,24 @@ def test_the_overhead_of_a_linear_layer_by_hand() -> None:
         Role.OUTPUT: {"online": 36 + 48 + 6, "input": 36, "weight": 48, "uniform": 0},
         Role.GRAD_INPUT: {"online": 24 + 48 + 4, "gradient": 24, "weight": 48, "uniform": 0},
         # Stale scores read the norms of the gradient for the steps to come.
-        Role.GRAD_WEIGHT: {"online": 24 + 36 + 3, "gradient": 24, "input": 36, "stale": 24 + 36 + 3, "uniform": 0},
+        Role.GRAD_WEIGHT: {"online": 24 + 36 + 3, "gradient": 24, "input": 36, "ema": 24 + 36 + 3, "uniform": 0},
     }
     for role, kinds in expected.items():
         for kind, flops in kinds.items():
-            assert selection_flops(candidate_of(ROWS["linear"]), role, SamplerSpec(scores=kind)) == flops, (role, kind)
+            assert selection_flops(candidate_of(ROWS["linear"]), role, SamplerConfig(scores=kind)) == flops, (
+                role,
+                kind,
+            )
     frozen = candidate_of(ROWS["linear"], (True, False))
-    assert selection_flops(frozen, Role.GRAD_WEIGHT, SamplerSpec()) == 0
-    assert selection_flops(frozen, Role.GRAD_INPUT, SamplerSpec()) == 76
-    assert selection_flops(frozen, Role.OUTPUT, SamplerSpec()) == 90
+    assert selection_flops(frozen, Role.GRAD_WEIGHT, SamplerConfig()) == 0
+    assert selection_flops(frozen, Role.GRAD_INPUT, SamplerConfig()) == 76
+    assert selection_flops(frozen, Role.OUTPUT, SamplerConfig()) == 90
 
 
 def test_the_overhead_of_a_convolution_by_hand() -> None:
     """[2, 8, 5, 5] with two groups of [2, 4, 3, 3] onto [2, 4, 3, 3]: 400, 144 and 72 numbers."""
     candidate = candidate_of(ROWS["conv2d-grouped"])
-    online, positions = SamplerSpec(), SamplerSpec(positions=True)
+    online, positions = SamplerConfig(), SamplerConfig(positions=True)
     assert selection_flops(candidate, Role.OUTPUT, online) == 2 * (400 + 144) + 8
     assert selection_flops(candidate, Role.GRAD_INPUT, online) == 2 * (72 + 144) + 4
     assert selection_flops(candidate, Role.GRAD_WEIGHT, online) == 2 * (72 + 400) + 2
@@ -136,7 +139,7 @@ def test_the_sums_over_patches_are_those_torch_counts(one: RoleCase) -> None:
     with FlopCounterMode(display=False) as counter:
         choose(role_selector(one, SamplerCase("", "topk", "input")), one, operands)
     norms = 2 * operands["input"].numel()  # which torch does not count
-    spec = SamplerSpec("topk", scores="input", positions=True)
+    spec = SamplerConfig("topk", scores="input", positions=True)
     assert counter.get_total_flops() + norms == selection_flops(candidate_of(one.case), one.role, spec)
 
 
@@ -193,7 +196,7 @@ def test_kept_bytes_are_those_autograd_keeps(case: OpCase, when: str) -> None:
                     continue  # exact if that gradient is not run, and torch.einsum copies operands
                 operands = operands_of(case, grads, dtype)
                 specs = {
-                    one.role: SamplerSpec(
+                    one.role: SamplerConfig(
                         name, scores=SCORES[when][one.role], positions=one.positions, per_batch=one.per_batch
                     )
                     for one in way
@@ -208,14 +211,14 @@ def test_kept_bytes_of_a_linear_layer_by_hand() -> None:
     """[3, 6] and [4, 6] in float32: 72 bytes of input; two rows are 48, and 16 of indices, 8 of scales."""
     case = ROWS["linear"]
     facts = facts_of(case, operands_of(case, (True, True)))
-    early, late = SamplerSpec("systematic", scores="input"), SamplerSpec("systematic")
+    early, late = SamplerConfig("systematic", scores="input"), SamplerConfig("systematic")
     rows = {Role.GRAD_WEIGHT: early}
     assert kept_bytes(facts, Kept(grad_weight=2), rows) == 48 + 16 + 8
     assert kept_bytes(facts, Kept(grad_weight=2), {Role.GRAD_WEIGHT: late}) == 72 + 4 * 4  # three keys, one offset
-    features = {Role.GRAD_INPUT: SamplerSpec("topk", scores="weight")}
+    features = {Role.GRAD_INPUT: SamplerConfig("topk", scores="weight")}
     assert kept_bytes(facts, Kept(grad_input=2), features) == 72 + 16
     # Three of six pairs: half of the rows, and half of the weight, which is new.
-    both = {Role.OUTPUT: SamplerSpec("topk"), **rows}
+    both = {Role.OUTPUT: SamplerConfig("topk"), **rows}
     assert kept_bytes(facts, Kept(output=3, grad_weight=2), both) == 24 + 48 + 3 * 8 + 16 + 8
     assert kept_bytes(facts, Kept(3, None, 2, straight_through=True), both) == 48 + 16 + 8
 
@@ -227,12 +230,12 @@ def test_kept_bytes_of_a_convolution_by_hand() -> None:
     facts = facts_of(case, operands)
     for positions, k, expected in ((False, 1, 4096 + 12), (True, 50, 50 * (144 + 12)), (True, 120, 16_384 + 120 * 12)):
         one = RoleCase(case, Role.GRAD_WEIGHT, positions=positions)
-        roles = {Role.GRAD_WEIGHT: SamplerSpec("systematic", scores="uniform", positions=positions)}
+        roles = {Role.GRAD_WEIGHT: SamplerConfig("systematic", scores="uniform", positions=positions)}
         found = kept(case, operands, **one.given(narrowed(one.selection(True, k))))
         assert found == kept_bytes(facts, Kept(grad_weight=k, positions=positions), roles) == expected
     # Half of the channels of the output: the patches are half as large, and so is the weight, which is new.
     output = RoleCase(case, Role.OUTPUT)
-    roles[Role.OUTPUT] = SamplerSpec("topk")
+    roles[Role.OUTPUT] = SamplerConfig("topk")
     found = kept(
         case, operands, **one.given(narrowed(one.selection(True, 50))), **output.given(output.selection(False))
     )
@@ -246,6 +249,6 @@ def test_the_padded_input_is_kept_where_the_sides_differ(name: str) -> None:
     case = ROWS[name]
     operands = operands_of(case, (True, True))
     one = RoleCase(case, Role.GRAD_INPUT)
-    facts, specs = facts_of(case, operands), {Role.GRAD_INPUT: SamplerSpec("topk", scores="weight")}
+    facts, specs = facts_of(case, operands), {Role.GRAD_INPUT: SamplerConfig("topk", scores="weight")}
     found = kept(case, operands, **one.given(one.selection(False)))
     assert found > kept_bytes(facts, kept_of((one,)), specs) >= facts.lhs_bytes

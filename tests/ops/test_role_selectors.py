@@ -14,7 +14,7 @@ from fx_approx.core.candidates import Role
 from fx_approx.ops import Early, Late
 from fx_approx.runtime.layers import SampledConv2d, SampledLinear, Selector, Site, swap
 from fx_approx.runtime.rng import Draw, draw
-from fx_approx.sampling import SamplerSpec, Selection, get_score
+from fx_approx.sampling import SamplerConfig, Selection, get_score
 from tests.families import OpCase, Operands, SamplerCase, gradients, upstream
 from tests.op_case import conv_case, linear_case
 from tests.ops.role_selecting import choose, role_selector, samplers_of
@@ -28,7 +28,7 @@ EVERY = [one for one in [*ROLE_CASES.values(), *EACH_OUTPUT.values()] if not one
 CHOOSING = [one for one in EVERY if one.pairs > 1]
 LEARNING = [one for one in CHOOSING if one.role is Role.GRAD_WEIGHT]
 KINDS = [(one, kind) for one in EVERY for kind in READS[one.role] if one.role is Role.OUTPUT or get_score(kind).early]
-STALE, ONLINE = SamplerCase("stale", "systematic", scores="stale"), SamplerCase("online", "systematic")
+STALE, ONLINE = SamplerCase("ema", "systematic", scores="ema"), SamplerCase("online", "systematic")
 
 cases = pytest.mark.parametrize("case", [c for c in ROWS.values() if not c.vector], ids=lambda case: case.name)
 every = pytest.mark.parametrize("one", EVERY, ids=lambda one: one.name)
@@ -90,7 +90,7 @@ def test_the_selection_is_that_of_the_formula(one: RoleCase, sampler: SamplerCas
 
 @every
 def test_pairs_and_groups(one: RoleCase) -> None:
-    operands, spec = one.case.operands(), SamplerSpec(positions=one.positions, per_batch=one.per_batch)
+    operands, spec = one.case.operands(), SamplerConfig(positions=one.positions, per_batch=one.per_batch)
     lhs, rhs = operands[one.case.op.lhs], operands[one.case.op.rhs]
     assert one.case.op.roles.count(one.role, lhs, rhs, one.case.plain, spec) == (one.groups, one.pairs)
     shape = one.case.op.geometry(lhs.shape, rhs.shape, one.case.plain)
@@ -104,7 +104,7 @@ def test_pairs_and_groups(one: RoleCase) -> None:
 
 @pytest.mark.parametrize(("one", "kind"), KINDS, ids=lambda value: getattr(value, "name", value))
 def test_early_scores_equal_the_formula(one: RoleCase, kind: str) -> None:
-    spec = SamplerSpec(scores=kind, positions=one.positions, per_batch=one.per_batch)
+    spec = SamplerConfig(scores=kind, positions=one.positions, per_batch=one.per_batch)
     for dtype in (torch.float64, torch.bfloat16):
         operands = one.case.operands(dtype=dtype)
         lhs, rhs = operands[one.case.op.lhs], operands[one.case.op.rhs]
@@ -135,7 +135,7 @@ def test_stale_scores_learn_the_norms_of_the_gradient(one: RoleCase) -> None:
     for step in range(4):
         choice = choose(selector, one, operands, randomness(selector, step))
         running = None if expected is None else expected.tolist()
-        wanted = by_hand(selector, one, one.scores(operands, None, "stale", running), step)
+        wanted = by_hand(selector, one, one.scores(operands, None, "ema", running), step)
         assert torch.equal(selection_in(choice).indices, wanted.indices)
         assert selector.running is not None
         assert selector.running.shape == (positions,)
@@ -165,15 +165,15 @@ def test_the_number_of_pairs_may_be_known_beforehand(one: RoleCase) -> None:
 
 @choosing
 def test_the_count_is_aligned(one: RoleCase) -> None:
-    for ratio, granularity, minimal in ((0.4, 2, 1), (0.1, 1, 2), (0.7, 3, 1), (0.1, 8, 1)):
-        selector = role_selector(one, ONLINE, ratio, granularity=granularity, minimal_k=minimal, scores="uniform")
+    for ratio, round_to, minimal in ((0.4, 2, 1), (0.1, 1, 2), (0.7, 3, 1), (0.1, 8, 1)):
+        selector = role_selector(one, ONLINE, ratio, round_to=round_to, min_k=minimal, scores="uniform")
         k = selector.spec.count(one.pairs)
         choice = choose(selector, one, one.case.operands(grad=True))
         if k == one.pairs:
             assert choice is None
         else:
             assert selection_in(choice).indices.shape == (one.groups, k)
-            assert k % granularity == 0 or k == minimal
+            assert k % round_to == 0 or k == minimal
 
 
 @cases
@@ -255,9 +255,9 @@ class Draws:
 def layer_with(layer: Any, kind: str, static: dict[str, Any], groups: int, through: bool) -> dict[Role, Selector]:
     """Samples all three products of a layer in place."""
     specs = {
-        Role.OUTPUT: SamplerSpec("systematic", 0.5),
-        Role.GRAD_INPUT: SamplerSpec("bernoulli", 0.5, scores="gradient"),
-        Role.GRAD_WEIGHT: SamplerSpec("wta", 0.5, scores="input"),
+        Role.OUTPUT: SamplerConfig("systematic", 0.5),
+        Role.GRAD_INPUT: SamplerConfig("bernoulli", 0.5, scores="gradient"),
+        Role.GRAD_WEIGHT: SamplerConfig("wta", 0.5, scores="input"),
     }
     selectors = {
         role: Selector(kind, static, spec, site, None, layer, groups, role)

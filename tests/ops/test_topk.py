@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fx_approx import ops
 from fx_approx.core.candidates import Role
 from fx_approx.runtime.layers import SampledConv2d, SampledLinear, Selector, Site, swap
-from fx_approx.sampling import SamplerSpec
+from fx_approx.sampling import SamplerConfig
 
 RATIOS = [0.1, 0.25, 0.5, 0.9]
 ratios = pytest.mark.parametrize("ratio", RATIOS)
@@ -56,7 +56,7 @@ def compare(actual: Tensor, expected: Tensor, leaves: list[Tensor]) -> None:
 def test_topk_linear_equals_the_papers_reference(ratio: float, shape: tuple[int, ...]) -> None:
     layer, input = nn.Linear(40, 24), torch.randn(shape, requires_grad=True)
     leaves = [input, layer.weight, layer.bias]
-    selector = Selector("linear", {}, SamplerSpec("topk", ratio), 0, 40, layer)
+    selector = Selector("linear", {}, SamplerConfig("topk", ratio), 0, 40, layer)
     assert selector.k == round(ratio * 40)
     expected = reference_linear(input, layer.weight, layer.bias, selector.k)
     selection = selector(input, layer.weight, None)
@@ -73,7 +73,7 @@ def test_topk_conv2d_equals_the_papers_reference(ratio: float, static: dict[str,
     layer, input = nn.Conv2d(20, 8, 3, **static), torch.randn(3, 20, 8, 7, requires_grad=True)
     leaves = [input, layer.weight, layer.bias]
     plain = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **static}
-    selector = Selector("conv2d", plain, SamplerSpec("topk", ratio), 0, 20, layer)
+    selector = Selector("conv2d", plain, SamplerConfig("topk", ratio), 0, 20, layer)
     expected = reference_conv2d(input, layer.weight, layer.bias, selector.k, **static)
     selection = selector(input, layer.weight, None)
     compare(ops.conv2d(input, layer.weight, layer.bias, **static, selection=selection), expected, leaves)
@@ -90,7 +90,7 @@ def test_a_convolution_keeps_its_padding_mode(mode: str) -> None:
         torch.randn(2, 6, 5, 5, requires_grad=True),
     )
     plain = {"stride": 1, "padding": 1, "dilation": 1, "groups": 1}
-    selector = Selector("conv2d", plain, SamplerSpec("topk", 0.5), 0, 6, layer)
+    selector = Selector("conv2d", plain, SamplerConfig("topk", 0.5), 0, 6, layer)
     swap(layer, Site({Role.OUTPUT: selector}, False, NoDraws()))
     padded = F.pad(input, (1, 1, 1, 1), mode=mode)
     # The scores are those of the input as it comes in, before it is padded.
@@ -102,7 +102,7 @@ def test_a_convolution_keeps_its_padding_mode(mode: str) -> None:
 
 def test_ties_go_to_the_lower_index() -> None:
     input, weight = torch.ones(2, 6), torch.ones(3, 6)
-    selector = Selector("linear", {}, SamplerSpec("topk", 0.5), 0, 6, nn.Identity())
+    selector = Selector("linear", {}, SamplerConfig("topk", 0.5), 0, 6, nn.Identity())
     assert selector(input, weight, None).indices.tolist() == [[0, 1, 2]]
     weight[:, 4] = 2
     assert selector(input, weight, None).indices.tolist() == [[0, 1, 4]]

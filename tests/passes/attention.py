@@ -14,8 +14,8 @@ import fx_approx
 from fx_approx.policies import Uniform
 
 HEADS, SIZE, LENGTH = 4, 16, 7
-AHEAD = Uniform("topk", 0.5, scores="weight", share="value")
-ONLINE = Uniform("topk", 0.5)
+AHEAD = Uniform(0.5)
+ONLINE = Uniform(0.5, scores="online")
 
 
 class Block(nn.Module):
@@ -70,7 +70,7 @@ class Watch(TorchFunctionMode):
 def transformed(model: nn.Module, policy: Any = AHEAD, x: Any = None) -> Any:
     """Silent where no layer is sampled."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.NoEffectWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.NoEffectWarning)
         return fx_approx.transform(model, policy, x)
 
 

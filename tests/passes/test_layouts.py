@@ -170,14 +170,14 @@ def test_groups_that_do_not_fit_together_are_noted() -> None:
             a, b = self.a(x), self.b(x)
             return torch.cat([self.three(a), self.eight(b), self.last(a + b)], 1)
 
-    found = runtime(Apart(), Layers(share="group"), torch.randn(2, 3, 4, 4)).facts
+    found = runtime(Apart(), Layers(scope="group"), torch.randn(2, 3, 4, 4)).facts
     # 12 channels in 12 stretches: one each, so all are kept; nothing is refused.
     assert {one.groups for one in found.sharing.classes if one.known} >= {12}
 
 
 def test_a_stream_that_is_needed_whole_is_not_shared_over() -> None:
     model, x = built("fused-heads")
-    found = runtime(model, Layers(share="group"), x).facts
+    found = runtime(model, Layers(scope="group"), x).facts
     assert all(len(one.readings) == 1 for one in found.sharing.classes)
 
 
@@ -192,7 +192,7 @@ def test_why_demand_stops() -> None:
             y = self.b(self.norm(self.a(x)))
             return self.left(y) + self.right(y)
 
-    found = runtime(Stops(), Layers(share="site"), torch.randn(3, 6)).facts.demand
+    found = runtime(Stops(), Layers(scope="layer"), torch.randn(3, 6)).facts.demand
     stops = {node.name: reason for node, reason in found.stops.items()}
     assert "norm reads all of it" in stops["a"]
     assert "reads other channels of it" in stops["b"]

@@ -28,13 +28,13 @@ from ..models import (
     train_step,
 )
 
-TOPK, RANDOM = Uniform("topk", 0.5), Uniform("systematic", 0.5)
+TOPK, RANDOM = Uniform(0.5, scores="online"), Uniform(0.5, "systematic", scores="online")
 every_model = pytest.mark.parametrize("name", ZOO)
 
 
 def transformed(model: nn.Module, policy: Any = TOPK, **options: Any) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
         return fx_approx.transform(model, policy, **options)
 
 
@@ -58,7 +58,7 @@ def test_eval_is_bitwise_exact(name: str) -> None:
     model, x = build().eval(), inputs()
     approx = transformed(model, RANDOM)
     assert same(train_step(approx, x), train_step(model, x))
-    assert fx_approx.sampler_state(approx)["step"] == 0
+    assert fx_approx.sampler_state_dict(approx)["step"] == 0
 
 
 @every_model
@@ -66,7 +66,7 @@ def test_eval_is_bitwise_exact(name: str) -> None:
 def test_ratio_one_is_bitwise_exact(name: str, sampler: str) -> None:
     build, inputs = ZOO[name]
     model, x = build(), inputs()
-    approx = transformed(model, Uniform(sampler, 1.0))
+    approx = transformed(model, Uniform(1.0, sampler, scores="online"))
     assert same(train_step(approx, x), train_step(model, x))
 
 
@@ -159,7 +159,7 @@ def test_two_forwards_before_one_backward() -> None:
     approx = fx_approx.transform(mlp(), RANDOM)
     one, two = torch.randn(6, 12), torch.randn(6, 12)
     first, second = train_step(approx, one)[1], train_step(approx, two)[1]
-    fx_approx.load_sampler_state(approx, {"step": 0, "every": 1, "seed": 0})
+    fx_approx.load_sampler_state_dict(approx, {"step": 0, "selection_interval": 1, "seed": 0})
     approx.zero_grad()
     outputs = approx(one), approx(two)
     (loss_of(outputs[0]) + loss_of(outputs[1])).backward()
@@ -172,13 +172,13 @@ def test_a_change_between_forward_and_backward_leaves_the_sample_taken(change: s
     approx = fx_approx.transform(mlp(), RANDOM)
     x = torch.randn(6, 12)
     _, expected = train_step(approx, x)
-    fx_approx.load_sampler_state(approx, {"step": 0, "every": 1, "seed": 0})
+    fx_approx.load_sampler_state_dict(approx, {"step": 0, "selection_interval": 1, "seed": 0})
     approx.zero_grad()
     output = approx(x)
     if change == "ratio":
-        fx_approx.set_ratio(approx, 0.25)
+        fx_approx.set_sampling(approx, 0.25)
     elif change == "enabled":
-        fx_approx.set_enabled(approx, False)
+        fx_approx.set_sampling(approx, enabled=False)
     else:
         approx.eval()
     loss_of(output).backward()
@@ -208,7 +208,7 @@ def test_a_direct_call_of_a_sublayer() -> None:
 
 def test_a_direct_call_of_a_random_sublayer_draws() -> None:
     model, x = Checkpointed(None), torch.randn(4, 16)
-    with pytest.warns(fx_approx.CaptureWarning, match=r"self\.calls"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match=r"self\.calls"):
         approx = fx_approx.transform(model, RANDOM)
     assert not torch.equal(approx.block(x), approx.block(x))
     approx.eval()
@@ -267,7 +267,7 @@ def test_every_kind_of_hook_runs(register: str) -> None:
 def test_a_hook_on_a_container_runs_and_is_reported() -> None:
     model, hook, x = Checkpointed(None), Twice(), torch.randn(6, 12)
     model.block.register_forward_hook(hook)
-    with pytest.warns(fx_approx.CaptureWarning, match="block: has hooks"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="block: has hooks"):
         approx = fx_approx.transform(model, TOPK)
     hidden = topk_linear(x, model.stem, 0.5)
     inner = topk_linear(topk_linear(hidden, model.block.fc1, 0.5).relu(), model.block.fc2, 0.5)

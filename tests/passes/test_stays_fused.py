@@ -69,14 +69,14 @@ def test_what_cannot_be_taken_apart_stays_whole_and_says_why(name: str) -> None:
     call, layer, reason = FUSED[name]
     model, x = Calls(call, layer), torch.randn(3, LENGTH, SIZE)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fx_approx.CaptureWarning)  # a parametrised layer is not traced
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)  # a parametrised layer is not traced
         approx = transformed(model, Override({"fc": ONLINE}, Exact()), x)
     if name == "parametrised":
         assert not [row for row in names(approx) if row.startswith("attn.linear")]
     else:
         assert names(approx) == ["fc", "attn"]
         assert f"fused multi-head attention: {reason}" in fx_approx.report(approx)["attn"].reason
-    fx_approx.set_ratio(approx, 1.0)
+    fx_approx.set_sampling(approx, 1.0)
     ours, theirs = approx(x), model(x)
     for one, other in zip(ours if name == "pair" else [ours], theirs if name == "pair" else [theirs], strict=True):
         assert one is other or torch.equal(one, other)
@@ -96,7 +96,7 @@ def test_a_decoder_layer_is_traced_and_its_packed_cross_attention_stays_whole() 
     approx = transformed(model, AHEAD, (x, memory))
     assert "layer.self_attn.linear" in names(approx)
     assert "differ" in fx_approx.report(approx)["layer.multihead_attn"].reason
-    assert fx_approx.verify(approx, (x, memory)).passed
+    assert fx_approx.analysis.verify(approx, (x, memory)).passed
 
 
 def test_a_subclass_that_overrides_nothing_is_taken_apart() -> None:
@@ -114,7 +114,7 @@ def test_an_encoder_layer_is_traced_with_example_inputs_and_exact_in_evaluation(
         approx = fx_approx.transform(model, AHEAD, x)
         assert "1.self_attn.linear" in names(approx)
     else:
-        with pytest.warns(fx_approx.CaptureWarning, match="not traced"):
+        with pytest.warns(fx_approx.errors.CaptureWarning, match="not traced"):
             approx = fx_approx.transform(model, ONLINE)
         assert names(approx) == ["0", "1.self_attn", "1.linear1", "1.linear2"]
         assert "fused multi-head attention" in fx_approx.report(approx)["1.self_attn"].reason

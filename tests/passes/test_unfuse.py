@@ -80,7 +80,7 @@ def test_demand_reaches_the_projections(name: str) -> None:
     model, x = case(name)
     approx = transformed(model, AHEAD, x)
     model.attn.dropout = approx.attn.dropout = 0.0
-    verification = fx_approx.verify(approx, x)
+    verification = fx_approx.analysis.verify(approx, x)
     assert verification.hoisted and verification.passed, verification
     with Watch() as watch:
         approx(x)
@@ -109,7 +109,7 @@ def test_any_number_of_heads(heads: int) -> None:
     model, x = model.double(), torch.randn(3, LENGTH, 12, dtype=torch.float64)
     assert max(differences(model, transformed(model, Exact(), x), x)) < 1e-12
     approx = transformed(model, AHEAD, x)
-    verification = fx_approx.verify(approx, x)
+    verification = fx_approx.analysis.verify(approx, x)
     assert verification.passed and verification.hoisted
     with Watch() as watch:
         approx(x)
@@ -124,7 +124,7 @@ def test_the_encoder_of_a_vision_transformer() -> None:
     assert max(differences(model, transformed(model, Exact(), x), x)) < 1e-12
 
     approx = transformed(model, AHEAD, x)
-    assert fx_approx.verify(approx, x).passed
+    assert fx_approx.analysis.verify(approx, x).passed
     facts = approx._fx_approx.facts
     have = {node.name: classes for node, classes in facts.demand.have.items()}
     (heads,) = set(have["linear"])
@@ -217,7 +217,7 @@ def test_copies_do_the_same(copied: Any) -> None:
     other = copied(approx)
     assert torch.equal(other(x), approx(x)) and names(other) == names(approx)
     assert torch.equal(other.eval()(x), approx.eval()(x))
-    assert fx_approx.verify(other.train(), x).passed
+    assert fx_approx.analysis.verify(other.train(), x).passed
 
 
 def test_one_layer_called_twice() -> None:
@@ -229,7 +229,7 @@ def test_one_layer_called_twice() -> None:
     assert max(differences(model, transformed(model, Exact(), x), x)) < 1e-12
     approx = transformed(model, AHEAD, x)
     assert {"attn.linear", "attn.linear#2", "attn.out_proj", "attn.out_proj#2"} <= set(names(approx))
-    assert fx_approx.verify(approx, x).passed
+    assert fx_approx.analysis.verify(approx, x).passed
 
 
 def test_there_are_no_weights_to_return() -> None:
@@ -271,7 +271,7 @@ def test_a_layer_that_was_changed_runs_as_it_is(change: Callable[[Any], Any]) ->
     x = torch.randn(3, LENGTH, SIZE)
     approx = transformed(Block(), Override({"attn.linear": AHEAD}, Exact()), x)
     change(approx.attn)
-    with pytest.warns(fx_approx.CaptureWarning, match="MultiheadAttention"):
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="MultiheadAttention"):
         output = approx(x)
     assert torch.equal(output, fx_approx.restore(approx)(x))
 

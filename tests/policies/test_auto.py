@@ -19,7 +19,7 @@ from fx_approx.policies.cost_roofline import Device
 
 from .test_budget import IMAGES, network
 
-SMALL: dict[str, Any] = {"minimal_k": 4, "granularity": 4}
+SMALL: dict[str, Any] = {"min_k": 4, "round_to": 4}
 FAST = Device("many operations pay", "torch.float32", 1e9, 1e12, 1e12, 1e-9, 1.0, 1.0, 1.0, 1.0)
 SLOW_MEMORY = Device("only bytes count", "torch.float32", 1e18, 1e6, 1e6, 1e-3, 1.0, 1.0, 1.0, 1.0)
 
@@ -49,7 +49,7 @@ def test_a_plan_that_the_clock_does_not_confirm_is_dropped(monkeypatch: pytest.M
     plan = fx_approx.explain(network(), Auto(cost=RooflineModel(device=FAST), **SMALL), IMAGES).plan
     assert not plan.sampled
     assert "but measured 1.30 [1.01, 1.30], below 1.02" in plan["3.conv1"].reason
-    with pytest.warns(fx_approx.NoEffectWarning):
+    with pytest.warns(fx_approx.errors.NoEffectWarning):
         fx_approx.transform(network(), Auto(cost=RooflineModel(device=FAST), **SMALL), IMAGES)
 
 
@@ -66,7 +66,7 @@ def clock_by_plan(monkeypatch: pytest.MonkeyPatch, speedups: dict[tuple[str, boo
     asked: list[tuple[str, bool]] = []
 
     def time(self: Whole, plans: Any, **options: Any) -> list[StepTime]:
-        asked.extend((next(iter(plan.values())).share, "8" in plan) for plan in plans)
+        asked.extend((next(iter(plan.values())).scope, "8" in plan) for plan in plans)
         return [StepTime(1 / s, (s, s, s)) for s in (1.0, *(speedups[kind] for kind in asked))]
 
     monkeypatch.setattr(Whole, "time", time)
@@ -77,7 +77,7 @@ ALL = [("value", False), ("value", True), ("group", False), ("group", True)]
 
 
 @pytest.mark.parametrize(
-    ("times", "share", "last"),
+    ("times", "scope", "last"),
     [
         ((1.5, 1.6, 1.7, 1.8), "group", True),
         ((1.5, 1.6, 1.8, 1.8), "group", False),
@@ -87,21 +87,21 @@ ALL = [("value", False), ("value", True), ("group", False), ("group", True)]
     ],
 )
 def test_the_fastest_draft_is_taken_and_of_equals_the_one_of_least_error(
-    monkeypatch: pytest.MonkeyPatch, times: tuple[float, ...], share: str, last: bool
+    monkeypatch: pytest.MonkeyPatch, times: tuple[float, ...], scope: str, last: bool
 ) -> None:
     asked = clock_by_plan(monkeypatch, dict(zip(ALL, times, strict=True)))
     plan = fx_approx.explain(network(), Auto(cost=RooflineModel(device=FAST), **SMALL), IMAGES).plan
     assert asked == ALL
-    assert {decision.share for decision in plan.sampled} == {share}
+    assert {decision.scope for decision in plan.sampled} == {scope}
     assert bool(plan["8"].roles) == last
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"share": "value"}, ALL[:2]),
+        ({"scope": "value"}, ALL[:2]),
         ({"keep_last": True}, [ALL[0], ALL[2]]),
-        ({"keep_last": False, "share": "group"}, ALL[3:]),
+        ({"keep_last": False, "scope": "group"}, ALL[3:]),
         ({"tries": 1}, ALL[3:]),
         ({"tries": 2}, [ALL[1], ALL[3]]),
     ],
@@ -117,7 +117,7 @@ def test_what_is_tried(
 
 def test_both_drafts_of_a_scope_are_timed_where_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = clock_by_plan(monkeypatch, {("value", False): 1.5})
-    auto = Auto(cost=Penalty("3.conv2"), share="value", keep_last=True, **SMALL)
+    auto = Auto(cost=Penalty("3.conv2"), scope="value", keep_last=True, **SMALL)
     plan = fx_approx.explain(network(), auto, IMAGES).plan
     assert asked == [("value", False)], "all at once is predicted to be much slower than exact"
     assert not plan["3.conv2"].roles
@@ -127,12 +127,12 @@ def test_both_drafts_of_a_scope_are_timed_where_they_differ(monkeypatch: pytest.
     assert asked == [("value", False)] * 2
 
 
-@pytest.mark.parametrize("share", ["value", "group"])
+@pytest.mark.parametrize("scope", ["value", "group"])
 @pytest.mark.parametrize("slicing", [2e8, 5e8])
-def test_no_selection_is_left_that_does_not_pay_and_none_is_missing_that_would(share: str, slicing: float) -> None:
+def test_no_selection_is_left_that_does_not_pay_and_none_is_missing_that_would(scope: str, slicing: float) -> None:
     """The pruned draft is a local optimum, by the cost model itself."""
     device = Device("in between", "torch.float32", 1e11, 1e10, slicing, 1e-6, 0.8, 0.7, 0.5, 0.1)
-    cost, policy = RooflineModel(device=device), Auto(share=share, keep_last=True, **SMALL)
+    cost, policy = RooflineModel(device=device), Auto(scope=scope, keep_last=True, **SMALL)
     view = view_of(network(), Exact(), IMAGES)[0]
     pruned, everything = drafts(policy, 0.5, view, cost)
     assert 0 < len(pruned.decisions) < len(everything.decisions)
@@ -182,7 +182,7 @@ def test_the_compiled_step_is_what_is_timed_where_asked(monkeypatch: pytest.Monk
 
 
 def test_counts_are_aligned() -> None:
-    policy = Auto(0.4, cost=RooflineModel(device=FAST), check=False, minimal_k=4, granularity=8)
+    policy = Auto(0.4, cost=RooflineModel(device=FAST), check=False, min_k=4, round_to=8)
     rows = fx_approx.explain(network(), policy, IMAGES).report.rows
     assert {sample.k % 8 for row in rows for sample in row.samples if sample.k is not None} == {0}
 
@@ -201,7 +201,7 @@ def test_a_network_that_cannot_be_sampled() -> None:
         ({"margin": 0.5}, ValueError, "margin: expected a number of at least 1"),
         ({"repeats": 2}, ValueError, "repeats: expected an integer of at least 3"),
         ({"tries": 0}, ValueError, "tries: expected an integer of at least 1, got 0"),
-        ({"share": "all"}, ValueError, "share: expected fastest or one of site, value, group, got 'all'"),
+        ({"scope": "all"}, ValueError, "scope: expected fastest or one of layer, value, group, got 'all'"),
         ({"keep_last": "no"}, TypeError, "keep_last: expected True or False, got 'no'"),
         ({"scores": "online"}, ValueError, "scores: expected weight"),
     ],

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fx_approx
-from fx_approx import SamplerSpec
+from fx_approx import SamplerConfig
 from fx_approx.compiler.transform import view_of
 from fx_approx.policies import Exact, FlopModel, MeasuredModel, RooflineModel, Uniform, calibrate
 from fx_approx.policies import cost_measured as measured
@@ -25,7 +25,7 @@ from ..demand_nets import post_activation
 from ..models import Attention, Cnn
 
 DEVICE = Device("made up", "torch.float32", 1e9, 1e8, 1e8, 1e-5, 0.5, 0.25, 0.2, 0.1)
-VALUE = Uniform("topk", 0.5, scores="weight", share="value")
+VALUE = Uniform(0.5)
 
 
 def works(model: nn.Module, policy: Any, x: Any) -> tuple[Any, Any, Any]:
@@ -63,8 +63,8 @@ def test_few_rows_are_bound_by_the_weights() -> None:
 def test_a_decision_changes_what_its_neighbours_cost() -> None:
     """Sampling the second layer makes the first one cheaper, in all models."""
     view, plan = view_of(two_layers(512), Exact(), torch.randn(256, 512))
-    spec = SamplerSpec("topk", 0.5, scores="weight")
-    sampled = view.work({"2": dataclasses.replace(plan["2"], roles={"output": spec}, share="value")})
+    spec = SamplerConfig("topk", 0.5, scores="weight")
+    sampled = view.work({"2": dataclasses.replace(plan["2"], roles={"output": spec}, scope="value")})
     assert sampled.products[0].flops == view.work({}).products[0].flops // 2
     model = RooflineModel(device=DEVICE)
     now, before = (model.product(one.products[0], DEVICE) for one in (sampled, view.work({})))
@@ -163,10 +163,10 @@ def test_each_product_is_timed_once_for_all_processes(monkeypatch: pytest.Monkey
     ("make", "policy", "x"),
     [
         (post_activation, VALUE, torch.randn(2, 3, 8, 8)),
-        (post_activation, Uniform("systematic", 0.5), torch.randn(2, 3, 8, 8)),
-        (Cnn, Uniform("topk", 0.5, scores="weight", share="group"), torch.randn(2, 3, 8, 8)),
-        (Attention, Uniform("topk", 0.5), torch.randn(2, 5, 8)),
-        (lambda: two_layers(16), Uniform("topk", 0.5), torch.randn(4, 16)),
+        (post_activation, Uniform(0.5, "systematic", scores="online"), torch.randn(2, 3, 8, 8)),
+        (Cnn, Uniform(0.5, scope="group"), torch.randn(2, 3, 8, 8)),
+        (Attention, Uniform(0.5, scores="online"), torch.randn(2, 5, 8)),
+        (lambda: two_layers(16), Uniform(0.5, scores="online"), torch.randn(4, 16)),
     ],
 )
 @pytest.mark.parametrize("compiled", [False, True])
@@ -239,8 +239,8 @@ def test_what_a_time_depends_on() -> None:
 def test_slices_of_linear_layers_are_taken_twice() -> None:
     """Forward and, where the layer is hoisted, backward again: three times the slice, and the whole gradient."""
     view, plan = view_of(two_layers(64), Exact(), torch.randn(8, 64))
-    spec = SamplerSpec("topk", 0.5, scores="weight")
-    work = view.work({"2": dataclasses.replace(plan["2"], roles={"output": spec}, share="value")})
+    spec = SamplerConfig("topk", 0.5, scores="weight")
+    work = view.work({"2": dataclasses.replace(plan["2"], roles={"output": spec}, scope="value")})
     whole, half = 64 * 64 * 4, 64 * 32 * 4
     assert work.slicing == 2 * (2 * half + whole)
     assert roofline.slicing_seconds(work, DEVICE) == pytest.approx(2 * (4 * half + whole) / 1e8)

@@ -12,19 +12,22 @@ from fx_approx.policies import Exact, FlopBudget, Override, Paper, PerLayer, Uni
 from ..models import Cnn
 from .test_budget import IMAGES, SMALL, network
 
-WEIGHT = Uniform("systematic", 0.9, scores="weight", minimal_k=2)
+WEIGHT = Uniform(0.9, "systematic", min_k=2, scope="layer")
 
 
 def test_each_layer_has_its_ratio() -> None:
     plan = fx_approx.explain(Cnn(), PerLayer({"conv2": 0.25, "conv*": 0.5}, uniform=WEIGHT)).plan
-    rules = {"conv2": Uniform("systematic", 0.25, 2, "weight"), "conv*": Uniform("systematic", 0.5, 2, "weight")}
+    rules = {
+        "conv2": Uniform(0.25, "systematic", min_k=2, scope="layer"),
+        "conv*": Uniform(0.5, "systematic", min_k=2, scope="layer"),
+    }
     assert plan == fx_approx.explain(Cnn(), Override(rules, Exact())).plan
     assert [decision.name for decision in plan.sampled] == ["conv1", "conv2"]
 
 
 def test_the_others_have_a_policy_of_their_own() -> None:
     plan = fx_approx.explain(Cnn(), PerLayer({"grouped": 0.25}, Paper(0.5))).plan
-    assert plan["conv2"].source == "Paper" and plan["grouped"].spec == fx_approx.SamplerSpec("topk", 0.25)
+    assert plan["conv2"].source == "Paper" and plan["grouped"].spec == fx_approx.SamplerConfig("topk", 0.25)
 
 
 def test_a_budget_for_the_others() -> None:

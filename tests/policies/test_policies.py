@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import fx_approx
-from fx_approx import Candidate, Decision, Plan, Role, SamplerSpec
-from fx_approx.core.plan import Policy
+from fx_approx import Plan, SamplerConfig
+from fx_approx.core.candidates import Candidate, Role
+from fx_approx.core.plan import Decision, Policy
 from fx_approx.policies import (
     Auto,
     Exact,
@@ -29,7 +30,7 @@ from fx_approx.policies import (
 
 from ..models import Attention, CalledTwice, Cnn, NestedDropout, PlainCnn, mlp, same, train_step
 
-HALF = Uniform("topk", 0.5)
+HALF = Uniform(0.5, scores="online")
 
 
 def plan_of(model: Any, policy: Policy, x: Any = None) -> Plan:
@@ -52,22 +53,22 @@ def test_exact_samples_nothing() -> None:
 
 
 def test_uniform_samples_all_that_can_be_sampled() -> None:
-    plan = plan_of(Cnn(), Uniform("systematic", 0.25, minimal_k=2, scores="weight", epsilon=0.2))
+    plan = plan_of(Cnn(), Uniform(0.25, "systematic", min_k=2, epsilon=0.2, scope="layer"))
     assert sampled(plan) == ["conv1", "conv2", "grouped", "fc"]
-    assert plan["conv2"].spec == SamplerSpec("systematic", 0.25, 2, "weight", epsilon=0.2)
+    assert plan["conv2"].spec == SamplerConfig("systematic", 0.25, 2, "weight", epsilon=0.2)
     assert plan["depthwise"].reason.startswith("depthwise") and plan["depthwise"].source == "blocked"
 
 
 def test_a_minimal_k_that_keeps_everything_is_exact_and_says_so() -> None:
-    plan = plan_of(Cnn(), Uniform("topk", 0.5, minimal_k=4))
-    assert "minimal_k=4 keeps all 3 pairs" in plan["conv1"].reason
+    plan = plan_of(Cnn(), Uniform(0.5, min_k=4, scores="online"))
+    assert "min_k=4 keeps all 3 pairs" in plan["conv1"].reason
     assert sampled(plan) == ["conv2", "fc"]
 
 
 def test_the_paper_rule_on_a_cnn() -> None:
     plan = plan_of(Cnn(), Paper(0.3))
     assert sampled(plan) == ["conv2", "grouped"]
-    assert plan["conv2"].spec == SamplerSpec("topk", 0.3)
+    assert plan["conv2"].spec == SamplerConfig("topk", 0.3)
     assert plan["conv1"].reason == "first convolution"
     assert plan["fc"].reason.startswith("classifier")
 
@@ -87,13 +88,13 @@ def test_the_paper_rule_is_the_default() -> None:
 
 
 def test_override_by_glob() -> None:
-    plan = plan_of(NestedDropout(), Override({"layer1.*": Uniform("topk", 0.25), "layer2": Exact()}, HALF))
-    assert plan["layer1.fc1"].spec == plan["layer1.fc2"].spec == SamplerSpec("topk", 0.25)
+    plan = plan_of(NestedDropout(), Override({"layer1.*": Uniform(0.25, scores="online"), "layer2": Exact()}, HALF))
+    assert plan["layer1.fc1"].spec == plan["layer1.fc2"].spec == SamplerConfig("topk", 0.25)
     assert plan["layer2"].spec is None and plan["layer2"].source == "Exact"
 
 
 def test_the_first_rule_that_matches_decides() -> None:
-    rules = {"conv1": Uniform("topk", 0.25), "conv*": Exact()}
+    rules = {"conv1": Uniform(0.25, scores="online"), "conv*": Exact()}
     assert sampled(plan_of(PlainCnn(), Override(rules, HALF))) == ["conv1", "fc"]
     with pytest.raises(ValueError, match="'conv1' decides nothing: rules before it match first"):
         plan_of(PlainCnn(), Override(dict(reversed(rules.items())), HALF))
@@ -127,10 +128,10 @@ def test_override_checks_its_types(rules: Any, base: Any) -> None:
         ("exact", Exact()),
         ("paper", Paper(0.5)),
         ("paper:0.3", Paper(0.3)),
-        ("topk:0.25", Uniform("topk", 0.25)),
-        ("systematic:0.5:weight", Uniform("systematic", 0.5, scores="weight")),
-        ("topk:0.5:stale:group", Uniform("topk", 0.5, scores="stale", share="group")),
-        ("crs", Uniform("crs", 0.5)),
+        ("topk:0.25", Uniform(0.25, scores="online")),
+        ("systematic:0.5:weight", Uniform(0.5, "systematic", scope="layer")),
+        ("topk:0.5:ema:group", Uniform(0.5, scores="ema", scope="group")),
+        ("crs", Uniform(0.5, "crs", scores="online")),
         ("auto:0.25", Auto(0.25, check=False)),
         ("flops:0.4", FlopBudget(0.4)),
         ("memory:0.8", MemoryBudget(0.8)),
@@ -154,8 +155,8 @@ def test_policies_as_text(text: str, policy: Policy) -> None:
         ("topk:0", "ratio"),
         ("topk:nan", "ratio"),
         ("topk:0.5:norms", "online"),
-        ("topk:0.5:online:x", "share: expected one of site, value, group, got 'x'"),
-        ("topk:0.5:online:value", "share: 'value' shares .* scores 'online' .*set scores to 'weight'"),
+        ("topk:0.5:online:x", "scope: expected one of layer, value, group, got 'x'"),
+        ("topk:0.5:online:value", "scope: 'value' shares .* scores 'online' .*set scores to 'weight'"),
         ("topk:0.5:online:site:x", "topk"),
     ],
 )
@@ -164,46 +165,44 @@ def test_wrong_policies_as_text(text: str, message: str) -> None:
         parse_policy(text)
 
 
-@pytest.mark.parametrize("share", ["value", "group"])
+@pytest.mark.parametrize("scope", ["value", "group"])
 @pytest.mark.parametrize(
     "make",
     [
-        lambda share: Uniform("topk", 0.5, share=share),
-        lambda share: Uniform("topk", 0.5, scores="input", share=share),
-        lambda share: Paper(share=share),
-        lambda share: dataclasses.replace(HALF, share=share),
-        lambda share: PerLayer({"0": 0.5}, uniform=Uniform(share=share)),
-        lambda share: Decision("0", {Role.OUTPUT: SamplerSpec("topk", 0.5)}, share=share),
-        lambda share: plan_of(mlp(), HALF).edit("0", SamplerSpec("topk", 0.5), share=share),
-        lambda share: Plan.from_json(plan_of(mlp(), HALF).to_json().replace('"share": "site"', f'"share": "{share}"')),
+        lambda scope: Uniform(0.5, scores="online", scope=scope),
+        lambda scope: Uniform(0.5, scores="input", scope=scope),
+        lambda scope: Paper(scope=scope),
+        lambda scope: dataclasses.replace(HALF, scope=scope),
+        lambda scope: PerLayer({"0": 0.5}, uniform=Uniform(scores="online", scope=scope)),
+        lambda scope: Decision("0", {Role.OUTPUT: SamplerConfig("topk", 0.5)}, scope=scope),
+        lambda scope: plan_of(mlp(), HALF).edit("0", SamplerConfig("topk", 0.5), scope=scope),
+        lambda scope: Plan.from_json(plan_of(mlp(), HALF).to_json().replace('"scope": "layer"', f'"scope": "{scope}"')),
     ],
     ids=["Uniform", "input", "Paper", "replace", "PerLayer", "Decision", "edit", "json"],
 )
-def test_scores_that_read_activations_cannot_be_shared(make: Callable[[str], Any], share: str) -> None:
-    pattern = (
-        f"share: '{share}' shares .*scores '(online|input)'.*set scores to 'weight', 'stale' or 'uniform', or share"
-    )
+def test_scores_that_read_activations_cannot_be_shared(make: Callable[[str], Any], scope: str) -> None:
+    pattern = f"scope: '{scope}' shares .*scores '(online|input)'.*set scores to 'weight', 'ema' or 'uniform', or scope"
     with pytest.raises(ValueError, match=pattern):
-        make(share)
+        make(scope)
     with pytest.raises(ValueError, match="per_batch"):
-        Decision("0", {Role.OUTPUT: SamplerSpec("topk", 0.5, scores="weight", per_batch=True)}, share=share)
+        Decision("0", {Role.OUTPUT: SamplerConfig("topk", 0.5, scores="weight", per_batch=True)}, scope=scope)
 
 
 def test_explain_edit_transform() -> None:
     model, x = mlp(), torch.randn(6, 12)
     plan = plan_of(model, Exact())
-    edited = plan.edit("2", SamplerSpec("topk", 0.25)).edit("0", SamplerSpec("systematic", 0.5))
+    edited = plan.edit("2", SamplerConfig("topk", 0.25)).edit("0", SamplerConfig("systematic", 0.5))
     assert sampled(plan) == [] and sampled(edited) == ["0", "2"]
     assert edited["2"].source == "edit" and edited["2"].reason
     approx = fx_approx.transform(model, edited.edit("0", None))
-    expected = fx_approx.transform(model, Override({"2": Uniform("topk", 0.25)}, Exact()))
+    expected = fx_approx.transform(model, Override({"2": Uniform(0.25, scores="online")}, Exact()))
     assert same(train_step(approx, x), train_step(expected, x))
     with pytest.raises(KeyError, match="no candidate '9'"):
         plan.edit("9", None)
 
 
 def test_a_plan_survives_json() -> None:
-    plan = plan_of(Cnn(), Uniform("bernoulli", 0.5, epsilon=0.2), torch.randn(2, 3, 8, 8))
+    plan = plan_of(Cnn(), Uniform(0.5, "bernoulli", epsilon=0.2, scores="online"), torch.randn(2, 3, 8, 8))
     text = plan.to_json()
     back = Plan.from_json(text)
     assert back == plan and back.to_json() == text
@@ -233,13 +232,13 @@ def test_a_plan_made_without_shapes_fits_with_shapes_and_the_other_way() -> None
     ],
 )
 def test_a_plan_for_another_model_names_what_differs(other: Any, message: str) -> None:
-    with pytest.raises(fx_approx.PlanMismatchError, match=message):
+    with pytest.raises(fx_approx.errors.PlanMismatchError, match=message):
         fx_approx.transform(other(), plan_of(mlp(), HALF))
 
 
 def test_a_plan_cannot_sample_what_must_stay_exact() -> None:
-    plan = plan_of(Cnn(), HALF).edit("depthwise", SamplerSpec())
-    with pytest.raises(fx_approx.PlanMismatchError, match="depthwise: the plan samples it"):
+    plan = plan_of(Cnn(), HALF).edit("depthwise", SamplerConfig())
+    with pytest.raises(fx_approx.errors.PlanMismatchError, match="depthwise: the plan samples it"):
         fx_approx.transform(Cnn(), plan)
 
 
@@ -265,14 +264,16 @@ class LargestOnly:
     def decide(self, candidates: Sequence[Candidate]) -> list[Decision]:
         flops = [FlopModel().estimate(candidate, {}).exact.flops for candidate in candidates]  # type: ignore[union-attr]
         return [
-            Decision(c.name, {Role.OUTPUT: SamplerSpec()} if f == max(flops) else {}, f"{f} operations", "LargestOnly")
+            Decision(
+                c.name, {Role.OUTPUT: SamplerConfig()} if f == max(flops) else {}, f"{f} operations", "LargestOnly"
+            )
             for c, f in zip(candidates, flops, strict=True)
         ]
 
 
 @pytest.mark.parametrize("policy", [LargestOnly(), Override({"conv1": LargestOnly()}, Exact())])
 def test_a_policy_that_needs_shapes_says_so(policy: Policy) -> None:
-    with pytest.raises(fx_approx.ShapesNeededError, match=r"needs? .*shapes|by shapes.*example_inputs"):
+    with pytest.raises(fx_approx.errors.ShapesRequiredError, match=r"needs? .*shapes|by shapes.*example_inputs"):
         fx_approx.transform(PlainCnn(), policy)
     assert len(plan_of(PlainCnn(), policy, torch.randn(2, 3, 8, 8)).sampled) == 1
 
@@ -291,6 +292,6 @@ def test_a_policy_of_a_user_works_and_is_checked() -> None:
 
 
 def test_policies_are_values() -> None:
-    assert Uniform("topk", 0.5) == Uniform("topk", 0.5) != Uniform("topk", 0.25)
+    assert Uniform(0.5, scores="online") == Uniform(0.5, scores="online") != Uniform(0.25, scores="online")
     with pytest.raises(dataclasses.FrozenInstanceError):
         HALF.ratio = 0.3  # type: ignore[misc]

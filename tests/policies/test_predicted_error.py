@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fx_approx import SamplerSpec
+from fx_approx import SamplerConfig
 from fx_approx.policies.error_model import predicted_error
 from fx_approx.sampling import get_sampler
 
 
-def measured(norms: torch.Tensor, spec: SamplerSpec, draws: int) -> float:
+def measured(norms: torch.Tensor, spec: SamplerConfig, draws: int) -> float:
     """E‖Ĉ - C‖² / ‖C‖² for pairs that are orthogonal and as long as ``norms``: then only the draws matter."""
     sampler, pairs = get_sampler(spec.name), norms.shape[1]
     k, total = spec.count(pairs), 0.0
@@ -30,7 +30,7 @@ def measured(norms: torch.Tensor, spec: SamplerSpec, draws: int) -> float:
 def test_formula_agrees_with_draws(name: str, scores: str, ratio: float) -> None:
     torch.manual_seed(0)
     norms = torch.rand(1, 40).double() + 0.1
-    spec = SamplerSpec(name, ratio, scores=scores)
+    spec = SamplerConfig(name, ratio, scores=scores)
     assert predicted_error(norms, spec, 40) == pytest.approx(
         measured(norms, spec, 4000 if name != "topk" else 1), rel=0.06
     )
@@ -39,7 +39,7 @@ def test_formula_agrees_with_draws(name: str, scores: str, ratio: float) -> None
 def test_uniform_scores() -> None:
     torch.manual_seed(0)
     norms = torch.rand(1, 40).double() + 0.1
-    spec = SamplerSpec("systematic", 0.5, scores="uniform")
+    spec = SamplerConfig("systematic", 0.5, scores="uniform")
     assert (
         predicted_error(norms, spec, 40) == pytest.approx(1.0) == pytest.approx(measured(norms, spec, 4000), rel=0.06)
     )
@@ -47,10 +47,12 @@ def test_uniform_scores() -> None:
 
 def test_all_pairs_have_no_error_and_fewer_have_more() -> None:
     norms = torch.rand(2, 32) + 0.1
-    errors = [predicted_error(norms, SamplerSpec("topk", ratio, scores="weight"), 32) for ratio in (1, 0.75, 0.5, 0.25)]
+    errors = [
+        predicted_error(norms, SamplerConfig("topk", ratio, scores="weight"), 32) for ratio in (1, 0.75, 0.5, 0.25)
+    ]
     assert errors[0] == 0 and errors == sorted(errors)
 
 
 @pytest.mark.parametrize("norms", [None, torch.zeros(1, 8)])
 def test_nothing_known_is_all_alike(norms: torch.Tensor | None) -> None:
-    assert predicted_error(norms, SamplerSpec("topk", 0.25), 8) == pytest.approx(0.75)
+    assert predicted_error(norms, SamplerConfig("topk", 0.25), 8) == pytest.approx(0.75)

@@ -1,4 +1,4 @@
-"""SamplerSpec, the registries, and the score kinds."""
+"""SamplerConfig, the registries, and the score kinds."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fx_approx.sampling import SAMPLERS, SCORES, Crs, SamplerSpec, TopK, get_sampler, get_score, register_sampler
+from fx_approx.sampling import SAMPLERS, SCORES, Crs, SamplerConfig, TopK, get_sampler, get_score, register_sampler
 
 
 def test_defaults() -> None:
-    spec = SamplerSpec()
+    spec = SamplerConfig()
     assert spec.to_dict() == {
         "name": "topk",
         "ratio": 0.5,
-        "minimal_k": 1,
+        "min_k": 1,
         "scores": "online",
-        "granularity": 1,
+        "round_to": 1,
         "epsilon": None,
         "positions": False,
         "per_batch": False,
     }
     with pytest.raises(dataclasses.FrozenInstanceError):
         spec.ratio = 0.1  # type: ignore[misc]
-    assert hash(spec) == hash(SamplerSpec())
+    assert hash(spec) == hash(SamplerConfig())
 
 
 @pytest.mark.parametrize(
@@ -43,13 +43,13 @@ def test_defaults() -> None:
         ("ratio", "0.5", TypeError),
         ("ratio", None, TypeError),
         ("ratio", 1j, TypeError),
-        ("minimal_k", 0, ValueError),
-        ("minimal_k", -3, ValueError),
-        ("minimal_k", 2.0, TypeError),
-        ("minimal_k", True, TypeError),
-        ("granularity", 0, ValueError),
-        ("granularity", "8", TypeError),
-        ("granularity", False, TypeError),
+        ("min_k", 0, ValueError),
+        ("min_k", -3, ValueError),
+        ("min_k", 2.0, TypeError),
+        ("min_k", True, TypeError),
+        ("round_to", 0, ValueError),
+        ("round_to", "8", TypeError),
+        ("round_to", False, TypeError),
         ("epsilon", -0.1, ValueError),
         ("epsilon", 1.0, ValueError),
         ("epsilon", float("nan"), ValueError),
@@ -62,7 +62,7 @@ def test_defaults() -> None:
     ],
 )
 def test_a_wrong_value_is_an_error_that_names_it(field: str, value: Any, error: type[Exception]) -> None:
-    base = SamplerSpec(name="crs")
+    base = SamplerConfig(name="crs")
     with pytest.raises(error) as caught:
         base.replace(**{field: value})
     message = str(caught.value)
@@ -74,15 +74,15 @@ def test_a_wrong_value_is_an_error_that_names_it(field: str, value: Any, error: 
 
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(ValueError, match="bernoulli, crs, systematic, topk"):
-        SamplerSpec(name="magic")
-    with pytest.raises(ValueError, match="gradient, input, online, stale, uniform, weight"):
-        SamplerSpec(scores="magic")
+        SamplerConfig(name="magic")
+    with pytest.raises(ValueError, match="ema, gradient, input, online, uniform, weight"):
+        SamplerConfig(scores="magic")
 
 
 def test_topk_takes_no_epsilon() -> None:
     with pytest.raises(ValueError, match=r"epsilon: topk .* got 0\.1"):
-        SamplerSpec(epsilon=0.1)
-    assert SamplerSpec(epsilon=0.0).effective_epsilon == 0.0
+        SamplerConfig(epsilon=0.1)
+    assert SamplerConfig(epsilon=0.0).effective_epsilon == 0.0
 
 
 @pytest.mark.parametrize(
@@ -99,11 +99,11 @@ def test_topk_takes_no_epsilon() -> None:
     ],
 )
 def test_effective_epsilon(name: str, epsilon: float | None, effective: float) -> None:
-    assert SamplerSpec(name=name, epsilon=epsilon).effective_epsilon == effective
+    assert SamplerConfig(name=name, epsilon=epsilon).effective_epsilon == effective
 
 
 @pytest.mark.parametrize(
-    ("ratio", "minimal_k", "granularity", "pairs", "k"),
+    ("ratio", "min_k", "round_to", "pairs", "k"),
     [
         (0.5, 1, 1, 10, 5),
         (0.5, 1, 1, 5, 3),  # a half rounds up
@@ -114,7 +114,7 @@ def test_effective_epsilon(name: str, epsilon: float | None, effective: float) -
         (1 / 6, 1, 1, 9, 2),
         (0.14, 1, 1, 10, 1),
         (0.15, 1, 1, 10, 2),
-        (0.01, 1, 1, 10, 1),  # never fewer than minimal_k
+        (0.01, 1, 1, 10, 1),  # never fewer than min_k
         (0.01, 4, 1, 10, 4),
         (0.01, 40, 1, 10, 10),  # never more than K
         (0.5, 1, 16, 100, 48),  # 50 -> 48
@@ -129,8 +129,8 @@ def test_effective_epsilon(name: str, epsilon: float | None, effective: float) -
         (0.5, 1, 1, 0, 0),
     ],
 )
-def test_count(ratio: float, minimal_k: int, granularity: int, pairs: int, k: int) -> None:
-    spec = SamplerSpec(ratio=ratio, minimal_k=minimal_k, granularity=granularity)
+def test_count(ratio: float, min_k: int, round_to: int, pairs: int, k: int) -> None:
+    spec = SamplerConfig(ratio=ratio, min_k=min_k, round_to=round_to)
     assert spec.count(pairs) == k
 
 
@@ -138,31 +138,31 @@ def test_count(ratio: float, minimal_k: int, granularity: int, pairs: int, k: in
 def test_count_follows_the_decimal_fraction_exactly(numerator: int, denominator: int, pairs: int) -> None:
     exact = Fraction(min(numerator, denominator), max(numerator, denominator))
     k = max(1, min(pairs, (exact * pairs + Fraction(1, 2)).__floor__()))
-    assert SamplerSpec(ratio=float(exact)).count(pairs) == k
+    assert SamplerConfig(ratio=float(exact)).count(pairs) == k
 
 
 def test_negative_pairs() -> None:
     with pytest.raises(ValueError, match="pairs"):
-        SamplerSpec().count(-1)
+        SamplerConfig().count(-1)
 
 
-@pytest.mark.parametrize("spec", [SamplerSpec(), SamplerSpec("crs", 0.25, 3, "weight", 8, 0.2)])
-def test_round_trip(spec: SamplerSpec) -> None:
-    assert SamplerSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+@pytest.mark.parametrize("spec", [SamplerConfig(), SamplerConfig("crs", 0.25, 3, "weight", 8, 0.2)])
+def test_round_trip(spec: SamplerConfig) -> None:
+    assert SamplerConfig.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
 def test_unknown_fields() -> None:
     with pytest.raises(ValueError, match=r"ration.*known: name, ratio"):
-        SamplerSpec.from_dict({"ration": 0.5})
+        SamplerConfig.from_dict({"ration": 0.5})
     with pytest.raises(ValueError, match="ration"):
-        SamplerSpec().replace(ration=0.5)
-    assert SamplerSpec.from_dict({"ratio": 0.25}) == SamplerSpec(ratio=0.25)
+        SamplerConfig().replace(ration=0.5)
+    assert SamplerConfig.from_dict({"ratio": 0.25}) == SamplerConfig(ratio=0.25)
 
 
 def test_replace_checks_again() -> None:
-    assert SamplerSpec().replace(ratio=0.1, name="crs") == SamplerSpec("crs", 0.1)
+    assert SamplerConfig().replace(ratio=0.1, name="crs") == SamplerConfig("crs", 0.1)
     with pytest.raises(ValueError, match="epsilon"):
-        SamplerSpec("crs", epsilon=0.1).replace(name="topk")
+        SamplerConfig("crs", epsilon=0.1).replace(name="topk")
 
 
 def test_sampler_registry() -> None:
@@ -192,14 +192,14 @@ def test_score_kinds() -> None:
         "weight": {"weight"},
         "input": {"input"},
         "gradient": {"gradient"},
-        "stale": {"input"},
+        "ema": {"input"},
         "uniform": set(),
     }
-    assert {name for name, kind in SCORES.items() if kind.ahead} == {"weight", "stale", "uniform"}
-    assert {name for name, kind in SCORES.items() if kind.early} == {"weight", "input", "stale", "uniform"}
+    assert {name for name, kind in SCORES.items() if kind.ahead} == {"weight", "ema", "uniform"}
+    assert {name for name, kind in SCORES.items() if kind.early} == {"weight", "input", "ema", "uniform"}
     of_output = {name for name, kind in SCORES.items() if "output" in kind.products}
-    assert of_output == {"online", "weight", "input", "stale", "uniform"}
-    assert {name for name, kind in SCORES.items() if kind.learns} == {"stale"}
+    assert of_output == {"online", "weight", "input", "ema", "uniform"}
+    assert {name for name, kind in SCORES.items() if kind.learns} == {"ema"}
     assert get_score("weight") is SCORES["weight"]
-    with pytest.raises(ValueError, match="gradient, input, online, stale, uniform, weight"):
-        get_score("stale?")
+    with pytest.raises(ValueError, match="ema, gradient, input, online, uniform, weight"):
+        get_score("ema?")
