@@ -48,8 +48,8 @@ def decide(
     if policy.needs_shapes and unknown and not shaped:
         raise ShapesRequiredError(
             f"policy: {type(policy).__name__} decides by shapes, which are not known for {len(unknown)} of "
-            f"{len(candidates)} candidates ({', '.join(unknown[:3])}...): give example_inputs, one training batch, or a "
-            "policy that needs none, such as fx_approx.policies.Uniform(0.5, scope='layer')"
+            f"{len(candidates)} candidates ({', '.join(unknown[:3])}...): give example_inputs, one training batch, or "
+            "a policy that needs none, such as fx_approx.policies.Uniform(0.5, scope='layer')"
         )
     decisions = policy.decide_whole(model()) if model is not None and is_whole(policy) else policy.decide(candidates)
     return make_plan(candidates, [_apart(one) if one.name in unknown else one for one in decisions])

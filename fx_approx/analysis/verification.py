@@ -11,10 +11,11 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fx_approx.analysis.repeatable import Randomness
 from fx_approx.capture.containers import leaves
 from fx_approx.runtime.approx_module import ApproxModule, find
-from fx_approx.runtime.snapshot import undone
+from fx_approx.runtime.handle import GraphHandle, pieces_of
+from fx_approx.runtime.repeatable import Randomness
+from fx_approx.runtime.snapshot import module_of, repeatable, runnable, undone
 from fx_approx.runtime.step_gradient import mean_square
 from fx_approx.runtime.validation import check_inputs
 
@@ -94,7 +95,11 @@ class Verification:
 
 
 def verify(
-    model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None = None, *, tolerance: float | None = None
+    model: nn.Module | GraphHandle,
+    batch: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    *,
+    tolerance: float | None = None,
 ) -> Verification:
     """Runs a training step with and without demand, under the same selections, and compares all that comes of it.
 
@@ -104,38 +109,38 @@ def verify(
     says that it cannot be compared, and where. It fails where one graph gives None and the other a tensor.
 
     Args:
-        model: A transformed model, on its device, in training mode.
+        model: A transformed model, on its device, in training mode, or a backend that has compiled one.
         batch: A batch as the model is called with it: a tensor, a tuple of arguments or a dict of keywords.
         loss: Makes a scalar of the model's output; by default the mean of the squares of all its tensors.
         tolerance: Largest difference, relative to the largest value of its kind (for gradients, of the whole model's);
             by default 1e-10 in float64, 2e-3 in float32, 0.1 in shorter types.
 
     Raises:
-        ValueError: ``model`` is not transformed, in evaluation mode or under ``fully_shard``, or ``batch`` does not
-            fit.
+        ValueError: ``model`` is not transformed, in evaluation mode or under ``fully_shard``, ``batch`` does not
+            fit, or a backend has compiled no model yet, or several.
     """
-    approx = find(model)
-    if approx._fx_approx.sharded:
+    subject = model if isinstance(model, GraphHandle) else find(model)
+    module, run = module_of(subject, "verify"), runnable(subject, "verify")
+    if any(approx._fx_approx.sharded for approx in pieces_of(subject)):
         raise ValueError("model: the graph without demand cannot run on shards; verify before fully_shard")
-    if not approx.training:
+    if not module.training:
         raise ValueError("model: expected training mode, since nothing is sampled in evaluation; call model.train()")
-    args, kwargs = check_inputs(approx, batch)
+    args, kwargs = check_inputs(module, batch)
     if args is None:
         raise ValueError("batch: expected a tensor, a tuple of arguments or a dict of keyword arguments, got None")
-    runtime = approx._fx_approx
-    plain = runtime.plain
-    hoisted = len(runtime.stages) > 2
-    dtype = next((p.dtype for p in approx.parameters() if p.is_floating_point()), torch.float32)
-    with undone(approx):
-        if runtime.resample is not None and not runtime.resample.known:
-            approx(*args, **kwargs)  # the first step of learnt scores is exact
-        before = {name: buffer.clone() for name, buffer in approx.named_buffers()}
-        with undone(approx):
-            ours, drawn = _step(approx, args, kwargs, loss)
-        with undone(approx):
-            if plain is not None:
-                runtime.serve(plain)
-            theirs, drawn_whole = _step(approx, args, kwargs, loss)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    with undone(subject):
+        if not all(one._fx_approx.resample is None or one._fx_approx.resample.known for one in pieces_of(subject)):
+            run(*args, **kwargs)  # the first step of learnt scores is exact
+        before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        with undone(subject):
+            ours, drawn = _step(subject, run, args, kwargs, loss)
+        with undone(subject):
+            for runtime in (approx._fx_approx for approx in pieces_of(subject)):
+                if runtime.plain is not None:
+                    runtime.serve(runtime.plain)
+            theirs, drawn_whole = _step(subject, run, args, kwargs, loss)
+    hoisted = any(len(approx._fx_approx.stages) > 2 for approx in pieces_of(subject))
     found = []
     for kind, mine in ours.items():
         others = theirs[kind]
@@ -175,17 +180,22 @@ def _is_number(tensor: Tensor) -> bool:
 
 
 def _step(
-    approx: ApproxModule, args: tuple[Any, ...], kwargs: Any, loss: Callable[[Any], Tensor] | None
+    subject: ApproxModule | GraphHandle,
+    run: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Any,
+    loss: Callable[[Any], Tensor] | None,
 ) -> tuple[dict[str, dict[str, Tensor | None]], Randomness]:
     """All that a training step makes, by kind and name, and the random numbers that the model drew for it."""
+    module = module_of(subject, "verify")
     with torch.enable_grad():
-        with Randomness() as drawn:
-            result = approx(*args, **kwargs)
+        with repeatable(subject) as drawn:
+            result = run(*args, **kwargs)
         outputs = {str(place): leaf for place, leaf in enumerate(leaves(result))}
         scalar = (mean_square if loss is None else loss)(result)
-        wanted = {name: p for name, p in approx.named_parameters() if p.requires_grad}
+        wanted = {name: p for name, p in module.named_parameters() if p.requires_grad}
         grads = torch.autograd.grad(scalar, list(wanted.values()), allow_unused=True)
-    buffers = {name: buffer.clone() for name, buffer in approx.named_buffers() if buffer.is_floating_point()}
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
     made: dict[str, dict[str, Tensor | None]] = {
         "output": {n: t.detach() if isinstance(t, Tensor) else None for n, t in outputs.items()},
         "loss": {"loss": scalar.detach()},

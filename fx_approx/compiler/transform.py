@@ -27,6 +27,7 @@ from fx_approx.policies.uniform import DEFAULT_POLICY
 from fx_approx.runtime.approx_module import ApproxModule, adopt, find
 from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict
 from fx_approx.runtime.graph_runtime import Runtime
+from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.layers import unswap
 from fx_approx.runtime.validation import check_inputs, check_model, check_seed
 from fx_approx.savings.memory_model import coverages
@@ -179,14 +180,20 @@ def _prepare(
     return root, prepare(root, captured, called)
 
 
-def report(model: nn.Module) -> SavingsReport:
+def report(model: nn.Module | GraphHandle) -> SavingsReport:
     """What each layer of a transformed model saves, and why the others were left exact.
 
     Shapes that were not known at the transform are filled in from the first forward since.
 
+    Args:
+        model: A transformed model, what wraps it, or a backend (:func:`fx_approx.backend`) after the first step.
+
     Raises:
-        ValueError: ``model`` is not transformed.
+        ValueError: ``model`` is not transformed, or nothing was compiled yet.
     """
+    if isinstance(model, GraphHandle):
+        of_all: SavingsReport = model.report()
+        return of_all
     approx = find(model)
     runtime = approx._fx_approx
     resample = runtime.resample

@@ -12,7 +12,7 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,6 +23,7 @@ from fx_approx._compat import (
     backend_names,
     buffers_of,
     inductor,
+    is_compiled,
     retraces_autocast,
     switches_autocast,
 )
@@ -43,7 +44,8 @@ from fx_approx.policies.override import Override
 from fx_approx.policies.uniform import DEFAULT_POLICY
 from fx_approx.runtime.approx_module import ApproxModule, adopt
 from fx_approx.runtime.batchnorm import averages
-from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict
+from fx_approx.runtime.controls import apply_settings, load_sampler_state_dict, sampler_state_dict
+from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.validation import check_model, check_seed
 from fx_approx.savings.report import Explanation, SavingsReport, merged_reports
 
@@ -108,7 +110,7 @@ def backend(
     )
 
 
-class Backend:
+class Backend(GraphHandle):
     """What :func:`backend` returns; ``torch.compile`` calls it with each graph.
 
     Attributes:
@@ -125,6 +127,7 @@ class Backend:
         selection_interval: int,
         prune_unread: bool,
     ) -> None:
+        super().__init__()
         self.policy = policy
         self._inner, self._how = inner, {"mode": mode, "options": options}
         self._seed, self._selection_interval, self._prune_unread = seed, selection_interval, prune_unread
@@ -149,14 +152,31 @@ class Backend:
         return "fx_approx"
 
     @property
-    def pieces(self) -> tuple[nn.Module, ...]:
-        """The transformed graphs in the order of their compilation, as modules.
-
-        What takes a transformed model takes each of them: :func:`fx_approx.set_sampling`,
-            :func:`fx_approx.reuse_selection`,
-        :func:`fx_approx.sampler_state_dict` and the like. They live as long as the compiled code.
-        """
+    def pieces(self) -> tuple[ApproxModule, ...]:
+        """The transformed graphs in the order of their compilation, as modules; they live as long as the code."""
         return tuple(approx for graph in self._graphs if graph.approx is not None and (approx := graph.approx()))
+
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        """The user's own modules that were compiled, of those inside another only that other."""
+        known = list(self._numbers)
+        inner = {part for one in known for part in one.modules() if part is not one}
+        return tuple(one for one in known if one not in inner)
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        """One of :attr:`models`, so that a call of it runs through the graphs."""
+        if is_compiled(model):
+            return model
+        return cast(nn.Module, torch.compile(model, backend=self))
+
+    def print_passes(self, *, whole: bool = False) -> None:
+        """Prints each graph after each pass, as the models of :func:`fx_approx.transform` do.
+
+        Args:
+            whole: Print the lines that a pass left alone, too.
+        """
+        for piece in self.pieces:
+            piece.print_passes(whole=whole)
 
     def report(self) -> SavingsReport:
         """What each layer saves, over all graphs compiled in training mode so far, and why the others are exact.
@@ -260,13 +280,17 @@ class Backend:
         runtime = install(
             root, graph.prepared, graph.plan, self._seed_of(graph.key), self._selection_interval, self._prune_unread
         )
-        approx = adopt(root, runtime, _cannot_pickle)
+        approx, new = adopt(root, runtime, _cannot_pickle), True
         for other in self._graphs:
             before = other.approx() if other.key == graph.key and other.approx is not None else None
             if before is not None:
                 _take_over(approx, before)
+                new = False
         compilation = Compilation(graph.key, graph.name, graph.owners, approx=weakref.ref(approx))
         self._graphs.append(compilation)
+        if new:
+            apply_settings(self, approx)
+        self.appeared(approx, new)
         inputs = list(example_inputs)
 
         def exact(reason: str) -> Callable[..., Any]:
@@ -276,7 +300,7 @@ class Backend:
 
         # Torch's eager backend would make functions without second derivatives of what has them.
         run = approx if self._inner == "eager" else torch.compile(approx, backend=self._inner, fullgraph=True, **how)
-        return CompiledGraph(approx, run, graph.lifted, exact)
+        return CompiledGraph(self, approx, run, graph.lifted, exact)
 
     def _analysed(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> _Graph | Left | None:
         """A graph with its plan, or why there is none; None if it multiplies nothing, or is no training step's."""
@@ -417,6 +441,8 @@ def _take_over(approx: ApproxModule, before: ApproxModule) -> None:
     runtime.lay_out()
     load_sampler_state_dict(approx, sampler_state_dict(before))
     runtime.state = old.state
+    if runtime.resample is not None and old.resample is not None:
+        runtime.resample.join(old.resample)
 
 
 def _multiplies(node: fx.Node) -> bool:

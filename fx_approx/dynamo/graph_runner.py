@@ -13,6 +13,7 @@ from fx_approx._compat import FailOnRecompileLimitHit, Unsupported, buffers_of, 
 from fx_approx.dynamo.layer_recovery import Lift
 from fx_approx.errors import CaptureWarning
 from fx_approx.runtime.approx_module import ApproxModule
+from fx_approx.runtime.handle import GraphHandle
 
 
 class CompiledGraph:
@@ -24,6 +25,7 @@ class CompiledGraph:
         "cold",
         "dynamic",
         "exact",
+        "handle",
         "held",
         "inputs",
         "run",
@@ -32,10 +34,15 @@ class CompiledGraph:
     # Dynamo would copy it.
 
     def __init__(
-        self, approx: ApproxModule, run: Callable[..., Any], lifted: Lift, exact: Callable[[str], Callable[..., Any]]
+        self,
+        handle: GraphHandle,
+        approx: ApproxModule,
+        run: Callable[..., Any],
+        lifted: Lift,
+        exact: Callable[[str], Callable[..., Any]],
     ) -> None:
         """``exact`` is told why and compiles the graph as it was, where the inner backend cannot take ours."""
-        self.approx, self.run = approx, run
+        self.handle, self.approx, self.run = handle, approx, run
         self.exact: Callable[[str], Callable[..., Any]] | None = exact
         self.inputs, self.dynamic, self.scalars = lifted.inputs, lifted.dynamic, lifted.scalars
         self.held = [(place, _tensor(approx, path)) for place, path in lifted.parameters]
@@ -54,6 +61,9 @@ class CompiledGraph:
         for place, dim in self.dynamic:
             mark_dynamic(inputs[place], dim)
         values = [inputs[place].item() if place in self.scalars else inputs[place] for place in self.inputs]
+        if self.handle.uncompiled is not None:
+            with self.handle.uncompiled():
+                return self.approx(*values)
         if self.cold:  # scores that learn do so from a first step that is not compiled
             self.cold = False
             return self.approx(*values)

@@ -15,28 +15,32 @@ from fx_approx.core.candidates import Role, matches
 from fx_approx.errors import RecompilationWarning
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.batchnorm import note_fresh, note_switch, reestimate
-from fx_approx.runtime.graph_runtime import Runtime
+from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.layers import Selector
 from fx_approx.runtime.rng import INCREMENT, SEED, SELECTION_INTERVAL, STEP
 from fx_approx.runtime.validation import check_seed
+from fx_approx.sampling.spec import SamplerConfig
 
 
-def _selected(runtime: Runtime, patterns: Iterable[str], role: Role | str | None) -> dict[str, list[Selector]]:
+def _selected(
+    pieces: Iterable[ApproxModule], patterns: Iterable[str], role: Role | None, strict: bool = True
+) -> dict[str, list[Selector]]:
     """The selectors (of one role) of each glob, the first that matches; ValueError for a glob that matches none."""
-    only = None if role is None else Role(role)
-    candidates = {candidate.name: candidate for candidate in runtime.candidates}
     found: dict[str, list[Selector]] = {pattern: [] for pattern in patterns}
-    used = set()
-    for (name, _), selector in runtime.selectors.items():
-        if only is not None and selector.role is not only:
-            continue
-        matching = [pattern for pattern in found if matches(pattern, candidates[name])]
-        used.update(matching)
-        if matching:
-            found[matching[0]].append(selector)
+    used: set[str] = set()
+    names: dict[str, None] = {}
+    for runtime in (approx._fx_approx for approx in pieces):
+        candidates = {candidate.name: candidate for candidate in runtime.candidates}
+        for (name, _), selector in runtime.selectors.items():
+            if role is not None and selector.role is not role:
+                continue
+            names[name] = None
+            matching = [pattern for pattern in found if matches(pattern, candidates[name])]
+            used.update(matching)
+            if matching:
+                found[matching[0]].append(selector)
     unused = [pattern for pattern in found if pattern not in used]
-    if unused:
-        names = dict.fromkeys(name for name, own in runtime.selectors if only is None or own is only)
+    if unused and strict:
         there = ", ".join(names) or "none, nothing is sampled"
         raise ValueError(f"no sampled layer matches {', '.join(map(repr, unused))}; there are: {there}")
     return found
@@ -64,7 +68,7 @@ def _counted(approx: ApproxModule) -> Iterator[None]:
 
 
 def set_sampling(
-    model: nn.Module,
+    model: nn.Module | GraphHandle,
     ratio: float | Mapping[str, float] | None = None,
     *,
     enabled: bool | Mapping[str, bool] | None = None,
@@ -76,7 +80,7 @@ def set_sampling(
     in :class:`fx_approx.policies.Override`. Each new number of pairs is one more compilation of a compiled model.
 
     Args:
-        model: A transformed model, or what wraps it.
+        model: A transformed model, what wraps it, or a backend. Of a backend graphs that appear later are set so, too.
         ratio: Share of the column-row pairs to keep, in (0, 1]; None leaves the ratios as they are.
         enabled: Whether the layers sample at all; None leaves the switches as they are.
         role: The product that changes, ``"output"``, ``"grad_input"`` or ``"grad_weight"``; None for all of a layer.
@@ -91,43 +95,109 @@ def set_sampling(
     """
     if ratio is None and enabled is None:
         raise ValueError("ratio, enabled: expected one of them at least, got None for both")
-    runtime = find(model)._fx_approx
+    pieces, only = pieces_of(model), None if role is None else Role(role)
     ratios = {} if ratio is None else dict(ratio) if isinstance(ratio, Mapping) else {"*": ratio}
     switches = {} if enabled is None else dict(enabled) if isinstance(enabled, Mapping) else {"*": enabled}
-    for pattern, value in switches.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"enabled[{pattern!r}]: expected True or False, got {value!r}")
-    by_ratio, by_switch = _selected(runtime, ratios, role), _selected(runtime, switches, role)
+    for value in ratios.values():
+        SamplerConfig(ratio=value)
+    for pattern, on in switches.items():
+        if not isinstance(on, bool):
+            raise TypeError(f"enabled[{pattern!r}]: expected True or False, got {on!r}")
+    settings = _settings(pieces, ratios, switches, only, strict=bool(pieces) or not isinstance(model, GraphHandle))
+    if isinstance(model, GraphHandle):
+        for kind, rules in (("ratio", ratios), ("enabled", switches)):
+            if rules:
+                key = tuple(rules), only, kind
+                model.settings.pop(key, None)  # the last one counts
+                model.settings[key] = rules
+    if settings:
+        set_each(model, settings)
+
+
+def _settings(
+    pieces: Iterable[ApproxModule],
+    ratios: Mapping[str, float],
+    switches: Mapping[str, bool],
+    role: Role | None,
+    strict: bool,
+) -> dict[Selector, tuple[float, bool]]:
+    """What ratio and switch each selector is to have."""
+    by_ratio = _selected(pieces, ratios, role, strict)
+    by_switch = _selected(pieces, switches, role, strict)
     settings = {one: (ratios[pattern], one.enabled) for pattern, own in by_ratio.items() for one in own}
     for pattern, own in by_switch.items():
         for one in own:
             settings[one] = (settings[one][0] if one in settings else one.spec.ratio, switches[pattern])
-    set_each(model, settings)
+    return settings
 
 
-def set_each(model: nn.Module, settings: Mapping[Selector, tuple[float, bool]]) -> None:
+def apply_settings(handle: GraphHandle, approx: ApproxModule) -> None:
+    """Sets a graph that has appeared as it was asked for before, and gives it the state that waits for it."""
+    for (_, role, kind), rules in handle.settings.items():
+        ratios, switches = (rules, {}) if kind == "ratio" else ({}, rules)
+        _put(approx, _settings((approx,), ratios, switches, role, strict=False))
+    names = layers_of(approx)
+    for state in handle.states:
+        if state["layers"] == names:
+            handle.states.remove(state)
+            load_sampler_state_dict(approx, state["state"])
+            break
+
+
+def layers_of(approx: ApproxModule) -> list[str]:
+    """What tells a graph of a backend from others, in another process too: the names of all that multiplies in it."""
+    return sorted(candidate.name for candidate in approx._fx_approx.candidates)
+
+
+def set_each(model: nn.Module | GraphHandle, settings: Mapping[Selector, tuple[float, bool]]) -> None:
     """Ratio and switch of single selectors of ``model``, all at once; for names that globs cannot tell apart."""
-    approx = find(model)
+    for selector, (ratio, _) in settings.items():
+        selector.spec.replace(ratio=ratio)  # every ratio is checked before any is set
+    for approx in pieces_of(model):
+        own = {one: settings[one] for one in approx._fx_approx.selectors.values() if one in settings}
+        if own:
+            with _counted(approx):
+                _put(approx, own)
+
+
+def _put(approx: ApproxModule, settings: Mapping[Selector, tuple[float, bool]]) -> None:
     runtime = approx._fx_approx
-    specs = {selector: selector.spec.replace(ratio=ratio) for selector, (ratio, _) in settings.items()}
-    with _counted(approx):
-        for selector, spec in specs.items():
-            if selector.spec != spec:
-                selector.set_spec(spec)
-            selector.enabled = settings[selector][1]
+    for selector, (ratio, enabled) in settings.items():
+        spec = selector.spec.replace(ratio=ratio)
+        if selector.spec != spec:
+            selector.set_spec(spec)
+        selector.enabled = enabled
     runtime.lay_out()
     note_switch(approx, runtime)
 
 
 @contextlib.contextmanager
-def reuse_selection(model: nn.Module) -> Iterator[None]:
+def reuse_selection(model: nn.Module | GraphHandle) -> Iterator[None]:
     """Keeps one sample for all forwards inside, for example over the micro-batches of gradient accumulation.
 
-    What is held are the random numbers, and the selections that are made ahead, as with ``selection_interval`` of
+    What is kept are the random numbers, and the selections that are made ahead, as with ``selection_interval`` of
     :func:`fx_approx.transform`; scores that read activations follow the activations. (Of a sampler whose count is
     random, the random numbers only.)
+
+    Args:
+        model: A transformed model, what wraps it, or a backend, with the graphs that appear meanwhile.
     """
-    runtime = find(model)._fx_approx
+    with contextlib.ExitStack() as stack:
+        for approx in pieces_of(model):
+            stack.enter_context(_reusing(approx))
+        if isinstance(model, GraphHandle):
+
+            def join(approx: ApproxModule, new: bool) -> None:
+                stack.enter_context(_reusing(approx))
+
+            model.follow(join)
+            stack.callback(model.leave, join)
+        yield
+
+
+@contextlib.contextmanager
+def _reusing(approx: ApproxModule) -> Iterator[None]:
+    runtime = approx._fx_approx
     state, resample = runtime.state, runtime.resample
     outer = resample is not None and resample.held
     before = state[INCREMENT].clone()
@@ -144,14 +214,23 @@ def reuse_selection(model: nn.Module) -> Iterator[None]:
         state[STEP] += before * state[SELECTION_INTERVAL]
 
 
-def sampler_state_dict(model: nn.Module) -> dict[str, Any]:
+def sampler_state_dict(model: nn.Module | GraphHandle) -> dict[str, Any]:
     """The sampling state of a transformed model, for exact resume, to store beside the state_dict.
 
+    Args:
+        model: A transformed model, what wraps it, or a backend.
+
     Returns:
+        Of a backend ``graphs``, a list with the ``layers`` and the ``state`` of each graph. Of a transformed model
         ``step``, ``selection_interval`` and ``seed``, integers; where scores keep running norms, also ``running``,
         lists of numbers by the candidate's name and the role, such as ``"fc1/grad_weight"``; where selections made
         ahead are kept or learn, ``resample``, what is kept.
     """
+    if isinstance(model, GraphHandle):
+        made: dict[int, ApproxModule] = {}
+        for approx in model.pieces:  # those for other shapes of the same layers have one state
+            made.setdefault(approx._fx_approx.state.data_ptr(), approx)
+        return {"graphs": [{"layers": layers_of(one), "state": sampler_state_dict(one)} for one in made.values()]}
     runtime = find(model)._fx_approx
     state = runtime.state
     extra: dict[str, Any] = {}
@@ -169,14 +248,21 @@ def sampler_state_dict(model: nn.Module) -> dict[str, Any]:
     return {**numbers, **extra}
 
 
-def load_sampler_state_dict(model: nn.Module, values: Mapping[str, Any]) -> None:
+def load_sampler_state_dict(model: nn.Module | GraphHandle, values: Mapping[str, Any]) -> None:
     """Takes over the sampling state that :func:`sampler_state_dict` gave.
+
+    Args:
+        model: A transformed model, what wraps it, or a backend, which gives each graph its state when it appears.
+        values: The state.
 
     Raises:
         ValueError: Other keys than ``step``, ``selection_interval``, ``seed`` and ``running`` (which may be left out),
             a value out of range, or running norms of a site that is not there; nothing is changed then.
         TypeError: A value of the wrong type.
     """
+    if isinstance(model, GraphHandle):
+        _load_graphs(model, values)
+        return
     runtime = find(model)._fx_approx
     places = {"step": STEP, "selection_interval": SELECTION_INTERVAL, "seed": SEED}
     if set(values) - {"running", "resample"} != set(places):
@@ -204,6 +290,21 @@ def load_sampler_state_dict(model: nn.Module, values: Mapping[str, Any]) -> None
     for site in learning:
         found = norms.get(site)
         sites[site].running = None if found is None else found.to(runtime.state.device)
+
+
+def _load_graphs(handle: GraphHandle, values: Mapping[str, Any]) -> None:
+    if set(values) != {"graphs"} or any(set(one) != {"layers", "state"} for one in values["graphs"]):
+        raise ValueError(f"values: expected what sampler_state_dict gives of a backend, got the keys {sorted(values)}")
+    waiting = list(values["graphs"])
+    made: dict[int, ApproxModule] = {}
+    for approx in handle.pieces:
+        made.setdefault(approx._fx_approx.state.data_ptr(), approx)
+    for approx in made.values():
+        own = next((one for one in waiting if one["layers"] == layers_of(approx)), None)
+        if own is not None:
+            load_sampler_state_dict(approx, own["state"])
+            waiting.remove(own)
+    handle.states = waiting
 
 
 def synchronize_scores(model: nn.Module, group: Any = None) -> None:
@@ -240,11 +341,11 @@ def synchronize_scores(model: nn.Module, group: Any = None) -> None:
         own.copy_(value)
 
 
-def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> int:
+def recalibrate_batchnorm(model: nn.Module | GraphHandle, batches: Iterable[Any]) -> int:
     """Re-estimates all BatchNorm statistics on exact forwards, as an exact evaluation needs them.
 
     Args:
-        model: A transformed model, or any other.
+        model: A transformed model, or any other, or a backend, whose model it is then.
         batches: 20 or more training batches; each the input, a tuple that begins with it, or a dict of keywords.
 
     Returns:
@@ -253,8 +354,10 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> int:
     Raises:
         ValueError: No batch; the statistics are then as before.
     """
-    count = reestimate(model, batches)
-    for module in model.modules():
-        if isinstance(module, ApproxModule):
-            note_fresh(module, module._fx_approx)
+    pieces = model.pieces if isinstance(model, GraphHandle) else ()
+    module = model.model("recalibrate_batchnorm") if isinstance(model, GraphHandle) else model
+    count = reestimate(module, batches)
+    for one in (*module.modules(), *pieces):
+        if isinstance(one, ApproxModule):
+            note_fresh(one, one._fx_approx)
     return count

@@ -181,6 +181,7 @@ class Resample(nn.Module):
             self.register_buffer(name, torch.full((2,), -1, device=device), persistent=False)
         self.register_buffer("held_scale", torch.zeros(0, device=device), persistent=False)
         self.add_module("published", None)
+        self._first: tuple[Resample, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Resample:
         new = type(self).__new__(type(self))
@@ -224,6 +225,20 @@ class Resample(nn.Module):
             self.held_key = torch.full((2,), -1, device=device)
             self.held_indices = torch.zeros(indices, dtype=torch.int64, device=device)
             self.held_scale = torch.zeros(scale, device=device)
+        for first in self._first:
+            if (first.held_indices.shape, first.held_scale.shape) == (self.held_indices.shape, self.held_scale.shape):
+                self.held_key, self.held_indices, self.held_scale = (
+                    first.held_key,
+                    first.held_indices,
+                    first.held_scale,
+                )
+
+    def join(self, first: Resample) -> None:
+        """From now on has what ``first`` learns and keeps, which is of the same layers in another graph."""
+        for one, other in zip(self.each(), first.each(), strict=True):
+            one.running, one.age = other.running, other.age
+        self._first, self.held, self.known = (first,), first.held, first.known
+        self.fit()
 
     def forward(self, given: Draw | None, *weights: Tensor | Scored) -> tuple[Selection | None, ...]:
         """The selections, None where all readers stay exact.
@@ -355,10 +370,13 @@ class Resample(nn.Module):
             one.running.copy_(norms)
             one.age.copy_(age)
         device = self.held_key.device
-        key, indices, scale = values["held"]
-        self.held_key = torch.tensor(key, dtype=torch.int64, device=device)
-        self.held_indices = torch.tensor(indices, dtype=torch.int64, device=device)
-        self.held_scale = torch.tensor(scale, dtype=torch.float32, device=device)
+        for name, numbers in zip(("held_key", "held_indices", "held_scale"), values["held"], strict=True):
+            kept: Tensor = getattr(self, name)
+            given = torch.tensor(numbers, dtype=kept.dtype, device=device)
+            if kept.shape == given.shape:
+                kept.copy_(given)  # in place: it may be that of several graphs
+            else:
+                setattr(self, name, given)
         self.known = bool(values["known"])
 
 

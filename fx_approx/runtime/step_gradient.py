@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from fx_approx.capture.containers import tensors
 from fx_approx.runtime.approx_module import ApproxModule
+from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.rng import SELECTION_INTERVAL, STEP
 from fx_approx.runtime.shared_selection import Resample
-from fx_approx.runtime.snapshot import undone
+from fx_approx.runtime.snapshot import module_of, repeatable, runnable, undone
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -38,13 +40,15 @@ def mean_square(result: Any) -> Tensor:
     return torch.stack(squares).sum()
 
 
-def sampled_gradient(approx: ApproxModule, batch: Any, loss: Loss, names: Collection[str], number: int = 0) -> Tensor:
-    """The gradient of ``loss(approx, batch)`` by all parameters, in one vector, zeros where the loss depends on none.
+def sampled_gradient(
+    model: ApproxModule | GraphHandle, batch: Any, loss: Loss, names: Collection[str], number: int = 0
+) -> Tensor:
+    """The gradient of ``loss(model, batch)`` by all parameters, in one vector, zeros where the loss depends on none.
 
     Dropout is off, compiled code is not used. Nothing changes: neither ``.grad``, buffers, switches nor random states.
 
     Args:
-        approx: A transformed model in training mode.
+        model: A transformed model in training mode, or a backend that has compiled one.
         batch: Given to ``loss``.
         loss: Returns a scalar.
         names: The layers that are sampled, if they are not switched off.
@@ -53,23 +57,30 @@ def sampled_gradient(approx: ApproxModule, batch: Any, loss: Loss, names: Collec
     Raises:
         ValueError: The loss is no scalar, or depends on no parameter.
     """
-    parameters = [p for p in approx.parameters() if p.requires_grad]
-    runtime = approx._fx_approx
-    enabled = [(selector, selector.enabled) for selector in runtime.selectors.values()]
-    with undone(approx), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        try:
+    run = runnable(model, "a gradient")
+    parameters = [p for p in module_of(model, "a gradient").parameters() if p.requires_grad]
+    with undone(model), torch.enable_grad(), _without_compiled_code(model):
+        for approx in pieces_of(model):
+            runtime = approx._fx_approx
             for (name, _), selector in runtime.selectors.items():
                 selector.enabled = selector.enabled and name in names
             if runtime.resample is not None:
                 note_known(runtime.resample)
-            runtime.state[STEP] += number * int(runtime.state[SELECTION_INTERVAL])
-            found = torch.autograd.grad(scalar(loss, approx, batch), parameters, allow_unused=True)
-        finally:
-            for selector, on in enabled:
-                selector.enabled = on
+        for state in {id(one._fx_approx.state): one._fx_approx.state for one in pieces_of(model)}.values():
+            state[STEP] += number * int(state[SELECTION_INTERVAL])
+        found = torch.autograd.grad(scalar(loss, run, batch), parameters, allow_unused=True)
     return torch.cat(
         [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
     )
+
+
+@contextlib.contextmanager
+def _without_compiled_code(model: ApproxModule | GraphHandle) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if isinstance(model, ApproxModule):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(repeatable(model))
+        yield
 
 
 def note_known(resample: Resample) -> None:

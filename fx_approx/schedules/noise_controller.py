@@ -16,6 +16,8 @@ from fx_approx.analysis.scalar_logger import ScalarLogger
 from fx_approx.passes.plan_effects import tied
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.controls import set_each
+from fx_approx.runtime.handle import GraphHandle, pieces_of
+from fx_approx.runtime.snapshot import module_of
 from fx_approx.runtime.step_gradient import Loss, sampled_gradient
 from fx_approx.schedules.schedule import EIGHTHS, check_ratio, check_step
 
@@ -75,7 +77,7 @@ class NoiseController:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | GraphHandle,
         loss: Loss,
         *,
         target: float = 0.1,
@@ -89,7 +91,8 @@ class NoiseController:
         """Begins at the rung nearest to the mean of the ratios that the model has.
 
         Args:
-            model: A transformed model, or what wraps it.
+            model: A transformed model, what wraps it, or a backend, whose layers are known after its first step: the
+                ladder begins then.
             loss: Called with the transformed model and a batch; returns the scalar that is trained on.
             target: Sampling noise as a share of the noise of SGD, above 0.
             every: Steps from one measurement to the next; None for the least that ``overhead`` allows.
@@ -104,7 +107,7 @@ class NoiseController:
             ValueError: An argument out of range, ``every`` too small for ``overhead`` (the message says the least), or
                 ``model`` is not transformed or samples nothing.
         """
-        self._approx = find(model)
+        self._model = model if isinstance(model, GraphHandle) else find(model)
         if not callable(loss):
             raise TypeError(f"loss: expected a function of a model and a batch, got {loss!r}")
         for name, value in (("target", target), ("overhead", overhead)):
@@ -131,16 +134,34 @@ class NoiseController:
             raise ValueError(f"ladder: expected at least two different ratios, got {ladder!r}")
         if log is not None and not isinstance(log, ScalarLogger):
             raise TypeError(f"log: expected a ScalarLogger or None, got {log!r}")
-        self._groups = _groups(self._approx)
-        if not self._groups:
-            raise ValueError("model: nothing is sampled, so there are no ratios to move")
         self.target, self.every, self.draws, self.parts = float(target), every, draws, parts
         self.ladder = tuple(sorted({float(ratio) for ratio in ladder}, reverse=True))
         self.history: list[NoiseRecord] = []
         self._loss, self._log = loss, log
-        self._steps = 0
+        self._steps = self.position = 0
+        self._groups: list[tuple[str, ...]] = []
+        self._waiting: Mapping[str, Any] | None = None
+        if isinstance(self._model, GraphHandle):
+            self._model.follow(self._joined)
+        if pieces_of(self._model):
+            self._begin()
+
+    def _begin(self) -> None:
+        """Builds the ladder of the layers that are there."""
+        self._groups = [group for approx in pieces_of(self._model) for group in _groups(approx)]
+        self._groups = list(dict.fromkeys(self._groups))  # those for other shapes of the same layers are the same
+        if not self._groups:
+            raise ValueError("model: nothing is sampled, so there are no ratios to move")
         self.position = self._nearest()
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            self.load_state_dict(waiting)
         self._put()
+
+    def _joined(self, approx: ApproxModule, new: bool) -> None:
+        """A graph has appeared: layers that are on the ladder get the ratios of this rung."""
+        if self._groups and not new:
+            self._put()
 
     @property
     def last(self) -> int:
@@ -166,7 +187,10 @@ class NoiseController:
         Raises:
             ValueError: The batch cannot be cut, or the loss is no scalar; nothing has moved then.
         """
-        if (self._steps + 1) % self.every or not self._approx.training:
+        if not self._groups and pieces_of(self._model):
+            self._begin()
+        training = module_of(self._model, "NoiseController").training
+        if (self._steps + 1) % self.every or not self._groups or not training:
             self._steps += 1
             return None
         pieces = cut(batch, self.parts)
@@ -193,20 +217,20 @@ class NoiseController:
         return record
 
     def _measure(self, batch: Any, pieces: Sequence[Any]) -> tuple[float, float]:
-        approx, loss = self._approx, self._loss
+        model, loss = self._model, self._loss
         names = [name for group in self._groups for name in group]
         total, squares = torch.zeros(()), torch.zeros((), dtype=torch.float64)
         for piece in pieces:
-            own = sampled_gradient(approx, piece, loss, ())
+            own = sampled_gradient(model, piece, loss, ())
             total, squares = total.to(own) + own, squares.to(own.device) + own.square().sum().double()
         ranks = _summed(total, squares)
         count = len(pieces) * ranks
         # The variance of a part's gradient is that of the whole step's times the number of parts.
         spread = max(0.0, float(squares) - float(total.square().sum()) / count) / (count - 1) / count
-        exact = sampled_gradient(approx, batch, loss, ())
+        exact = sampled_gradient(model, batch, loss, ())
         errors = []
         for number in range(self.draws):
-            error = sampled_gradient(approx, batch, loss, names, number) - exact
+            error = sampled_gradient(model, batch, loss, names, number) - exact
             _summed(error)
             errors.append(float(error.square().sum()) / ranks**2)
         return spread, sum(errors) / len(errors)
@@ -236,7 +260,11 @@ class NoiseController:
         return max(0, min(self.last, self.position + round(max(-most, min(most, wanted)))))
 
     def _nearest(self) -> int:
-        specs = {name: selector.spec.ratio for (name, _), selector in self._approx._fx_approx.selectors.items()}
+        specs = {
+            name: selector.spec.ratio
+            for approx in pieces_of(self._model)
+            for (name, _), selector in approx._fx_approx.selectors.items()
+        }
         mean = sum(specs.values()) / len(specs)
 
         def distance(position: int) -> float:
@@ -246,8 +274,10 @@ class NoiseController:
         return min(range(self.last + 1), key=distance)
 
     def _put(self) -> None:
-        ratios, selectors = self.ratios(self.position), self._approx._fx_approx.selectors
-        set_each(self._approx, {one: (ratios[name], one.enabled) for (name, _), one in selectors.items()})
+        ratios = self.ratios(self.position)
+        for approx in pieces_of(self._model):
+            selectors = approx._fx_approx.selectors.items()
+            set_each(approx, {one: (ratios[name], one.enabled) for (name, _), one in selectors if name in ratios})
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for JSON, for exact resume."""
@@ -268,6 +298,9 @@ class NoiseController:
         keys = set(self.state_dict())
         if set(state) != keys:
             raise ValueError(f"state: expected the keys {sorted(keys)}, got {sorted(state)}")
+        if not self._groups and isinstance(self._model, GraphHandle):
+            self._waiting = dict(state)  # until the layers are known
+            return
         own = {"ladder": list(self.ladder), "groups": [list(names) for names in self._groups]}
         for name, value in own.items():
             if state[name] != value:

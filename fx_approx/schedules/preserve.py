@@ -14,7 +14,8 @@ from fx_approx.core.candidates import Role, matches
 from fx_approx.distributed.slices import selected, weight_uses
 from fx_approx.errors import NoEffectWarning, ShapesRequiredError
 from fx_approx.passes.plan_effects import Axis
-from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.runtime.approx_module import ApproxModule
+from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.selection_tracker import Published
 from fx_approx.runtime.sharding import is_shard
 from fx_approx.runtime.step_gradient import note_known
@@ -22,7 +23,7 @@ from fx_approx.runtime.step_gradient import note_known
 _KINDS = ("linear", "conv")  # whose weight is [outputs, inputs of a group, ...]
 
 
-def zero_unread_weights(model: nn.Module, layers: str = "*") -> dict[str, int]:
+def zero_unread_weights(model: nn.Module | GraphHandle, layers: str = "*") -> dict[str, int]:
     """Sets the weights to zero that the selections leave out, so that the exact network computes what the sampled did.
 
     Call it where sampling ends, or its ratio rises, before ``set_enabled``, ``set_ratio`` or the exact step: what was
@@ -58,16 +59,24 @@ def zero_unread_weights(model: nn.Module, layers: str = "*") -> dict[str, int]:
         NoEffectWarning: The selection of some sampled layers is not made ahead, or is not of a weight of a linear or
             convolution layer, or the weight is used elsewhere, too: they compute something else when exact.
     """
-    approx = find(model)
-    check_preservable(approx)
-    runtime = approx._fx_approx
-    candidates = {one.name: one for one in runtime.candidates}
-    names = [name for name, role in runtime.selectors if role is Role.OUTPUT]
-    matching = {name for name in names if matches(layers, candidates[name])}
-    if not matching:
-        there = ", ".join(names) or "none"
-        raise ValueError(f"layers: expected a glob on the names of sampled layers, got {layers!r}; there are: {there}")
-    return preserve(approx, matching)
+    pieces = pieces_of(model)
+    there: list[str] = []
+    matching: list[tuple[ApproxModule, set[str]]] = []
+    for approx in pieces:
+        check_preservable(approx)
+        runtime = approx._fx_approx
+        candidates = {one.name: one for one in runtime.candidates}
+        names = [name for name, role in runtime.selectors if role is Role.OUTPUT]
+        there += names
+        matching.append((approx, {name for name in names if matches(layers, candidates[name])}))
+    if not any(names for _, names in matching):
+        known = ", ".join(there) or "none"
+        raise ValueError(f"layers: expected a glob on the names of sampled layers, got {layers!r}; there are: {known}")
+    found: dict[str, int] = {}
+    for approx, names_here in matching:
+        if names_here:
+            found.update(preserve(approx, names_here))
+    return found
 
 
 def check_preservable(approx: ApproxModule, argument: str = "model") -> None:

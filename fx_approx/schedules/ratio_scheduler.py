@@ -11,9 +11,10 @@ from torch import nn
 from fx_approx.analysis.scalar_logger import ScalarLogger
 from fx_approx.core.candidates import Role, matches
 from fx_approx.errors import NoEffectWarning
-from fx_approx.runtime.approx_module import find
+from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.batchnorm import warn_of_short_tail
 from fx_approx.runtime.controls import set_each
+from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.layers import Selector
 from fx_approx.schedules.preserve import check_preservable
 from fx_approx.schedules.preserve import preserve as preserve_layers
@@ -36,7 +37,7 @@ class RatioScheduler:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | GraphHandle,
         schedule: Schedule | Mapping[str, Schedule],
         *,
         preserve: bool = False,
@@ -45,7 +46,7 @@ class RatioScheduler:
         """Sets the ratios of step 0.
 
         Args:
-            model: A transformed model, or what wraps it.
+            model: A transformed model, what wraps it, or a backend: of that the graphs that appear later follow, too.
             schedule: For all layers, or by glob on their names; the first that matches decides.
             preserve: Where :meth:`step` raises a ratio, or makes a layer exact, first set to zero what the selection
                 leaves out, see :func:`fx_approx.schedules.zero_unread_weights`: for ratios that rise once or a few
@@ -70,50 +71,72 @@ class RatioScheduler:
             raise TypeError(f"preserve: expected True or False, got {preserve!r}")
         if log is not None and not isinstance(log, ScalarLogger):
             raise TypeError(f"log: expected a ScalarLogger or None, got {log!r}")
-        approx = find(model)
+        pieces = pieces_of(model)
         if preserve:
-            check_preservable(approx, "preserve")
-            if not approx._fx_approx.effects.classes:
+            for approx in pieces:
+                check_preservable(approx, "preserve")
+            if pieces and not any(approx._fx_approx.effects.classes for approx in pieces):
                 message = "preserve: no selection is made ahead, so nothing is known to be left out"
                 warnings.warn(message, NoEffectWarning, stacklevel=2)
-        self._runtime = approx._fx_approx
         self._model, self._log, self._preserve = model, log, preserve
         self.schedules: dict[str, Schedule] = rules
-        self._layers = self._matched()
-        self._planned = {selector: selector.spec.ratio for selector in self._selectors}
-        self._check_tails(approx)
+        self._layers = self._matched(strict=bool(pieces) or not isinstance(model, GraphHandle))
+        self._planned = {site: selector.spec.ratio for site, selector in self._sites().items()}
+        self._check_tails()
         self.last_step = 0
         self._set(0)
+        if isinstance(model, GraphHandle):
+            model.follow(self._joined)
 
-    @property
-    def _selectors(self) -> dict[Selector, str]:
-        return {selector: name for (name, _), selector in self._runtime.selectors.items()}
+    def _sites(self) -> dict[str, Selector]:
+        """By layer and product, such as ``fc1/output``, in the graph that was compiled last."""
+        return {
+            f"{name}/{role.value}": selector
+            for approx in pieces_of(self._model)
+            for (name, role), selector in approx._fx_approx.selectors.items()
+        }
 
-    def _matched(self) -> dict[str, str]:
-        """Layer -> its pattern."""
-        candidates = {candidate.name: candidate for candidate in self._runtime.candidates}
-        names = list(dict.fromkeys(name for name, _ in self._runtime.selectors))
+    def _joined(self, approx: ApproxModule, new: bool) -> None:
+        """A graph has appeared: its layers get the ratios of this step."""
+        if self._preserve:
+            check_preservable(approx, "preserve")
+        for (name, role), selector in approx._fx_approx.selectors.items():
+            self._planned.setdefault(f"{name}/{role.value}", selector.spec.ratio)
+        self._layers = self._matched(strict=False)
+        if new:
+            self._check_tails()
+        self._set(self.last_step)
+
+    def _matched(self, strict: bool = True) -> dict[str, str]:
+        """Layer -> its pattern; ``strict``: an error where a pattern decides about none."""
         found: dict[str, str] = {}
-        for name in names:
-            for pattern in self.schedules:
-                if matches(pattern, candidates[name]):
-                    found[name] = pattern
-                    break
+        for runtime in (approx._fx_approx for approx in pieces_of(self._model)):
+            candidates = {candidate.name: candidate for candidate in runtime.candidates}
+            for name, _ in runtime.selectors:
+                fit = next((pattern for pattern in self.schedules if matches(pattern, candidates[name])), None)
+                if fit is not None:
+                    found.setdefault(name, fit)
         unused = [pattern for pattern in self.schedules if pattern not in found.values()]
-        if unused:
+        if unused and strict:
+            names = dict.fromkeys(site.rpartition("/")[0] for site in self._sites())
             there = ", ".join(names) or "none, nothing is sampled"
             raise ValueError(
                 f"schedule: {', '.join(map(repr, unused))} decides about no sampled layer; there are: {there}"
             )
         return found
 
-    def _check_tails(self, approx: nn.Module) -> None:
+    def _check_tails(self) -> None:
         """Warns where the shortest exact tail of the layers whose outputs are sampled is too short."""
-        patterns = {self._layers.get(name) for (name, role) in self._runtime.selectors if role is Role.OUTPUT}
+        if isinstance(self._model, GraphHandle) and not self._model.pieces:
+            return
+        outputs = {name for name, _, role in (site.rpartition("/") for site in self._sites()) if role == Role.OUTPUT}
+        patterns = {self._layers.get(name) for name in outputs}
         tails = [exact_tail(self.schedules[pattern]) for pattern in patterns if pattern is not None]
         found = [steps for steps in tails if steps is not None]
-        if found:
-            warn_of_short_tail(approx, min(found))
+        models = self._model.models if isinstance(self._model, GraphHandle) else (find(self._model),)
+        for model in models:
+            if found:
+                warn_of_short_tail(model, min(found))
 
     def step(self) -> None:
         """Goes on to the next step."""
@@ -122,48 +145,38 @@ class RatioScheduler:
     def get_last_ratio(self) -> dict[str, float]:
         """The ratio in force by layer; 1 where sampling is off. Of a layer with several samplers, the first."""
         found: dict[str, float] = {}
-        for (name, _), selector in self._runtime.selectors.items():
-            found.setdefault(name, selector.spec.ratio if selector.enabled else 1.0)
+        for site, selector in self._sites().items():
+            found.setdefault(site.rpartition("/")[0], selector.spec.ratio if selector.enabled else 1.0)
         return found
 
     def _set(self, step: int, preserve: bool = False) -> None:
-        settings: dict[Selector, tuple[float, bool]] = {}
-        for selector, name in self._selectors.items():
-            pattern = self._layers.get(name)
-            if pattern is None:
-                continue
-            ratio = self.schedules[pattern].ratio(step)
-            ratio = self._planned[selector] if ratio is None else ratio
-            setting = (ratio, True) if ratio < 1 else (selector.spec.ratio, False)
-            if setting != (selector.spec.ratio, selector.enabled):
-                settings[selector] = setting
-        if preserve and (rising := self._rising(settings)):
-            preserve_layers(find(self._model), rising)
-        if settings:
-            set_each(self._model, settings)
+        changed = False
+        for approx in pieces_of(self._model):
+            settings: dict[Selector, tuple[float, bool]] = {}
+            for (name, role), selector in approx._fx_approx.selectors.items():
+                pattern = self._layers.get(name)
+                if pattern is None:
+                    continue
+                ratio = self.schedules[pattern].ratio(step)
+                ratio = self._planned[f"{name}/{role.value}"] if ratio is None else ratio
+                setting = (ratio, True) if ratio < 1 else (selector.spec.ratio, False)
+                if setting != (selector.spec.ratio, selector.enabled):
+                    settings[selector] = setting
+            if preserve and (rising := _rising(approx, settings)):
+                preserve_layers(approx, rising)
+            if settings:
+                set_each(approx, settings)
+                changed = True
         self.last_step = step
-        if self._log is not None and (settings or step == 0):
+        if self._log is not None and (changed or step == 0):
             self._log.ratios(self.get_last_ratio(), step)
-
-    def _rising(self, settings: Mapping[Selector, tuple[float, bool]]) -> set[str]:
-        """Layers that will read more. Of those that share a selection the largest ratio decides, or one that is off."""
-        rising: set[str] = set()
-        for one in self._runtime.effects.classes:
-            readers = [self._runtime.selectors[reading.name, Role.OUTPUT] for reading in one.readings]
-            now = [(selector.spec.ratio, selector.enabled) for selector in readers]
-            then = [settings.get(selector, own) for selector, own in zip(readers, now, strict=True)]
-            if _largest(then) > _largest(now):
-                rising.update(reading.name for reading in one.readings)
-        return rising
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for JSON: the step and the schedules. Ratios and switches follow from them."""
         return {
             "last_step": self.last_step,
             "schedules": {pattern: schedule.to_dict() for pattern, schedule in self.schedules.items()},
-            "planned": {
-                f"{name}/{selector.role.value}": self._planned[selector] for selector, name in self._selectors.items()
-            },
+            "planned": dict(self._planned),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -175,8 +188,8 @@ class RatioScheduler:
         """
         if set(state) != {"last_step", "schedules", "planned"}:
             raise ValueError(f"state: expected last_step, schedules and planned, got {sorted(state)}")
-        sites = {f"{name}/{selector.role.value}": selector for selector, name in self._selectors.items()}
-        if set(state["planned"]) != set(sites):
+        sites = self._sites()
+        if set(state["planned"]) != set(sites) and (sites or not isinstance(self._model, GraphHandle)):
             raise ValueError(f"state: of another model: it has {sorted(state['planned'])}, this one {sorted(sites)}")
         for site, ratio in state["planned"].items():
             check_ratio(f"planned[{site!r}]", ratio)
@@ -185,12 +198,25 @@ class RatioScheduler:
         schedules = {pattern: Schedule.from_dict(data) for pattern, data in state["schedules"].items()}
         before, self.schedules = self.schedules, schedules
         try:
-            self._layers = self._matched()
+            self._layers = self._matched(strict=bool(sites) or not isinstance(self._model, GraphHandle))
         except ValueError:
             self.schedules = before
             raise
-        self._planned = {sites[site]: ratio for site, ratio in state["planned"].items()}
+        self._planned = dict(state["planned"])
         self._set(step)
+
+
+def _rising(approx: ApproxModule, settings: Mapping[Selector, tuple[float, bool]]) -> set[str]:
+    """Layers that will read more. Of those that share a selection the largest ratio decides, or one that is off."""
+    rising: set[str] = set()
+    runtime = approx._fx_approx
+    for one in runtime.effects.classes:
+        readers = [runtime.selectors[reading.name, Role.OUTPUT] for reading in one.readings]
+        now = [(selector.spec.ratio, selector.enabled) for selector in readers]
+        then = [settings.get(selector, own) for selector, own in zip(readers, now, strict=True)]
+        if _largest(then) > _largest(now):
+            rising.update(reading.name for reading in one.readings)
+    return rising
 
 
 def _largest(settings: Iterable[tuple[float, bool]]) -> float:
