@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fx_approx.capture.trace import SECTION
+from fx_approx.capture.records import SECTION
 from fx_approx.core.candidates import Frontend, Role
 from fx_approx.sampling import Selection
 

@@ -18,6 +18,7 @@ from fx_approx import policies as policies
 from fx_approx import schedules as schedules
 from fx_approx.compiler.transform import explain, report, restore, transform
 from fx_approx.core.plan import Plan
+from fx_approx.core.version import VERSION
 from fx_approx.dynamo.backend import backend
 from fx_approx.runtime.controls import (
     load_sampler_state_dict,
@@ -28,7 +29,7 @@ from fx_approx.runtime.controls import (
 )
 from fx_approx.sampling.spec import SamplerConfig
 
-__version__ = "0.2.0"
+__version__ = VERSION
 
 __all__ = [
     "Plan",

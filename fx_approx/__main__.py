@@ -20,10 +20,13 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-import fx_approx
 from fx_approx._compat import FakeTensorMode
+from fx_approx.compiler.transform import explain
 from fx_approx.core.plan import Policy
+from fx_approx.core.version import VERSION
+from fx_approx.errors import AlreadyTransformedError, CaptureError, ShapesRequiredError
 from fx_approx.policies.parse import parse_policy
+from fx_approx.policies.uniform import DEFAULT_POLICY
 from fx_approx.savings.report import SavingsReport
 from fx_approx.utils.tables import COLUMNS
 
@@ -81,21 +84,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> _Parser:
     parser = _Parser(prog="python -m fx_approx", description="Looks at models as fx_approx sees them.")
-    parser.add_argument("--version", action="version", version=f"fx_approx {fx_approx.__version__}")
+    parser.add_argument("--version", action="version", version=f"fx_approx {VERSION}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    explain = commands.add_parser(
+    command = commands.add_parser(
         "explain",
         help="what transform would sample, layer by layer",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    explain.add_argument(
+    command.add_argument(
         "model",
         type=_argument(_split_model),
         metavar="MODULE:CALLABLE",
         help="returns the model; the part after the colon may be dotted",
     )
-    explain.add_argument(
+    command.add_argument(
         "--input",
         action="append",
         type=_argument(_parse_input),
@@ -103,13 +106,13 @@ def _parser() -> _Parser:
         help="shape of a positional argument of the model, such as 32x3x224x224 or 8x128:int64, once for each; "
         "without any, the report has no shapes",
     )
-    explain.add_argument(
+    command.add_argument(
         "--policy",
         type=_argument(parse_policy),
-        default="paper:0.5",
-        help="exact, paper[:RATIO], or SAMPLER[:RATIO[:SCORES[:SCOPE]]] for every layer (%(default)s)",
+        default=DEFAULT_POLICY,
+        help="exact, paper[:RATIO], or SAMPLER[:RATIO[:SCORES[:SCOPE]]] for every layer (by default that of fx_approx.transform)",
     )
-    explain.add_argument(
+    command.add_argument(
         "--kwarg",
         action="append",
         type=_argument(_parse_keyword),
@@ -117,16 +120,16 @@ def _parser() -> _Parser:
         metavar="NAME=VALUE",
         help="for the callable; a Python literal, or else text",
     )
-    explain.add_argument(
+    command.add_argument(
         "--format", choices=("text", "md", "csv", "json", "html"), default="text", help="(%(default)s)"
     )
-    explain.add_argument(
+    command.add_argument(
         "--columns",
         type=_argument(_parse_columns),
         metavar="NAME,...",
         help=f"of {', '.join(_TABLES)}, out of: {', '.join(COLUMNS)} (what fits the terminal, if there is one)",
     )
-    explain.add_argument(
+    command.add_argument(
         "--setup",
         type=Path,
         metavar="FILE",
@@ -210,14 +213,14 @@ def _example(model: nn.Module, inputs: Sequence[_Input]) -> tuple[torch.Tensor, 
 
 def _report(name: str, model: nn.Module, policy: Policy, example: tuple[torch.Tensor, ...] | None) -> SavingsReport:
     try:
-        return fx_approx.explain(model, policy, example).report
-    except fx_approx.errors.ShapesRequiredError as error:
+        return explain(model, policy, example).report
+    except ShapesRequiredError as error:
         raise _WrongArgument(f"argument --input: {error}") from None
-    except fx_approx.errors.AlreadyTransformedError as error:
+    except AlreadyTransformedError as error:
         raise _WrongArgument(f"{_MODEL}: {name}: {_without_name(error)}") from None
     except ValueError as error:
         raise _WrongArgument(f"argument --input: {_without_name(error)}") from None
-    except fx_approx.errors.CaptureError as error:
+    except CaptureError as error:
         raise _WrongArgument(f"{_MODEL}: {name}: {_without_name(error)}") from None
 
 

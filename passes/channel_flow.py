@@ -7,12 +7,13 @@ Facts only: nothing is decided and nothing is rewritten. What an operation does 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
 
-from fx_approx.passes.channel_spaces import Layout, Restart, Shape, Spaces
+from fx_approx.core.plan_effects import Shape, Values
+from fx_approx.passes.channel_spaces import Layout, Restart, Spaces
 
 _MANY = 10_000
 
@@ -53,32 +54,6 @@ class Step:
 
 
 Handler = Callable[["Flow", fx.Node], "Step | None"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Values:
-    """What a run of a graph in training mode showed of each value, by node name.
-
-    Attributes:
-        shapes: Of a tensor a shape, of a tuple of tensors a list of shapes.
-        sizes: Bytes of one entry of a tensor.
-        storages: The pieces of memory that a value lies in; views share that of what they show.
-        saved: The pieces of memory that autograd keeps for the node, parameters and buffers left out.
-        bytes: Of each piece of memory.
-        whole: The run came to its end; else nothing is known of the values behind the place where it stopped.
-    """
-
-    shapes: Mapping[str, Shape | list[Shape]]
-    sizes: Mapping[str, int]
-    storages: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    saved: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    bytes: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    whole: bool = True
-
-    def of(self, node: Any) -> Shape | None:
-        """The shape of a tensor, None for anything else."""
-        found = self.shapes.get(node.name) if isinstance(node, fx.Node) else None
-        return found if isinstance(found, tuple) else None
 
 
 class Flow:

@@ -10,17 +10,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import networkx as nx
 from torch import fx
 
 from fx_approx.core.plan import Plan
+from fx_approx.core.plan_effects import FULL
 from fx_approx.passes.aliasing import changes_in_place
 from fx_approx.passes.channel_flow import Flow, Link, first, reads_shape_only
 from fx_approx.passes.find_candidates import Found
 from fx_approx.passes.gradient_readers import asked_inside
 from fx_approx.passes.share_selections import Sharing, follows, share
-
-FULL = -1
-"""All channels."""
 
 _UNUSED = -2
 
@@ -213,3 +212,29 @@ def _of_space(flow: Flow, demand: Demand, node: fx.Node, group: int, groups: dic
         for segment, have in zip(layout.segments, demand.have[node], strict=True)
         if groups[flow.spaces.find(segment.space)] == group
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the passes found: the shared selections, and the demand (None if shapes are not known)."""
+
+    sharing: Sharing
+    demand: Demand | None
+
+    @property
+    def narrows(self) -> bool:
+        """Whether some value need not be computed whole."""
+        return self.demand is not None and any(map(_some, self.demand.have.values()))
+
+
+def find_facts(graph: fx.Graph | None, found: list[Found], plan: Plan, flow: Flow | None) -> Facts:
+    """What is shared and demanded under ``plan``; nothing is changed."""
+    if graph is None:
+        return Facts(Sharing([], {}, {}, nx.Graph(), []), None)
+    if flow is None:
+        return Facts(share(None, graph, found, plan), None)
+    return Facts(*share_and_propagate(flow, graph, found, plan))
+
+
+def _some(have: tuple[int, ...]) -> bool:
+    return any(place != FULL for place in have)

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fx_approx.capture.leaf_tracer import is_hooked
+from fx_approx.core.hooks import is_hooked
 from fx_approx.core.layer_types import layer_type
+from fx_approx.core.plan_effects import Values
 from fx_approx.passes.aliasing import changed_for_others, changes_in_place, is_changed
-from fx_approx.passes.channel_flow import Flow, Handler, Step, Values
+from fx_approx.passes.channel_flow import Flow, Handler, Step
 from fx_approx.passes.channel_spaces import Restart
 from fx_approx.passes.operations import BY_NAME, FUNCTIONS, MODULES
 

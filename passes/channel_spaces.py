@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx
 
-Shape = tuple[int, ...]
+from fx_approx.core.plan_effects import Shape
 
 
 @dataclasses.dataclass(frozen=True)

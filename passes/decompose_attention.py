@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from fx_approx._compat import ONE_PROJECTION, has_one_projection
-from fx_approx.capture.leaf_tracer import is_hooked
-from fx_approx.capture.trace import SECTION, Capture
+from fx_approx.capture.records import SECTION, Capture
+from fx_approx.core.hooks import is_hooked
 from fx_approx.core.layer_types import layer_type
 from fx_approx.passes.find_candidates import FUSED_KEY, why_not
 

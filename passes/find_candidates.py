@@ -12,12 +12,12 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fx_approx._compat import tree_leaves
-from fx_approx.capture.leaf_tracer import FUSED, is_hooked
-from fx_approx.capture.trace import SECTION, Capture, owner
+from fx_approx.capture.records import SECTION, Capture, owner
 from fx_approx.core.candidates import Candidate, Frontend
-from fx_approx.core.layer_types import PRODUCT_LAYERS, layer_type
+from fx_approx.core.hooks import is_hooked
+from fx_approx.core.layer_types import FUSED_LAYERS, PRODUCT_LAYERS, layer_type
 from fx_approx.ops.base import OPS, ProductOp, Unsupported, find_op
-from fx_approx.runtime.layers import static_of
+from fx_approx.ops.layer_arguments import static_of
 
 META_KEY = "fx_approx"
 
@@ -121,7 +121,7 @@ def _at(node: fx.Node, modules: dict[str, nn.Module], taken: set[str], names: di
         one = _layer(path, modules[path], names, node.name)
         if one is not None:
             yield _fused(one, node)
-        elif not isinstance(modules[path], FUSED):
+        elif not isinstance(modules[path], FUSED_LAYERS):
             yield from _inside(path, modules, taken, names)
         return
     if node.op not in ("call_function", "call_method"):
@@ -262,7 +262,7 @@ def _inside(path: str, modules: dict[str, nn.Module], taken: set[str], names: di
         if inner == path or inner in taken or (skipped and inner.startswith(skipped)):
             continue
         taken.add(inner)
-        if isinstance(module, FUSED):
+        if isinstance(module, FUSED_LAYERS):
             skipped = (*skipped, f"{inner}.")
         one = _layer(inner, module, names)
         if one is not None:

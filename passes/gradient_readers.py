@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fx_approx.capture.leaf_tracer import is_hooked
+from fx_approx.core.hooks import is_hooked
 from fx_approx.core.layer_types import layer_type
 from fx_approx.passes.aliasing import same_memory
 from fx_approx.passes.channel_flow import Flow

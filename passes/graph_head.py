@@ -9,8 +9,8 @@ from typing import Any
 from torch import fx
 
 from fx_approx.core.candidates import Role
+from fx_approx.core.plan_effects import FULL
 from fx_approx.ops.channel_slices import positions, remaining
-from fx_approx.passes.channel_liveness import FULL
 from fx_approx.passes.channel_spaces import Segment
 from fx_approx.passes.find_candidates import Found
 from fx_approx.passes.share_selections import Sharing

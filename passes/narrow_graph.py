@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fx_approx.core.plan_effects import FULL
 from fx_approx.ops.channel_slices import (
     narrow,
     pad_parts,
@@ -25,7 +26,7 @@ from fx_approx.ops.channel_slices import (
 from fx_approx.ops.narrow_calls import NARROW_CALLS, SLICED_CONVOLUTIONS
 from fx_approx.ops.sliced_linear import sliced_linear
 from fx_approx.passes.channel_flow import AS_ANOTHER, Flow, asks_sizes, first
-from fx_approx.passes.channel_liveness import FULL, Demand
+from fx_approx.passes.channel_liveness import Demand
 from fx_approx.passes.channel_rules import can_tap_relu, is_changed
 from fx_approx.passes.channel_spaces import Layout
 from fx_approx.passes.find_candidates import attribute

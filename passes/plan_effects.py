@@ -5,91 +5,20 @@ Facts only; how many units a selection keeps follows from the ratios and switche
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
-import networkx as nx
-import torch
 from torch import fx
 
+from fx_approx.core.layer_types import CHANNEL_LAYERS
 from fx_approx.core.plan import Plan
-from fx_approx.passes.channel_flow import Flow, Values
-from fx_approx.passes.channel_liveness import FULL, Demand
+from fx_approx.core.plan_effects import FULL, Axis, Effects, Operation, Stretch
+from fx_approx.passes.channel_flow import Flow
+from fx_approx.passes.channel_liveness import Demand, Facts
 from fx_approx.passes.channel_rules import can_tap_relu, changes_in_place
 from fx_approx.passes.channel_spaces import Layout
 from fx_approx.passes.find_candidates import Found
 from fx_approx.passes.reshape_rules import RESHAPES
-from fx_approx.passes.rewrite import Facts
-from fx_approx.passes.share_selections import Class, Sharing, follows
-from fx_approx.runtime.narrow_layers import CHANNELWISE
-
-
-@dataclasses.dataclass(frozen=True)
-class Stretch:
-    """``count`` units of ``block`` entries each of an axis, of which class ``place`` decides; FULL: all are there."""
-
-    place: int
-    count: int
-    block: int
-
-
-Axis = tuple[Stretch, ...]
-"""The axis of the channels, one stretch behind the other; empty for a value whose channels are not known."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Operation:
-    """A node of the captured graph.
-
-    Attributes:
-        name: Of the node.
-        inputs: Names of the nodes that it reads.
-        axis: What is computed of its value.
-        narrowed: By operand, what is read of it where that is less than what is there.
-        action: How it is made to work on some channels only, see :class:`fx_approx.passes.channel_flow.Step`.
-        candidate: Name of the product that it is.
-        weight: Path of that product's weight.
-        moves: It writes new values and multiplies nothing: element-wise, normalisation, pooling, a copy.
-        own: Bytes of parameters and statistics that it has for each channel.
-        rectified: It is a ReLU that keeps only the signs, if parts of its value are taken.
-    """
-
-    name: str
-    inputs: tuple[str, ...]
-    axis: Axis
-    narrowed: Mapping[str, Axis]
-    action: str
-    candidate: str | None
-    weight: str | None
-    moves: bool
-    own: int
-    rectified: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Effects:
-    """What sharing and demand do.
-
-    Attributes:
-        classes: The selections that are made ahead.
-        reads: Candidate -> the axis that it contracts over, as its selections choose from it.
-        operations: The nodes of the captured graph in order; empty if shapes are not known.
-        values: Their shapes and memory.
-        stops: ``name: reason`` of each value that is whole although some reader wants a part of it only.
-        notes: What was not shared, and why.
-        hoisted: What is not demanded is not computed.
-        packs: The signs of a tapped ReLU take one bit each, and not a byte.
-    """
-
-    classes: tuple[Class, ...] = ()
-    reads: Mapping[str, Axis] = dataclasses.field(default_factory=dict)
-    operations: tuple[Operation, ...] = ()
-    values: Values | None = None
-    stops: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    hoisted: bool = False
-    packs: bool = False
+from fx_approx.passes.share_selections import Sharing, follows
 
 
 def find_effects(found: Sequence[Found], plan: Plan, facts: Facts, flow: Flow | None, hoisting: bool = True) -> Effects:
@@ -135,7 +64,7 @@ def _operation(node: fx.Node, one: Found | None, flow: Flow, sharing: Sharing, d
         axis = _axis(step.layout, have)
     narrowed = {} if demand is None else dict(_narrowed(flow, sharing, demand, node))
     own = 0
-    if module is not None and isinstance(module, tuple(CHANNELWISE)):
+    if module is not None and isinstance(module, CHANNEL_LAYERS):
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         own = sum(tensor.itemsize for tensor in tensors if tensor.dim() == 1)
     return Operation(
@@ -209,32 +138,3 @@ def _wants_less(
         if link.source is node
         for place in demand.have[user][link.place : link.place + link.count]
     )
-
-
-def tied(effects: Effects, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """``names`` of readers, those together whose selections are one; in order."""
-    graph = nx.Graph()
-    graph.add_nodes_from(names)
-    for one in effects.classes:
-        nx.add_path(graph, [reading.name for reading in one.readings if reading.name in graph])
-    return [tuple(name for name in names if name in group) for group in nx.connected_components(graph)]
-
-
-def entries(axis: Axis, kept: Sequence[int] | None = None) -> int:
-    """Length of an axis.
-
-    Args:
-        axis: See :data:`Axis`.
-        kept: Units that each class keeps; None for all.
-    """
-    total = 0
-    for part in axis:
-        units = part.count if kept is None or part.place == FULL else kept[part.place]
-        total += units * part.block
-    return total
-
-
-def nbytes(values: Values, name: str) -> int:
-    """Bytes of a tensor, 0 for anything else."""
-    shape: Any = values.shapes.get(name)
-    return torch.Size(shape).numel() * values.sizes[name] if isinstance(shape, tuple) else 0

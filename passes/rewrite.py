@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
-import networkx as nx
 from torch import Tensor, fx, nn
 
 from fx_approx._compat import children_of
-from fx_approx.capture.trace import SECTION, Capture, owner
+from fx_approx.capture.records import SECTION, Capture, owner
 from fx_approx.core.candidates import Role
-from fx_approx.core.plan import Plan
 from fx_approx.ops.base import SAMPLING_ARGUMENTS
 from fx_approx.ops.channel_slices import narrow, slice_weights, spread
 from fx_approx.ops.narrow_calls import SLICED_CONVOLUTIONS
 from fx_approx.ops.sliced_linear import sliced_linear
 from fx_approx.passes.channel_flow import Flow
-from fx_approx.passes.channel_liveness import FULL, Demand, share_and_propagate
+from fx_approx.passes.channel_liveness import Facts, find_facts
 from fx_approx.passes.channel_spaces import Segment
 from fx_approx.passes.find_candidates import META_KEY, Found
 from fx_approx.passes.graph_head import Header, make_resample
 from fx_approx.passes.narrow_graph import Hoist
-from fx_approx.passes.share_selections import Sharing, share
 from fx_approx.runtime.graph_runtime import PROLOGUE, Runtime, selector_target
 from fx_approx.runtime.guards import Guards
 from fx_approx.runtime.layers import Selector, Site, is_swapped, swap
@@ -66,32 +62,6 @@ def rewrite(
         runtime.compile_graph(runtime.stages[-1][1])
     _watch(root, runtime)
     return facts
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """What the passes found: the shared selections, and the demand (None if shapes are not known)."""
-
-    sharing: Sharing
-    demand: Demand | None
-
-    @property
-    def narrows(self) -> bool:
-        """Whether some value need not be computed whole."""
-        return self.demand is not None and any(map(_some, self.demand.have.values()))
-
-
-def find_facts(graph: fx.Graph | None, found: list[Found], plan: Plan, flow: Flow | None) -> Facts:
-    """What is shared and demanded under ``plan``; nothing is changed."""
-    if graph is None:
-        return Facts(Sharing([], {}, {}, nx.Graph(), []), None)
-    if flow is None:
-        return Facts(share(None, graph, found, plan), None)
-    return Facts(*share_and_propagate(flow, graph, found, plan))
-
-
-def _some(have: tuple[int, ...]) -> bool:
-    return any(place != FULL for place in have)
 
 
 def _watch(root: nn.Module, runtime: Runtime) -> None:

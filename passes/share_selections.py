@@ -16,49 +16,10 @@ from torch import fx
 
 from fx_approx.core.candidates import Role
 from fx_approx.core.plan import Decision, Plan
+from fx_approx.core.plan_effects import Class, Reading
 from fx_approx.passes.channel_flow import Flow
 from fx_approx.passes.find_candidates import Found
-from fx_approx.runtime.layers import Selector
-from fx_approx.runtime.shared_selection import unit_count
 from fx_approx.sampling.spec import SamplerConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """A stretch of one reader's pairs: units of ``block`` pairs each, from pair ``offset`` on."""
-
-    name: str
-    offset: int
-    block: int
-
-
-@dataclasses.dataclass
-class Class:
-    """What one selection decides about.
-
-    Attributes:
-        units: Channels or heads to choose from.
-        groups: Stretches of which each gives as many.
-        spec: Sampler, ratio and scores.
-        scope: ``layer``, ``value`` or ``group``.
-        readings: The readers, or stretches of them.
-        known: The units are those of a space, so that producers can follow; else of one reader's pairs.
-    """
-
-    units: int
-    groups: int
-    spec: SamplerConfig
-    scope: str
-    readings: list[Reading] = dataclasses.field(default_factory=list)
-    known: bool = True
-
-    def kept(self, specs: Mapping[str, SamplerConfig], reader_groups: Mapping[str, int]) -> int:
-        """Units chosen in all groups together, at the ratios ``specs`` of the readers by name."""
-        pairs = self.units // self.groups
-        counts = [
-            unit_count(specs[r.name], pairs, r.block, self.groups, reader_groups.get(r.name, 1)) for r in self.readings
-        ]
-        return self.groups * min(pairs, max(counts))
 
 
 @dataclasses.dataclass
@@ -83,7 +44,7 @@ class Sharing:
 def ahead(decision: Decision) -> bool:
     """Whether OUTPUT is sampled from a selection that can be made before the input exists."""
     spec = decision.roles.get(Role.OUTPUT)
-    return spec is not None and Selector.is_ahead(Role.OUTPUT, spec)
+    return spec is not None and spec.ahead
 
 
 def follows(decision: Decision) -> bool:

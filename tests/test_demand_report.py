@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fx_approx
 from fx_approx.core.candidates import Role, RoleFlops
-from fx_approx.passes.plan_effects import entries, nbytes
+from fx_approx.core.plan_effects import entries, nbytes
 from fx_approx.policies import Exact, Override, Uniform
 from fx_approx.savings.rows import Demanded
 

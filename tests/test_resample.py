@@ -11,7 +11,7 @@ import fx_approx
 from fx_approx.ops.input_norm_ema import aged
 from fx_approx.policies import Uniform
 from fx_approx.runtime.selection_tracker import Published
-from fx_approx.runtime.shared_selection import Resample, Shared, unit_count
+from fx_approx.runtime.shared_selection import Resample, Shared
 from fx_approx.sampling import SamplerConfig
 
 from .ahead import Readers, batch, indices, names, readers, selections, shared
@@ -102,7 +102,7 @@ def test_groups_give_as_many_each() -> None:
 def test_unit_count(
     options: dict[str, int], units: int, block: int, groups: int, reader_groups: int, expected: int
 ) -> None:
-    assert unit_count(SamplerConfig(**options), units, block, groups, reader_groups) == expected
+    assert SamplerConfig(**options).count_units(units, block, groups, reader_groups) == expected
 
 
 # ---- scores that learn

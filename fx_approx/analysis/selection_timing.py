@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx._compat import tree_leaves, tree_map_only
+from fx_approx.capture.containers import mean_square
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.snapshot import undone
-from fx_approx.runtime.step_gradient import mean_square
 from fx_approx.runtime.validation import check_inputs
 from fx_approx.savings.rows import SelectionTime
 from fx_approx.utils.timing import seconds

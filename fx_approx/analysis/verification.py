@@ -11,12 +11,11 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fx_approx.capture.containers import leaves
+from fx_approx.capture.containers import leaves, mean_square
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.repeatable import Randomness
 from fx_approx.runtime.snapshot import module_of, repeatable, runnable, undone
-from fx_approx.runtime.step_gradient import mean_square
 from fx_approx.runtime.validation import check_inputs
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.1}

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fx_approx._compat import tree_leaves
@@ -56,3 +57,9 @@ def tensors(value: Any) -> list[Tensor]:
     if is_record(value):
         return [found for field in dataclasses.fields(value) for found in tensors(getattr(value, field.name, None))]
     return []
+
+
+def mean_square(result: Any) -> Tensor:
+    """A scalar of a model's output: the mean of the squares of each of its tensors, added up."""
+    squares = [t.square().mean() for t in tensors(result) if t.is_floating_point()]
+    return torch.stack(squares).sum()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-import os
 import sys
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +13,13 @@ import torch.utils.checkpoint
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from fx_approx._compat import HOOKS, TENSOR_CONSTANT, checks_replaced, version_of, wrap_functions
+from fx_approx._compat import TENSOR_CONSTANT, checks_replaced, version_of, wrap_functions
 from fx_approx.capture.containers import built
+from fx_approx.capture.error_text import describe
 from fx_approx.capture.known_values import KnownValues
 from fx_approx.capture.real_tensors import Functions, Operators, RealTensors, changed_attributes, tensors_in
+from fx_approx.capture.records import Opaque
 from fx_approx.capture.side_effects import (
-    OWN_FILES,
-    TORCH_FILES,
     DroppedError,
     Reads,
     grad_mode,
@@ -32,53 +29,10 @@ from fx_approx.capture.side_effects import (
     unwatched,
 )
 from fx_approx.capture.traced_values import NeedsValues, TracedValue, kinds_told
-from fx_approx.core.layer_types import layer_type
+from fx_approx.core.hooks import is_hooked
+from fx_approx.core.layer_types import FUSED_LAYERS, layer_type
 
-_LAYER_FILES = os.path.dirname(nn.__file__) + os.sep
 _CHECKPOINT_FILE = torch.utils.checkpoint.__file__
-
-FUSED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-"""Modules of torch that compute several products in one call."""
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module runs a user's hook."""
-    return any(getattr(module, name, None) for name in HOOKS)
-
-
-def hook_count(module: nn.Module) -> int:
-    """Hooks that calling the module runs."""
-    return sum([len(getattr(module, name, None) or ()) for name in HOOKS])
-
-
-@dataclasses.dataclass(frozen=True)
-class Opaque:
-    """A module that stays a leaf although it is not a layer of torch: why, and where tracing stopped.
-
-    Attributes:
-        path: Of the module.
-        reason: Why, and where.
-        elsewhere: Another frontend may well capture what its forward does.
-        sections: Paths of the modules in it that have graphs of their own.
-    """
-
-    path: str
-    reason: str
-    elsewhere: bool = False
-    sections: tuple[str, ...] = ()
-
-    @property
-    def served(self) -> str:
-        """By what, in words."""
-        if not self.sections:
-            return "module swap"
-        more = f" and {len(self.sections) - 3} more" if len(self.sections) > 3 else ""
-        return f"graphs of {', '.join(self.sections[:3])}{more}, and by module swap"
-
-    def __str__(self) -> str:
-        """One line for warnings and reports."""
-        return f"{self.path or 'the model'}: {self.reason}"
-
 
 _FACTORIES = (
     *(torch.zeros, torch.ones, torch.empty, torch.full, torch.rand, torch.randn, torch.randint, torch.randperm),
@@ -203,7 +157,7 @@ class LeafTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Layers of torch without children are leaves, as is what hooks or parametrisations have changed."""
-        if is_hooked(m) or isinstance(m, FUSED) or parametrize.is_parametrized(m):
+        if is_hooked(m) or isinstance(m, FUSED_LAYERS) or parametrize.is_parametrized(m):
             return True
         known = super().is_leaf_module(m, module_qualified_name) or layer_type(m) not in (None, nn.Sequential)
         return known and not list(m.children())
@@ -287,15 +241,3 @@ class LeafTracer(fx.Tracer):
             if isinstance(getattr(owner, name), nn.Parameter) or self.is_leaf_module(owner, module):
                 raise DroppedError(f"a change in place of {path}")
         return node
-
-
-def describe(error: BaseException) -> str:
-    """The error in one line, with the line of the user's code where it arose, or else of a layer of torch."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(OWN_FILES)]
-    users = [f for f in frames if not f.filename.startswith(TORCH_FILES)]
-    users = users or [f for f in frames if f.filename.startswith(_LAYER_FILES)]
-    message = str(error).strip().split("\n")[0]
-    where = f" at {users[-1].filename}:{users[-1].lineno} in {users[-1].name}" if users else ""
-    if isinstance(error, DroppedError):
-        return message if error.placed else message + where
-    return f"{type(error).__name__}: {message}{where}"

@@ -28,29 +28,19 @@ from fx_approx._compat import (
     written,
 )
 from fx_approx.capture.containers import tensors
+from fx_approx.capture.error_text import describe
 from fx_approx.capture.fake_model import UNKNOWABLE, fake_model
 from fx_approx.capture.known_values import without_user_hooks
-from fx_approx.capture.leaf_tracer import FUSED, Opaque, describe
+from fx_approx.capture.records import SECTION, Called, Calls, Capture, Granted, Opaque, Section, call_form
 from fx_approx.capture.size_guards import TensorSpec, described
-from fx_approx.capture.trace import (
-    SECTION,
-    Called,
-    Calls,
-    Capture,
-    Granted,
-    Section,
-    call_form,
-    capture,
-    kept_random_state,
-    skeleton,
-)
-from fx_approx.core.layer_types import PRODUCT_LAYERS
+from fx_approx.capture.trace import capture, kept_random_state, skeleton
+from fx_approx.core.layer_types import FUSED_LAYERS, PRODUCT_LAYERS
 from fx_approx.errors import CaptureError, CaptureWarning
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-_LAYERS = (*PRODUCT_LAYERS, *FUSED)
+_LAYERS = (*PRODUCT_LAYERS, *FUSED_LAYERS)
 
 
 def with_sections(root: nn.Module, captured: Capture, called: tuple[Any, Any], example: Example | None) -> Capture:
@@ -105,7 +95,7 @@ def _runs_its_forward(module: nn.Module) -> bool:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, FUSED) or (not list(module.children()) and bool(parameters_of(module)))
+    return isinstance(module, FUSED_LAYERS) or (not list(module.children()) and bool(parameters_of(module)))
 
 
 class _Record:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from fx_approx.capture.trace import SECTION
+from fx_approx.capture.records import SECTION
 
 
 def split(graph: fx.Graph, sections: int, prologue: str) -> tuple[fx.Graph, list[fx.Graph]]:

@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fx_approx.capture.containers import mean_square
 from fx_approx.capture.trace import kept_random_state
 from fx_approx.compiler.pipeline import Prepared
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.flops import slicing_bytes
 from fx_approx.core.plan import Decision, make_plan
+from fx_approx.core.plan_effects import Effects, tied
 from fx_approx.core.step_cost import ProductWork, StepTime, Work
 from fx_approx.ops.base import OPS
 from fx_approx.passes.channel_flow import Flow
-from fx_approx.passes.plan_effects import Effects, find_effects, tied
-from fx_approx.passes.rewrite import find_facts
-from fx_approx.runtime.step_gradient import mean_square
+from fx_approx.passes.channel_liveness import find_facts
+from fx_approx.passes.plan_effects import find_effects
 from fx_approx.sampling.scores import get_score
 from fx_approx.sampling.spec import SamplerConfig
 from fx_approx.savings.memory_model import Counts, Product, memory

@@ -8,17 +8,18 @@ from typing import Any
 
 from torch import nn
 
-from fx_approx.capture.leaf_tracer import Opaque
-from fx_approx.capture.trace import Capture, UnfitGraphError
+from fx_approx.capture.records import Capture, Opaque, UnfitGraphError
 from fx_approx.core.candidates import Candidate, with_facts
 from fx_approx.core.plan import Plan
+from fx_approx.core.plan_effects import Values
 from fx_approx.errors import CaptureWarning
-from fx_approx.passes.channel_flow import Flow, Values
+from fx_approx.passes.channel_flow import Flow
+from fx_approx.passes.channel_liveness import find_facts
 from fx_approx.passes.channel_rules import find_flow
 from fx_approx.passes.decompose_attention import unfuse
 from fx_approx.passes.find_candidates import Found, annotate
 from fx_approx.passes.plan_effects import find_effects
-from fx_approx.passes.rewrite import find_facts, rewrite
+from fx_approx.passes.rewrite import rewrite
 from fx_approx.passes.shape_prop import propagate
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.savings.report import SavingsReport, build_report

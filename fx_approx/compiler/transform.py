@@ -11,9 +11,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from fx_approx.capture.records import Called, CallForm, Section, call_form
 from fx_approx.capture.sections import with_sections, with_these
 from fx_approx.capture.size_guards import described
-from fx_approx.capture.trace import Called, CallForm, Section, call_form, capture, skeleton
+from fx_approx.capture.trace import capture, skeleton
 from fx_approx.compiler.graph_view import Whole
 from fx_approx.compiler.pipeline import Prepared, install, prepare, with_shapes
 from fx_approx.core.candidates import Role
@@ -29,9 +30,10 @@ from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_di
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.layers import unswap
+from fx_approx.runtime.shared_selection import coverages
 from fx_approx.runtime.validation import check_inputs, check_model, check_seed
-from fx_approx.savings.memory_model import coverages
 from fx_approx.savings.report import Explanation, SavingsReport, build_report
+from fx_approx.savings.rows import SelectorState
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -199,16 +201,20 @@ def report(model: nn.Module | GraphHandle) -> SavingsReport:
     resample = runtime.resample
     if runtime.called is not None and not runtime.learnt:
         _learn(approx, runtime)
+    covered = coverages(list(resample.each())) if resample is not None and resample.known else {}
+    states = {
+        key: SelectorState(one.spec, one.enabled, one.owner[0].training, one.last_count, covered.get(one))
+        for key, one in runtime.selectors.items()
+    }
     built = build_report(
         approx.exact_class.__name__,
         runtime.candidates,
         runtime.plan,
         runtime.capture.opaque,
-        runtime.selectors,
+        states,
         approx.training,
         runtime.called is not None,
         runtime.effects,
-        coverages(list(resample.each())) if resample is not None and resample.known else None,
     )
     return dataclasses.replace(built, selection_time=runtime.selection_time)
 

@@ -24,6 +24,16 @@ PRODUCT_LAYERS: dict[type[nn.Module], str] = {
 }
 """Layers of torch whose product can be sampled, and the kind of the op that computes it."""
 
+FUSED_LAYERS = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+"""Modules of torch that compute several products in one call."""
+
+CHANNEL_LAYERS: tuple[type[nn.Module], ...] = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm, nn.PReLU),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+"""Layers of torch with parameters or statistics for each channel, which can work on some channels only."""
+
 _TORCH = ("torch.nn.", "torch.ao.")
 _CALLED = frozenset(("forward", "__call__", *CALLS, "__getattr__", "__getattribute__"))
 _AT_REST = frozenset(("extra_repr", "reset_parameters", "reset_running_stats"))
@@ -98,3 +108,9 @@ def _both(cls: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
 def _new(cls: type[nn.Module], own: type[nn.Module]) -> nn.Module:
     made = with_forward(cls, own)
     return made.__new__(made)
+
+
+def channels_of(module: Any) -> int:
+    """How many channels a layer of :data:`CHANNEL_LAYERS` has parameters or statistics for."""
+    names = ("num_features", "num_channels", "num_parameters", "in_channels")
+    return int(next(getattr(module, name) for name in names if hasattr(module, name)))

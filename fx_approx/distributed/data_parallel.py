@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fx_approx.capture.leaf_tracer import hook_count
+from fx_approx.core.hooks import hook_count
 from fx_approx.distributed.agreement import check_plans
 from fx_approx.distributed.hook import InnerHook, SliceHook
 from fx_approx.distributed.slices import find_slices

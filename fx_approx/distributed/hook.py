@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fx_approx.core.plan_effects import Axis
 from fx_approx.distributed.agreement import check_selections, digest_of
 from fx_approx.distributed.slices import Sliced, indices
 from fx_approx.errors import DistributedMismatchError
-from fx_approx.passes.plan_effects import Axis
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.controls import synchronize_scores
 from fx_approx.runtime.selection_tracker import Published

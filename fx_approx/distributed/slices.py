@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx.core.candidates import Role
-from fx_approx.passes.channel_liveness import FULL
-from fx_approx.passes.plan_effects import Axis, Effects
+from fx_approx.core.plan_effects import FULL, Axis, Effects
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.selection_tracker import Published
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from tabulate import tabulate
 from torch import nn
 
+from fx_approx.core.plan_effects import Axis, entries
 from fx_approx.distributed.hook import SliceHook
 from fx_approx.distributed.slices import Sliced
-from fx_approx.passes.plan_effects import Axis, entries
 from fx_approx.runtime.approx_module import ApproxModule
 
 

@@ -27,11 +27,12 @@ from fx_approx._compat import (
     retraces_autocast,
     switches_autocast,
 )
-from fx_approx.capture.leaf_tracer import describe
+from fx_approx.capture.error_text import describe
 from fx_approx.capture.size_guards import TensorSpec
 from fx_approx.capture.trace import kept_random_state, skeleton
 from fx_approx.compiler.graph_view import Whole
 from fx_approx.compiler.pipeline import Prepared, install, prepare
+from fx_approx.compiler.transform import report
 from fx_approx.core.plan import Decision, Plan, Policy, make_plan
 from fx_approx.dynamo.frame import Frame, Known, compiled_in_place, current_frame, is_skipped
 from fx_approx.dynamo.graph_runner import CompiledGraph
@@ -200,7 +201,7 @@ class Backend(GraphHandle):
             code, roots, names = graph.key
             if not any((code, roots) == other.key[:2] and names & other.key[2] for other in taken):
                 taken.append(graph)
-        merged = whole_report(taken[::-1], self._steps)
+        merged = whole_report(taken[::-1], self._steps, report)
         notes = [f"No layer of any graph so far matches the rule {rule!r}." for rule in self._unmatched]
         return dataclasses.replace(merged, notes=(*merged.notes, *notes))
 

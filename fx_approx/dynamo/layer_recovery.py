@@ -29,8 +29,8 @@ from fx_approx._compat import (
     parameters_of,
     take_apart,
 )
-from fx_approx.capture.leaf_tracer import is_hooked
-from fx_approx.capture.trace import CallForm, Capture
+from fx_approx.capture.records import CallForm, Capture
+from fx_approx.core.hooks import is_hooked
 from fx_approx.core.layer_types import layer_type
 from fx_approx.dynamo.frame import Frame, Root
 from fx_approx.ops.base import find_op

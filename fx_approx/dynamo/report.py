@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import CodeType
 
 from torch import nn
 
-from fx_approx.compiler.transform import report
 from fx_approx.core.candidates import RoleFlops
 from fx_approx.core.layer_types import PRODUCT_LAYERS
 from fx_approx.dynamo.frame import Frame
@@ -20,6 +19,8 @@ from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.savings.report import Row, SavingsReport, Totals, merged_reports
 
 Key = tuple[CodeType, tuple[int, ...], frozenset[str]]
+
+Reporter = Callable[[ApproxModule], SavingsReport]
 
 Owners = Mapping[str, "weakref.ref[nn.Module] | None"]
 
@@ -74,11 +75,11 @@ class Compilation:
         """Whether the code that runs it still exists."""
         return self.approx is None or self.approx() is not None
 
-    def report(self) -> SavingsReport | None:
+    def report(self, of: Reporter) -> SavingsReport | None:
         """Its report, with the ratios as they are now; None if it is exact and has no rows."""
         approx = None if self.approx is None else self.approx()
         if approx is not None:
-            return dataclasses.replace(report(approx), model=self.name)
+            return dataclasses.replace(of(approx), model=self.name)
         assert self.left is not None
         return self.left.made
 
@@ -133,12 +134,12 @@ class Steps:
         return known
 
 
-def whole_report(graphs: Sequence[Compilation], steps: Steps) -> SavingsReport:
-    """One report of all graphs and of what multiplies in none of them."""
-    reports = [made for graph in graphs if (made := graph.report()) is not None]
+def whole_report(graphs: Sequence[Compilation], steps: Steps, of: Reporter) -> SavingsReport:
+    """One report of all graphs, each by ``of``, and of what multiplies in none of them."""
+    reports = [made for graph in graphs if (made := graph.report(of)) is not None]
     name = " + ".join(dict.fromkeys(graph.name for graph in graphs))
     merged = merged_reports(reports) if reports else SavingsReport(name, (), Totals(RoleFlops(), RoleFlops(), 0, 0, 0))
-    rest = _Rest(graphs)
+    rest = _Rest(graphs, of)
     for step, modules, broken in steps.calls():
         rest.add(steps, step, modules, broken)
     rest.finish()
@@ -162,7 +163,7 @@ class _Rest:
         notes: What the totals leave out.
     """
 
-    def __init__(self, graphs: Sequence[Compilation]) -> None:
+    def __init__(self, graphs: Sequence[Compilation], of: Reporter) -> None:
         self.rows: list[Row] = []
         self.notes: list[str] = []
         self.done: dict[nn.Module, RoleFlops] = {}
@@ -170,7 +171,7 @@ class _Rest:
         self.loose = RoleFlops()  # of rows whose module is registered nowhere: counted where it is called
         self.gone: list[tuple[str, str]] = []
         for graph in graphs:
-            made = graph.report()
+            made = graph.report(of)
             flops = {row.name: row.exact or RoleFlops() for row in made.rows} if made is not None else None
             for name, reference in graph.owners.items():
                 module = None if reference is None else reference()

@@ -34,7 +34,7 @@ from fx_approx._compat import (
     tree_map,
     tree_map_only,
 )
-from fx_approx.capture.leaf_tracer import describe
+from fx_approx.capture.error_text import describe
 from fx_approx.capture.size_guards import TensorSpec
 from fx_approx.capture.trace import kept_random_state
 from fx_approx.core.candidates import RoleFlops

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from fx_approx._compat import Moved
-from fx_approx.capture.trace import Section
+from fx_approx.capture.records import Section
 from fx_approx.core.layer_types import EXACT_CLASS, HELD
 from fx_approx.errors import CaptureError
 from fx_approx.runtime.batchnorm import averages, note_fresh, warn_if_stale

@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 
 from fx_approx._compat import Moved, at_end_of_backward, buffers_of, in_backward, tree_leaves
 from fx_approx.capture.containers import tensors
+from fx_approx.capture.records import Called, Capture, Section
 from fx_approx.capture.size_guards import described
 from fx_approx.capture.split_sections import split
-from fx_approx.capture.trace import Called, Capture, Section
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.plan import Plan
 from fx_approx.errors import CaptureError, CaptureWarning, RecomputationError, WidthError

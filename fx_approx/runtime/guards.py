@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fx_approx._compat import children_of
-from fx_approx.capture.leaf_tracer import hook_count, is_hooked
-from fx_approx.capture.trace import Held
+from fx_approx.capture.records import Held
+from fx_approx.core.hooks import hook_count, is_hooked
 from fx_approx.runtime.sharding import UNREGISTERED, is_sharded
 
 

@@ -19,6 +19,7 @@ from fx_approx.ops.conv_gradients import sampled_convolution
 from fx_approx.ops.gather import select_channels
 from fx_approx.ops.grad_norm_ema import new_running
 from fx_approx.ops.gradient_selection import Choice, Early, How, Late, Rule
+from fx_approx.ops.layer_arguments import static_of
 from fx_approx.ops.linear import linear
 from fx_approx.ops.sliced_linear import sliced_linear
 from fx_approx.runtime.rng import Draw, draw
@@ -97,12 +98,7 @@ class Selector(nn.Module):
     @property
     def ahead(self) -> bool:
         """Whether the selection can be made before the input exists."""
-        return self.is_ahead(self.role, self.spec)
-
-    @staticmethod
-    def is_ahead(role: Role, spec: SamplerConfig) -> bool:
-        """Whether a selection of ``role`` by ``spec`` can be made before the input exists."""
-        return role is Role.OUTPUT and get_score(spec.scores).ahead and not spec.per_batch
+        return self.role is Role.OUTPUT and self.spec.ahead
 
     def _uniforms(self, pairs: int, k: int, groups: int) -> int:
         return groups * self.sampler.uniforms(pairs, k) if self.sampler.random and k < pairs else 0
@@ -335,11 +331,6 @@ _SAMPLED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv3d: SampledConv3d,
 }
 """The subclass that stands in for each of ``PRODUCT_LAYERS``."""
-
-
-def static_of(module: nn.Module, kind: str) -> dict[str, Any]:
-    """The plain arguments of a layer that its op's ``static`` names."""
-    return {name: getattr(module, name) for name in OPS[kind].static}
 
 
 def swap(module: nn.Module, site: Site) -> None:

@@ -189,7 +189,7 @@ class TappedReLU(nn.ReLU):
         return tapped_relu(input, dim, chosen, self.inplace)
 
 
-CHANNELWISE: dict[type[nn.Module], type[nn.Module]] = {
+_NARROW: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: NarrowBatchNorm1d,
     nn.BatchNorm2d: NarrowBatchNorm2d,
     nn.BatchNorm3d: NarrowBatchNorm3d,
@@ -203,18 +203,12 @@ CHANNELWISE: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose2d: NarrowConvTranspose2d,
     nn.ConvTranspose3d: NarrowConvTranspose3d,
 }
-"""Exact layer type -> its subclass that takes a selection."""
+"""The subclass that takes a selection, of each of ``CHANNEL_LAYERS``."""
 
 
 def swap_channelwise(module: nn.Module) -> None:
-    """Makes a ReLU or a layer of :data:`CHANNELWISE` its subclass in place; nothing if it is already."""
+    """Makes a ReLU or a layer of ``CHANNEL_LAYERS`` its subclass in place; nothing if it is already."""
     if not is_swapped(module):
         exact = layer_type(module)
         assert exact is not None
-        become(module, TappedReLU if exact is nn.ReLU else CHANNELWISE[exact])
-
-
-def channels_of(module: Any) -> int:
-    """How many channels a layer of :data:`CHANNELWISE` has parameters or statistics for."""
-    names = ("num_features", "num_channels", "num_parameters", "in_channels")
-    return int(next(getattr(module, name) for name in names if hasattr(module, name)))
+        become(module, TappedReLU if exact is nn.ReLU else _NARROW[exact])

@@ -26,31 +26,11 @@ from fx_approx.runtime.rng import Draw, draw, keep, recall_selection, remember_s
 from fx_approx.runtime.selection_tracker import Published
 from fx_approx.runtime.sharding import Scored, weight_scores
 from fx_approx.sampling.base import Selection
-from fx_approx.sampling.scores import get_score
-from fx_approx.sampling.spec import SamplerConfig
-
-RECENT = 100
-"""Steps within which a channel counts as covered, see :attr:`Shared.coverage`."""
+from fx_approx.sampling.scores import RECENT, get_score
 
 _numbers = itertools.count()
 
 _EXAMPLES = 8  # of a batch, whose norms stand for those of all
-
-
-def unit_count(spec: SamplerConfig, units: int, block: int, groups: int, reader_groups: int) -> int:
-    """Units to keep of each group's ``units``, where ``spec`` counts single pairs of a reader.
-
-    Args:
-        spec: The reader's.
-        units: To choose from, in one group.
-        block: Pairs of the reader that make up one unit.
-        groups: Groups that the selection is drawn in.
-        reader_groups: Groups of the reader, of each of which ``spec`` counts.
-    """
-    together = block * max(1, groups // reader_groups)
-    round_to = spec.round_to // math.gcd(spec.round_to, together)
-    own = spec.replace(min_k=max(1, -(-spec.min_k // together)), round_to=round_to)
-    return own.count(units)
 
 
 @dataclasses.dataclass
@@ -107,7 +87,7 @@ class Shared(nn.Module):
 
     def _count(self, member: Member) -> int:
         selector = member.selector
-        return unit_count(selector.spec, self.pairs, member.block, self.groups, selector.groups)
+        return selector.spec.count_units(self.pairs, member.block, self.groups, selector.groups)
 
     @property
     def exact(self) -> bool:
@@ -378,6 +358,12 @@ class Resample(nn.Module):
             else:
                 setattr(self, name, given)
         self.known = bool(values["known"])
+
+
+def coverages(shared: Sequence[Shared]) -> dict[Selector, float]:
+    """By selector, the share of its units chosen in the last steps, where that is recorded."""
+    known = [(one, one.coverage) for one in shared]
+    return {selector: share for one, share in known if share is not None for selector in one.selectors}
 
 
 class Observer(nn.Module):

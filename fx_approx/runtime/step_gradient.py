@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fx_approx.capture.containers import tensors
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.rng import SELECTION_INTERVAL, STEP
@@ -32,12 +31,6 @@ def scalar(loss: Loss, model: Any, batch: Any) -> Tensor:
     if not value.requires_grad:
         raise ValueError("loss: it depends on no parameter that requires a gradient")
     return value
-
-
-def mean_square(result: Any) -> Tensor:
-    """A scalar of a model's output: the mean of the squares of each of its tensors, added up."""
-    squares = [t.square().mean() for t in tensors(result) if t.is_floating_point()]
-    return torch.stack(squares).sum()
 
 
 def sampled_gradient(

@@ -24,6 +24,10 @@ from types import MappingProxyType
 __all__ = ["SCORES", "ScoreKind", "get_score"]
 
 
+RECENT = 100
+"""Steps within which a channel counts as covered by scores that follow the activations."""
+
+
 @dataclass(frozen=True)
 class ScoreKind:
     """One way to score the column-row pairs of a product.

@@ -107,6 +107,25 @@ class SamplerConfig:
         multiple = max(1, (2 * rounded + self.round_to) // (2 * self.round_to))
         return min(pairs, max(self.min_k, multiple * self.round_to))
 
+    def count_units(self, units: int, block: int, groups: int, reader_groups: int) -> int:
+        """Units to keep of each group's ``units``, where this counts single pairs of a reader.
+
+        Args:
+            units: To choose from, in one group.
+            block: Pairs of the reader that make up one unit.
+            groups: Groups that the selection is drawn in.
+            reader_groups: Groups of the reader, of each of which this counts.
+        """
+        together = block * max(1, groups // reader_groups)
+        round_to = self.round_to // math.gcd(self.round_to, together)
+        own = self.replace(min_k=max(1, -(-self.min_k // together)), round_to=round_to)
+        return own.count(units)
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the selection of an output can be made before its input exists."""
+        return get_score(self.scores).ahead and not self.per_batch
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary, ready for JSON."""
         return dataclasses.asdict(self)

@@ -8,9 +8,7 @@ from typing import Any
 
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.flops import Kept, kept_bytes, kept_pairs, sliced_bytes
-from fx_approx.passes.plan_effects import Axis, Effects, Operation, entries, nbytes
-from fx_approx.runtime.layers import Selector
-from fx_approx.runtime.shared_selection import Shared
+from fx_approx.core.plan_effects import Axis, Effects, Operation, entries, nbytes
 from fx_approx.sampling.base import get_sampler
 from fx_approx.sampling.scores import get_score
 from fx_approx.sampling.spec import SamplerConfig
@@ -300,9 +298,3 @@ class _Walk:
         """What was kept of the input, of which a copy made inside holds the selected part."""
         for place in saved:
             self._hold(seen.get(place, ((one.name, place), self.values.bytes[place] * some // of)))
-
-
-def coverages(shared: Sequence[Shared]) -> dict[Selector, float]:
-    """By selector, the share of its units chosen in the last steps, where that is recorded."""
-    known = [(one, one.coverage) for one in shared]
-    return {selector: share for one, share in known if share is not None for selector in one.selectors}

@@ -11,20 +11,20 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fx_approx.capture.leaf_tracer import Opaque
+from fx_approx.capture.records import Opaque
 from fx_approx.core.candidates import Candidate, Role, RoleFlops
 from fx_approx.core.flops import Kept, executed_flops, kept_bytes, role_pairs, selection_flops, slicing_bytes
 from fx_approx.core.plan import Decision, Plan
-from fx_approx.passes.plan_effects import Effects
-from fx_approx.runtime.layers import Selector
-from fx_approx.runtime.shared_selection import RECENT
+from fx_approx.core.plan_effects import Effects
 from fx_approx.sampling.base import get_sampler
+from fx_approx.sampling.scores import RECENT
 from fx_approx.sampling.spec import SamplerConfig
 from fx_approx.savings.memory_model import Counts, Product, memory
 from fx_approx.savings.rows import (
     Row,
     Sample,
     SelectionTime,
+    SelectorState,
     Totals,
     flat_row,
     row_cells,
@@ -233,24 +233,22 @@ def build_report(
     candidates: tuple[Candidate, ...],
     plan: Plan,
     opaque: tuple[Opaque, ...],
-    selectors: Mapping[tuple[str, Role], Selector] | None = None,
+    selectors: Mapping[tuple[str, Role], SelectorState] | None = None,
     training: bool = False,
     tried: bool = False,
     effects: Effects | None = None,
-    coverage: Mapping[Selector, float] | None = None,
 ) -> SavingsReport:
     """The report of a plan; with ``selectors``, of the ratios and switches as they are now.
 
     With ``training``, of a model in training mode, whose layers in evaluation mode are exact. ``tried`` says that
-    shapes were propagated, as far as that goes. ``effects`` are those of sharing and demand; ``coverage`` is by
-    selector, where it is recorded.
+    shapes were propagated, as far as that goes. ``effects`` are those of sharing and demand.
     """
     effects = Effects() if effects is None else effects
     sites = [_site(candidate, plan, selectors, training) for candidate in candidates]
     off = {site.candidate.name: site.reason for site in sites if site.off}
     specs = {site.candidate.name: site.output for site in sites if site.output is not None}
     counts = Counts(effects, candidates, specs, off)
-    covered = {name: coverage[one] for (name, _), one in (selectors or {}).items() if coverage and one in coverage}
+    covered = {name: one.coverage for (name, _), one in (selectors or {}).items() if one.coverage is not None}
     rows, products = [], {}
     for site in sites:
         row, product = _row(site, counts, covered.get(site.candidate.name))
@@ -314,7 +312,7 @@ class _Site:
 
 
 def _site(
-    candidate: Candidate, plan: Plan, selectors: Mapping[tuple[str, Role], Selector] | None, training: bool
+    candidate: Candidate, plan: Plan, selectors: Mapping[tuple[str, Role], SelectorState] | None, training: bool
 ) -> _Site:
     decision = plan[candidate.name]
     specs, reason = dict(decision.roles), decision.reason
@@ -331,7 +329,7 @@ def _site(
         if not selector.enabled:
             del specs[role]
             reason = "switched off" if not specs else reason
-        elif not selector.owner[0].training and training:
+        elif not selector.training and training:
             specs, reason = {}, "in eval()"
             break
     if candidate.blocked:

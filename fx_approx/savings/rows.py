@@ -7,7 +7,28 @@ from collections.abc import Callable
 from typing import Any
 
 from fx_approx.core.candidates import Candidate, Role, RoleFlops
+from fx_approx.sampling.spec import SamplerConfig
 from fx_approx.utils.tables import COLUMNS, change, human
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectorState:
+    """How one product of a transformed model is sampled at the moment.
+
+    Attributes:
+        spec: Sampler, ratio and scores.
+        enabled: It is switched on.
+        training: Its layer is in training mode.
+        last_count: Pairs drawn by the last eager call, if that is known.
+        coverage: Share of the units chosen in the last :data:`fx_approx.sampling.scores.RECENT` steps; None where that
+            is not recorded.
+    """
+
+    spec: SamplerConfig
+    enabled: bool
+    training: bool
+    last_count: int | None
+    coverage: float | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fx_approx._compat import tree_leaves, tree_map_only
 from fx_approx.analysis.scalar_logger import ScalarLogger
-from fx_approx.passes.plan_effects import tied
+from fx_approx.core.plan_effects import tied
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.controls import set_each
 from fx_approx.runtime.handle import GraphHandle, pieces_of

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from fx_approx.core.candidates import Role, matches
+from fx_approx.core.plan_effects import Axis
 from fx_approx.distributed.slices import selected, weight_uses
 from fx_approx.errors import NoEffectWarning, ShapesRequiredError
-from fx_approx.passes.plan_effects import Axis
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.selection_tracker import Published

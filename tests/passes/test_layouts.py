@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import fx_approx
 from fx_approx.compiler.transform import _prepare
-from fx_approx.passes.channel_liveness import FULL
+from fx_approx.core.plan_effects import FULL
 from fx_approx.passes.channel_spaces import Layout, Restart, Segment, Spaces, regroup, stretch
 from fx_approx.passes.share_selections import coupling_graph
 from tests.demand_nets import NETS

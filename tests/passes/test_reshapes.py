@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx.passes.channel_liveness import FULL
+from fx_approx.core.plan_effects import FULL
 from fx_approx.policies import Uniform
 
 AHEAD = Uniform(0.5)

@@ -1,0 +1,181 @@
+"""What a plan does to every product and every value: shared selections and demand, as plain data that holds no graph.
+
+How many units a selection keeps follows from the ratios and switches of the moment, and is counted later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+from fx_approx.sampling.spec import SamplerConfig
+
+Shape = tuple[int, ...]
+
+FULL = -1
+"""All channels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """What a run of a graph in training mode showed of each value, by node name.
+
+    Attributes:
+        shapes: Of a tensor a shape, of a tuple of tensors a list of shapes.
+        sizes: Bytes of one entry of a tensor.
+        storages: The pieces of memory that a value lies in; views share that of what they show.
+        saved: The pieces of memory that autograd keeps for the node, parameters and buffers left out.
+        bytes: Of each piece of memory.
+        whole: The run came to its end; else nothing is known of the values behind the place where it stopped.
+    """
+
+    shapes: Mapping[str, Shape | list[Shape]]
+    sizes: Mapping[str, int]
+    storages: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    saved: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    bytes: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    whole: bool = True
+
+    def of(self, node: Any) -> Shape | None:
+        """The shape of a tensor, None for anything else."""
+        found = self.shapes.get(node.name) if isinstance(node, fx.Node) else None
+        return found if isinstance(found, tuple) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A stretch of one reader's pairs: units of ``block`` pairs each, from pair ``offset`` on."""
+
+    name: str
+    offset: int
+    block: int
+
+
+@dataclasses.dataclass
+class Class:
+    """What one selection decides about.
+
+    Attributes:
+        units: Channels or heads to choose from.
+        groups: Stretches of which each gives as many.
+        spec: Sampler, ratio and scores.
+        scope: ``layer``, ``value`` or ``group``.
+        readings: The readers, or stretches of them.
+        known: The units are those of a space, so that producers can follow; else of one reader's pairs.
+    """
+
+    units: int
+    groups: int
+    spec: SamplerConfig
+    scope: str
+    readings: list[Reading] = dataclasses.field(default_factory=list)
+    known: bool = True
+
+    def kept(self, specs: Mapping[str, SamplerConfig], reader_groups: Mapping[str, int]) -> int:
+        """Units chosen in all groups together, at the ratios ``specs`` of the readers by name."""
+        pairs = self.units // self.groups
+        counts = [
+            specs[r.name].count_units(pairs, r.block, self.groups, reader_groups.get(r.name, 1)) for r in self.readings
+        ]
+        return self.groups * min(pairs, max(counts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """``count`` units of ``block`` entries each of an axis, of which class ``place`` decides; FULL: all are there."""
+
+    place: int
+    count: int
+    block: int
+
+
+Axis = tuple[Stretch, ...]
+"""The axis of the channels, one stretch behind the other; empty for a value whose channels are not known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """A node of the captured graph.
+
+    Attributes:
+        name: Of the node.
+        inputs: Names of the nodes that it reads.
+        axis: What is computed of its value.
+        narrowed: By operand, what is read of it where that is less than what is there.
+        action: How it is made to work on some channels only, see :class:`fx_approx.passes.channel_flow.Step`.
+        candidate: Name of the product that it is.
+        weight: Path of that product's weight.
+        moves: It writes new values and multiplies nothing: element-wise, normalisation, pooling, a copy.
+        own: Bytes of parameters and statistics that it has for each channel.
+        rectified: It is a ReLU that keeps only the signs, if parts of its value are taken.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    axis: Axis
+    narrowed: Mapping[str, Axis]
+    action: str
+    candidate: str | None
+    weight: str | None
+    moves: bool
+    own: int
+    rectified: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Effects:
+    """What sharing and demand do.
+
+    Attributes:
+        classes: The selections that are made ahead.
+        reads: Candidate -> the axis that it contracts over, as its selections choose from it.
+        operations: The nodes of the captured graph in order; empty if shapes are not known.
+        values: Their shapes and memory.
+        stops: ``name: reason`` of each value that is whole although some reader wants a part of it only.
+        notes: What was not shared, and why.
+        hoisted: What is not demanded is not computed.
+        packs: The signs of a tapped ReLU take one bit each, and not a byte.
+    """
+
+    classes: tuple[Class, ...] = ()
+    reads: Mapping[str, Axis] = dataclasses.field(default_factory=dict)
+    operations: tuple[Operation, ...] = ()
+    values: Values | None = None
+    stops: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    hoisted: bool = False
+    packs: bool = False
+
+
+def tied(effects: Effects, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """``names`` of readers, those together whose selections are one; in order."""
+    graph = nx.Graph()
+    graph.add_nodes_from(names)
+    for one in effects.classes:
+        nx.add_path(graph, [reading.name for reading in one.readings if reading.name in graph])
+    return [tuple(name for name in names if name in group) for group in nx.connected_components(graph)]
+
+
+def entries(axis: Axis, kept: Sequence[int] | None = None) -> int:
+    """Length of an axis.
+
+    Args:
+        axis: See :data:`Axis`.
+        kept: Units that each class keeps; None for all.
+    """
+    total = 0
+    for part in axis:
+        units = part.count if kept is None or part.place == FULL else kept[part.place]
+        total += units * part.block
+    return total
+
+
+def nbytes(values: Values, name: str) -> int:
+    """Bytes of a tensor, 0 for anything else."""
+    shape: Any = values.shapes.get(name)
+    return torch.Size(shape).numel() * values.sizes[name] if isinstance(shape, tuple) else 0
