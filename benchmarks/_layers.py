@@ -79,7 +79,7 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class StepWorkload:
     """One product to time.
 
     Attributes:
@@ -190,7 +190,7 @@ def _sampled_product(layer: Layer, role: str) -> Callable[..., Tensor]:
     return dict(zip(ROLES, (output, grad_input, grad_weight, hoisted), strict=True))[role]
 
 
-def work(layer: Layer, role: str, ratio: float | None, x: Tensor, w: Tensor, grad: Tensor) -> Work:
+def work(layer: Layer, role: str, ratio: float | None, x: Tensor, w: Tensor, grad: Tensor) -> StepWorkload:
     """A product of ``layer``, exact without a ratio.
 
     The selection is given, and random: what scoring and drawing cost is in ``roles.py`` and ``train_step.py``.
@@ -223,7 +223,7 @@ def work(layer: Layer, role: str, ratio: float | None, x: Tensor, w: Tensor, gra
         if layer.is_conv and x.is_contiguous(memory_format=torch.channels_last):
             given = given.contiguous(memory_format=torch.channels_last)
         function, arguments = _sampled_product(layer, role), (given, w, grad, index, outputs)
-    return Work(function, arguments, layer.flops * share * rest, entries, few, oracle)
+    return StepWorkload(function, arguments, layer.flops * share * rest, entries, few, oracle)
 
 
 def _choose(pairs: int, ratio: float, device: torch.device) -> Tensor:
@@ -244,7 +244,7 @@ def tolerance(dtype: torch.dtype, tf32: bool) -> float:
     return 1e-4 if dtype is torch.float32 and not tf32 else 2e-2
 
 
-def check(name: str, function: Callable[..., Tensor], one: Work, most: float) -> None:
+def check(name: str, function: Callable[..., Tensor], one: StepWorkload, most: float) -> None:
     """The result is that of the oracle.
 
     Raises:

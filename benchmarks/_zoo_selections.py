@@ -122,7 +122,7 @@ class Watched:
             return {}
         widths = {one.name: (one.pairs or 0) * one.groups for one in runtime.candidates}
         found: dict[str, Tensor] = {}
-        for chosen, one in zip(made, runtime.facts.sharing.classes, strict=True):
+        for chosen, one in zip(made, runtime.analysis.sharing.classes, strict=True):
             if chosen is None:
                 continue
             units = _factor(chosen, one.units, one.groups)

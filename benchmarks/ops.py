@@ -43,7 +43,18 @@ from _device import (
 )
 from _float8 import float8, float8_missing
 from _header import add_json_option, environment, header, store
-from _layers import NETWORKS, ROLES, Layer, Work, check, network_layers, operands, square_layers, tolerance, work
+from _layers import (
+    NETWORKS,
+    ROLES,
+    Layer,
+    StepWorkload,
+    check,
+    network_layers,
+    operands,
+    square_layers,
+    tolerance,
+    work,
+)
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -106,7 +117,7 @@ def measure(layer: Layer, role: str, options: argparse.Namespace, compiled: bool
     """Checks and times one product of a layer at all ratios."""
     dtype = getattr(torch, options.dtype)
     x, w, grad = operands(layer, options.device, dtype, options.channels_last)
-    works: dict[Variant, Work] = {("exact", None): work(layer, role, None, x, w, grad)}
+    works: dict[Variant, StepWorkload] = {("exact", None): work(layer, role, None, x, w, grad)}
     for ratio in options.ratios:
         works["sampled", ratio] = work(layer, role, ratio, x, w, grad)
     if with_float8 and compiled and role == "OUTPUT" and not layer.is_conv and not any(n % 16 for n in w.shape):

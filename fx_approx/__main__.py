@@ -110,7 +110,8 @@ def _parser() -> _Parser:
         "--policy",
         type=_argument(parse_policy),
         default=DEFAULT_POLICY,
-        help="exact, paper[:RATIO], or SAMPLER[:RATIO[:SCORES[:SCOPE]]] for every layer (by default that of fx_approx.transform)",
+        help="exact, paper[:RATIO], or SAMPLER[:RATIO[:SCORES[:SCOPE]]] for every layer; by default that of "
+        "fx_approx.transform",
     )
     command.add_argument(
         "--kwarg",

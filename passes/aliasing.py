@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fx_approx._compat import DropoutBase, tree_leaves
+from fx_approx.core.layer_types import layer_type
 from fx_approx.passes.channel_flow import Flow, first
 from fx_approx.passes.reshape_rules import RESHAPES, argument
 
@@ -146,3 +147,10 @@ def same_memory(flow: Flow, node: fx.Node) -> Iterator[fx.Node]:
         found = waiting.pop()
         yield found
         waiting += [user for user in found.users if first(user) is found and _shares(flow, user)]
+
+
+def can_tap_relu(flow: Flow, node: fx.Node) -> bool:
+    """Whether ``node`` is a ReLU whose value is read only: then it can give parts of it as well."""
+    module = flow.module(node)
+    is_relu = node.target in (F.relu, torch.relu, "relu") if module is None else layer_type(module) is nn.ReLU
+    return is_relu and not is_changed(flow, node)

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from fx_approx.core.plan_effects import Shape, Values
+from fx_approx.core.candidates import Shape
+from fx_approx.core.plan_effects import Values
 from fx_approx.passes.channel_spaces import Layout, Restart, Spaces
 
 _MANY = 10_000

@@ -17,7 +17,7 @@ from fx_approx.core.plan import Plan
 from fx_approx.core.plan_effects import FULL
 from fx_approx.passes.aliasing import changes_in_place
 from fx_approx.passes.channel_flow import Flow, Link, first, reads_shape_only
-from fx_approx.passes.find_candidates import Found
+from fx_approx.passes.find_candidates import CandidateSite
 from fx_approx.passes.gradient_readers import asked_inside
 from fx_approx.passes.share_selections import Sharing, follows, share
 
@@ -165,7 +165,7 @@ def _full(demand: Demand, link: Link) -> bool:
     return all(have == FULL for have in demand.have[link.source][link.start : link.start + link.count])
 
 
-def share_and_propagate(flow: Flow, graph: fx.Graph, found: list[Found], plan: Plan) -> tuple[Sharing, Demand]:
+def share_and_find_live(flow: Flow, graph: fx.Graph, found: list[CandidateSite], plan: Plan) -> tuple[Sharing, Demand]:
     """Shares as the plan says, but not over additions whose result is whole all the same."""
     apart: frozenset[int] = frozenset()
     names = {one.candidate.node: one.candidate.name for one in found if one.candidate.node}
@@ -215,7 +215,7 @@ def _of_space(flow: Flow, demand: Demand, node: fx.Node, group: int, groups: dic
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
+class ChannelAnalysis:
     """What the passes found: the shared selections, and the demand (None if shapes are not known)."""
 
     sharing: Sharing
@@ -227,13 +227,15 @@ class Facts:
         return self.demand is not None and any(map(_some, self.demand.have.values()))
 
 
-def find_facts(graph: fx.Graph | None, found: list[Found], plan: Plan, flow: Flow | None) -> Facts:
+def analyse_channels(
+    graph: fx.Graph | None, found: list[CandidateSite], plan: Plan, flow: Flow | None
+) -> ChannelAnalysis:
     """What is shared and demanded under ``plan``; nothing is changed."""
     if graph is None:
-        return Facts(Sharing([], {}, {}, nx.Graph(), []), None)
+        return ChannelAnalysis(Sharing([], {}, {}, nx.Graph(), []), None)
     if flow is None:
-        return Facts(share(None, graph, found, plan), None)
-    return Facts(*share_and_propagate(flow, graph, found, plan))
+        return ChannelAnalysis(share(None, graph, found, plan), None)
+    return ChannelAnalysis(*share_and_find_live(flow, graph, found, plan))
 
 
 def _some(have: tuple[int, ...]) -> bool:

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from fx_approx.core.hooks import is_hooked
 from fx_approx.core.layer_types import layer_type
 from fx_approx.core.plan_effects import Values
-from fx_approx.passes.aliasing import changed_for_others, changes_in_place, is_changed
+from fx_approx.passes.aliasing import changed_for_others
 from fx_approx.passes.channel_flow import Flow, Handler, Step
 from fx_approx.passes.channel_spaces import Restart
 from fx_approx.passes.operations import BY_NAME, FUNCTIONS, MODULES
-
-__all__ = ["can_tap_relu", "changes_in_place", "find_flow", "handle", "is_changed"]
-
-
-def can_tap_relu(flow: Flow, node: fx.Node) -> bool:
-    """Whether ``node`` is a ReLU whose value is read only: then it can give parts of it as well."""
-    module = flow.module(node)
-    is_relu = node.target in (F.relu, torch.relu, "relu") if module is None else layer_type(module) is nn.ReLU
-    return is_relu and not is_changed(flow, node)
 
 
 def handle(flow: Flow, node: fx.Node) -> Step | None:

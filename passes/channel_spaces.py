@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx
 
-from fx_approx.core.plan_effects import Shape
+from fx_approx.core.candidates import Shape
 
 
 @dataclasses.dataclass(frozen=True)

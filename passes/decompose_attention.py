@@ -33,7 +33,7 @@ _FROZEN = (
 """What the parts of an attention depend on; its dropout and its parameters are read at every call."""
 
 
-def unfuse(root: nn.Module, captured: Capture) -> Capture:
+def decompose(root: nn.Module, captured: Capture) -> Capture:
     """Takes every ``nn.MultiheadAttention`` of the graph apart that can be; the others are told why they stay whole.
 
     Args:

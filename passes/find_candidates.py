@@ -64,7 +64,7 @@ BLOCKED_CALLS: dict[Any, str] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class CandidateSite:
     """What the passes know of a candidate beyond its record.
 
     Attributes:
@@ -83,10 +83,10 @@ class Found:
     weight: str | None = None
 
 
-def annotate(root: nn.Module, captured: Capture) -> list[Found]:
+def find_candidates(root: nn.Module, captured: Capture) -> list[CandidateSite]:
     """All multiplies in the order in which the model runs; marks the graph's nodes with their candidates' names."""
     names: dict[str, int] = {}
-    found: list[Found] = []
+    found: list[CandidateSite] = []
     modules = dict(root.named_modules())
     taken: set[str] = set()
     if captured.graph is None:
@@ -115,7 +115,9 @@ def _unique(fqn: str, names: dict[str, int]) -> str:
     return fqn if names[fqn] == 1 else f"{fqn}#{names[fqn]}"
 
 
-def _at(node: fx.Node, modules: dict[str, nn.Module], taken: set[str], names: dict[str, int]) -> Iterator[Found]:
+def _at(
+    node: fx.Node, modules: dict[str, nn.Module], taken: set[str], names: dict[str, int]
+) -> Iterator[CandidateSite]:
     if node.op == "call_module":
         path = str(node.target)
         one = _layer(path, modules[path], names, node.name)
@@ -134,11 +136,11 @@ def _at(node: fx.Node, modules: dict[str, nn.Module], taken: set[str], names: di
         kind = node.target if isinstance(node.target, str) else node.target.__name__
         fqn = f"{place}.{kind}" if place else kind
         candidate = Candidate(_unique(fqn, names), fqn, kind, node=node.name, blocked=BLOCKED_CALLS[node.target])
-        yield Found(candidate, None, None, place, {})
+        yield CandidateSite(candidate, None, None, place, {})
 
 
-def _fused(one: Found, node: fx.Node) -> Found:
-    """With the reason why the unfuse pass left it whole, if it is one of those."""
+def _fused(one: CandidateSite, node: fx.Node) -> CandidateSite:
+    """With the reason why the decompose pass left it whole, if it is one of those."""
     reason = node.meta.get(FUSED_KEY, one.candidate.blocked)
     return dataclasses.replace(one, candidate=dataclasses.replace(one.candidate, blocked=reason))
 
@@ -151,7 +153,7 @@ def _hashable(target: Any) -> bool:
     return True
 
 
-def _layer(path: str, module: nn.Module, names: dict[str, int], node: str = "") -> Found | None:
+def _layer(path: str, module: nn.Module, names: dict[str, int], node: str = "") -> CandidateSite | None:
     """The candidate of a leaf layer, or None if it multiplies nothing that is known."""
     frontend = Frontend.GRAPH if node else Frontend.SWAP
     base = next((cls for cls in PRODUCT_LAYERS if isinstance(module, cls)), None)
@@ -159,13 +161,13 @@ def _layer(path: str, module: nn.Module, names: dict[str, int], node: str = "") 
         if type(module).__module__.startswith("torch.ao.nn.") and hasattr(module, "weight"):
             kind = type(module).__name__.lower()
             candidate = Candidate(_unique(path, names), path, kind, frontend, node, blocked="quantised layer")
-            return Found(candidate, None, path, path, {})
+            return CandidateSite(candidate, None, path, path, {})
         for cls, reason in BLOCKED_MODULES:
             if isinstance(module, cls):
                 kind = type(module).__name__.lower()
                 fqn = path or kind
                 candidate = Candidate(_unique(fqn, names), fqn, kind, frontend, node, blocked=reason)
-                return Found(candidate, None, path, path, {})
+                return CandidateSite(candidate, None, path, path, {})
         return None
     kind = PRODUCT_LAYERS[base]
     static = static_of(module, kind)
@@ -173,7 +175,7 @@ def _layer(path: str, module: nn.Module, names: dict[str, int], node: str = "") 
     pairs = _pairs(module, groups)
     blocked = why_not(module, path) or _too_few(pairs, groups)
     candidate = Candidate(_unique(path, names), path, kind, frontend, node, pairs, groups, blocked=blocked)
-    return Found(candidate, OPS[kind], path, path, static, f"{path}.weight" if path else "weight")
+    return CandidateSite(candidate, OPS[kind], path, path, static, f"{path}.weight" if path else "weight")
 
 
 def _pairs(module: Any, groups: int) -> int:
@@ -216,7 +218,9 @@ def _weight_problem(weight: Any) -> str | None:
     return None
 
 
-def _call(node: fx.Node, op: ProductOp, place: str, modules: dict[str, nn.Module], names: dict[str, int]) -> Found:
+def _call(
+    node: fx.Node, op: ProductOp, place: str, modules: dict[str, nn.Module], names: dict[str, int]
+) -> CandidateSite:
     """The candidate of a functional call."""
     fqn = f"{place}.{op.kind}" if place else op.kind
     pairs, groups, static, blocked = None, 1, {}, None
@@ -242,7 +246,7 @@ def _call(node: fx.Node, op: ProductOp, place: str, modules: dict[str, nn.Module
     candidate = Candidate(
         _unique(fqn, names), fqn, op.kind, node=node.name, pairs=pairs, groups=groups, blocked=blocked
     )
-    return Found(candidate, op, None, place, static, parameter)
+    return CandidateSite(candidate, op, None, place, static, parameter)
 
 
 def attribute(root: nn.Module, node: fx.Node) -> torch.Tensor | None:
@@ -255,7 +259,9 @@ def attribute(root: nn.Module, node: fx.Node) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _inside(path: str, modules: dict[str, nn.Module], taken: set[str], names: dict[str, int]) -> Iterator[Found]:
+def _inside(
+    path: str, modules: dict[str, nn.Module], taken: set[str], names: dict[str, int]
+) -> Iterator[CandidateSite]:
     """The layers inside a part that is not traced; each once, however often it is called."""
     skipped: tuple[str, ...] = ()
     for inner, module in modules[path].named_modules(prefix=path):
@@ -269,7 +275,7 @@ def _inside(path: str, modules: dict[str, nn.Module], taken: set[str], names: di
             yield one
 
 
-def _positions(captured: Capture, found: list[Found]) -> list[Found]:
+def _positions(captured: Capture, found: list[CandidateSite]) -> list[CandidateSite]:
     """Marks candidates that no other feeds (``first``) and that feed no other (``last``)."""
     graph = captured.graph
     assert graph is not None
@@ -306,7 +312,7 @@ def _positions(captured: Capture, found: list[Found]) -> list[Found]:
     ]
 
 
-def _ends(found: list[Found]) -> list[Found]:
+def _ends(found: list[CandidateSite]) -> list[CandidateSite]:
     """Without a graph, the first and the last layer in the order of definition."""
     marked = []
     for position, one in enumerate(found):

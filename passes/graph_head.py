@@ -12,11 +12,11 @@ from fx_approx.core.candidates import Role
 from fx_approx.core.plan_effects import FULL
 from fx_approx.ops.channel_slices import positions, remaining
 from fx_approx.passes.channel_spaces import Segment
-from fx_approx.passes.find_candidates import Found
+from fx_approx.passes.find_candidates import CandidateSite
 from fx_approx.passes.share_selections import Sharing
 from fx_approx.runtime.graph_runtime import PROLOGUE, Runtime
 from fx_approx.runtime.rng import SELECTION_INTERVAL
-from fx_approx.runtime.shared_selection import Member, Observer, Resample, Shared
+from fx_approx.runtime.shared_selection import Member, Observer, SharedSelection, SharedSelections
 
 
 def make_resample(runtime: Runtime, sharing: Sharing) -> None:
@@ -24,8 +24,8 @@ def make_resample(runtime: Runtime, sharing: Sharing) -> None:
     shared = []
     for one in sharing.classes:
         members = [Member(runtime.selectors[r.name, Role.OUTPUT], r.offset, r.block) for r in one.readings]
-        shared.append(Shared(members, one.units, one.groups, runtime.state.device))
-    resample = Resample(shared, runtime.state.device) if shared else None
+        shared.append(SharedSelection(members, one.units, one.groups, runtime.state.device))
+    resample = SharedSelections(shared, runtime.state.device) if shared else None
     if resample is not None:
         resample.held = int(runtime.state[SELECTION_INTERVAL]) > 1
     runtime.add_module("resample", resample)
@@ -33,7 +33,7 @@ def make_resample(runtime: Runtime, sharing: Sharing) -> None:
         selector.shared = True
 
 
-class Header:
+class GraphHead:
     """Inserts nodes at the head of a graph, each once however often it is asked for.
 
     Attributes:
@@ -93,10 +93,10 @@ class Header:
         call = lambda: self.graph.call_function(remaining, (there, wanted))  # noqa: E731
         return self.once(("rest", there, wanted), call)
 
-    def observer(self, one: Found, segments: Sequence[Segment], classes: Sequence[int], dim: int) -> str | None:
+    def observer(self, one: CandidateSite, segments: Sequence[Segment], classes: Sequence[int], dim: int) -> str | None:
         """The target of the module that refreshes what a reader's scores learn, None if they do not."""
         shared = list(self.runtime.resample.each()) if self.runtime.resample is not None else []
-        parts: list[tuple[Shared | None, int, int]] = []
+        parts: list[tuple[SharedSelection | None, int, int]] = []
         name, offset = one.candidate.name, 0
         for segment, place in zip(segments, classes, strict=True):
             readings = self.sharing.classes[place].readings

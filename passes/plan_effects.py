@@ -11,17 +11,19 @@ from torch import fx
 
 from fx_approx.core.layer_types import CHANNEL_LAYERS
 from fx_approx.core.plan import Plan
-from fx_approx.core.plan_effects import FULL, Axis, Effects, Operation, Stretch
+from fx_approx.core.plan_effects import FULL, Axis, ChannelSlice, Operation, PlanEffects
+from fx_approx.passes.aliasing import can_tap_relu, changes_in_place
 from fx_approx.passes.channel_flow import Flow
-from fx_approx.passes.channel_liveness import Demand, Facts
-from fx_approx.passes.channel_rules import can_tap_relu, changes_in_place
+from fx_approx.passes.channel_liveness import ChannelAnalysis, Demand
 from fx_approx.passes.channel_spaces import Layout
-from fx_approx.passes.find_candidates import Found
+from fx_approx.passes.find_candidates import CandidateSite
 from fx_approx.passes.reshape_rules import RESHAPES
 from fx_approx.passes.share_selections import Sharing, follows
 
 
-def find_effects(found: Sequence[Found], plan: Plan, facts: Facts, flow: Flow | None, hoisting: bool = True) -> Effects:
+def find_effects(
+    found: Sequence[CandidateSite], plan: Plan, facts: ChannelAnalysis, flow: Flow | None, hoisting: bool = True
+) -> PlanEffects:
     """The effects of ``facts``.
 
     Args:
@@ -36,27 +38,30 @@ def find_effects(found: Sequence[Found], plan: Plan, facts: Facts, flow: Flow | 
     names = {node: one.candidate.name for node, one in by_node.items()}
     reads: dict[str, Axis] = {names[node.name]: (_whole(sharing, place),) for node, place in sharing.loose.items()}
     if flow is None:
-        return Effects(tuple(sharing.classes), reads, notes=tuple(sharing.notes))
+        return PlanEffects(tuple(sharing.classes), reads, notes=tuple(sharing.notes))
     reads.update({names[node.name]: _axis(flow.readers[node][1], own) for node, own in sharing.reads.items()})
     demand = facts.demand if hoisting and facts.narrows else None
     operations = [_operation(node, by_node.get(node.name), flow, sharing, demand) for node in flow.graph.nodes]
     stops = () if demand is None else tuple(_stops(flow, sharing, demand, names, plan))
     hoisted, notes = demand is not None, tuple(sharing.notes)
     packs = all(parameter.device.type == "cpu" for parameter in flow.root.parameters())
-    return Effects(tuple(sharing.classes), reads, tuple(operations), flow.values, stops, notes, hoisted, packs)
+    return PlanEffects(tuple(sharing.classes), reads, tuple(operations), flow.values, stops, notes, hoisted, packs)
 
 
-def _whole(sharing: Sharing, place: int) -> Stretch:
-    return Stretch(place, sharing.classes[place].units, 1)
+def _whole(sharing: Sharing, place: int) -> ChannelSlice:
+    return ChannelSlice(place, sharing.classes[place].units, 1)
 
 
 def _axis(layout: Layout, classes: Sequence[int]) -> Axis:
     return tuple(
-        Stretch(place, segment.count, segment.block) for segment, place in zip(layout.segments, classes, strict=True)
+        ChannelSlice(place, segment.count, segment.block)
+        for segment, place in zip(layout.segments, classes, strict=True)
     )
 
 
-def _operation(node: fx.Node, one: Found | None, flow: Flow, sharing: Sharing, demand: Demand | None) -> Operation:
+def _operation(
+    node: fx.Node, one: CandidateSite | None, flow: Flow, sharing: Sharing, demand: Demand | None
+) -> Operation:
     module, step = flow.module(node), flow.steps[node]
     axis: Axis = ()
     if step.layout is not None:

@@ -14,61 +14,65 @@ from fx_approx.ops.channel_slices import narrow, slice_weights, spread
 from fx_approx.ops.narrow_calls import SLICED_CONVOLUTIONS
 from fx_approx.ops.sliced_linear import sliced_linear
 from fx_approx.passes.channel_flow import Flow
-from fx_approx.passes.channel_liveness import Facts, find_facts
+from fx_approx.passes.channel_liveness import ChannelAnalysis
 from fx_approx.passes.channel_spaces import Segment
-from fx_approx.passes.find_candidates import META_KEY, Found
-from fx_approx.passes.graph_head import Header, make_resample
-from fx_approx.passes.narrow_graph import Hoist
+from fx_approx.passes.find_candidates import META_KEY, CandidateSite
+from fx_approx.passes.graph_head import GraphHead, make_resample
+from fx_approx.passes.narrow_graph import NarrowGraph
 from fx_approx.runtime.graph_runtime import PROLOGUE, Runtime, selector_target
 from fx_approx.runtime.guards import Guards
-from fx_approx.runtime.layers import Selector, Site, is_swapped, swap
+from fx_approx.runtime.layers import is_swapped, swap
+from fx_approx.runtime.selector import Selector, Site
 
 
-def rewrite(
-    root: nn.Module, runtime: Runtime, found: list[Found], flow: Flow | None = None, hoisting: bool = True
-) -> Facts:
-    """Applies ``runtime.plan`` to ``root`` in place and gives the runtime the graph that runs.
+def make_selectors(root: nn.Module, runtime: Runtime, found: list[CandidateSite], analysis: ChannelAnalysis) -> None:
+    """Gives the runtime a selector for each sampled product, and ``root`` sampled layers on the same parameters.
 
-    A layer becomes its sampled subclass, at its path, with its parameters; a functional call becomes a call of our op.
-    Selections are values of the graph: a selector makes one, the sampled product takes it. Selectors whose scores do
-    not read the activation stand at the beginning, in one node behind the prologue that hands out the step.
-
-    Args:
-        root: The model, changed in place.
-        runtime: Holds plan and capture; is given selectors and graphs.
-        found: The candidates.
-        flow: What operations do to channels; None if shapes are not known, so that nothing is shared or hoisted.
-        hoisting: Compute only what is demanded; otherwise the graph of the same selections without that runs.
-
-    Returns:
-        What is shared, and what is demanded.
+    A layer becomes its sampled subclass, at its path. Selections that are made ahead are made together.
     """
-    chosen = {one.candidate.name: one for one in found if runtime.plan[one.candidate.name].roles}
     places = {one.candidate.name: place for place, one in enumerate(found)}
+    chosen = _chosen(runtime, found)
     for name, one in chosen.items():
-        _prepare(root, runtime, one, places[name], len(found))
-    facts = runtime.facts = find_facts(runtime.capture.graph, found, runtime.plan, flow)
-    make_resample(runtime, facts.sharing)
+        _select(root, runtime, one, places[name], len(found))
+    make_resample(runtime, analysis.sharing)
     runtime.lay_out()
     for path, value in runtime.capture.constants.items():
         runtime.register_buffer(f"c{path}", value, persistent=False)
     runtime.sampling_swapped = any(not one.candidate.node for one in chosen.values())
-    captured = runtime.capture.graph
-    if captured is not None:
-        shared = _graph(root, runtime, captured, found, facts, flow, False)
-        runtime.stages = [("capture", captured), ("share", shared)]
-        if hoisting and facts.narrows:
-            runtime.stages.append(("demand", _graph(root, runtime, captured, found, facts, flow, True)))
-        runtime.compile_graph(runtime.stages[-1][1])
-    _watch(root, runtime)
-    return facts
 
 
-def _watch(root: nn.Module, runtime: Runtime) -> None:
+def place_selections(
+    root: nn.Module, runtime: Runtime, found: list[CandidateSite], analysis: ChannelAnalysis, flow: Flow | None
+) -> None:
+    """Makes the graph in which sampled products read selections; all channels are computed.
+
+    A functional call becomes a call of our op. Selections are values of the graph: a selector makes one, the sampled
+    product takes it. Those that read no activation stand at the beginning, in one node behind the prologue that hands
+    out the step.
+    """
+    if runtime.capture.graph is not None:
+        sampled = _graph(root, runtime, runtime.capture.graph, found, analysis, flow, False)
+        runtime.stages = [("capture", runtime.capture.graph), ("share", sampled)]
+
+
+def prune_channels(
+    root: nn.Module, runtime: Runtime, found: list[CandidateSite], analysis: ChannelAnalysis, flow: Flow | None
+) -> None:
+    """Makes the graph of the same selections that computes only what anyone reads, where that is less."""
+    if runtime.capture.graph is not None and analysis.narrows:
+        narrow = _graph(root, runtime, runtime.capture.graph, found, analysis, flow, True)
+        runtime.stages.append(("demand", narrow))
+
+
+def guard_graph(root: nn.Module, runtime: Runtime) -> None:
     """Tells the runtime what the graph, or each section of it, depends on."""
     sections = runtime.capture.sections
     runtime.guards = {section.path: _guards(root, runtime.capture, section.path) for section in sections}
     runtime.guards.setdefault("", _guards(root, runtime.capture, ""))
+
+
+def _chosen(runtime: Runtime, found: list[CandidateSite]) -> dict[str, CandidateSite]:
+    return {one.candidate.name: one for one in found if runtime.plan[one.candidate.name].roles}
 
 
 def _guards(root: nn.Module, captured: Capture, path: str) -> Guards:
@@ -107,7 +111,7 @@ def _children(module: nn.Module, inside: set[int]) -> tuple[tuple[str, nn.Module
     )
 
 
-def _prepare(root: nn.Module, runtime: Runtime, one: Found, place: int, places: int) -> None:
+def _select(root: nn.Module, runtime: Runtime, one: CandidateSite, place: int, places: int) -> None:
     """Makes the selectors of a candidate, one for each role; all of a model have numbers of their own."""
     assert one.op is not None
     owner = root.get_submodule(one.owner)
@@ -134,10 +138,10 @@ def _graph(
     root: nn.Module,
     runtime: Runtime,
     captured: fx.Graph,
-    found: list[Found],
-    facts: Facts,
+    found: list[CandidateSite],
+    analysis: ChannelAnalysis,
     flow: Flow | None,
-    hoisting: bool,
+    prune: bool,
 ) -> fx.Graph:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -146,19 +150,19 @@ def _graph(
     for node in graph.nodes:
         if node.op == "get_attr" and node.target in runtime.capture.constants:
             node.target = f"{PROLOGUE}.c{node.target}"
-    chosen = {one.candidate.name: one for one in found if runtime.plan[one.candidate.name].roles}
+    chosen = _chosen(runtime, found)
     if not chosen:
         return graph
     weights = {name: one.weight for name, one in chosen.items() if one.weight is not None}
-    header = Header(graph, runtime, facts.sharing, weights)
+    header = GraphHead(graph, runtime, analysis.sharing, weights)
     by_name = {node.name: node for node in captured.nodes}
     for one in chosen.values():
         if one.candidate.node:
             node = by_name[one.candidate.node]
             copies[node] = _Site(root, runtime, header, flow, one, node).sample(copies[node])
     _keep_exact(chosen, {node.name: copy for node, copy in copies.items()})
-    if hoisting and flow is not None and facts.demand is not None:
-        Hoist(flow, facts.demand, header, copies, runtime).run()
+    if prune and flow is not None and analysis.demand is not None:
+        NarrowGraph(flow, analysis.demand, header, copies, runtime).run()
     # By their mark: in place of a layer's value a part of it may stand in ``copies``, or nothing any more.
     calls = {name: node for node in graph.nodes for name in node.meta.get(META_KEY, ())}
     for one in chosen.values():
@@ -168,7 +172,7 @@ def _graph(
     return graph
 
 
-def _keep_exact(chosen: Mapping[str, Found], by_name: Mapping[str, fx.Node]) -> None:
+def _keep_exact(chosen: Mapping[str, CandidateSite], by_name: Mapping[str, fx.Node]) -> None:
     """Other calls of a sampled layer say that they are exact: left alone, the layer would take its own sample."""
     sampled = {one.candidate.node for one in chosen.values()}
     layers = {one.module for one in chosen.values() if one.module is not None}
@@ -181,7 +185,13 @@ class _Site:
     """One sampled candidate of a graph that is being rewritten."""
 
     def __init__(
-        self, root: nn.Module, runtime: Runtime, header: Header, flow: Flow | None, one: Found, captured: fx.Node
+        self,
+        root: nn.Module,
+        runtime: Runtime,
+        header: GraphHead,
+        flow: Flow | None,
+        one: CandidateSite,
+        captured: fx.Node,
     ) -> None:
         self.root, self.runtime, self.header, self.flow = root, runtime, header, flow
         self.graph, self.one, self.captured = header.graph, one, captured

@@ -18,7 +18,7 @@ from fx_approx.core.candidates import Call, GemmShape, ProductFacts, RoleFlops
 from fx_approx.core.flops import measured_flops, role_flops
 from fx_approx.core.plan_effects import Values
 from fx_approx.ops.base import Unsupported
-from fx_approx.passes.find_candidates import META_KEY, Found
+from fx_approx.passes.find_candidates import META_KEY, CandidateSite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Shapes:
 
 
 def propagate(
-    root: nn.Module, captured: Capture, found: list[Found], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    root: nn.Module, captured: Capture, found: list[CandidateSite], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Shapes:
     """The facts of all candidates that a call with these inputs reaches.
 
@@ -215,7 +215,7 @@ class _Storages:
 
 
 class _Recorder:
-    def __init__(self, found: dict[str, Found]) -> None:
+    def __init__(self, found: dict[str, CandidateSite]) -> None:
         self.found = found
         self.storages = _Storages()
         self.facts: dict[str, ProductFacts] = {}
@@ -242,7 +242,7 @@ class _Recorder:
             values = Values(self._shapes, self._bytes, self._places, found.saved, found.bytes, stopped is None)
         return Shapes(self.facts, self.blocked, stopped, values)
 
-    def at(self, node: fx.Node) -> Found | None:
+    def at(self, node: fx.Node) -> CandidateSite | None:
         """The candidate that ``node`` itself is (a part that is not traced holds several, and is none)."""
         for name in node.meta.get(META_KEY, ()):
             one = self.found[name]
@@ -256,12 +256,12 @@ class _Recorder:
             if one.module is None or one.candidate.node:
                 continue
 
-            def record(module: nn.Module, args: Any, kwargs: Any, one: Found = one) -> None:
+            def record(module: nn.Module, args: Any, kwargs: Any, one: CandidateSite = one) -> None:
                 self.layer(one, module, args, kwargs)
 
             root.get_submodule(one.module).register_forward_pre_hook(record, with_kwargs=True)
 
-    def layer(self, one: Found, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def layer(self, one: CandidateSite, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Records a layer that is called with ``args``."""
         if one.op is None:
             weights: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
@@ -272,7 +272,9 @@ class _Recorder:
             assert isinstance(weight, Tensor)
             self._product(one, lhs, weight, one.static)
 
-    def call(self, one: Found, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def call(
+        self, one: CandidateSite, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Records a functional call."""
         if one.op is not None:
             try:
@@ -285,7 +287,7 @@ class _Recorder:
                 self.blocked[one.candidate.name] = str(error)
         self._measure(one, function, args, kwargs, [])
 
-    def _product(self, one: Found, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> None:
+    def _product(self, one: CandidateSite, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> None:
         assert one.op is not None
         shape = one.op.geometry(lhs.shape, rhs.shape, static)
         name = one.candidate.name
@@ -310,7 +312,7 @@ class _Recorder:
 
     def _measure(
         self,
-        one: Found,
+        one: CandidateSite,
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],

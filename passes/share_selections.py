@@ -16,9 +16,9 @@ from torch import fx
 
 from fx_approx.core.candidates import Role
 from fx_approx.core.plan import Decision, Plan
-from fx_approx.core.plan_effects import Class, Reading
+from fx_approx.core.plan_effects import GroupMember, SelectionGroup
 from fx_approx.passes.channel_flow import Flow
-from fx_approx.passes.find_candidates import Found
+from fx_approx.passes.find_candidates import CandidateSite
 from fx_approx.sampling.spec import SamplerConfig
 
 
@@ -34,7 +34,7 @@ class Sharing:
         notes: What was not done, and why.
     """
 
-    classes: list[Class]
+    classes: list[SelectionGroup]
     reads: dict[fx.Node, tuple[int, ...]]
     loose: dict[fx.Node, int]
     coupling: nx.Graph
@@ -53,7 +53,7 @@ def follows(decision: Decision) -> bool:
 
 
 def share(
-    flow: Flow | None, graph: fx.Graph, found: list[Found], plan: Plan, apart: frozenset[int] = frozenset()
+    flow: Flow | None, graph: fx.Graph, found: list[CandidateSite], plan: Plan, apart: frozenset[int] = frozenset()
 ) -> Sharing:
     """Groups the readers of ``graph`` by the selection that they draw.
 
@@ -93,8 +93,8 @@ def share(
                 whom = root if groups[root] in apart else groups[root]
             place = keys.setdefault((whom, scope, spec), len(sharing.classes))
             if place == len(sharing.classes):
-                sharing.classes.append(Class(segment.count, strata[root], spec, scope))
-            sharing.classes[place].readings.append(Reading(name, offset, segment.block))
+                sharing.classes.append(SelectionGroup(segment.count, strata[root], spec, scope))
+            sharing.classes[place].readings.append(GroupMember(name, offset, segment.block))
             places.append(place)
             offset += segment.entries
         sharing.reads[node] = tuple(places)
@@ -103,15 +103,15 @@ def share(
     return sharing
 
 
-def _readers(found: list[Found], nodes: Mapping[str, fx.Node]) -> list[tuple[str, fx.Node]]:
+def _readers(found: list[CandidateSite], nodes: Mapping[str, fx.Node]) -> list[tuple[str, fx.Node]]:
     return [(one.candidate.name, nodes[one.candidate.node]) for one in found if one.candidate.node in nodes]
 
 
-def _loose(sharing: Sharing, one: Found, spec: SamplerConfig) -> int:
+def _loose(sharing: Sharing, one: CandidateSite, spec: SamplerConfig) -> int:
     candidate = one.candidate
     assert candidate.pairs is not None
-    own = Class(candidate.pairs * candidate.groups, candidate.groups, spec, "layer", known=False)
-    own.readings.append(Reading(candidate.name, 0, 1))
+    own = SelectionGroup(candidate.pairs * candidate.groups, candidate.groups, spec, "layer", known=False)
+    own.readings.append(GroupMember(candidate.name, 0, 1))
     sharing.classes.append(own)
     return len(sharing.classes) - 1
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from fx_approx.core.plan import Decision
-from fx_approx.core.step_cost import Model, WholeCostModel, Work
+from fx_approx.core.step_cost import Model, StepWorkload, WholeCostModel
 from fx_approx.policies.graph_policy import GraphPolicy, step_seconds
 
 _LEAST = 1e-3
@@ -36,7 +36,7 @@ class Draft:
     refused: Mapping[str, str]
     ratios: Sequence[float]
     gains: Mapping[tuple[str, ...], float]
-    work: Work
+    work: StepWorkload
     speedup: float
 
     @property
@@ -50,7 +50,7 @@ def drafts(policy: GraphPolicy, ratio: float, model: Model, cost: WholeCostModel
     """What ``cost`` says to pay under ``policy``, and all that may be sampled; one draft where they are the same."""
     groups, refused = policy.groups(model, ratio)
 
-    def work(chosen: Sequence[bool]) -> Work:
+    def work(chosen: Sequence[bool]) -> StepWorkload:
         return model.work(policy.decisions(groups, [ratio if one else 1.0 for one in chosen]))
 
     def seconds(chosen: Sequence[bool]) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from fx_approx.core.plan import Decision
-from fx_approx.core.step_cost import Model, WholeCostModel, Work
+from fx_approx.core.step_cost import Model, StepWorkload, WholeCostModel
 from fx_approx.policies.budget_solver import Levels, Problem, cheapest, least_cost, least_error
 from fx_approx.policies.cost_flops import FlopModel
 from fx_approx.policies.cost_roofline import RooflineModel
@@ -75,7 +75,7 @@ class _Budget(_Ladder, abc.ABC):
         _fraction("budget", self.budget)
 
     @abc.abstractmethod
-    def _cost(self, work: Work, model: Model) -> float:
+    def _cost(self, work: StepWorkload, model: Model) -> float:
         """Of a step, in any unit."""
 
     def _share(self, cost: float, whole: float) -> float:
@@ -157,7 +157,7 @@ class FlopBudget(_Budget):
 
     _moves: ClassVar[bool] = False
 
-    def _cost(self, work: Work, model: Model) -> float:
+    def _cost(self, work: StepWorkload, model: Model) -> float:
         return FlopModel().step(work, model).flops or 0
 
     def _share(self, cost: float, whole: float) -> float:
@@ -174,7 +174,7 @@ class MemoryBudget(_Budget):
         budget: Share of the bytes kept, parameters and buffers left out, in (0, 1].
     """
 
-    def _cost(self, work: Work, model: Model) -> float:
+    def _cost(self, work: StepWorkload, model: Model) -> float:
         return work.memory
 
 
@@ -190,7 +190,7 @@ class TimeBudget(_Budget):
 
     cost: WholeCostModel = dataclasses.field(default_factory=RooflineModel)
 
-    def _cost(self, work: Work, model: Model) -> float:
+    def _cost(self, work: StepWorkload, model: Model) -> float:
         return step_seconds(self.cost, work, model)
 
 

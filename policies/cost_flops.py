@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.flops import executed_flops, kept_pairs, selection_flops
 from fx_approx.core.plan import Cost, CostEstimate
-from fx_approx.core.step_cost import Model, Work
+from fx_approx.core.step_cost import Model, StepWorkload
 from fx_approx.sampling.spec import SamplerConfig
 
 
@@ -39,6 +39,6 @@ class FlopModel:
         """What it does not model."""
         return "time: memory traffic, gathers, sorting, kernel launches"
 
-    def step(self, work: Work, model: Model) -> Cost:
+    def step(self, work: StepWorkload, model: Model) -> Cost:
         """Operations of a whole training step, what demand spares included; no time."""
         return Cost(flops=work.flops + work.selection_flops)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fx_approx.core.candidates import Call, ProductFacts, Role
 from fx_approx.core.flops import Kept, executed_flops
 from fx_approx.core.plan import Cost
-from fx_approx.core.step_cost import Model, ProductWork, Work
+from fx_approx.core.step_cost import Model, ProductWork, StepWorkload
 from fx_approx.ops.base import OPS
 from fx_approx.policies.cost_roofline import RooflineModel, slicing_seconds
 from fx_approx.sampling.base import Selection
@@ -59,7 +59,7 @@ class MeasuredModel:
         """What it does not model."""
         return "fusion across products, cold caches, gradients sampled apart, the optimiser"
 
-    def step(self, work: Work, model: Model) -> Cost:
+    def step(self, work: StepWorkload, model: Model) -> Cost:
         """Operations and seconds of a training step."""
         exact = work.exact
         times = self._products([*work.products, *exact.products])

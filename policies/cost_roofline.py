@@ -13,7 +13,7 @@ from torch import Tensor
 from fx_approx.core.candidates import Candidate, GemmShape, Role
 from fx_approx.core.flops import Kept, executed_flops, sliced_bytes
 from fx_approx.core.plan import Cost
-from fx_approx.core.step_cost import Model, ProductWork, Work
+from fx_approx.core.step_cost import Model, ProductWork, StepWorkload
 from fx_approx.ops.gather import gather
 from fx_approx.utils.disk_cache import DiskCache, cache_folder
 from fx_approx.utils.timing import device_key, time_calls
@@ -155,7 +155,7 @@ class RooflineModel:
         """What it does not model."""
         return "sizes of layers beyond operations and bytes, caches, overlap, the optimiser, allocation"
 
-    def step(self, work: Work, model: Model) -> Cost:
+    def step(self, work: StepWorkload, model: Model) -> Cost:
         """Operations, bytes, launches and seconds of a training step."""
         device = self.device_of(work)
         seconds, moved, launches = 0.0, 0.0, 0
@@ -171,7 +171,7 @@ class RooflineModel:
         moved += work.slicing
         return Cost(flops=work.flops + work.selection_flops, bytes=int(moved), seconds=seconds, launches=launches)
 
-    def device_of(self, work: Work) -> Device:
+    def device_of(self, work: StepWorkload) -> Device:
         """The constants of the device that ``work`` is for."""
         if self.device is not None:
             return self.device
@@ -190,7 +190,7 @@ class RooflineModel:
         return max(flops / (device.peak * share), _bytes(product) / device.bandwidth)
 
 
-def slicing_seconds(work: Work, device: Device) -> float:
+def slicing_seconds(work: StepWorkload, device: Device) -> float:
     """Slices of weights; those of hoisted linear layers are taken again in the backward pass."""
     again = 0
     for product in work.products:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.flops import role_pairs
 from fx_approx.core.plan import Decision, check_roles, check_scope
-from fx_approx.core.step_cost import Model, WholeCostModel, Work
+from fx_approx.core.step_cost import Model, StepWorkload, WholeCostModel
 from fx_approx.policies.base import decision, exact
 from fx_approx.policies.error_model import predicted_error
 from fx_approx.policies.sensitivity import Sensitivity
@@ -209,7 +209,7 @@ class GraphPolicy:
         return total
 
 
-def step_seconds(cost: WholeCostModel, work: Work, model: Model) -> float:
+def step_seconds(cost: WholeCostModel, work: StepWorkload, model: Model) -> float:
     """Seconds of a step; TypeError for a cost model without times."""
     found = cost.step(work, model).seconds
     if found is None:

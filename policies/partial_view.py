@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fx_approx.core.candidates import Candidate
 from fx_approx.core.plan import Decision
-from fx_approx.core.step_cost import Model, StepTime, Work
+from fx_approx.core.step_cost import Model, StepTime, StepWorkload
 
 
 class Part:
@@ -40,7 +40,7 @@ class Part:
         """Whether there are example inputs to run."""
         return self._model.runs
 
-    def work(self, decisions: Mapping[str, Decision], memory: bool = True) -> Work:
+    def work(self, decisions: Mapping[str, Decision], memory: bool = True) -> StepWorkload:
         """Of the whole graph, with what was decided before."""
         return self._model.work({**self._decided, **decisions}, memory)
 

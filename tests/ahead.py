@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fx_approx
 from fx_approx.runtime.approx_module import find
-from fx_approx.runtime.shared_selection import Shared
+from fx_approx.runtime.shared_selection import SharedSelection
 from fx_approx.sampling import Selection
 
 from .hoisting import Layers
@@ -54,12 +54,12 @@ def indices(model: nn.Module, x: Any) -> list[list[int] | None]:
     return [None if one is None else one.indices.flatten().tolist() for one in selections(model, x)]
 
 
-def shared(model: nn.Module) -> list[Shared]:
+def shared(model: nn.Module) -> list[SharedSelection]:
     return list(find(model)._fx_approx.resample.each())
 
 
 def names(model: nn.Module) -> list[list[str]]:
-    return [[r.name for r in one.readings] for one in find(model)._fx_approx.facts.sharing.classes]
+    return [[r.name for r in one.readings] for one in find(model)._fx_approx.analysis.sharing.classes]
 
 
 def shuffle(model: nn.Module) -> None:

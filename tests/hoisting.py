@@ -153,5 +153,5 @@ def narrow_producers(model: nn.Module) -> set[str]:
 
 def narrow_values(model: nn.Module) -> set[str]:
     """The values of the captured graph of which some channels are not computed."""
-    demand = model._fx_approx.facts.demand
+    demand = model._fx_approx.analysis.demand
     return {node.name for node, have in demand.have.items() if any(place != -1 for place in have)}

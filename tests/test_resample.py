@@ -10,8 +10,8 @@ from torch import nn
 import fx_approx
 from fx_approx.ops.input_norm_ema import aged
 from fx_approx.policies import Uniform
-from fx_approx.runtime.selection_tracker import Published
-from fx_approx.runtime.shared_selection import Resample, Shared
+from fx_approx.runtime.selection_tracker import SelectionTracker
+from fx_approx.runtime.shared_selection import SharedSelection, SharedSelections
 from fx_approx.sampling import SamplerConfig
 
 from .ahead import Readers, batch, indices, names, readers, selections, shared
@@ -58,7 +58,9 @@ def test_heads_are_scored_by_the_norm_of_their_block() -> None:
     build, shape = NETS["fused-heads"]
     model = build().double()
     approx = fx_approx.transform(model, Layers(scope="value"), torch.randn(shape).double())
-    places = {r.name: (i, r.block) for i, c in enumerate(approx._fx_approx.facts.sharing.classes) for r in c.readings}
+    places = {
+        r.name: (i, r.block) for i, c in enumerate(approx._fx_approx.analysis.sharing.classes) for r in c.readings
+    }
     place, block = places["proj"]
     assert block == 3
     scores = model.proj.weight.square().sum(0).view(4, 3).sum(1).sqrt()
@@ -218,8 +220,10 @@ def test_all_that_is_kept_lies_on_the_device_of_the_weights(scores: str) -> None
     )
     device = torch.device("meta")
     made = approx._fx_approx.resample
-    resample = Resample([Shared(one.members, one.units, one.groups, device) for one in made.each()], device)
-    resample.published = Published(resample)
+    resample = SharedSelections(
+        [SharedSelection(one.members, one.units, one.groups, device) for one in made.each()], device
+    )
+    resample.published = SelectionTracker(resample)
     resample.fit()
     fx_approx.set_sampling(approx, 0.25)
     resample.fit()

@@ -80,7 +80,7 @@ def test_a_call_that_does_more_than_its_forward_is_no_section() -> None:
 
 
 def test_what_a_section_took_for_granted_is_guarded_wherever_it_is() -> None:
-    class Shared(Base):
+    class SharedSelection(Base):
         def __init__(self) -> None:
             super().__init__()
             self.other = nn.Sequential(self.block, nn.Linear(8, 8), nn.Linear(8, 8))
@@ -91,7 +91,7 @@ def test_what_a_section_took_for_granted_is_guarded_wherever_it_is() -> None:
         def run(self, x: Tensor) -> Tensor:
             return self.other(x) + self.block(x)
 
-    model, x = Shared(), torch.randn(4, 8)
+    model, x = SharedSelection(), torch.randn(4, 8)
     approx = exactly(model, x, ["other", "block"])
     assert torch.equal(approx(x), model(x))
     approx.block.scale = model.block.scale = 3.0

@@ -74,7 +74,7 @@ def test_functional_dropout_is_off(kind: str) -> None:
 
 @pytest.mark.parametrize("model", [Heads, lambda: nn.MultiheadAttention(16, 4, 0.3, batch_first=True)])
 def test_dropout_of_attention_is_off(model: Callable[[], nn.Module]) -> None:
-    class Whole(nn.Module):
+    class GraphView(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner, self.out = model(), nn.Linear(16, 2)
@@ -84,7 +84,7 @@ def test_dropout_of_attention_is_off(model: Callable[[], nn.Module]) -> None:
                 return self.out(self.inner(x, x, x, need_weights=False)[0])
             return self.out(self.inner(x))
 
-    found = verified(Whole(), torch.randn(2, 6, 16))
+    found = verified(GraphView(), torch.randn(2, 6, 16))
     assert found.hoisted and found.passed, str(found)
 
 

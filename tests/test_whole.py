@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fx_approx
 from fx_approx import Plan, SamplerConfig
-from fx_approx.compiler.graph_view import Whole
+from fx_approx.compiler.graph_view import GraphView
 from fx_approx.compiler.transform import view_of
 from fx_approx.core.plan import Decision
 from fx_approx.policies import Exact, GradientSampling, Override, Paper, Uniform
@@ -30,7 +30,7 @@ POLICIES = [
 ]
 
 
-def viewed(model: nn.Module, policy: Any = None, x: Tensor = IMAGES) -> tuple[Whole, dict[str, Decision], Plan]:
+def viewed(model: nn.Module, policy: Any = None, x: Tensor = IMAGES) -> tuple[GraphView, dict[str, Decision], Plan]:
     view, plan = view_of(model, Exact() if policy is None else policy, x)
     return view, {decision.name: decision for decision in plan.sampled}, plan
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from fx_approx.capture.trace import kept_random_state
 from fx_approx.core.plan import Plan, Policy
-from fx_approx.passes import check_policy
+from fx_approx.passes.apply_policy import check_policy
 from fx_approx.runtime.step_gradient import Loss
 from fx_approx.runtime.validation import check_seed
 from fx_approx.schedules import check_step

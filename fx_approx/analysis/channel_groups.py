@@ -21,12 +21,12 @@ def coupling_graph(model: nn.Module) -> nx.Graph:
     Raises:
         ValueError: ``model`` is not transformed, or was transformed without example inputs.
     """
-    facts = find(model)._fx_approx.facts
-    if facts is None or facts.demand is None:
+    analysis = find(model)._fx_approx.analysis
+    if analysis is None or analysis.demand is None:
         raise ValueError(
             "model: expected one that was transformed with example_inputs, since shapes tell who reads what"
         )
-    graph: nx.Graph = facts.sharing.coupling
+    graph: nx.Graph = analysis.sharing.coupling
     return graph
 
 

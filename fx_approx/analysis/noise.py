@@ -25,8 +25,9 @@ from fx_approx.ops.gradient_selection import How
 from fx_approx.passes.find_candidates import META_KEY
 from fx_approx.runtime.approx_module import find
 from fx_approx.runtime.graph_runtime import Runtime
-from fx_approx.runtime.layers import SampledLayer, Selector
+from fx_approx.runtime.layers import SampledLayer
 from fx_approx.runtime.rng import SEED, SELECTION_INTERVAL, STEP, Draw, draw, further
+from fx_approx.runtime.selector import Selector
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel")
 _EXACT = How(None, None, None, False)

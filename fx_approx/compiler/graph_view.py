@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import statistics
 import warnings
@@ -15,16 +14,13 @@ from torch import Tensor, nn
 
 from fx_approx.capture.containers import mean_square
 from fx_approx.capture.trace import kept_random_state
-from fx_approx.compiler.pipeline import Prepared
+from fx_approx.compiler.compilation import Compilation
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.flops import slicing_bytes
 from fx_approx.core.plan import Decision, make_plan
-from fx_approx.core.plan_effects import Effects, tied
-from fx_approx.core.step_cost import ProductWork, StepTime, Work
+from fx_approx.core.plan_effects import PlanEffects, tied
+from fx_approx.core.step_cost import ProductWork, StepTime, StepWorkload
 from fx_approx.ops.base import OPS
-from fx_approx.passes.channel_flow import Flow
-from fx_approx.passes.channel_liveness import find_facts
-from fx_approx.passes.plan_effects import find_effects
 from fx_approx.sampling.scores import get_score
 from fx_approx.sampling.spec import SamplerConfig
 from fx_approx.savings.memory_model import Counts, Product, memory
@@ -34,7 +30,7 @@ _WARM = 1
 _NO_OPERATION = ("placeholder", "output", "get_attr")
 
 
-class Whole:
+class GraphView:
     """A captured model, for policies that decide about the graph as a whole.
 
     It is a :class:`fx_approx.core.step_cost.Model`.
@@ -42,46 +38,44 @@ class Whole:
 
     def __init__(
         self,
-        root: nn.Module,
-        prepared: Prepared,
-        demand: bool = True,
+        compilation: Compilation,
+        prune_unread: bool = True,
         build: Callable[[Mapping[str, Decision]], nn.Module] | None = None,
         inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
     ) -> None:
-        """A view of ``prepared``.
+        """A view of ``compilation``.
 
         Args:
-            root: The model's structure on its parameters.
-            prepared: Its capture with shapes.
-            demand: What no one reads is not computed.
+            compilation: A captured model with shapes.
+            prune_unread: Channels that no one reads are not computed.
             build: Makes the model transformed by some decisions, the exact one by none; for :meth:`time`, which runs
                 them, so on tensors of their own.
             inputs: Example inputs with values, positional and by keyword.
         """
-        self._root, self._prepared, self._demand = root, prepared, demand
+        self._compilation, self._prune_unread = compilation, prune_unread
         self._build, self._inputs = build, inputs
-        self._effects: dict[Any, Effects] = {}
-        self._found = {one.candidate.name: one for one in prepared.found}
+        self._effects: dict[Any, PlanEffects] = {}
+        self._found = {one.candidate.name: one for one in compilation.sites}
 
     @property
     def candidates(self) -> Sequence[Candidate]:
         """All of the model."""
-        return self._prepared.candidates
+        return self._compilation.candidates
 
     @property
     def fingerprint(self) -> str:
         """Of the graph with all shapes and dtypes."""
-        graph = self._prepared.captured.graph
+        graph = self._compilation.captured.graph
         facts = [(one.name, one.kind, repr(one.facts)) for one in self.candidates]
         text = "" if graph is None else str(graph)
-        return hashlib.sha256(repr((type(self._root).__qualname__, text, facts)).encode()).hexdigest()[:24]
+        return hashlib.sha256(repr((type(self._compilation.root).__qualname__, text, facts)).encode()).hexdigest()[:24]
 
     @property
     def runs(self) -> bool:
         """Whether there are example inputs to run."""
         return self._build is not None and self._inputs is not None
 
-    def work(self, decisions: Mapping[str, Decision], memory: bool = True) -> Work:
+    def work(self, decisions: Mapping[str, Decision], memory: bool = True) -> StepWorkload:
         """The step under ``decisions``; see :meth:`fx_approx.core.step_cost.Model.work`."""
         effects = self._effects_of(decisions)
         specs = {name: spec for name, one in decisions.items() if (spec := one.spec) is not None}
@@ -92,7 +86,9 @@ class Whole:
             for one in products.values()
         )
         slicing = sum(slicing_bytes(p.candidate.facts, p.kept) for p in work if p.candidate.facts is not None)
-        return Work(work, slicing=slicing, operations=self._operations, **_moved(effects, counts, products, memory))
+        return StepWorkload(
+            work, slicing=slicing, operations=self._operations, **_moved(effects, counts, products, memory)
+        )
 
     def tied(self, decisions: Mapping[str, Decision]) -> list[tuple[str, ...]]:
         """The sampled candidates, those together whose selections are one."""
@@ -104,7 +100,7 @@ class Whole:
         if found.op is None or found.weight is None:
             return None
         owner, _, attribute = found.weight.rpartition(".")
-        weight = getattr(self._root.get_submodule(owner), attribute, None)
+        weight = getattr(self._compilation.root.get_submodule(owner), attribute, None)
         if not isinstance(weight, Tensor):
             return None
         with torch.no_grad():
@@ -126,16 +122,12 @@ class Whole:
         exact = times[0]
         return [StepTime(statistics.median(own), _quartiles(exact, own)) for own in times]
 
-    @functools.cached_property
-    def _flow(self) -> Flow | None:
-        return self._prepared.flow(self._root)
-
     @property
     def _operations(self) -> int:
-        graph = self._prepared.captured.graph
+        graph = self._compilation.captured.graph
         return 0 if graph is None else sum(node.op not in _NO_OPERATION for node in graph.nodes)
 
-    def _effects_of(self, decisions: Mapping[str, Decision]) -> Effects:
+    def _effects_of(self, decisions: Mapping[str, Decision]) -> PlanEffects:
         """Sharing and demand under ``decisions``, which depend on ratios only where readers of one value differ."""
         sampled = {name: decision for name, decision in decisions.items() if decision.roles}
         key = tuple((name, _unrated(one.roles), one.scope, one.straight_through) for name, one in sampled.items())
@@ -147,11 +139,10 @@ class Whole:
                 return self._find(sampled)
         return found
 
-    def _find(self, decisions: Mapping[str, Decision]) -> Effects:
+    def _find(self, decisions: Mapping[str, Decision]) -> PlanEffects:
         plan = make_plan(self.candidates, [decisions.get(one.name, Decision(one.name)) for one in self.candidates])
-        prepared = self._prepared
-        facts = find_facts(prepared.captured.graph, prepared.found, plan, self._flow)
-        return find_effects(prepared.found, plan, facts, self._flow, self._demand)
+        compilation = self._compilation
+        return compilation.effects(plan, compilation.analysis(plan), self._prune_unread)
 
 
 def _unrated(roles: Mapping[Role, SamplerConfig]) -> Any:
@@ -171,14 +162,14 @@ def _product(candidate: Candidate, decision: Decision | None, counts: Counts) ->
     return Product(candidate, kept, roles)
 
 
-def _hoisted(product: Product, effects: Effects) -> bool:
+def _hoisted(product: Product, effects: PlanEffects) -> bool:
     forward = product.kept.output is None or (
         product.candidate.name in effects.reads and set(product.roles) == {Role.OUTPUT}
     )
     return forward and not product.kept.straight_through
 
 
-def _moved(effects: Effects, counts: Counts, products: Mapping[str, Product], wanted: bool) -> dict[str, int]:
+def _moved(effects: PlanEffects, counts: Counts, products: Mapping[str, Product], wanted: bool) -> dict[str, int]:
     found = memory(effects, counts, products) if wanted else None
     return {} if found is None else dataclasses.asdict(found)
 

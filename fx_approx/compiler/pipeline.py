@@ -1,113 +1,168 @@
-"""From a captured graph to a graph that runs: what every frontend does, see "Flow" in the design."""
+"""The pipeline: all passes from a captured graph to a graph that runs, in order, for both frontends.
+
+A policy decides between the two lists. The passes of torch.fx's own ``PassManager`` take a ``GraphModule`` and give
+one. Ours leave the model an instance of its own class, so a pass takes what has been found of the model so far, and
+says what of it it reads and what it writes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
 from fx_approx.capture.records import Capture, Opaque, UnfitGraphError
-from fx_approx.core.candidates import Candidate, with_facts
+from fx_approx.compiler.compilation import Compilation
+from fx_approx.core.candidates import with_facts
 from fx_approx.core.plan import Plan
-from fx_approx.core.plan_effects import Values
 from fx_approx.errors import CaptureWarning
-from fx_approx.passes.channel_flow import Flow
-from fx_approx.passes.channel_liveness import find_facts
+from fx_approx.passes.channel_liveness import ChannelAnalysis
 from fx_approx.passes.channel_rules import find_flow
-from fx_approx.passes.decompose_attention import unfuse
-from fx_approx.passes.find_candidates import Found, annotate
-from fx_approx.passes.plan_effects import find_effects
-from fx_approx.passes.rewrite import rewrite
+from fx_approx.passes.decompose_attention import decompose
+from fx_approx.passes.find_candidates import find_candidates
+from fx_approx.passes.rewrite import guard_graph, make_selectors, place_selections, prune_channels
 from fx_approx.passes.shape_prop import propagate
 from fx_approx.runtime.graph_runtime import Runtime
-from fx_approx.savings.report import SavingsReport, build_report
+
+State = TypeVar("State")
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A captured model with its candidates: everything before a decision.
+class Pass(Generic[State]):
+    """One pass.
 
     Attributes:
-        captured: The graph.
-        found: Its candidates.
-        called: What the graph was called with (:func:`fx_approx.capture.size_guards.described`); None without example
-            inputs.
-        values: Shapes of all values; None if they are not known.
+        run: What it does, in place.
+        reads: What must have been found before.
+        writes: What it finds or changes.
     """
 
-    captured: Capture
-    found: list[Found]
-    called: tuple[Any, Any] | None
-    values: Values | None
-
-    @property
-    def candidates(self) -> tuple[Candidate, ...]:
-        """The records of the candidates."""
-        return tuple(one.candidate for one in self.found)
-
-    def flow(self, root: nn.Module) -> Flow | None:
-        """Which values hold the same channels; None if shapes are not known."""
-        graph = self.captured.graph
-        return None if graph is None or self.values is None else find_flow(root, graph, self.values)
-
-    def predicted(self, root: nn.Module, name: str, plan: Plan, prune_unread: bool) -> SavingsReport:
-        """The report of ``plan`` before anything is rewritten."""
-        flow = self.flow(root)
-        facts = find_facts(self.captured.graph, self.found, plan, flow)
-        return build_report(
-            name,
-            self.candidates,
-            plan,
-            self.captured.opaque,
-            tried=self.called is not None,
-            effects=find_effects(self.found, plan, facts, flow, prune_unread),
-        )
+    run: Callable[[State], None]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
 
 
-def prepare(root: nn.Module, captured: Capture, called: tuple[Any, Any] | None) -> Prepared:
-    """Finds the candidates, and what they are called with where ``called`` is known."""
-    captured = unfuse(root, captured)
-    found, values = annotate(root, captured), None
-    if called is not None:
-        try:
-            found, values = with_shapes(root, captured, found, called)
-        except UnfitGraphError as error:
-            return prepare(root, Capture(None, captured.form, (Opaque("", str(error), True),), (), {}), called)
-    return Prepared(captured, found, called, values)
+def _decompose_attention(made: Compilation) -> None:
+    made.captured = decompose(made.root, made.captured)
 
 
-def with_shapes(
-    root: nn.Module, captured: Capture, found: list[Found], called: tuple[Any, Any], stacklevel: int = 5
-) -> tuple[list[Found], Values | None]:
-    """The candidates with the facts that only shapes tell, and the shapes of all values."""
-    shapes = propagate(root, captured, found, *called)
+def _find_candidates(made: Compilation) -> None:
+    made.sites = find_candidates(made.root, made.captured)
+
+
+def _propagate_shapes(made: Compilation) -> None:
+    """Needs example inputs. Where the graph does not run on them, although the model does, the graph is given up."""
+    if made.called is None:
+        return
+    try:
+        shapes = propagate(made.root, made.captured, made.sites, *made.called)
+    except UnfitGraphError as error:
+        made.captured = Capture(None, made.captured.form, (Opaque("", str(error), True),), (), {})
+        _find_candidates(made)
+        shapes = propagate(made.root, made.captured, made.sites, *made.called)
     if shapes.stopped:
-        warnings.warn(f"shapes are known only in part: {shapes.stopped}", CaptureWarning, stacklevel=stacklevel)
-    candidates = with_facts(tuple(one.candidate for one in found), shapes.facts)
-    known = [
+        warnings.warn(f"shapes are known only in part: {shapes.stopped}", CaptureWarning, stacklevel=7)
+    candidates = with_facts(made.candidates, shapes.facts)
+    made.sites = [
         dataclasses.replace(
             one,
             candidate=dataclasses.replace(candidate, blocked=candidate.blocked or shapes.blocked.get(candidate.name)),
         )
-        for one, candidate in zip(found, candidates, strict=True)
+        for one, candidate in zip(made.sites, candidates, strict=True)
     ]
-    return known, shapes.values
+    made.values = shapes.values
 
 
-def install(
-    root: nn.Module, prepared: Prepared, plan: Plan, seed: int, selection_interval: int, prune_unread: bool
-) -> Runtime:
-    """Rewrites ``root`` in place by ``plan``; the runtime that it returns runs it."""
-    runtime = Runtime(prepared.captured, prepared.candidates, plan, seed, selection_interval)
-    runtime.called = prepared.called
-    runtime.learnt = runtime.shaped = prepared.called is not None
-    first = next(root.parameters(), None)
+def _find_channel_flow(made: Compilation) -> None:
+    if made.captured.graph is not None and made.values is not None:
+        made.flow = find_flow(made.root, made.captured.graph, made.values)
+
+
+ANALYSIS: tuple[Pass[Compilation], ...] = (
+    Pass(_decompose_attention, reads=("graph",), writes=("graph",)),
+    Pass(_find_candidates, reads=("graph",), writes=("candidates",)),
+    Pass(_propagate_shapes, reads=("graph", "candidates"), writes=("candidates", "shapes")),
+    Pass(_find_channel_flow, reads=("graph", "shapes"), writes=("channel flow",)),
+)
+"""From a captured graph to all that a policy is shown."""
+
+
+@dataclasses.dataclass
+class Rewriting:
+    """A compilation with its plan, and the runtime that the passes fill.
+
+    Attributes:
+        made: What the analysis found.
+        runtime: What the transformed model will carry.
+        prune_unread: Channels that no one reads are not computed.
+        analysis: Shared selections and live channels.
+    """
+
+    made: Compilation
+    runtime: Runtime
+    prune_unread: bool
+    analysis: ChannelAnalysis
+
+
+def _make_selectors(work: Rewriting) -> None:
+    make_selectors(work.made.root, work.runtime, work.made.sites, work.analysis)
+
+
+def _place_selections(work: Rewriting) -> None:
+    place_selections(work.made.root, work.runtime, work.made.sites, work.analysis, work.made.flow)
+
+
+def _prune_channels(work: Rewriting) -> None:
+    if work.prune_unread:
+        prune_channels(work.made.root, work.runtime, work.made.sites, work.analysis, work.made.flow)
+
+
+def _compile_graph(work: Rewriting) -> None:
+    if work.runtime.stages:
+        work.runtime.compile_graph(work.runtime.stages[-1][1])
+    guard_graph(work.made.root, work.runtime)
+
+
+def _describe_effects(work: Rewriting) -> None:
+    work.runtime.effects = work.made.effects(work.runtime.plan, work.analysis, work.prune_unread)
+
+
+REWRITING: tuple[Pass[Rewriting], ...] = (
+    Pass(_make_selectors, reads=("candidates", "plan", "live channels"), writes=("selectors",)),
+    Pass(_place_selections, reads=("graph", "channel flow", "live channels", "selectors"), writes=("sampled graph",)),
+    Pass(_prune_channels, reads=("sampled graph", "channel flow", "live channels"), writes=("sampled graph",)),
+    Pass(_compile_graph, reads=("sampled graph",), writes=("code", "guards")),
+    Pass(_describe_effects, reads=("candidates", "plan", "channel flow", "live channels"), writes=("effects",)),
+)
+"""From a plan, and the channels that are live under it, to a model that runs."""
+
+GIVEN = {"analysis": ("graph",), "rewriting": ("plan", "live channels")}
+"""What is there before each of the lists: the capture, and what the policy decided."""
+
+
+def _run(passes: Iterable[Pass[State]], state: State) -> State:
+    for one in passes:
+        one.run(state)
+    return state
+
+
+def prepare(root: nn.Module, captured: Capture, called: tuple[Any, Any] | None) -> Compilation:
+    """Runs :data:`ANALYSIS`: the candidates of ``captured``, and what they are called with where that is known."""
+    return _run(ANALYSIS, Compilation(root, captured, called))
+
+
+def install(made: Compilation, plan: Plan, seed: int, selection_interval: int, prune_unread: bool) -> Runtime:
+    """Runs :data:`REWRITING`: changes ``made.root`` in place by ``plan``; the runtime that it returns runs it."""
+    runtime = Runtime(made.captured, made.candidates, plan, seed, selection_interval)
+    runtime.called = made.called
+    runtime.learnt = runtime.shaped = made.called is not None
+    first = next(made.root.parameters(), None)
     if first is not None:
         runtime.state = runtime.state.to(first.device)
-    runtime.hoisting = prune_unread
-    flow = prepared.flow(root)
-    facts = rewrite(root, runtime, prepared.found, flow, prune_unread)
-    runtime.effects = find_effects(prepared.found, plan, facts, flow, prune_unread)
+    runtime.prunes = prune_unread
+    runtime.analysis = analysis = made.analysis(plan)
+    _run(REWRITING, Rewriting(made, runtime, prune_unread, analysis))
     return runtime

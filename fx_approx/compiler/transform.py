@@ -15,15 +15,13 @@ from fx_approx.capture.records import Called, CallForm, Section, call_form
 from fx_approx.capture.sections import with_sections, with_these
 from fx_approx.capture.size_guards import described
 from fx_approx.capture.trace import capture, skeleton
-from fx_approx.compiler.graph_view import Whole
-from fx_approx.compiler.pipeline import Prepared, install, prepare, with_shapes
+from fx_approx.compiler.compilation import Compilation
+from fx_approx.compiler.graph_view import GraphView
+from fx_approx.compiler.pipeline import install, prepare
 from fx_approx.core.candidates import Role
 from fx_approx.core.plan import Decision, Plan, Policy, make_plan
 from fx_approx.errors import CaptureWarning, NoEffectWarning
 from fx_approx.passes.apply_policy import decide
-from fx_approx.passes.channel_rules import find_flow
-from fx_approx.passes.find_candidates import annotate
-from fx_approx.passes.plan_effects import find_effects
 from fx_approx.policies.uniform import DEFAULT_POLICY
 from fx_approx.runtime.approx_module import ApproxModule, adopt, find
 from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict
@@ -85,30 +83,29 @@ def transform(
     check_seed(seed, selection_interval)
     if not isinstance(prune_unread, bool):
         raise TypeError(f"prune_unread: expected True or False, got {prune_unread!r}")
-    prepared = _prepare(model, example_inputs)
-    view = functools.partial(_view, model, example_inputs, prepared, prune_unread)
-    return _transform(model, policy, prepared, seed, selection_interval, prune_unread, view)
+    made = _prepare(model, example_inputs)
+    view = functools.partial(_view, model, example_inputs, made, prune_unread)
+    return _transform(model, policy, made, seed, selection_interval, prune_unread, view)
 
 
 def _transform(
     model: M,
     policy: Policy | None,
-    prepared_root: tuple[nn.Module, Prepared],
+    made: Compilation,
     seed: int,
     selection_interval: int,
     prune_unread: bool,
-    view: Callable[[], Whole] | None = None,
+    view: Callable[[], GraphView] | None = None,
 ) -> M:
-    root, prepared = prepared_root
-    plan = decide(prepared.candidates, DEFAULT_POLICY if policy is None else policy, view, prepared.called is not None)
-    runtime = install(root, prepared, plan, seed, selection_interval, prune_unread)
-    for part in prepared.captured.opaque:
+    plan = decide(made.candidates, DEFAULT_POLICY if policy is None else policy, view, made.called is not None)
+    runtime = install(made, plan, seed, selection_interval, prune_unread)
+    for part in made.captured.opaque:
         hint = ". Where torch.compile can capture it: backend=fx_approx.backend(policy)" if part.elsewhere else ""
         warnings.warn(f"not traced, served by {part.served}: {part}{hint}", CaptureWarning, stacklevel=4)
     if not plan.sampled:
-        what = "it has no matrix product or convolution" if not prepared.found else "every layer stays exact"
+        what = "it has no matrix product or convolution" if not made.sites else "every layer stays exact"
         warnings.warn(f"transform changed nothing in {type(model).__name__}: {what}", NoEffectWarning, stacklevel=4)
-    return cast(M, adopt(root, runtime, _reduce))
+    return cast(M, adopt(made.root, runtime, _reduce))
 
 
 def explain(
@@ -126,21 +123,21 @@ def explain(
         An explanation whose ``plan`` can be edited and given to :func:`transform`.
     """
     check_model(model)
-    root, prepared = _prepare(model, example_inputs)
-    view = functools.partial(_view, model, example_inputs, (root, prepared), prune_unread)
-    plan = decide(prepared.candidates, DEFAULT_POLICY if policy is None else policy, view, prepared.called is not None)
-    return Explanation(plan, prepared.predicted(root, type(model).__name__, plan, prune_unread))
+    made = _prepare(model, example_inputs)
+    view = functools.partial(_view, model, example_inputs, made, prune_unread)
+    plan = decide(made.candidates, DEFAULT_POLICY if policy is None else policy, view, made.called is not None)
+    return Explanation(plan, made.predicted(type(model).__name__, plan, prune_unread))
 
 
-def view_of(model: nn.Module, policy: Policy, example_inputs: Any, prune_unread: bool = True) -> tuple[Whole, Plan]:
+def view_of(model: nn.Module, policy: Policy, example_inputs: Any, prune_unread: bool = True) -> tuple[GraphView, Plan]:
     """The graph as policies see it, and the plan that ``policy`` makes of it."""
     check_model(model)
-    prepared = _prepare(model, example_inputs)
-    view = _view(model, example_inputs, prepared, prune_unread)
-    return view, decide(prepared[1].candidates, policy, lambda: view, prepared[1].called is not None)
+    made = _prepare(model, example_inputs)
+    view = _view(model, example_inputs, made, prune_unread)
+    return view, decide(made.candidates, policy, lambda: view, made.called is not None)
 
 
-def _view(model: nn.Module, example_inputs: Any, prepared: tuple[nn.Module, Prepared], prune_unread: bool) -> Whole:
+def _view(model: nn.Module, example_inputs: Any, made: Compilation, prune_unread: bool) -> GraphView:
     """What a policy for the whole graph is shown; it times models with the example inputs, if there are any."""
 
     @functools.cache
@@ -150,12 +147,12 @@ def _view(model: nn.Module, example_inputs: Any, prepared: tuple[nn.Module, Prep
     def build(decisions: Mapping[str, Decision]) -> nn.Module:
         if not decisions:
             return skeleton(twin())
-        candidates = prepared[1].candidates
+        candidates = made.candidates
         plan = make_plan(candidates, [decisions.get(one.name, Decision(one.name)) for one in candidates])
         return _transform(twin(), plan, _prepare(twin(), example_inputs), 0, 1, prune_unread)
 
     args, kwargs = check_inputs(model, example_inputs)
-    return Whole(*prepared, prune_unread, build, None if args is None else (args, kwargs))
+    return GraphView(made, prune_unread, build, None if args is None else (args, kwargs))
 
 
 def _prepare(
@@ -164,8 +161,8 @@ def _prepare(
     form: CallForm | None = None,
     called: tuple[Any, Any] | None = None,
     known: tuple[Sequence[Section], Mapping[str, Called]] | None = None,
-) -> tuple[nn.Module, Prepared]:
-    """Capture and annotate: everything before a decision.
+) -> Compilation:
+    """Capture and find_candidates: everything before a decision.
 
     ``form`` and ``called`` say how the model is called where there are no example inputs, and ``known`` how modules in
     it are.
@@ -179,7 +176,7 @@ def _prepare(
         captured = with_these(root, captured, called, *known)
     elif called is not None:
         captured = with_sections(root, captured, called, None if args is None else (args, dict(kwargs)))
-    return root, prepare(root, captured, called)
+    return prepare(root, captured, called)
 
 
 def report(model: nn.Module | GraphHandle) -> SavingsReport:
@@ -221,12 +218,9 @@ def report(model: nn.Module | GraphHandle) -> SavingsReport:
 
 def _learn(approx: ApproxModule, runtime: Runtime) -> None:
     assert runtime.called is not None
-    root, graph = _plain(approx), runtime.capture.graph
-    found = annotate(root, runtime.capture)
-    learnt, values = with_shapes(root, runtime.capture, found, runtime.called, stacklevel=4)
-    runtime.candidates = tuple(one.candidate for one in learnt)
-    flow = None if graph is None or values is None else find_flow(root, graph, values)
-    runtime.effects = find_effects(learnt, runtime.plan, runtime.facts, flow, False)
+    made = prepare(_plain(approx), runtime.capture, runtime.called)
+    runtime.candidates = made.candidates
+    runtime.effects = made.effects(runtime.plan, runtime.analysis, False)
     runtime.learnt = True
 
 
@@ -254,7 +248,7 @@ def _reduce(approx: ApproxModule) -> tuple[Any, ...]:
     switches = {key: (s.spec, s.enabled) for key, s in runtime.selectors.items()}
     parts = _plain(approx), runtime.plan.to_dict(), runtime.capture.form, sampler_state_dict(approx), switches
     known = runtime.capture.sections, dict(runtime.capture.strays)
-    return _rebuild, (*parts, runtime.called, runtime.hoisting, runtime.shaped, known)
+    return _rebuild, (*parts, runtime.called, runtime.prunes, runtime.shaped, known)
 
 
 def _rebuild(
@@ -271,8 +265,8 @@ def _rebuild(
     """Unpickles: transforms the exact model again by the same plan."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        prepared = _prepare(model, None, form, called if shaped else None, known)
-        approx = _transform(model, Plan.from_dict(plan), prepared, 0, 1, prune_unread)
+        made = _prepare(model, None, form, called if shaped else None, known)
+        approx = _transform(model, Plan.from_dict(plan), made, 0, 1, prune_unread)
     runtime = find(approx)._fx_approx
     load_sampler_state_dict(approx, state)
     runtime.called = called

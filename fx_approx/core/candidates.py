@@ -24,6 +24,9 @@ class Frontend(enum.StrEnum):
     SWAP = "swap"
 
 
+Shape = tuple[int, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class GemmShape:
     """The product seen as ``batch * groups`` matrix products of ``[m, k] @ [k, n]``.

@@ -13,9 +13,8 @@ import networkx as nx
 import torch
 from torch import fx
 
+from fx_approx.core.candidates import Shape
 from fx_approx.sampling.spec import SamplerConfig
-
-Shape = tuple[int, ...]
 
 FULL = -1
 """All channels."""
@@ -48,7 +47,7 @@ class Values:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class GroupMember:
     """A stretch of one reader's pairs: units of ``block`` pairs each, from pair ``offset`` on."""
 
     name: str
@@ -57,7 +56,7 @@ class Reading:
 
 
 @dataclasses.dataclass
-class Class:
+class SelectionGroup:
     """What one selection decides about.
 
     Attributes:
@@ -73,7 +72,7 @@ class Class:
     groups: int
     spec: SamplerConfig
     scope: str
-    readings: list[Reading] = dataclasses.field(default_factory=list)
+    readings: list[GroupMember] = dataclasses.field(default_factory=list)
     known: bool = True
 
     def kept(self, specs: Mapping[str, SamplerConfig], reader_groups: Mapping[str, int]) -> int:
@@ -86,7 +85,7 @@ class Class:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stretch:
+class ChannelSlice:
     """``count`` units of ``block`` entries each of an axis, of which class ``place`` decides; FULL: all are there."""
 
     place: int
@@ -94,7 +93,7 @@ class Stretch:
     block: int
 
 
-Axis = tuple[Stretch, ...]
+Axis = tuple[ChannelSlice, ...]
 """The axis of the channels, one stretch behind the other; empty for a value whose channels are not known."""
 
 
@@ -128,7 +127,7 @@ class Operation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Effects:
+class PlanEffects:
     """What sharing and demand do.
 
     Attributes:
@@ -142,7 +141,7 @@ class Effects:
         packs: The signs of a tapped ReLU take one bit each, and not a byte.
     """
 
-    classes: tuple[Class, ...] = ()
+    classes: tuple[SelectionGroup, ...] = ()
     reads: Mapping[str, Axis] = dataclasses.field(default_factory=dict)
     operations: tuple[Operation, ...] = ()
     values: Values | None = None
@@ -152,7 +151,7 @@ class Effects:
     packs: bool = False
 
 
-def tied(effects: Effects, names: Sequence[str]) -> list[tuple[str, ...]]:
+def tied(effects: PlanEffects, names: Sequence[str]) -> list[tuple[str, ...]]:
     """``names`` of readers, those together whose selections are one; in order."""
     graph = nx.Graph()
     graph.add_nodes_from(names)

@@ -44,7 +44,7 @@ class ProductWork:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class StepWorkload:
     """A training step of a whole model; all numbers are of one step.
 
     Attributes:
@@ -84,11 +84,11 @@ class Work:
         return sum(product.selection_flops for product in self.products)
 
     @property
-    def exact(self) -> Work:
+    def exact(self) -> StepWorkload:
         """The exact step of the same model."""
         products = tuple(ProductWork(product.candidate, Kept(), {}) for product in self.products)
         moved, memory = self.moved_exact, self.memory_exact
-        return Work(products, moved, moved, 0, 0, memory, memory, self.operations)
+        return StepWorkload(products, moved, moved, 0, 0, memory, memory, self.operations)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Model(Protocol):
         """Whether there are example inputs to run, see :meth:`time`."""
         ...
 
-    def work(self, decisions: Mapping[str, Decision], memory: bool = True) -> Work:
+    def work(self, decisions: Mapping[str, Decision], memory: bool = True) -> StepWorkload:
         """The step under ``decisions``, by name; a candidate without one is exact.
 
         Sharing and demand are found anew for other layers, scopes or scores, and once for all ratios: that is cheap.
@@ -176,6 +176,6 @@ class WholeCostModel(Protocol):
         """What it does not model."""
         ...
 
-    def step(self, work: Work, model: Model) -> Cost:
+    def step(self, work: StepWorkload, model: Model) -> Cost:
         """The cost of the step; fields that it does not estimate are None."""
         ...

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fx_approx.errors import DistributedMismatchError
 from fx_approx.runtime.approx_module import ApproxModule
-from fx_approx.runtime.selection_tracker import Published
+from fx_approx.runtime.selection_tracker import SelectionTracker
 
 _STATE = ("step", "increment", "selection_interval", "seed")
 
@@ -49,11 +49,11 @@ def _described(model: ApproxModule) -> dict[str, str]:
     for (name, role), selector in runtime.selectors.items():
         found[f"layer {name}, {role.value}"] = repr((selector.spec, selector.enabled))
     found.update({name: repr(value) for name, value in zip(_STATE, runtime.state.tolist(), strict=True)})
-    found["demand"] = repr(runtime.hoisting)
+    found["demand"] = repr(runtime.prunes)
     return found
 
 
-def digest_of(published: Published | None, state: Tensor) -> Tensor:
+def digest_of(published: SelectionTracker | None, state: Tensor) -> Tensor:
     """``[4 + selections]`` int64: the random state, and a hash of each selection's units."""
     if published is None:
         return state

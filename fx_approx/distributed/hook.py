@@ -16,7 +16,7 @@ from fx_approx.distributed.slices import Sliced, indices
 from fx_approx.errors import DistributedMismatchError
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.controls import synchronize_scores
-from fx_approx.runtime.selection_tracker import Published
+from fx_approx.runtime.selection_tracker import SelectionTracker
 
 InnerHook = Callable[[Any, Any], torch.futures.Future[Any]]
 _WORTH = 0.9
@@ -197,7 +197,7 @@ class SliceHook:
         self._found: dict[Axis, Tensor] = {}
 
     @property
-    def _published(self) -> Published | None:
+    def _published(self) -> SelectionTracker | None:
         resample = self._model._fx_approx.resample
         return None if resample is None else resample.published
 

@@ -12,9 +12,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from fx_approx._compat import in_backward
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.controls import synchronize_scores
-from fx_approx.runtime.layers import Selector
-from fx_approx.runtime.sharding import Scored, is_shard, weight_scores
-from fx_approx.runtime.shared_selection import Resample, Shared
+from fx_approx.runtime.selector import Selector
+from fx_approx.runtime.sharding import is_shard
+from fx_approx.runtime.shared_selection import SharedSelection, SharedSelections
+from fx_approx.runtime.weight_scores import Scored, weight_scores
 from fx_approx.sampling.scores import get_score
 
 Groups = tuple[dist.ProcessGroup, ...]
@@ -29,7 +30,7 @@ class ShardNorms(nn.Module):
     head of the graph, such as those of the root's own group, pass as they are.
     """
 
-    def __init__(self, resample: Resample) -> None:
+    def __init__(self, resample: SharedSelections) -> None:
         """In front of ``resample``."""
         super().__init__()
         self.resample = (resample,)
@@ -67,7 +68,7 @@ class ShardNorms(nn.Module):
         return tuple(result)
 
     @staticmethod
-    def _squares(one: Shared, selector: Selector, weight: Tensor) -> Tensor:
+    def _squares(one: SharedSelection, selector: Selector, weight: Tensor) -> Tensor:
         """``[groups * pairs]``: what this rank's part adds to each squared score; or the scores that read nothing."""
         assert isinstance(weight, DTensor) and selector.pairs is not None
         kind = get_score("weight") if one.learns else selector.score

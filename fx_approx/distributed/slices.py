@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx.core.candidates import Role
-from fx_approx.core.plan_effects import FULL, Axis, Effects
+from fx_approx.core.plan_effects import FULL, Axis, PlanEffects
 from fx_approx.runtime.approx_module import ApproxModule
-from fx_approx.runtime.selection_tracker import Published
+from fx_approx.runtime.selection_tracker import SelectionTracker
 
 _WEIGHTED = ("linear", "conv")
 
@@ -37,7 +37,7 @@ class Sliced:
 def find_slices(model: ApproxModule) -> tuple[dict[nn.Parameter, Sliced], dict[str, str]]:
     """The sliced weights of a transformed model; and, for the other sampled layers, why theirs are reduced whole."""
     runtime = model._fx_approx
-    effects: Effects = runtime.effects
+    effects: PlanEffects = runtime.effects
     candidates = {one.name: one for one in runtime.candidates}
     found, whole = {}, {}
     uses = weight_uses(model)
@@ -92,7 +92,7 @@ def weight_uses(model: ApproxModule) -> Mapping[nn.Parameter, int]:
 
 
 def selected(axis: Axis, mask: Tensor, slices: Sequence[slice]) -> Tensor:
-    """Which entries of an axis are selected, bool; ``mask`` and ``slices`` as :class:`Published` has them."""
+    """Which entries of an axis are selected, bool; ``mask`` and ``slices`` as :class:`SelectionTracker` has them."""
     flags = []
     for part in axis:
         own = torch.ones(part.count, dtype=torch.bool) if part.place == FULL else mask[slices[part.place]]
@@ -100,7 +100,7 @@ def selected(axis: Axis, mask: Tensor, slices: Sequence[slice]) -> Tensor:
     return torch.cat(flags)
 
 
-def indices(axes: Iterable[Axis], published: Published) -> dict[Axis, Tensor]:
+def indices(axes: Iterable[Axis], published: SelectionTracker) -> dict[Axis, Tensor]:
     """Entries of each axis that are selected, on the device; one wait for it and one copy for all of them."""
     mask, device = published.mask.cpu(), published.mask.device
     found = {axis: selected(axis, mask, published.slices).nonzero().flatten() for axis in axes}

@@ -30,14 +30,15 @@ from fx_approx._compat import (
 from fx_approx.capture.error_text import describe
 from fx_approx.capture.size_guards import TensorSpec
 from fx_approx.capture.trace import kept_random_state, skeleton
-from fx_approx.compiler.graph_view import Whole
-from fx_approx.compiler.pipeline import Prepared, install, prepare
+from fx_approx.compiler.compilation import Compilation
+from fx_approx.compiler.graph_view import GraphView
+from fx_approx.compiler.pipeline import install, prepare
 from fx_approx.compiler.transform import report
 from fx_approx.core.plan import Decision, Plan, Policy, make_plan
 from fx_approx.dynamo.frame import Frame, Known, compiled_in_place, current_frame, is_skipped
 from fx_approx.dynamo.graph_runner import CompiledGraph
-from fx_approx.dynamo.layer_recovery import Lift, higher_order, lift, multiplying, place_of
-from fx_approx.dynamo.report import Compilation, Key, Left, Owners, Steps, whole_report
+from fx_approx.dynamo.layer_recovery import LayerRecovery, higher_order, lift, multiplying, place_of
+from fx_approx.dynamo.report import CapturedGraph, Key, Left, Owners, Steps, whole_report
 from fx_approx.errors import CaptureError, CaptureWarning, NoEffectWarning
 from fx_approx.ops.base import find_op
 from fx_approx.passes.apply_policy import check_policy, decide
@@ -132,7 +133,7 @@ class Backend(GraphHandle):
         self.policy = policy
         self._inner, self._how = inner, {"mode": mode, "options": options}
         self._seed, self._selection_interval, self._prune_unread = seed, selection_interval, prune_unread
-        self._graphs: list[Compilation] = []
+        self._graphs: list[CapturedGraph] = []
         self._steps = Steps()
         self._warned: set[str] = set()
         self._streams: dict[Key, int] = {}
@@ -196,7 +197,7 @@ class Backend(GraphHandle):
                 "nothing was compiled in training mode yet: run a training step first. If one was run, torch compiled "
                 f"no frame of it that multiplies: {_SKIPPED}"
             )
-        taken: list[Compilation] = []
+        taken: list[CapturedGraph] = []
         for graph in reversed(self._graphs):
             code, roots, names = graph.key
             if not any((code, roots) == other.key[:2] and names & other.key[2] for other in taken):
@@ -279,7 +280,7 @@ class Backend(GraphHandle):
             return self._exact(gm, example_inputs, how)
         root = graph.lifted.root
         runtime = install(
-            root, graph.prepared, graph.plan, self._seed_of(graph.key), self._selection_interval, self._prune_unread
+            graph.prepared, graph.plan, self._seed_of(graph.key), self._selection_interval, self._prune_unread
         )
         approx, new = adopt(root, runtime, _cannot_pickle), True
         for other in self._graphs:
@@ -287,7 +288,7 @@ class Backend(GraphHandle):
             if before is not None:
                 _take_over(approx, before)
                 new = False
-        compilation = Compilation(graph.key, graph.name, graph.owners, approx=weakref.ref(approx))
+        compilation = CapturedGraph(graph.key, graph.name, graph.owners, approx=weakref.ref(approx))
         self._graphs.append(compilation)
         if new:
             apply_settings(self, approx)
@@ -329,25 +330,25 @@ class Backend(GraphHandle):
             key = frame.code, self._numbers_of(frame), frozenset(layers)
             owners = frame.owners({name: place_of(frame, path) for name, path in layers.items()})
             return Left(key, _name(frame), reason, owners) if training else None
-        frame.guard([*filter(None, (place_of(frame, one.owner) for one in prepared.found))])
+        frame.guard([*filter(None, (place_of(frame, one.owner) for one in prepared.sites))])
         if not torch.is_grad_enabled():
             frame.guard_momenta()
             if any(averages(root.module) for root in frame.roots):  # as update_bn of torch runs it: exact statistics
                 return None
         graph = _Graph(lifted, prepared, Plan((), {}), self._numbers_of(frame))
-        if not any(lifted.root.get_submodule(one.owner).training for one in prepared.found):
+        if not any(lifted.root.get_submodule(one.owner).training for one in prepared.sites):
             frame.guard((root, "") for root in frame.roots)
-            blocked = [one.candidate.blocked for one in prepared.found if one.candidate.blocked]
-            reason = "; ".join(dict.fromkeys(blocked)) if len(blocked) == len(prepared.found) else _EVALUATING
+            blocked = [one.candidate.blocked for one in prepared.sites if one.candidate.blocked]
+            reason = "; ".join(dict.fromkeys(blocked)) if len(blocked) == len(prepared.sites) else _EVALUATING
             return graph.left(reason, self._prune_unread) if training else None
-        return dataclasses.replace(graph, plan=self._plan(prepared, lifted.root))
+        return dataclasses.replace(graph, plan=self._plan(prepared))
 
     def _numbers_of(self, frame: Frame) -> tuple[int, ...]:
         return tuple(self._numbers[root.module] for root in frame.roots)
 
     def _leave(self, left: Left, kind: type[Warning] = CaptureWarning) -> None:
         """Notes that a graph of a training step is not sampled, and warns once of each reason."""
-        self._graphs.append(Compilation(left.key, left.name, left.owners, left))
+        self._graphs.append(CapturedGraph(left.key, left.name, left.owners, left))
         self._warn(f"a graph stays exact: {left.reason}", kind)
 
     def _warn(self, message: str, kind: type[Warning]) -> None:
@@ -370,21 +371,21 @@ class Backend(GraphHandle):
         compiled: Callable[..., Any] = compiler(gm, list(example_inputs), **given)
         return compiled
 
-    def _plan(self, prepared: Prepared, root: nn.Module) -> Plan:
+    def _plan(self, prepared: Compilation) -> Plan:
         policy = self.policy
         if isinstance(policy, (Plan, Override)):
             policy = policy.part(prepared.candidates)
         if isinstance(policy, Override):
             self._unmatched = [rule for rule in self._unmatched if rule not in policy.rules]
-        return decide(prepared.candidates, policy, lambda: Whole(root, prepared, self._prune_unread))
+        return decide(prepared.candidates, policy, lambda: GraphView(prepared, self._prune_unread))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Graph:
     """A graph of a frame with what was decided."""
 
-    lifted: Lift
-    prepared: Prepared
+    lifted: LayerRecovery
+    prepared: Compilation
     plan: Plan
     roots: tuple[int, ...]
 
@@ -403,7 +404,7 @@ class _Graph:
     def owners(self) -> Owners:
         """By candidate, the module in whose forward it stands."""
         frame = self.lifted.frame
-        return frame.owners({one.candidate.name: place_of(frame, one.owner) for one in self.prepared.found})
+        return frame.owners({one.candidate.name: place_of(frame, one.owner) for one in self.prepared.sites})
 
     @property
     def blocked(self) -> bool:
@@ -412,7 +413,7 @@ class _Graph:
 
     def predicted(self, prune_unread: bool) -> SavingsReport:
         """Its report before anything is rewritten."""
-        return self.prepared.predicted(self.lifted.root, self.name, self.plan, prune_unread)
+        return self.prepared.predicted(self.name, self.plan, prune_unread)
 
     def left(self, reason: str, prune_unread: bool) -> Left:
         """The graph as one that stays exact."""
@@ -420,9 +421,9 @@ class _Graph:
             dataclasses.replace(
                 one, candidate=dataclasses.replace(one.candidate, blocked=one.candidate.blocked or reason)
             )
-            for one in self.prepared.found
+            for one in self.prepared.sites
         ]
-        prepared = dataclasses.replace(self.prepared, found=found)
+        prepared = dataclasses.replace(self.prepared, sites=found)
         candidates = prepared.candidates
         plan = make_plan(candidates, [Decision(candidate.name) for candidate in candidates])
         graph = dataclasses.replace(self, prepared=prepared, plan=plan)
@@ -451,10 +452,10 @@ def _multiplies(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and (higher_order or find_op(node.target) is not None)
 
 
-def _owned(prepared: Prepared, frame: Frame) -> Prepared:
+def _owned(prepared: Compilation, frame: Frame) -> Compilation:
     """Blocks what no training flag speaks for, and what makes weights."""
     found = []
-    for one in prepared.found:
+    for one in prepared.sites:
         place, reason = place_of(frame, one.owner), None
         if not one.owner and len(frame.roots) != 1:
             reason = _OUTSIDE
@@ -464,7 +465,7 @@ def _owned(prepared: Prepared, frame: Frame) -> Prepared:
             reason = _PARAMETRISATION
         blocked = one.candidate.blocked or reason
         found.append(dataclasses.replace(one, candidate=dataclasses.replace(one.candidate, blocked=blocked)))
-    return dataclasses.replace(prepared, found=found)
+    return dataclasses.replace(prepared, sites=found)
 
 
 def _described(value: Any, number: bool) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from fx_approx._compat import FailOnRecompileLimitHit, Unsupported, buffers_of, mark_dynamic, parameters_of
-from fx_approx.dynamo.layer_recovery import Lift
+from fx_approx.dynamo.layer_recovery import LayerRecovery
 from fx_approx.errors import CaptureWarning
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.handle import GraphHandle
@@ -38,7 +38,7 @@ class CompiledGraph:
         handle: GraphHandle,
         approx: ApproxModule,
         run: Callable[..., Any],
-        lifted: Lift,
+        lifted: LayerRecovery,
         exact: Callable[[str], Callable[..., Any]],
     ) -> None:
         """``exact`` is told why and compiles the graph as it was, where the inner backend cannot take ours."""

@@ -54,7 +54,7 @@ class Lifted(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Lift:
+class LayerRecovery:
     """A captured graph of a frame.
 
     Attributes:
@@ -98,7 +98,7 @@ def place_of(frame: Frame, path: str) -> tuple[Root, str] | None:
     return None
 
 
-def lift(gm: fx.GraphModule, frame: Frame) -> Lift:
+def lift(gm: fx.GraphModule, frame: Frame) -> LayerRecovery:
     """Puts the layers of a frame's modules back into its graph."""
     return _Lifter(gm, frame).run()
 
@@ -122,7 +122,7 @@ class _Lifter:
         self.top = prefix_of(frame, frame.roots[0]) if len(frame.roots) == 1 else ""
         self.root.training = len(frame.roots) == 1 and frame.roots[0].module.training
 
-    def run(self) -> Lift:
+    def run(self) -> LayerRecovery:
         """Copies the graph node by node."""
         nodes = list(self.gm.graph.nodes)
         given = [node for node in nodes if node.op == "placeholder"]
@@ -158,7 +158,9 @@ class _Lifter:
         marks = tuple((position, dim) for position, dim, _ in dynamic)
         held = tuple(parameters.items())
         scalars = frozenset(position for position in self.inputs if _is_number(given[position]))
-        return Lift(self.root, captured, tuple(self.inputs), held, marks, scalars, higher_order(self.gm), self.frame)
+        return LayerRecovery(
+            self.root, captured, tuple(self.inputs), held, marks, scalars, higher_order(self.gm), self.frame
+        )
 
     def _path(self, node: fx.Node) -> str | None:
         """Where the parameter or buffer that an input stands for is in the skeleton; None for another input."""

@@ -53,7 +53,7 @@ class Left:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compilation:
+class CapturedGraph:
     """A graph that was compiled in training mode: left exact, or transformed.
 
     Attributes:
@@ -134,7 +134,7 @@ class Steps:
         return known
 
 
-def whole_report(graphs: Sequence[Compilation], steps: Steps, of: Reporter) -> SavingsReport:
+def whole_report(graphs: Sequence[CapturedGraph], steps: Steps, of: Reporter) -> SavingsReport:
     """One report of all graphs, each by ``of``, and of what multiplies in none of them."""
     reports = [made for graph in graphs if (made := graph.report(of)) is not None]
     name = " + ".join(dict.fromkeys(graph.name for graph in graphs))
@@ -163,7 +163,7 @@ class _Rest:
         notes: What the totals leave out.
     """
 
-    def __init__(self, graphs: Sequence[Compilation], of: Reporter) -> None:
+    def __init__(self, graphs: Sequence[CapturedGraph], of: Reporter) -> None:
         self.rows: list[Row] = []
         self.notes: list[str] = []
         self.done: dict[nn.Module, RoleFlops] = {}

@@ -19,11 +19,11 @@ from fx_approx.ops.channel_slices import (
     whole_size,
     width,
 )
-from fx_approx.ops.conv import conv1d, conv2d, conv3d, has_channels
+from fx_approx.ops.conv import conv1d, conv2d, conv3d
 from fx_approx.ops.conv_gradients import sampled_convolution
 from fx_approx.ops.einsum import einsum
 from fx_approx.ops.functorch_guard import refuse_transforms
-from fx_approx.ops.gather import gather, select_channels
+from fx_approx.ops.gather import gather, has_channels, select_channels
 from fx_approx.ops.grad_norm_ema import new_running
 from fx_approx.ops.gradient_selection import Choice, Early, How, Late, Rule
 from fx_approx.ops.linear import linear

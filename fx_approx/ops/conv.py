@@ -13,7 +13,7 @@ from torch import Tensor
 from fx_approx.core.candidates import GemmShape
 from fx_approx.ops.base import ProductOp, norm, ones_like_scores, register_op
 from fx_approx.ops.conv_gradients import ConvPairs, IntOrTuple, each_axis, sampled_convolution
-from fx_approx.ops.gather import select_channels
+from fx_approx.ops.gather import has_channels, select_channels
 from fx_approx.ops.gradient_selection import Choice, How
 from fx_approx.sampling.base import Selection
 from fx_approx.sampling.scores import ScoreKind
@@ -84,12 +84,6 @@ def output_positions(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]
     return tuple(
         (lhs[i - spatial] + 2 * pads[i] - dilation[i] * (rhs[2 + i] - 1) - 1) // stride[i] + 1 for i in range(spatial)
     )
-
-
-def has_channels(input: Tensor, weight: Tensor, groups: int) -> bool:
-    """Whether ``input`` has the channels that a convolution by ``weight`` reads."""
-    axes = weight.dim() - 1
-    return isinstance(input, Tensor) and input.dim() >= axes and input.shape[-axes] == weight.shape[1] * groups
 
 
 def _fits(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> bool:

@@ -89,6 +89,12 @@ def select_channels(input: Tensor, weight: Tensor, groups: int, selection: Selec
     return gather(input, 1 - weight.dim(), index), select_weight(weight, groups, selection, index)
 
 
+def has_channels(input: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether ``input`` has the channels that a convolution by ``weight`` reads."""
+    axes = weight.dim() - 1
+    return isinstance(input, Tensor) and input.dim() >= axes and input.shape[-axes] == weight.shape[1] * groups
+
+
 def select_weight(weight: Tensor, groups: int, selection: Selection, index: Tensor | None = None) -> Tensor:
     """The chosen input channels of a weight ``[O, C / groups, ...]``, each group its own, times the scale.
 

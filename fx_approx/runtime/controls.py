@@ -16,8 +16,8 @@ from fx_approx.errors import RecompilationWarning
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.batchnorm import note_fresh, note_switch, reestimate
 from fx_approx.runtime.handle import GraphHandle, pieces_of
-from fx_approx.runtime.layers import Selector
 from fx_approx.runtime.rng import INCREMENT, SEED, SELECTION_INTERVAL, STEP
+from fx_approx.runtime.selector import Selector
 from fx_approx.runtime.validation import check_seed
 from fx_approx.sampling.spec import SamplerConfig
 

@@ -25,7 +25,6 @@ from fx_approx.ops.functorch_guard import refuse_transforms
 from fx_approx.runtime.batchnorm import averages
 from fx_approx.runtime.checkpoints import is_checkpointed, outlined
 from fx_approx.runtime.guards import Guards
-from fx_approx.runtime.layers import Selector
 from fx_approx.runtime.rng import (
     INCREMENT,
     SEED,
@@ -40,7 +39,8 @@ from fx_approx.runtime.rng import (
     next_key,
     recall,
 )
-from fx_approx.runtime.shared_selection import Resample, Shared
+from fx_approx.runtime.selector import Selector
+from fx_approx.runtime.shared_selection import SharedSelection, SharedSelections
 
 PROLOGUE = "_fx_approx"
 """Where the runtime hangs in a model, and so its name in graphs."""
@@ -74,9 +74,9 @@ class Runtime(Moved):
         called: What a forward was called with, as described by :func:`fx_approx.capture.size_guards.described`.
         learnt: The candidates' shapes were propagated from that.
         shaped: They were known at the transform.
-        facts: What the passes found, see :class:`fx_approx.passes.Facts`.
-        effects: What they do to each product and value, see :class:`fx_approx.passes.Effects`.
-        hoisting: What is not demanded may be left out.
+        facts: What the passes found, see :class:`fx_approx.passes.ChannelAnalysis`.
+        effects: What they do to each product and value, see :class:`fx_approx.passes.PlanEffects`.
+        prunes: Channels that no one reads are not computed.
         function: The code of the graph; None if the model's own Python runs.
         pieces: The code of each section by its path, and of their head, see :mod:`fx_approx.capture.split_sections`;
             empty without any.
@@ -94,7 +94,7 @@ class Runtime(Moved):
     """
 
     state: Tensor
-    resample: Resample | None
+    resample: SharedSelections | None
 
     def __init__(
         self, capture: Capture, candidates: tuple[Candidate, ...], plan: Plan, seed: int, selection_interval: int
@@ -122,8 +122,8 @@ class Runtime(Moved):
         self.counts: list[int] = []
         self.called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.learnt = self.shaped = False
-        self.hoisting = True
-        self.facts: Any = None
+        self.prunes = True
+        self.analysis: Any = None
         self.effects: Any = None
         self.warned: set[str] = set()
         self.settings: set[tuple[Any, ...]] = set()
@@ -140,7 +140,7 @@ class Runtime(Moved):
 
     def lay_out(self) -> None:
         """Gives each site its place among the uniforms that a forward draws; to be called when counts have changed."""
-        counted: list[Selector | Shared] = [s for s in self.selectors.values() if s.count and not s.shared]
+        counted: list[Selector | SharedSelection] = [s for s in self.selectors.values() if s.count and not s.shared]
         if self.resample is not None:
             self.resample.fit()
             counted += [shared for shared in self.resample.each() if shared.count]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from fx_approx.sampling.base import Selection
 
 if TYPE_CHECKING:
-    from fx_approx.runtime.shared_selection import Resample, Shared
+    from fx_approx.runtime.shared_selection import SharedSelection, SharedSelections
 
 
-class Published(nn.Module):
+class SelectionTracker(nn.Module):
     """The union of the selections of all forwards with gradients since the last :meth:`clear`, unit by unit.
 
     A part of the resample node, so that it is right in compiled code, too. A forward in which a selection is not made
@@ -27,7 +27,7 @@ class Published(nn.Module):
 
     mask: Tensor
 
-    def __init__(self, resample: Resample) -> None:
+    def __init__(self, resample: SharedSelections) -> None:
         """Room for the selections of ``resample``."""
         super().__init__()
         self.slices, start = [], 0
@@ -38,7 +38,7 @@ class Published(nn.Module):
             "mask", torch.zeros(start, dtype=torch.bool, device=resample.held_key.device), persistent=False
         )
 
-    def forward(self, chosen: Sequence[Selection | None], shared: Sequence[Shared]) -> None:
+    def forward(self, chosen: Sequence[Selection | None], shared: Sequence[SharedSelection]) -> None:
         """Adds the selections of one forward."""
         if not torch.is_grad_enabled():
             return

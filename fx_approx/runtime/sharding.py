@@ -1,36 +1,16 @@
-"""Weights that are held in shards: how they are told, and norms that stand in for them where they are scored."""
+"""Parameters that are held in shards: how they are told, and what is refused."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from fx_approx.ops.base import OPS
-from fx_approx.sampling.scores import ScoreKind
 
 UNREGISTERED = (
     "is sharded by fully_shard, and the transformed model was not told: call "
     "fx_approx.distributed.enable_fsdp(model) after the last fully_shard"
 )
-
-
-class Scored(NamedTuple):
-    """What a sharded weight scores, in place of the weight.
-
-    Attributes:
-        values: ``[groups * pairs]``, as :attr:`fx_approx.ops.ProductOp.scores` of the whole weight would be.
-    """
-
-    values: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        """Of the values."""
-        return self.values.device
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -53,21 +33,3 @@ def refuse_shard(tensor: Tensor) -> None:
     """
     if not torch.compiler.is_compiling() and is_shard(tensor):
         raise RuntimeError(f"a weight of shape {list(tensor.shape)} {UNREGISTERED}")
-
-
-def weight_scores(op: str, weight: Tensor | Scored, kind: ScoreKind, static: Mapping[str, Any]) -> Tensor:
-    """``[groups * pairs]``: scores that read the weight only, or nothing.
-
-    Args:
-        op: Which product.
-        weight: Its weight, or what stands in for it.
-        kind: The scores.
-        static: The product's plain arguments.
-
-    Raises:
-        RuntimeError: The weight is a DTensor.
-    """
-    if isinstance(weight, Scored):
-        return weight.values
-    refuse_shard(weight)
-    return OPS[op].scores(None, weight, kind, static).flatten()

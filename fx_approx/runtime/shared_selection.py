@@ -21,10 +21,10 @@ from fx_approx._compat import in_backward
 from fx_approx.ops.base import norm
 from fx_approx.ops.grad_norm_ema import new_running
 from fx_approx.ops.input_norm_ema import aged, observe
-from fx_approx.runtime.layers import Selector
 from fx_approx.runtime.rng import Draw, draw, keep, recall_selection, remember_selection
-from fx_approx.runtime.selection_tracker import Published
-from fx_approx.runtime.sharding import Scored, weight_scores
+from fx_approx.runtime.selection_tracker import SelectionTracker
+from fx_approx.runtime.selector import Selector
+from fx_approx.runtime.weight_scores import Scored, weight_scores
 from fx_approx.sampling.base import Selection
 from fx_approx.sampling.scores import RECENT, get_score
 
@@ -48,7 +48,7 @@ class Member:
     block: int
 
 
-class Shared(nn.Module):
+class SharedSelection(nn.Module):
     """One selection of the units of a value, shared by all that read it.
 
     Attributes:
@@ -133,7 +133,7 @@ class Shared(nn.Module):
         return total.view(self.groups, self.pairs)
 
 
-class Resample(nn.Module):
+class SharedSelections(nn.Module):
     """Makes all shared selections of a forward at once.
 
     Attributes:
@@ -150,9 +150,9 @@ class Resample(nn.Module):
     held_key: Tensor
     held_indices: Tensor
     held_scale: Tensor
-    published: Published | None
+    published: SelectionTracker | None
 
-    def __init__(self, shared: Sequence[Shared], device: torch.device) -> None:
+    def __init__(self, shared: Sequence[SharedSelection], device: torch.device) -> None:
         super().__init__()
         self.shared = nn.ModuleList(shared)
         self.number, self.held = next(_numbers), False
@@ -161,25 +161,30 @@ class Resample(nn.Module):
             self.register_buffer(name, torch.full((2,), -1, device=device), persistent=False)
         self.register_buffer("held_scale", torch.zeros(0, device=device), persistent=False)
         self.add_module("published", None)
-        self._first: tuple[Resample, ...] = ()
+        self._first: tuple[SharedSelections, ...] = ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Resample:
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedSelections:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(vars(self), memo))
         new.number = next(_numbers)
         return new
 
-    def each(self) -> Iterator[Shared]:
+    def each(self) -> Iterator[SharedSelection]:
         """The shared selections."""
         for one in self.shared:
-            assert isinstance(one, Shared)
+            assert isinstance(one, SharedSelection)
             yield one
 
     @property
     def learns(self) -> bool:
         """Whether the scores of any selection follow the activations of earlier steps."""
         return any([one.learns for one in self.each()])
+
+    def note_known(self) -> None:
+        """Sees whether the running norms have been filled: compiled steps do not note it."""
+        if any(one.running is not None and one.running.max() >= 0 for one in self.each()):
+            self.known = True
 
     @property
     def remembers(self) -> bool:
@@ -213,7 +218,7 @@ class Resample(nn.Module):
                     first.held_scale,
                 )
 
-    def join(self, first: Resample) -> None:
+    def join(self, first: SharedSelections) -> None:
         """From now on has what ``first`` learns and keeps, which is of the same layers in another graph."""
         for one, other in zip(self.each(), first.each(), strict=True):
             one.running, one.age = other.running, other.age
@@ -248,7 +253,7 @@ class Resample(nn.Module):
     def _choose(
         self, result: list[Selection | None], given: Draw | None, weights: Sequence[Tensor | Scored], static: bool
     ) -> None:
-        buckets: dict[Any, list[tuple[int, Shared, Tensor]]] = {}
+        buckets: dict[Any, list[tuple[int, SharedSelection, Tensor]]] = {}
         start = 0
         for place, one in enumerate(self.each()):
             own = weights[start : start + len(one.members)]
@@ -279,7 +284,7 @@ class Resample(nn.Module):
                         selector.last_count = chosen.indices.shape[1]
 
     @staticmethod
-    def _numbers(one: Shared, given: Draw) -> Tensor:
+    def _numbers(one: SharedSelection, given: Draw) -> Tensor:
         numbers = given.numbers[one.offset : one.offset + one.count]
         if numbers.shape[0] != one.count:
             numbers = draw(given.key, [one.site], [one.count])
@@ -360,7 +365,7 @@ class Resample(nn.Module):
         self.known = bool(values["known"])
 
 
-def coverages(shared: Sequence[Shared]) -> dict[Selector, float]:
+def coverages(shared: Sequence[SharedSelection]) -> dict[Selector, float]:
     """By selector, the share of its units chosen in the last steps, where that is recorded."""
     known = [(one, one.coverage) for one in shared]
     return {selector: share for one, share in known if share is not None for selector in one.selectors}
@@ -375,7 +380,7 @@ class Observer(nn.Module):
         dim: The input's axis that is sampled.
     """
 
-    def __init__(self, parts: Sequence[tuple[Shared | None, int, int]], dim: int, owner: nn.Module) -> None:
+    def __init__(self, parts: Sequence[tuple[SharedSelection | None, int, int]], dim: int, owner: nn.Module) -> None:
         super().__init__()
         self.parts, self.dim, self.owner = tuple(parts), dim, (owner,)
 

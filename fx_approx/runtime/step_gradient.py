@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.rng import SELECTION_INTERVAL, STEP
-from fx_approx.runtime.shared_selection import Resample
 from fx_approx.runtime.snapshot import module_of, repeatable, runnable, undone
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -58,7 +57,7 @@ def sampled_gradient(
             for (name, _), selector in runtime.selectors.items():
                 selector.enabled = selector.enabled and name in names
             if runtime.resample is not None:
-                note_known(runtime.resample)
+                runtime.resample.note_known()
         for state in {id(one._fx_approx.state): one._fx_approx.state for one in pieces_of(model)}.values():
             state[STEP] += number * int(state[SELECTION_INTERVAL])
         found = torch.autograd.grad(scalar(loss, run, batch), parameters, allow_unused=True)
@@ -74,9 +73,3 @@ def _without_compiled_code(model: ApproxModule | GraphHandle) -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(repeatable(model))
         yield
-
-
-def note_known(resample: Resample) -> None:
-    """Compiled steps do not note that the running norms have been filled."""
-    if any(one.running is not None and one.running.max() >= 0 for one in resample.each()):
-        resample.known = True

@@ -8,7 +8,7 @@ from typing import Any
 
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.flops import Kept, kept_bytes, kept_pairs, sliced_bytes
-from fx_approx.core.plan_effects import Axis, Effects, Operation, entries, nbytes
+from fx_approx.core.plan_effects import Axis, Operation, PlanEffects, entries, nbytes
 from fx_approx.sampling.base import get_sampler
 from fx_approx.sampling.scores import get_score
 from fx_approx.sampling.spec import SamplerConfig
@@ -27,7 +27,7 @@ class Counts:
 
     def __init__(
         self,
-        effects: Effects,
+        effects: PlanEffects,
         candidates: Sequence[Candidate],
         specs: Mapping[str, SamplerConfig],
         off: Mapping[str, str],
@@ -125,7 +125,7 @@ class Memory:
     gathered: int
 
 
-def memory(effects: Effects, counts: Counts, products: Mapping[str, Product]) -> Memory | None:
+def memory(effects: PlanEffects, counts: Counts, products: Mapping[str, Product]) -> Memory | None:
     """Bytes that a training step keeps for backward, exact and now, and what it moves; None if shapes are not known.
 
     Where the run on fake tensors stopped, of the operations before that.
@@ -165,7 +165,7 @@ class _Walk:
         moved: Bytes put out by operations that multiply nothing.
     """
 
-    def __init__(self, effects: Effects, kept: Sequence[int], products: Mapping[str, Product]) -> None:
+    def __init__(self, effects: PlanEffects, kept: Sequence[int], products: Mapping[str, Product]) -> None:
         assert effects.values is not None
         self.effects, self.values, self.kept, self.products = effects, effects.values, kept, products
         self.held: dict[Any, int] = {}

@@ -15,7 +15,7 @@ from fx_approx.capture.records import Opaque
 from fx_approx.core.candidates import Candidate, Role, RoleFlops
 from fx_approx.core.flops import Kept, executed_flops, kept_bytes, role_pairs, selection_flops, slicing_bytes
 from fx_approx.core.plan import Decision, Plan
-from fx_approx.core.plan_effects import Effects
+from fx_approx.core.plan_effects import PlanEffects
 from fx_approx.sampling.base import get_sampler
 from fx_approx.sampling.scores import RECENT
 from fx_approx.sampling.spec import SamplerConfig
@@ -236,14 +236,14 @@ def build_report(
     selectors: Mapping[tuple[str, Role], SelectorState] | None = None,
     training: bool = False,
     tried: bool = False,
-    effects: Effects | None = None,
+    effects: PlanEffects | None = None,
 ) -> SavingsReport:
     """The report of a plan; with ``selectors``, of the ratios and switches as they are now.
 
     With ``training``, of a model in training mode, whose layers in evaluation mode are exact. ``tried`` says that
     shapes were propagated, as far as that goes. ``effects`` are those of sharing and demand.
     """
-    effects = Effects() if effects is None else effects
+    effects = PlanEffects() if effects is None else effects
     sites = [_site(candidate, plan, selectors, training) for candidate in candidates]
     off = {site.candidate.name: site.reason for site in sites if site.off}
     specs = {site.candidate.name: site.output for site in sites if site.output is not None}

@@ -16,9 +16,8 @@ from fx_approx.distributed.slices import selected, weight_uses
 from fx_approx.errors import NoEffectWarning, ShapesRequiredError
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.handle import GraphHandle, pieces_of
-from fx_approx.runtime.selection_tracker import Published
+from fx_approx.runtime.selection_tracker import SelectionTracker
 from fx_approx.runtime.sharding import is_shard
-from fx_approx.runtime.step_gradient import note_known
 
 _KINDS = ("linear", "conv")  # whose weight is [outputs, inputs of a group, ...]
 
@@ -148,7 +147,7 @@ def _weights(approx: ApproxModule, wanted: Set[str]) -> dict[str, tuple[str, Axi
     return found
 
 
-def _published(approx: ApproxModule, places: Set[int]) -> Published:
+def _published(approx: ApproxModule, places: Set[int]) -> SelectionTracker:
     """Which units the selections of these places have; all units of the others, and where they are exact."""
     runtime = approx._fx_approx
     resample, graph = runtime.resample, runtime.graph
@@ -156,10 +155,10 @@ def _published(approx: ApproxModule, places: Set[int]) -> Published:
     node = next(node for node in graph.nodes if node.op == "call_module" and str(node.target).endswith(".resample"))
     weights = [operator.attrgetter(str(argument.target))(approx) for argument in node.args[1:]]
     kept = resample.held and bool(resample.held_key[0] >= 0)
-    note_known(resample)
+    resample.note_known()
     with torch.no_grad(), _training(approx):
         chosen = resample(runtime.upcoming(resample.held_key.clone() if kept else None), *weights)
-    published = Published(resample)
+    published = SelectionTracker(resample)
     with torch.enable_grad():
         published([one if place in places else None for place, one in enumerate(chosen)], list(resample.each()))
     return published

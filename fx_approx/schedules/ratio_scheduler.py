@@ -15,7 +15,7 @@ from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.batchnorm import warn_of_short_tail
 from fx_approx.runtime.controls import set_each
 from fx_approx.runtime.handle import GraphHandle, pieces_of
-from fx_approx.runtime.layers import Selector
+from fx_approx.runtime.selector import Selector
 from fx_approx.schedules.preserve import check_preservable
 from fx_approx.schedules.preserve import preserve as preserve_layers
 from fx_approx.schedules.schedule import Schedule, check_ratio, check_step, exact_tail

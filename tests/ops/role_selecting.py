@@ -8,8 +8,8 @@ from torch import nn
 
 from fx_approx.core.candidates import Role
 from fx_approx.ops import Choice
-from fx_approx.runtime.layers import Selector
 from fx_approx.runtime.rng import Draw
+from fx_approx.runtime.selector import Selector
 from fx_approx.sampling import get_score
 from tests.families import GRADIENT_CASES, SAMPLER_CASES, Operands, SamplerCase
 from tests.ops.roles import RoleCase

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fx_approx.runtime.layers import Selector
 from fx_approx.runtime.rng import Draw, draw
+from fx_approx.runtime.selector import Selector
 from fx_approx.sampling import Selection
 from tests.families import OpCase, Operands, SamplerCase
 from tests.sampling import oracles

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fx_approx.core.candidates import Role
 from fx_approx.ops import Early, Late, Rule
-from fx_approx.runtime.layers import Selector
 from fx_approx.runtime.rng import Draw, draw
+from fx_approx.runtime.selector import Selector
 from fx_approx.sampling import SAMPLERS, SamplerConfig, Selection, get_sampler
 from tests.families import OP_CASES, SAMPLER_CASES, OpCase, Operands, gradients
 

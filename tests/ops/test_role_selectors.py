@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from fx_approx import ops
 from fx_approx.core.candidates import Role
 from fx_approx.ops import Early, Late
-from fx_approx.runtime.layers import SampledConv2d, SampledLinear, Selector, Site, swap
+from fx_approx.runtime.layers import SampledConv2d, SampledLinear, swap
 from fx_approx.runtime.rng import Draw, draw
+from fx_approx.runtime.selector import Selector, Site
 from fx_approx.sampling import SamplerConfig, Selection, get_score
 from tests.families import OpCase, Operands, SamplerCase, gradients, upstream
 from tests.op_case import conv_case, linear_case

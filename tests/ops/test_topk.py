@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fx_approx import ops
 from fx_approx.core.candidates import Role
-from fx_approx.runtime.layers import SampledConv2d, SampledLinear, Selector, Site, swap
+from fx_approx.runtime.layers import SampledConv2d, SampledLinear, swap
+from fx_approx.runtime.selector import Selector, Site
 from fx_approx.sampling import SamplerConfig
 
 RATIOS = [0.1, 0.25, 0.5, 0.9]

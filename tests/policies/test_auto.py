@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import fx_approx
-from fx_approx.compiler.graph_view import Whole
+from fx_approx.compiler.graph_view import GraphView
 from fx_approx.compiler.transform import view_of
 from fx_approx.core.plan import Cost
-from fx_approx.core.step_cost import Model, StepTime, Work
+from fx_approx.core.step_cost import Model, StepTime, StepWorkload
 from fx_approx.policies import Auto, Exact, FlopModel, RooflineModel
 from fx_approx.policies.auto_search import drafts
 from fx_approx.policies.cost_roofline import Device
@@ -27,12 +27,12 @@ SLOW_MEMORY = Device("only bytes count", "torch.float32", 1e18, 1e6, 1e6, 1e-3, 
 def clock(monkeypatch: pytest.MonkeyPatch, low: float, middle: float) -> list[bool]:
     asked: list[bool] = []
 
-    def time(self: Whole, plans: Any, *, compiled: bool = False, repeats: int = 7) -> list[StepTime]:
+    def time(self: GraphView, plans: Any, *, compiled: bool = False, repeats: int = 7) -> list[StepTime]:
         asked.append(compiled)
         assert all(decision.spec.ratio == 0.5 for plan in plans for decision in plan.values())
         return [StepTime(1.0, (1.0, 1.0, 1.0)), *[StepTime(1 / middle, (low, middle, middle))] * len(plans)]
 
-    monkeypatch.setattr(Whole, "time", time)
+    monkeypatch.setattr(GraphView, "time", time)
     return asked
 
 
@@ -65,11 +65,11 @@ def clock_by_plan(monkeypatch: pytest.MonkeyPatch, speedups: dict[tuple[str, boo
     """Times told by scope and by whether the last layer is sampled; returns what was timed."""
     asked: list[tuple[str, bool]] = []
 
-    def time(self: Whole, plans: Any, **options: Any) -> list[StepTime]:
+    def time(self: GraphView, plans: Any, **options: Any) -> list[StepTime]:
         asked.extend((next(iter(plan.values())).scope, "8" in plan) for plan in plans)
         return [StepTime(1 / s, (s, s, s)) for s in (1.0, *(speedups[kind] for kind in asked))]
 
-    monkeypatch.setattr(Whole, "time", time)
+    monkeypatch.setattr(GraphView, "time", time)
     return asked
 
 
@@ -155,7 +155,7 @@ class Penalty:
     def __init__(self, name: str, share: float = 1) -> None:
         self.name, self.share = name, share
 
-    def step(self, work: Work, model: Model) -> Cost:
+    def step(self, work: StepWorkload, model: Model) -> Cost:
         own = any(product.candidate.name == self.name and product.roles for product in work.products)
         return Cost(seconds=work.flops + own * self.share * work.flops_exact)
 

@@ -1,0 +1,64 @@
+"""A model on its way from a captured graph to a graph that runs: what the passes have found of it so far."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from fx_approx.capture.records import Capture
+from fx_approx.core.candidates import Candidate
+from fx_approx.core.plan import Plan
+from fx_approx.core.plan_effects import PlanEffects, Values
+from fx_approx.passes.channel_flow import Flow
+from fx_approx.passes.channel_liveness import ChannelAnalysis, analyse_channels
+from fx_approx.passes.find_candidates import CandidateSite
+from fx_approx.passes.plan_effects import find_effects
+from fx_approx.savings.report import SavingsReport, build_report
+
+
+@dataclasses.dataclass
+class Compilation:
+    """What the passes of ``pipeline.py`` read and write.
+
+    Attributes:
+        root: The model's structure on its parameters; rewriting changes it in place.
+        captured: Its graph.
+        called: What the graph was called with (:func:`fx_approx.capture.size_guards.described`); None without example
+            inputs.
+        sites: The candidates, with their places in the graph.
+        values: Shapes of all values; None if they are not known.
+        flow: Which values hold the same channels; None if shapes are not known.
+    """
+
+    root: nn.Module
+    captured: Capture
+    called: tuple[Any, Any] | None
+    sites: list[CandidateSite] = dataclasses.field(default_factory=list)
+    values: Values | None = None
+    flow: Flow | None = None
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The records of the candidates."""
+        return tuple(one.candidate for one in self.sites)
+
+    def analysis(self, plan: Plan) -> ChannelAnalysis:
+        """Which readers share a selection under ``plan``, and which channels anyone reads."""
+        return analyse_channels(self.captured.graph, self.sites, plan, self.flow)
+
+    def effects(self, plan: Plan, analysis: ChannelAnalysis, prune_unread: bool) -> PlanEffects:
+        """The same as plain data, of every product and value."""
+        return find_effects(self.sites, plan, analysis, self.flow, prune_unread)
+
+    def predicted(self, name: str, plan: Plan, prune_unread: bool) -> SavingsReport:
+        """The report of ``plan`` before anything is rewritten."""
+        return build_report(
+            name,
+            self.candidates,
+            plan,
+            self.captured.opaque,
+            tried=self.called is not None,
+            effects=self.effects(plan, self.analysis(plan), prune_unread),
+        )
