@@ -22,7 +22,6 @@ from torch import Tensor, nn
 import fx_approx
 from fx_approx.policies import Uniform
 from fx_approx.runtime.approx_module import ApproxModule, find
-from fx_approx.runtime.selection_tracker import SelectionTracker
 
 FORWARD = 1 / 3
 """Share of the forward pass; backward makes two products for each of its one."""
@@ -109,7 +108,7 @@ def record(model: nn.Module, inputs: Tensor, between: Callable[[], None] = lambd
         for _ in range(2):
             model(inputs).square().mean().backward()
             between()
-        resample.published = SelectionTracker(resample)
+        resample.published = resample.tracker()
         model.zero_grad()
     model(inputs).square().mean().backward()
     if resample is not None:

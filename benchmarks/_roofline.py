@@ -83,7 +83,7 @@ def _panel(panel: Axes, ops: list[dict[str, Any]], peaks: dict[str, float], colo
     panel.grid(which="major", color="#dddddd", linewidth=0.6)
     sampled = [one for one in ops if one["variant"] == "sampled"]
     paying = sum(one["speedup"][0] > 1 for one in sampled)
-    panel.find_candidates(f"pays in {paying} of {len(sampled)}", (0.03, 0.93), xycoords="axes fraction", fontsize=10)
+    panel.annotate(f"pays in {paying} of {len(sampled)}", (0.03, 0.93), xycoords="axes fraction", fontsize=10)
 
 
 def _marker(one: dict[str, Any]) -> str:

@@ -32,7 +32,6 @@ from fx_approx.distributed import Traffic
 from fx_approx.distributed.hook import Packed, SliceHook
 from fx_approx.distributed.slices import find_slices
 from fx_approx.policies import Uniform
-from fx_approx.runtime.selection_tracker import SelectionTracker
 
 BUCKET = 25 * 2**20
 
@@ -79,7 +78,7 @@ def measure(name: str, scope: str, ratio: float, options: argparse.Namespace) ->
     policy = Uniform(ratio, min_k=16, scope=scope)
     model = fx_approx.transform(exact, policy, inputs)
     sliced, whole = find_slices(model)
-    published = model._fx_approx.resample.published = SelectionTracker(model._fx_approx.resample)
+    published = model._fx_approx.resample.published = model._fx_approx.resample.tracker()
     hook = SliceHook(model, sliced, sends_nothing, 10**9, None)
     traffic = Traffic(model, sliced, whole, hook)
     loss = model(inputs).float().square().mean()

@@ -10,7 +10,6 @@ from torch import nn
 import fx_approx
 from fx_approx.ops.input_norm_ema import aged
 from fx_approx.policies import Uniform
-from fx_approx.runtime.selection_tracker import SelectionTracker
 from fx_approx.runtime.shared_selection import SharedSelection, SharedSelections
 from fx_approx.sampling import SamplerConfig
 
@@ -223,7 +222,7 @@ def test_all_that_is_kept_lies_on_the_device_of_the_weights(scores: str) -> None
     resample = SharedSelections(
         [SharedSelection(one.members, one.units, one.groups, device) for one in made.each()], device
     )
-    resample.published = SelectionTracker(resample)
+    resample.published = resample.tracker()
     resample.fit()
     fx_approx.set_sampling(approx, 0.25)
     resample.fit()

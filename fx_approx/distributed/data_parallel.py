@@ -18,7 +18,6 @@ from fx_approx.distributed.traffic import Traffic
 from fx_approx.errors import NoEffectWarning
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.controls import synchronize_scores
-from fx_approx.runtime.selection_tracker import SelectionTracker
 from fx_approx.runtime.sharding import is_sharded
 
 _FSDP_HOOKS = 2  # of fully_shard, before and after a forward
@@ -90,7 +89,7 @@ def enable_sparse_allreduce(
         warnings.warn(f"{what} reduced whole{', such as ' + why[0] if why else ''}", NoEffectWarning, stacklevel=2)
     resample = model._fx_approx.resample
     if resample is not None:
-        resample.published = SelectionTracker(resample)
+        resample.published = resample.tracker()
     hook = SliceHook(model, sliced, inner, check_every, group, dense)
     ddp_model.register_comm_hook(hook, lambda state, bucket: state.reduce(bucket))
     _guard_no_sync(ddp_model, model, group)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fx_approx.sampling.base import Selection
-
-if TYPE_CHECKING:
-    from fx_approx.runtime.shared_selection import SharedSelection, SharedSelections
 
 
 class SelectionTracker(nn.Module):
@@ -27,26 +23,29 @@ class SelectionTracker(nn.Module):
 
     mask: Tensor
 
-    def __init__(self, resample: SharedSelections) -> None:
-        """Room for the selections of ``resample``."""
-        super().__init__()
-        self.slices, start = [], 0
-        for one in resample.each():
-            self.slices.append(slice(start, start + one.units))
-            start += one.units
-        self.register_buffer(
-            "mask", torch.zeros(start, dtype=torch.bool, device=resample.held_key.device), persistent=False
-        )
+    def __init__(self, groups: Sequence[tuple[int, int]], device: torch.device) -> None:
+        """Room for selections that are made ahead.
 
-    def forward(self, chosen: Sequence[Selection | None], shared: Sequence[SharedSelection]) -> None:
+        Args:
+            groups: Of each selection, how many groups of units it chooses from, and the units of one group.
+            device: Of the selections.
+        """
+        super().__init__()
+        self.groups, self.slices, start = tuple(groups), [], 0
+        for count, units in groups:
+            self.slices.append(slice(start, start + count * units))
+            start += count * units
+        self.register_buffer("mask", torch.zeros(start, dtype=torch.bool, device=device), persistent=False)
+
+    def forward(self, chosen: Sequence[Selection | None]) -> None:
         """Adds the selections of one forward."""
         if not torch.is_grad_enabled():
             return
-        for own, selection, one in zip(self.slices, chosen, shared, strict=True):
+        for own, selection, (count, units) in zip(self.slices, chosen, self.groups, strict=True):
             if selection is None:
                 self.mask[own] = True
                 continue
-            starts = torch.arange(one.groups, device=self.mask.device).unsqueeze(1) * one.pairs
+            starts = torch.arange(count, device=self.mask.device).unsqueeze(1) * units
             self.mask.index_fill_(0, (selection.indices + starts).flatten() + own.start, True)
 
     def fill(self) -> None:

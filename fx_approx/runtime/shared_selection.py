@@ -181,6 +181,10 @@ class SharedSelections(nn.Module):
         """Whether the scores of any selection follow the activations of earlier steps."""
         return any([one.learns for one in self.each()])
 
+    def tracker(self) -> SelectionTracker:
+        """A new record of what is selected; nothing yet."""
+        return SelectionTracker([(one.groups, one.pairs) for one in self.each()], self.held_key.device)
+
     def note_known(self) -> None:
         """Sees whether the running norms have been filled: compiled steps do not note it."""
         if any(one.running is not None and one.running.max() >= 0 for one in self.each()):
@@ -247,7 +251,7 @@ class SharedSelections(nn.Module):
         if not compiling and self.remembers and given is not None:
             remember_selection(self.number, given.key, tuple(result))
         if self.published is not None:
-            self.published(result, list(self.each()))
+            self.published(result)
         return tuple(result)
 
     def _choose(

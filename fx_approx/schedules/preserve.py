@@ -158,9 +158,9 @@ def _published(approx: ApproxModule, places: Set[int]) -> SelectionTracker:
     resample.note_known()
     with torch.no_grad(), _training(approx):
         chosen = resample(runtime.upcoming(resample.held_key.clone() if kept else None), *weights)
-    published = SelectionTracker(resample)
+    published = resample.tracker()
     with torch.enable_grad():
-        published([one if place in places else None for place, one in enumerate(chosen)], list(resample.each()))
+        published([one if place in places else None for place, one in enumerate(chosen)])
     return published
 
 
