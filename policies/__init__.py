@@ -10,7 +10,6 @@ from fx_approx.policies.override import Override
 from fx_approx.policies.paper import Paper
 from fx_approx.policies.parse import parse_policy
 from fx_approx.policies.per_gradient import GradientSampling
-from fx_approx.policies.per_layer import PerLayer
 from fx_approx.policies.sensitivity import Sensitivity
 from fx_approx.policies.uniform import DEFAULT_POLICY, Exact, Uniform
 
@@ -28,7 +27,6 @@ __all__ = [
     "MemoryBudget",
     "Override",
     "Paper",
-    "PerLayer",
     "Policy",
     "RooflineModel",
     "Sensitivity",

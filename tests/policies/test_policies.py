@@ -22,7 +22,6 @@ from fx_approx.policies import (
     MemoryBudget,
     Override,
     Paper,
-    PerLayer,
     TimeBudget,
     Uniform,
     parse_policy,
@@ -173,12 +172,11 @@ def test_wrong_policies_as_text(text: str, message: str) -> None:
         lambda scope: Uniform(0.5, scores="input", scope=scope),
         lambda scope: Paper(scope=scope),
         lambda scope: dataclasses.replace(HALF, scope=scope),
-        lambda scope: PerLayer({"0": 0.5}, uniform=Uniform(scores="online", scope=scope)),
         lambda scope: Decision("0", {Role.OUTPUT: SamplerConfig("topk", 0.5)}, scope=scope),
         lambda scope: plan_of(mlp(), HALF).edit("0", SamplerConfig("topk", 0.5), scope=scope),
         lambda scope: Plan.from_json(plan_of(mlp(), HALF).to_json().replace('"scope": "layer"', f'"scope": "{scope}"')),
     ],
-    ids=["Uniform", "input", "Paper", "replace", "PerLayer", "Decision", "edit", "json"],
+    ids=["Uniform", "input", "Paper", "replace", "Decision", "edit", "json"],
 )
 def test_scores_that_read_activations_cannot_be_shared(make: Callable[[str], Any], scope: str) -> None:
     pattern = f"scope: '{scope}' shares .*scores '(online|input)'.*set scores to 'weight', 'ema' or 'uniform', or scope"
