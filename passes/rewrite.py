@@ -159,7 +159,7 @@ def _graph(
     for one in chosen.values():
         if one.candidate.node:
             node = by_name[one.candidate.node]
-            copies[node] = _Site(root, runtime, header, flow, one, node).sample(copies[node])
+            copies[node] = _SampledNode(root, runtime, header, flow, one, node).sample(copies[node])
     _keep_exact(chosen, {node.name: copy for node, copy in copies.items()})
     if prune and flow is not None and analysis.demand is not None:
         NarrowGraph(flow, analysis.demand, header, copies, runtime).run()
@@ -168,7 +168,7 @@ def _graph(
     for one in chosen.values():
         if one.candidate.node:
             node = by_name[one.candidate.node]
-            _Site(root, runtime, header, flow, one, node).observe(calls[one.candidate.name])
+            _SampledNode(root, runtime, header, flow, one, node).observe(calls[one.candidate.name])
     return graph
 
 
@@ -181,7 +181,7 @@ def _keep_exact(chosen: Mapping[str, CandidateSite], by_name: Mapping[str, fx.No
             node.args, node.kwargs = (node.args[0] if node.args else next(iter(node.kwargs.values())), None), {}
 
 
-class _Site:
+class _SampledNode:
     """One sampled candidate of a graph that is being rewritten."""
 
     def __init__(

@@ -14,7 +14,7 @@ from fx_approx._compat import storage_key, tree_leaves, tree_map_only
 from fx_approx.capture.asserts import only_checks
 from fx_approx.capture.fake_model import UNKNOWABLE, FakeModel, NoValuesError, fake_model
 from fx_approx.capture.records import SECTION, Capture, UnfitGraphError
-from fx_approx.core.candidates import Call, GemmShape, ProductFacts, RoleFlops
+from fx_approx.core.candidates import CallShapes, GemmShape, ProductFacts, RoleFlops
 from fx_approx.core.flops import measured_flops, role_flops
 from fx_approx.core.plan_effects import Values
 from fx_approx.ops.base import Unsupported
@@ -305,7 +305,7 @@ class _Recorder:
             lhs_kept=rhs.requires_grad or (one.op.keeps_both and lhs.requires_grad),
             rhs_kept=lhs.requires_grad or (one.op.keeps_both and rhs.requires_grad),
             rhs_is_parameter=isinstance(rhs, nn.Parameter),
-            call=Call(tuple(lhs.shape), tuple(rhs.shape), tuple(sorted(static.items())), _is_channels_last(lhs)),
+            call=CallShapes(tuple(lhs.shape), tuple(rhs.shape), tuple(sorted(static.items())), _is_channels_last(lhs)),
         )
         before = self.facts.get(name)
         self.facts[name] = facts if before is None else _summed(before, facts)

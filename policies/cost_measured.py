@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_approx.core.candidates import Call, ProductFacts, Role
+from fx_approx.core.candidates import CallShapes, ProductFacts, Role
 from fx_approx.core.flops import Kept, executed_flops
 from fx_approx.core.plan import Cost
 from fx_approx.core.step_cost import Model, ProductWork, StepWorkload
@@ -160,7 +160,7 @@ def _channels_last(facts: ProductFacts, compiled: bool) -> bool:
     return call.channels_last or (compiled and convolution and facts.device.startswith("cpu"))
 
 
-def _operands(product: ProductWork) -> Call | None:
+def _operands(product: ProductWork) -> CallShapes | None:
     """The shapes that are multiplied; None where that is not one smaller product of the same kind."""
     facts, kept = product.candidate.facts, product.kept
     assert facts is not None and facts.call is not None and facts.shape is not None
@@ -178,7 +178,7 @@ def _operands(product: ProductWork) -> Call | None:
     lhs = (*call.lhs[:axis], pairs * groups, *call.lhs[axis + 1 :])
     rhs = (columns * groups, pairs, *call.rhs[2:])
     static = tuple((name, groups if name == "groups" else value) for name, value in call.static)
-    return Call(lhs, rhs, static, call.channels_last)
+    return CallShapes(lhs, rhs, static, call.channels_last)
 
 
 def _training(product: ProductWork, compiled: bool) -> Callable[[], Any]:

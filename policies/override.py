@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fx_approx.core.candidates import Candidate, matches
 from fx_approx.core.plan import Decision, Policy
 from fx_approx.core.step_cost import Model, is_whole
-from fx_approx.policies.partial_view import Part
+from fx_approx.policies.partial_view import PartialView
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Override:
         """The same; policies for a whole graph come last, and see what the others decided."""
 
         def ask(policy: Policy, own: Sequence[Candidate], decided: Mapping[str, Decision]) -> Sequence[Decision]:
-            return policy.decide_whole(Part(model, own, decided)) if is_whole(policy) else policy.decide(own)
+            return policy.decide_whole(PartialView(model, own, decided)) if is_whole(policy) else policy.decide(own)
 
         return self._decide(model.candidates, ask)
 

@@ -11,7 +11,7 @@ from fx_approx.core.plan import Decision
 from fx_approx.core.step_cost import Model, StepTime, StepWorkload
 
 
-class Part:
+class PartialView:
     """The graph of ``model`` with ``candidates`` still to decide about; see :class:`fx_approx.core.step_cost.Model`."""
 
     def __init__(self, model: Model, candidates: Sequence[Candidate], decided: Mapping[str, Decision]) -> None:

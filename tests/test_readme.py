@@ -38,6 +38,7 @@ def statements(code: str) -> list[str]:
     """What a program does, its imports aside."""
     body = ast.parse(code).body
     program = [node for node in body if not isinstance(node, (ast.Import, ast.ImportFrom))]
+    program = [node for node in program if not ast.unparse(node).startswith("sys.path.append(")]
     is_docstring = isinstance(program[0], ast.Expr) and isinstance(program[0].value, ast.Constant)
     return [ast.dump(node) for node in program[is_docstring:]]
 

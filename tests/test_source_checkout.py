@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sources at another place than the environment knows."""
     place = tmp_path_factory.mktemp("clone")
-    for folder in ("fx_approx", "passes", "policies", "tests"):
+    for folder in ("fx_approx", "passes", "policies", "tests", "examples"):
         shutil.copytree(REPOSITORY / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "pyproject.toml", place)
     return place
@@ -28,9 +28,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ["-c", "import fx_approx, fx_approx.passes as p; print(fx_approx.__file__, p.__file__)"],
         ["-m", "fx_approx", "explain", "tests.models:mlp", "--input", "2x12"],
+        ["examples/quickstart.py"],
         ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_disk_cache.py"],
     ],
-    ids=["import", "explain", "pytest"],
+    ids=["import", "explain", "quickstart", "pytest"],
 )
 def test_a_source_checkout_works_as_it_lies(checkout: Path, arguments: list[str]) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FX_APPROX_TEST_INSTALLED")}

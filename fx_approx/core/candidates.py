@@ -94,7 +94,7 @@ class RoleFlops:
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class CallShapes:
     """The operands of a product, as far as its time depends on them.
 
     Attributes:
@@ -136,7 +136,7 @@ class ProductFacts:
     lhs_kept: bool = False
     rhs_kept: bool = False
     rhs_is_parameter: bool = True
-    call: Call | None = None
+    call: CallShapes | None = None
 
 
 @dataclasses.dataclass(frozen=True)

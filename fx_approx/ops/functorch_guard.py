@@ -20,8 +20,8 @@ def refuse_transforms() -> None:
         if kind in unsupported:
             raise UnsupportedError(
                 f"{unsupported[kind]} of a model that samples is not supported. Call model.eval() or "
-                "fx_approx.set_sampling(model, False), then the model is exact and can be transformed; torch.func.grad "
-                "and functional_call work while sampling."
+                "fx_approx.set_sampling(model, enabled=False), then the model is exact and can be transformed; "
+                "torch.func.grad and functional_call work while sampling."
             )
 
 
@@ -35,6 +35,6 @@ def refuse_vmap(grad: Tensor) -> None:
     if is_batched(grad):
         raise UnsupportedError(
             "vmap over the backward pass of a sampled product (torch.func.jacrev, is_grads_batched=True) is not "
-            "supported. Call model.eval() or fx_approx.set_sampling(model, False), then the model is exact, or run the "
-            "backward passes one by one under fx_approx.reuse_selection(model)."
+            "supported. Call model.eval() or fx_approx.set_sampling(model, enabled=False), then the model is exact, or "
+            "run the backward passes one by one under fx_approx.reuse_selection(model)."
         )

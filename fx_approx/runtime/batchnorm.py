@@ -18,7 +18,7 @@ EXACT_SHARE = 0.88
 """Share of exact values from which running statistics fit exact evaluation: 20 batches at the default momentum, 0.1."""
 
 
-_TAIL = ", or end training with some exact steps: fx_approx.set_sampling(model, False) for at least {} batches"
+_TAIL = ", or end training with some exact steps: fx_approx.set_sampling(model, enabled=False) for at least {} batches"
 
 
 class SamplingState(Protocol):

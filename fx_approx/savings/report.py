@@ -288,7 +288,7 @@ def merged_reports(reports: Sequence[SavingsReport]) -> SavingsReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Site:
+class _ReportedProduct:
     """A candidate with its samplers as they are now.
 
     Attributes:
@@ -313,7 +313,7 @@ class _Site:
 
 def _site(
     candidate: Candidate, plan: Plan, selectors: Mapping[tuple[str, Role], SelectorState] | None, training: bool
-) -> _Site:
+) -> _ReportedProduct:
     decision = plan[candidate.name]
     specs, reason = dict(decision.roles), decision.reason
     last: dict[Role, int | None] = {}
@@ -334,10 +334,10 @@ def _site(
             break
     if candidate.blocked:
         specs, reason = {}, candidate.blocked
-    return _Site(candidate, decision, specs, output, reason, last)
+    return _ReportedProduct(candidate, decision, specs, output, reason, last)
 
 
-def _row(site: _Site, counts: Counts, coverage: float | None) -> tuple[Row, Product]:
+def _row(site: _ReportedProduct, counts: Counts, coverage: float | None) -> tuple[Row, Product]:
     candidate, decision, reason = site.candidate, site.decision, site.reason
     specs = dict(site.roles)
     samples = []

@@ -25,7 +25,7 @@ _KINDS = ("linear", "conv")  # whose weight is [outputs, inputs of a group, ...]
 def zero_unread_weights(model: nn.Module | GraphHandle, layers: str = "*") -> dict[str, int]:
     """Sets the weights to zero that the selections leave out, so that the exact network computes what the sampled did.
 
-    Call it where sampling ends, or its ratio rises, before ``set_enabled``, ``set_ratio`` or the exact step: what was
+    Call it where sampling ends, or its ratio rises, before ``set_sampling`` or the exact step: what was
     trained goes on as it is, and the channels that were left out come in with outgoing weights of zero and learn from
     there. Without it, they come in as they were initialised, or were left when they were last chosen. Network growth
     keeps the function for the same reason when it adds channels (Net2Net, Chen et al. 2016).
