@@ -59,7 +59,7 @@ class GraphHead:
         return self._made[what]
 
     def read(self, target: str) -> fx.Node:
-        """A parameter."""
+        """A node that reads the parameter ``target``, made once."""
         return self.once(("get_attr", target), lambda: self.graph.create_node("get_attr", target))
 
     def units(self, place: int) -> fx.Node:

@@ -195,7 +195,7 @@ class _Storages:
         return None if number in self._ignored else number
 
     def ignore(self, tensors: list[Tensor]) -> None:
-        """Their memory is there anyway."""
+        """Leaves the memory of these tensors out of the counts: it is there in every step."""
         self._ignored |= {number for tensor in tensors if (number := self.number(tensor)) is not None}
 
     @contextlib.contextmanager

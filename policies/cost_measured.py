@@ -48,7 +48,6 @@ class MeasuredModel:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        """Opens the cache."""
         self._cache = DiskCache(cache_folder())
         self._rest = RooflineModel(self.compiled)
         self._whole: dict[str, float | None] = {}

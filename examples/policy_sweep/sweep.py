@@ -28,7 +28,7 @@ from policy_sweep.result import EXACT, SweepResult, SweepRun, SweepTime
 _FORMAT = 2
 
 
-def sweep(
+def sweep(  # noqa: PLR0913  (each argument is a choice of the user)
     model: nn.Module | Callable[[], nn.Module],
     data: Iterable[Any] | Callable[[int], Iterable[Any]],
     policies: Mapping[str, Policy],

@@ -46,7 +46,6 @@ class Difference:
         return self.difference / self.scale if self.scale else self.difference
 
     def __str__(self) -> str:
-        """Where it is."""
         return f"{self.name} ({self.missing})" if self.missing else self.name
 
 

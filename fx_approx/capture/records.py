@@ -37,7 +37,7 @@ class Opaque:
 
     @property
     def served(self) -> str:
-        """By what, in words."""
+        """What runs the module instead of the graph, in words."""
         if not self.sections:
             return "module swap"
         more = f" and {len(self.sections) - 3} more" if len(self.sections) > 3 else ""

@@ -59,12 +59,12 @@ class GraphView:
 
     @property
     def candidates(self) -> Sequence[Candidate]:
-        """All of the model."""
+        """All candidates of the model."""
         return self._compilation.candidates
 
     @property
     def fingerprint(self) -> str:
-        """Of the graph with all shapes and dtypes."""
+        """A hash of the graph with all shapes and dtypes, the key of measurements."""
         graph = self._compilation.captured.graph
         facts = [(one.name, one.kind, repr(one.facts)) for one in self.candidates]
         text = "" if graph is None else str(graph)

@@ -87,7 +87,6 @@ class RoleFlops:
         return self.output + self.grad_input + self.grad_weight
 
     def __add__(self, other: RoleFlops) -> RoleFlops:
-        """Role by role."""
         return RoleFlops(
             self.output + other.output, self.grad_input + other.grad_input, self.grad_weight + other.grad_weight
         )

@@ -31,7 +31,6 @@ class ShardNorms(nn.Module):
     """
 
     def __init__(self, resample: SharedSelections) -> None:
-        """In front of ``resample``."""
         super().__init__()
         self.resample = (resample,)
 
@@ -130,7 +129,6 @@ class ScoreAgreement(nn.Module):
     """Stands at the end of the graph: averages the running norms that this step has moved over the ranks."""
 
     def __init__(self, model: ApproxModule, group: dist.ProcessGroup | None) -> None:
-        """Of ``model``, over ``group``."""
         super().__init__()
         self.model, self.group = (model,), group
 

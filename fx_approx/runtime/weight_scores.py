@@ -24,7 +24,7 @@ class Scored(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Of the values."""
+        """The device of the scores."""
         return self.values.device
 
 

@@ -165,7 +165,7 @@ class NoiseController:
 
     @property
     def last(self) -> int:
-        """The last rung."""
+        """The highest rung of the ladder."""
         return len(self._groups) * (len(self.ladder) - 1)
 
     def ratios(self, position: int) -> dict[str, float]:

@@ -139,7 +139,7 @@ class RatioScheduler:
                 warn_of_short_tail(model, min(found))
 
     def step(self) -> None:
-        """Goes on to the next step."""
+        """Goes on to the next step, and sets its ratios."""
         self._set(self.last_step + 1, self._preserve)
 
     def get_last_ratio(self) -> dict[str, float]:
