@@ -34,7 +34,7 @@ class Rule(NamedTuple):
     per_batch: bool = False
 
 
-class Late(NamedTuple):
+class BackwardDrawn(NamedTuple):
     """A selection that is still to be drawn, in the backward pass, since its scores read the gradient.
 
     Attributes:
@@ -47,7 +47,7 @@ class Late(NamedTuple):
     numbers: Tensor | None
 
 
-class Early(NamedTuple):
+class ForwardDrawn(NamedTuple):
     """A selection for a gradient that was made in the forward pass.
 
     Attributes:
@@ -62,17 +62,17 @@ class Early(NamedTuple):
     running: Tensor | None = None
 
 
-Choice = Selection | Early | Late | None
+Choice = Selection | ForwardDrawn | BackwardDrawn | None
 """The selection of a gradient product: made, to be made, or None for the exact product."""
 
 
-class How(NamedTuple):
+class ProductSampling(NamedTuple):
     """How a product is computed: the selection of each of its three products, see :func:`fx_approx.ops.linear`."""
 
-    selection: Selection | None
-    grad_input: Choice
-    grad_weight: Choice
-    straight_through: bool
+    selection: Selection | None = None
+    grad_input: Choice = None
+    grad_weight: Choice = None
+    straight_through: bool = False
 
     @property
     def gradients_apart(self) -> bool:
@@ -88,16 +88,16 @@ def flat(choice: Choice) -> _Flat:
     """``(indices, scale, numbers, rule, running)``: what an autograd function can take as arguments."""
     if choice is None:
         return None, None, None, None, None
-    if isinstance(choice, Late):
+    if isinstance(choice, BackwardDrawn):
         return None, None, choice.numbers, choice.rule, None
-    early = choice if isinstance(choice, Early) else Early(choice)
+    early = choice if isinstance(choice, ForwardDrawn) else ForwardDrawn(choice)
     return early.selection.indices, early.selection.scale, None, None, early.running
 
 
 def draw_late(rule: Rule, numbers: Tensor | None, scores: Tensor) -> Selection:
     """The selection of ``rule`` from scores ``[groups, pairs]``; no gradient flows to them."""
     return get_sampler(rule.sampler).draw(
-        scores.detach(), rule.k, numbers, epsilon=rule.epsilon, static=torch.compiler.is_compiling()
+        scores.detach(), rule.k, numbers, epsilon=rule.epsilon, fixed_shape=torch.compiler.is_compiling()
     )
 
 

@@ -20,7 +20,18 @@ from fx_approx.ops.base import norm, ones_like_scores
 from fx_approx.ops.functorch_guard import refuse_vmap
 from fx_approx.ops.gather import scaled
 from fx_approx.ops.grad_norm_ema import refresh, weighted
-from fx_approx.ops.gradient_selection import Early, How, Late, Rule, amp, draw_late, flat, for_backward, pick, spread
+from fx_approx.ops.gradient_selection import (
+    BackwardDrawn,
+    ForwardDrawn,
+    ProductSampling,
+    Rule,
+    amp,
+    draw_late,
+    flat,
+    for_backward,
+    pick,
+    spread,
+)
 from fx_approx.sampling.base import Selection
 from fx_approx.sampling.scores import get_score
 from fx_approx.sampling.spec import SamplerConfig
@@ -77,16 +88,16 @@ class MatrixPairs:
     """The pairs of an op that is a matrix product: out-features and rows; see :class:`fx_approx.ops.base.RolePairs`.
 
     Attributes:
-        view: ``(lhs, rhs, static) -> (x, w)``, the operands in the form of this file.
+        view: ``(lhs, rhs, op_kwargs) -> (x, w)``, the operands in the form of this file.
     """
 
     view: View
 
     def count(
-        self, role: Role, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerConfig
+        self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any], spec: SamplerConfig
     ) -> tuple[int, int]:
         """As the protocol says."""
-        x, w = self.view(lhs, rhs, static)
+        x, w = self.view(lhs, rhs, op_kwargs)
         pairs = {Role.OUTPUT: x.shape[-1], Role.GRAD_INPUT: w.shape[-2], Role.GRAD_WEIGHT: x.shape[-2]}[role]
         return (x.shape[0] if spec.per_batch and x.dim() == 3 else 1), pairs
 
@@ -95,12 +106,12 @@ class MatrixPairs:
         role: Role,
         lhs: Tensor,
         rhs: Tensor,
-        static: Mapping[str, Any],
+        op_kwargs: Mapping[str, Any],
         spec: SamplerConfig,
         running: Tensor | None,
     ) -> Tensor:
         """As the protocol says."""
-        x, w = self.view(lhs, rhs, static)
+        x, w = self.view(lhs, rhs, op_kwargs)
         kind = get_score(spec.scores)
         read_x, read_w = ("input" in kind.reads, "weight" in kind.reads)
         if role is Role.OUTPUT:
@@ -111,9 +122,9 @@ class MatrixPairs:
         scores = slice_scores(None, -2, x if read_x else None, x, spec.per_batch)
         return weighted(scores, running)
 
-    def positions(self, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerConfig) -> int:
+    def positions(self, lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any], spec: SamplerConfig) -> int:
         """The second axis of an input ``[batch, positions, features]``."""
-        x, _ = self.view(lhs, rhs, static)
+        x, _ = self.view(lhs, rhs, op_kwargs)
         return lhs.shape[-2] if lhs.dim() > 2 or x.dim() > 2 else 1
 
 
@@ -194,7 +205,7 @@ def _drawn(rule: Rule, numbers: Tensor | None, grad: Tensor, axis: int, other: T
         return draw_late(rule, numbers, slice_scores(left, axis, right, other, rule.per_batch))
 
 
-def product(x: Tensor, w: Tensor, bias: Tensor | None, how: How) -> Tensor:
+def product(x: Tensor, w: Tensor, bias: Tensor | None, how: ProductSampling) -> Tensor:
     """``x @ w.mT + bias``, each of its three products from its own selection.
 
     If the selection of the gradient of ``w`` was made in the forward pass, only the chosen rows of ``x`` are kept for
@@ -217,11 +228,11 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None, how: How) -> Tensor:
         rows = None
         if (
             grad_weight is not None
-            and not isinstance(grad_weight, Late)
+            and not isinstance(grad_weight, BackwardDrawn)
             and torch.is_grad_enabled()
             and w.requires_grad
         ):
-            chosen = grad_weight.selection if isinstance(grad_weight, Early) else grad_weight
+            chosen = grad_weight.selection if isinstance(grad_weight, ForwardDrawn) else grad_weight
             rows = for_backward(lambda: pick(x, -2, chosen.indices))
         out_indices, out_scale = (None, None) if selection is None else selection
         result: Tensor = _Product.apply(  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from fx_approx.ops.conv import has_channels
 from fx_approx.ops.conv_gradients import sampled_convolution
 from fx_approx.ops.gather import select_channels
 from fx_approx.ops.grad_norm_ema import new_running
-from fx_approx.ops.gradient_selection import Choice, Early, How, Late, Rule
+from fx_approx.ops.gradient_selection import BackwardDrawn, Choice, ForwardDrawn, ProductSampling, Rule
 from fx_approx.ops.linear import linear
 from fx_approx.ops.sliced_linear import sliced_linear
 from fx_approx.runtime.rng import Draw, draw
@@ -52,7 +52,7 @@ class Selector(nn.Module):
     def __init__(
         self,
         kind: str,
-        static: Mapping[str, Any],
+        op_kwargs: Mapping[str, Any],
         spec: SamplerConfig,
         site: int,
         pairs: int | None,
@@ -61,7 +61,7 @@ class Selector(nn.Module):
         role: Role = Role.OUTPUT,
     ) -> None:
         super().__init__()
-        self.kind, self.static, self.site, self.role = kind, dict(static), site, role
+        self.kind, self.op_kwargs, self.site, self.role = kind, dict(op_kwargs), site, role
         self.pairs, self.groups = pairs, groups
         self.enabled = True
         self.last_count: int | None = None
@@ -138,34 +138,34 @@ class Selector(nn.Module):
         refuse_shard(rhs)
         if not self.active or not rhs.is_floating_point() or rhs.layout is not torch.strided:
             return None
-        if lhs is not None and (lhs.layout is not torch.strided or not op.fits(lhs, rhs, self.static)):
+        if lhs is not None and (lhs.layout is not torch.strided or not op.fits(lhs, rhs, self.op_kwargs)):
             return None
         apart = self.role is not Role.OUTPUT or self.spec.per_batch
         if lhs is None or not apart:
-            groups, pairs = self.groups, op.pairs(lhs, rhs, self.static)
-        elif op.pairs(lhs, rhs, self.static) == 0 or not self._runs(lhs, rhs):
+            groups, pairs = self.groups, op.pairs(lhs, rhs, self.op_kwargs)
+        elif op.pairs(lhs, rhs, self.op_kwargs) == 0 or not self._runs(lhs, rhs):
             return None
         else:
-            groups, pairs = op.roles.count(self.role, lhs, rhs, self.static, self.spec)
+            groups, pairs = op.roles.count(self.role, lhs, rhs, self.op_kwargs, self.spec)
         k = self.k if self.k and pairs == self.pairs else self._count(pairs)
         if k >= pairs or groups == 0:
             return None
         with torch.no_grad(), torch.autocast(rhs.device.type, enabled=False):
             numbers = self._numbers(pairs, k, groups, given)
             if self.role is not Role.OUTPUT and not self.score.early:
-                return Late(self._rule(k), numbers)
+                return BackwardDrawn(self._rule(k), numbers)
             if lhs is None or not apart:
                 # Without a graph there are no running norms of inputs: the weight's alone decide.
                 kind = get_score("weight") if self.score.learns else self.score
-                scores = op.scores(lhs, rhs, kind, self.static)
+                scores = op.scores(lhs, rhs, kind, self.op_kwargs)
             else:
                 self._learn(op, lhs, rhs)
-                scores = op.roles.scores(self.role, lhs, rhs, self.static, self.spec, self.running)
-            static = torch.compiler.is_compiling()
-            selection = self.sampler.draw(scores, k, numbers, epsilon=self.epsilon, static=static)
-        if not static:
+                scores = op.roles.scores(self.role, lhs, rhs, self.op_kwargs, self.spec, self.running)
+            fixed_shape = torch.compiler.is_compiling()
+            selection = self.sampler.draw(scores, k, numbers, epsilon=self.epsilon, fixed_shape=fixed_shape)
+        if not fixed_shape:
             self.last_count = selection.indices.shape[1]
-        return selection if self.role is Role.OUTPUT else Early(selection, self.spec.positions, self.running)
+        return selection if self.role is Role.OUTPUT else ForwardDrawn(selection, self.spec.positions, self.running)
 
     def _runs(self, lhs: Tensor, rhs: Tensor) -> bool:
         """Whether autograd will run this product."""
@@ -183,7 +183,7 @@ class Selector(nn.Module):
         """Makes room for the running norms, anew where the number of positions has changed."""
         if not self.score.learns:
             return
-        positions = op.roles.positions(lhs, rhs, self.static, self.spec)
+        positions = op.roles.positions(lhs, rhs, self.op_kwargs, self.spec)
         if self.running is not None and self.running.shape[0] == positions:
             return
         if torch.compiler.is_compiling():
@@ -228,19 +228,19 @@ class SampledLayer(nn.Module):
     site: Site | None = None
     weight: Tensor
 
-    def how(self, input: Tensor, given: tuple[Any, ...]) -> How:
-        """What the graph says (the fields of :class:`How` in order, the last may be left out), or the layer's own."""
+    def how(self, input: Tensor, given: tuple[Any, ...]) -> ProductSampling:
+        """What the graph gives (leading fields of :class:`ProductSampling`), or else the layer's own selections."""
         if given:
-            return How(*given) if len(given) == len(How._fields) else How(given[0], None, None, False)
+            return ProductSampling(*given)
         if self.site is None:
-            return How(None, None, None, False)
+            return ProductSampling()
         chosen: dict[Role, Any] = {}
         for role, selector in self.site.selectors.items():
             if selector.active and not selector.exact:
                 lhs = None if selector.ahead else input
                 chosen[role] = selector(lhs, self.weight, self.site.source.draw_for(selector, [input]))
         roles = chosen.get(Role.OUTPUT), chosen.get(Role.GRAD_INPUT), chosen.get(Role.GRAD_WEIGHT)
-        return How(*roles, self.site.straight_through)
+        return ProductSampling(*roles, self.site.straight_through)
 
 
 class SampledLinear(SampledLayer, nn.Linear):
@@ -285,10 +285,10 @@ class _SampledConv(SampledLayer):
         how = self.how(input, given)
         weight = self.weight
         if not has_channels(input, weight, self.groups):
-            how = How(None, None, None, False)  # the exact call tells what is wrong
+            how = ProductSampling()  # the exact call tells what is wrong
         if how.gradients_apart:
-            input, static = self._padded(input)
-            return sampled_convolution(input, weight, self.bias, static, how)
+            input, op_kwargs = self._padded(input)
+            return sampled_convolution(input, weight, self.bias, op_kwargs, how)
         if how.selection is not None:
             input, weight = select_channels(input, weight, self.groups, how.selection)
         # The layer's own call, since it knows its padding mode.
@@ -296,17 +296,17 @@ class _SampledConv(SampledLayer):
 
     def _padded(self, input: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """The input and the plain arguments of a convolution that pads with zeros only."""
-        static = static_of(self, self.kind)
+        op_kwargs = op_kwargs_of(self, self.kind)
         if self.padding_mode != "zeros":
             input = F.pad(input, padding_of(self), mode=self.padding_mode)
-            static["padding"] = 0
-        return input, static
+            op_kwargs["padding"] = 0
+        return input, op_kwargs
 
     def _sliced(self, input: Tensor, slices: Slices) -> Tensor:
         check_width(input, 1 - self.weight.dim(), slices.weight.shape[1] * slices.groups)
-        input, static = self._padded(input)
+        input, op_kwargs = self._padded(input)
         exact: Callable[..., Tensor] = getattr(F, self.kind)
-        return exact(input, slices.weight, slices.bias, **{**static, "groups": slices.groups})
+        return exact(input, slices.weight, slices.bias, **{**op_kwargs, "groups": slices.groups})
 
 
 class SampledConv1d(_SampledConv, nn.Conv1d):
@@ -337,9 +337,9 @@ _SAMPLED: dict[type[nn.Module], type[nn.Module]] = {
 """The subclass that stands in for each of ``PRODUCT_LAYERS``."""
 
 
-def static_of(module: nn.Module, kind: str) -> dict[str, Any]:
-    """The plain arguments of a layer that its op's ``static`` names."""
-    return {name: getattr(module, name) for name in OPS[kind].static}
+def op_kwargs_of(module: nn.Module, kind: str) -> dict[str, Any]:
+    """The plain arguments of a layer that its op names."""
+    return {name: getattr(module, name) for name in OPS[kind].kwarg_names}
 
 
 def swap(module: nn.Module, site: Site) -> None:
