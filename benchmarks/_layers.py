@@ -172,14 +172,14 @@ def _sampled_product(layer: Layer, role: str) -> Callable[..., Tensor]:
 
     def grad_input(x: Tensor, w: Tensor, grad: Tensor, index: Tensor, outputs: Tensor) -> Tensor:
         if layer.is_conv:
-            return _grad_input(grad, w, index, None, geometry, x.shape)
-        left, right = _contract(grad, -1, w, index, None, False)
+            return _grad_input(grad, w, Selection(index, None), geometry, x.shape)
+        left, right = _contract(grad, -1, w, Selection(index, None), False)
         return left @ right
 
     def grad_weight(x: Tensor, w: Tensor, grad: Tensor, index: Tensor, outputs: Tensor) -> Tensor:
         if layer.is_conv:
             return _grad_weight(grad, x, w, geometry, Selection(index, None), False)
-        left, right = _contract(grad, -2, x, index, None, False)
+        left, right = _contract(grad, -2, x, Selection(index, None), False)
         return left.mT @ right
 
     def hoisted(x: Tensor, w: Tensor, grad: Tensor, index: Tensor, outputs: Tensor) -> Tensor:

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from fx_approx.core.candidates import GemmShape
 from fx_approx.ops.base import ProductOp, norm, ones_like_scores, register_op
-from fx_approx.ops.conv_gradients import ConvPairs, IntOrTuple, each_axis, sampled_convolution
+from fx_approx.ops.conv_gradients import (
+    ConvGeometry,
+    ConvPairs,
+    IntOrTuple,
+    each_axis,
+    output_size,
+    sampled_convolution,
+)
 from fx_approx.ops.gather import select_channels
 from fx_approx.ops.gradient_selection import Choice, ProductSampling
 from fx_approx.sampling.base import Selection
@@ -76,15 +83,12 @@ conv3d = _make(F.conv3d, "conv3d")
 
 def output_positions(lhs: torch.Size, rhs: torch.Size, op_kwargs: Mapping[str, Any]) -> tuple[int, ...]:
     """Spatial size of a convolution's output, from the shapes of input and weight and the call's plain arguments."""
-    spatial = len(rhs) - 2
-    stride, dilation = each_axis(op_kwargs["stride"], spatial), each_axis(op_kwargs["dilation"], spatial)
-    padding = op_kwargs["padding"]
+    spatial, padding = len(rhs) - 2, op_kwargs["padding"]
     if padding == "same":
         return tuple(lhs[-spatial:])
-    pads = (0,) * spatial if padding == "valid" else each_axis(padding, spatial)
-    return tuple(
-        (lhs[i - spatial] + 2 * pads[i] - dilation[i] * (rhs[2 + i] - 1) - 1) // stride[i] + 1 for i in range(spatial)
-    )
+    stride, dilation = each_axis(op_kwargs["stride"], spatial), each_axis(op_kwargs["dilation"], spatial)
+    padding = each_axis(0 if padding == "valid" else padding, spatial)
+    return output_size(lhs, rhs[2:], ConvGeometry(stride, padding, dilation, groups=1))
 
 
 def has_channels(input: Tensor, weight: Tensor, groups: int) -> bool:

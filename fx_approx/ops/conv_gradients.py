@@ -19,16 +19,18 @@ from fx_approx.core.candidates import Role
 from fx_approx.ops.base import norm, ones_like_scores
 from fx_approx.ops.functorch_guard import refuse_vmap
 from fx_approx.ops.gather import flat_indices, gather, scaled, select_channels
-from fx_approx.ops.grad_norm_ema import refresh, weighted
-from fx_approx.ops.gradient_selection import (
-    BackwardDrawn,
-    ForwardDrawn,
-    ProductSampling,
-    Rule,
+from fx_approx.ops.grad_norm_ema import weighted
+from fx_approx.ops.gradient_selection import ForwardDrawn, ProductSampling
+from fx_approx.ops.sampled_function import (
     amp,
-    draw_late,
-    flat,
-    for_backward,
+    draw,
+    gradients,
+    pack,
+    refresh_running,
+    restore,
+    rows_for_backward,
+    save,
+    unpack,
 )
 from fx_approx.sampling.base import Selection
 from fx_approx.sampling.scores import get_score
@@ -77,11 +79,13 @@ def canonical(x: Tensor, w: Tensor, op_kwargs: Mapping[str, Any]) -> tuple[Tenso
     )
 
 
-def _output_size(x: torch.Size, kernel: torch.Size, geometry: ConvGeometry) -> list[int]:
-    return [
-        (x[2 + i] + 2 * geometry.padding[i] - geometry.dilation[i] * (kernel[i] - 1) - 1) // geometry.stride[i] + 1
-        for i in range(len(kernel))
-    ]
+def output_size(x: torch.Size, kernel: torch.Size, geometry: ConvGeometry) -> tuple[int, ...]:
+    """Spatial size of the output from an input ``[N, C, ...]`` or ``[C, ...]``."""
+    spatial = zip(x[-len(kernel) :], kernel, *geometry[:3], strict=True)
+    return tuple(
+        (size + 2 * padding - dilation * (width - 1) - 1) // stride + 1
+        for size, width, stride, padding, dilation in spatial
+    )
 
 
 def _patches(x: Tensor, kernel: torch.Size, geometry: ConvGeometry, indices: Tensor) -> Tensor:
@@ -134,7 +138,7 @@ def _sides(geometry: ConvGeometry) -> list[int]:
 
 def _places(size: torch.Size, kernel: torch.Size, geometry: ConvGeometry, indices: Tensor) -> tuple[Tensor, ...]:
     """Example and spatial indices of the padded input that the output positions ``indices`` read, ``[k, kernel]``."""
-    sizes = _output_size(size, kernel, geometry)
+    sizes = output_size(size, kernel, geometry)
     rest, offsets = indices, torch.arange(math.prod(kernel), device=indices.device)
     places: list[Tensor] = []
     for axis in reversed(range(len(kernel))):
@@ -185,7 +189,7 @@ def _row_scores(
     if positions:
         over = None if grad is None else norm(grad, (1,)).flatten()
         factors = _Scores(over, _patch_norms(x, kernel, geometry) if reads_x else None)
-        return factors.product(x, 1, x.shape[0] * math.prod(_output_size(x.shape, kernel, geometry)))
+        return factors.product(x, 1, x.shape[0] * math.prod(output_size(x.shape, kernel, geometry)))
     over = None if grad is None else norm(grad, _beyond(grad, 1))
     return _Scores(over, norm(x, _beyond(x, 1)) if reads_x else None).product(x, 1, x.shape[0])
 
@@ -227,99 +231,64 @@ class ConvPairs:
         if not spec.positions:
             return 1
         x, geometry = canonical(lhs, rhs, op_kwargs)
-        return math.prod(_output_size(x.shape, rhs.shape[2:], geometry))
+        return math.prod(output_size(x.shape, rhs.shape[2:], geometry))
 
 
 class _Conv(torch.autograd.Function):
     """A convolution with sampled gradients; see :func:`sampled_convolution`."""
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        w: Tensor,
-        bias: Tensor | None,
-        rows: Tensor | None,
-        out_indices: Tensor | None,
-        out_scale: Tensor | None,
-        in_indices: Tensor | None,
-        in_scale: Tensor | None,
-        in_numbers: Tensor | None,
-        in_rule: Rule | None,
-        w_indices: Tensor | None,
-        w_scale: Tensor | None,
-        w_numbers: Tensor | None,
-        w_rule: Rule | None,
-        w_running: Tensor | None,
-        geometry: ConvGeometry,
-        positions: bool,
-    ) -> Tensor:
-        if out_indices is not None:
-            x, w = select_channels(x, w, geometry.groups, Selection(out_indices, out_scale))
+    def forward(*inputs: Any) -> Tensor:
+        x, w, bias, _, output, _, _, (geometry,) = unpack(inputs)
+        if output.drawn is not None:
+            x, w = select_channels(x, w, geometry.groups, output.drawn)
         result: Tensor = _CONV[w.dim()](x, w, bias, *geometry)
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, w, _bias, rows, _, _, in_indices, in_scale, in_numbers, ctx.in_rule, *last = inputs
-        # Not among the saved tensors: a second backward pass may find it refreshed.
-        w_indices, w_scale, w_numbers, ctx.w_rule, ctx.w_running, ctx.geometry, ctx.positions = last
-        ctx.set_materialize_grads(False)
-        needs_x, needs_w = ctx.needs_input_grad[:2]
-        ctx.kept, ctx.size = rows is not None, x.shape
-        ctx.save_for_backward(
-            w,
-            *((in_indices, in_scale, in_numbers) if needs_x else (None, None, None)),
-            (x if rows is None else rows) if needs_w else None,
-            *((w_indices, w_scale, w_numbers) if needs_w else (None, None, None)),
-        )
+        arguments = unpack(inputs)
+        save(ctx, arguments, keep_w=True)
+        (ctx.geometry,), ctx.size = arguments.own, arguments.x.shape
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 17
+            return gradients(ctx)
         refuse_vmap(grad)
-        w, in_indices, in_scale, in_numbers, x, w_indices, w_scale, w_numbers = ctx.saved_tensors
-        w_running: Tensor | None = ctx.w_running
+        x, w, kept, grad_input, grad_weight = restore(ctx)
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
         geometry: ConvGeometry = ctx.geometry
-        kernel = w.shape[2:]
+        kernel, positions = w.shape[2:], grad_weight.positions
         grad_x = grad_w = grad_bias = None
         if needs_x:
-            if ctx.in_rule is not None:
-                rule = ctx.in_rule
-                with torch.no_grad():
-                    over = grad if rule.reads_gradient else None
-                    scores = _channel_scores(over, w, rule.reads_operand, geometry.groups)
-                    in_indices, in_scale = draw_late(rule, in_numbers, scores)
-            grad_x = _grad_input(grad, w, in_indices, in_scale, geometry, ctx.size)
+            chosen = draw(
+                grad_input, grad, lambda read, rule: _channel_scores(read, w, rule.reads_operand, geometry.groups)
+            )
+            grad_x = _grad_input(grad, w, chosen, geometry, ctx.size)
         if needs_w:
-            if ctx.w_rule is not None:
-                rule = ctx.w_rule
-                with torch.no_grad():
-                    over = grad if rule.reads_gradient else None
-                    scores = _row_scores(over, x, rule.reads_operand, kernel, geometry, ctx.positions)
-                    w_indices, w_scale = draw_late(rule, w_numbers, scores)
-            if w_running is not None:
-                refresh(w_running, norm(grad.detach(), (1,)).flatten())
-            chosen = None if w_indices is None else Selection(w_indices, w_scale)
-            if chosen is not None and ctx.positions:
-                patches = x if ctx.kept else _patches(x, kernel, geometry, chosen.indices[0])
+            chosen = draw(
+                grad_weight,
+                grad,
+                lambda read, rule: _row_scores(read, x, rule.reads_operand, kernel, geometry, positions),
+            )
+            refresh_running(grad_weight, grad, 1)
+            if chosen is not None and positions:
+                patches = x if kept else _patches(x, kernel, geometry, chosen.indices[0])
                 grad_w = _grad_weight_at(grad, patches, w.shape, geometry.groups, chosen)
             else:
-                grad_w = _grad_weight(grad, x, w, geometry, chosen, ctx.kept)
+                grad_w = _grad_weight(grad, x, w, geometry, chosen, kept)
         if needs_bias:
             grad_bias = grad.sum((0, *_beyond(grad, 2)))
-        return grad_x, grad_w, grad_bias, *(None,) * 14
+        return gradients(ctx, grad_x, grad_w, grad_bias)
 
 
-def _grad_input(
-    grad: Tensor, w: Tensor, indices: Tensor | None, scale: Tensor | None, geometry: ConvGeometry, size: torch.Size
-) -> Tensor:
-    if indices is not None:
-        index = flat_indices(indices, w.shape[0] // geometry.groups)
+def _grad_input(grad: Tensor, w: Tensor, chosen: Selection | None, geometry: ConvGeometry, size: torch.Size) -> Tensor:
+    if chosen is not None:
+        index = flat_indices(chosen.indices, w.shape[0] // geometry.groups)
         grad, w = gather(grad, 1, index), gather(w, 0, index)
-        if scale is not None:
-            w = scaled(w, scale.reshape(-1, *[1] * (w.dim() - 1)))
+        if chosen.scale is not None:
+            w = scaled(w, chosen.scale.reshape(-1, *[1] * (w.dim() - 1)))
     missing = []
     for axis, (stride, padding, dilation) in enumerate(zip(*geometry[:3], strict=True)):
         reached = (grad.shape[2 + axis] - 1) * stride - 2 * padding + dilation * (w.shape[2 + axis] - 1) + 1
@@ -361,48 +330,38 @@ def _grad_weight_at(grad: Tensor, patches: Tensor, shape: torch.Size, groups: in
 
 
 def sampled_convolution(
-    x: Tensor, w: Tensor, bias: Tensor | None, op_kwargs: Mapping[str, Any], how: ProductSampling
+    x: Tensor, w: Tensor, bias: Tensor | None, op_kwargs: Mapping[str, Any], sampling: ProductSampling
 ) -> Tensor:
     """A convolution, each of its three products from its own selection.
 
-    If the selection of the gradient of ``w`` was made in the forward pass, only what it needs of ``x`` is kept for
-    backward: the chosen examples; for single positions the patches they read, if those are smaller than ``x``.
+    If the selection for the gradient of ``w`` was drawn in the forward pass, only what it needs of ``x`` is kept for
+    the backward pass: the chosen examples; for single positions the patches they read, if those are smaller than ``x``.
 
     Args:
         x: ``[N, C, ...]`` or ``[C, ...]``.
         w: ``[O, C / groups, ...]``.
-        bias: ``[O]`` or None; always added in full, its gradient is always exact.
+        bias: ``[O]`` or None. It is always added in full, and its gradient is always exact.
         op_kwargs: ``stride``, ``padding``, ``dilation`` and ``groups`` as in torch.
-        how: Selections: of the input channels ``[groups, k]``, of the output channels ``[groups, k]``, of the examples
-            or of the output positions ``[1, k]``.
+        sampling: Selections: of the input channels ``[groups, k]``, of the output channels ``[groups, k]``, of the
+            examples or of the output positions ``[1, k]``.
     """
     batched = x.dim() == w.dim()
     x, w, bias = amp(x, w, bias)
-    selection, grad_input, grad_weight, straight_through = how
     with torch.autocast(x.device.type, enabled=False):
-        if selection is not None and not straight_through:
-            x, w = select_channels(x, w, op_kwargs["groups"], selection)
-            selection = None
+        if sampling.selection is not None and not sampling.straight_through:
+            x, w = select_channels(x, w, op_kwargs["groups"], sampling.selection)
+            sampling = sampling._replace(selection=None)
         x, geometry = canonical(x, w, op_kwargs)
-        rows, positions = None, False
-        if isinstance(grad_weight, BackwardDrawn):
-            positions = grad_weight.rule.positions
-        elif grad_weight is not None:
-            early = grad_weight if isinstance(grad_weight, ForwardDrawn) else ForwardDrawn(grad_weight)
-            positions = early.positions
-            rows = _kept(x, w, geometry, early) if torch.is_grad_enabled() and w.requires_grad else None
-        out_indices, out_scale = (None, None) if selection is None else selection
-        result: Tensor = _Conv.apply(  # type: ignore[no-untyped-call]
-            x, w, bias, rows, out_indices, out_scale, *flat(grad_input)[:-1], *flat(grad_weight), geometry, positions
-        )
+        rows = rows_for_backward(w, sampling.grad_weight, lambda made: _kept(x, w.shape, geometry, made))
+        result: Tensor = _Conv.apply(*pack(x, w, bias, rows, sampling, geometry))  # type: ignore[no-untyped-call]
         return result if batched else result.squeeze(0)
 
 
-def _kept(x: Tensor, w: Tensor, geometry: ConvGeometry, early: ForwardDrawn) -> Tensor | None:
+def _kept(x: Tensor, weight: torch.Size, geometry: ConvGeometry, made: ForwardDrawn) -> Tensor | None:
     """The part of ``x`` that a selection needs, or None if ``x`` is smaller."""
-    index = early.selection.indices[0]
-    if not early.positions:
-        return for_backward(lambda: gather(x, 0, index))
-    if index.shape[0] * math.prod(w.shape[2:]) * x.shape[1] >= x.numel():
+    index = made.selection.indices[0]
+    if not made.positions:
+        return gather(x, 0, index)
+    if index.shape[0] * math.prod(weight[2:]) * x.shape[1] >= x.numel():
         return None
-    return for_backward(lambda: _patches(x, w.shape[2:], geometry, index))
+    return _patches(x, weight[2:], geometry, index)
