@@ -128,7 +128,7 @@ def _select(root: nn.Module, runtime: Runtime, one: CandidateSite, place: int, p
             known = role is Role.GRAD_INPUT and isinstance(weight, Tensor)
             pairs = weight.shape[0] // groups if known and isinstance(weight, Tensor) else None
         site = place + number * places
-        selectors[role] = Selector(one.op.kind, one.static, spec, site, pairs, owner, groups, role)
+        selectors[role] = Selector(one.op.kind, one.op_kwargs, spec, site, pairs, owner, groups, role)
         runtime.add(candidate.name, selectors[role])
     if one.module is not None:
         swap(owner, Site(selectors, decision.straight_through, runtime))

@@ -270,7 +270,7 @@ class _Recorder:
             lhs = args[0] if args else next(iter(kwargs.values()))
             weight = module.weight
             assert isinstance(weight, Tensor)
-            self._product(one, lhs, weight, one.static)
+            self._product(one, lhs, weight, one.op_kwargs)
 
     def call(
         self, one: CandidateSite, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -279,17 +279,17 @@ class _Recorder:
         if one.op is not None:
             try:
                 bound = one.op.bind(args, kwargs)
-                static = {name: bound[name] for name in one.op.static}
-                one.op.check(static)
-                self._product(one, bound[one.op.lhs], bound[one.op.rhs], static)
+                op_kwargs = {name: bound[name] for name in one.op.kwarg_names}
+                one.op.check(op_kwargs)
+                self._product(one, bound[one.op.lhs], bound[one.op.rhs], op_kwargs)
                 return
             except Unsupported as error:
                 self.blocked[one.candidate.name] = str(error)
         self._measure(one, function, args, kwargs, [])
 
-    def _product(self, one: CandidateSite, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> None:
+    def _product(self, one: CandidateSite, lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any]) -> None:
         assert one.op is not None
-        shape = one.op.geometry(lhs.shape, rhs.shape, static)
+        shape = one.op.geometry(lhs.shape, rhs.shape, op_kwargs)
         name = one.candidate.name
         if not lhs.is_floating_point() or not rhs.is_floating_point():
             self.blocked[name] = f"{lhs.dtype}: only real floating-point products are sampled"
@@ -305,7 +305,9 @@ class _Recorder:
             lhs_kept=rhs.requires_grad or (one.op.keeps_both and lhs.requires_grad),
             rhs_kept=lhs.requires_grad or (one.op.keeps_both and rhs.requires_grad),
             rhs_is_parameter=isinstance(rhs, nn.Parameter),
-            call=CallShapes(tuple(lhs.shape), tuple(rhs.shape), tuple(sorted(static.items())), _is_channels_last(lhs)),
+            call=CallShapes(
+                tuple(lhs.shape), tuple(rhs.shape), tuple(sorted(op_kwargs.items())), _is_channels_last(lhs)
+            ),
         )
         before = self.facts.get(name)
         self.facts[name] = facts if before is None else _summed(before, facts)

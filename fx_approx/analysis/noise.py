@@ -21,7 +21,7 @@ from fx_approx.capture.trace import kept_random_state
 from fx_approx.core.candidates import Role
 from fx_approx.errors import CaptureWarning
 from fx_approx.ops.base import OPS, SAMPLING_ARGUMENTS
-from fx_approx.ops.gradient_selection import How
+from fx_approx.ops.gradient_selection import ProductSampling
 from fx_approx.passes.find_candidates import META_KEY
 from fx_approx.runtime.approx_module import find
 from fx_approx.runtime.graph_runtime import Runtime
@@ -30,7 +30,7 @@ from fx_approx.runtime.rng import SEED, SELECTION_INTERVAL, STEP, Draw, draw, fu
 from fx_approx.runtime.selector import Selector
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel")
-_EXACT = How(None, None, None, False)
+_EXACT = ProductSampling()
 
 
 @torch.inference_mode(False)
@@ -228,7 +228,7 @@ class _Call:
     name: str
     op: str
     number: int
-    multiply: Callable[[Tensor, Tensor, How], Tensor]
+    multiply: Callable[[Tensor, Tensor, ProductSampling], Tensor]
     lhs: Tensor
     rhs: Tensor
     selectors: Mapping[Role, Selector]
@@ -236,16 +236,16 @@ class _Call:
     autocast: tuple[str, bool, torch.dtype]
     grad: Tensor | None = None
 
-    def choose(self, given: Draw | None) -> How:
+    def choose(self, given: Draw | None) -> ProductSampling:
         """Selections for all products that are sampled at present."""
         chosen: dict[Role, Any] = {
             role: selector(None if selector.ahead else self.lhs, self.rhs, given)
             for role, selector in self.selectors.items()
         }
         output, grad_input, grad_weight = map(chosen.get, Role)
-        return How(output, grad_input, grad_weight, self.straight_through)
+        return ProductSampling(output, grad_input, grad_weight, self.straight_through)
 
-    def compute(self, how: How) -> dict[Role, Tensor]:
+    def compute(self, how: ProductSampling) -> dict[Role, Tensor]:
         """Output and gradients, as far as autograd computed them."""
         with _autocast(*self.autocast):
             output = self.multiply(self.lhs, self.rhs, how)
@@ -295,7 +295,7 @@ class _Recorder:
         """A sampled layer was called."""
         twin: Any = copy.copy(module)  # to be called with another weight, and without the hooks
 
-        def multiply(lhs: Tensor, rhs: Tensor, how: How) -> Tensor:
+        def multiply(lhs: Tensor, rhs: Tensor, how: ProductSampling) -> Tensor:
             set_parameters(twin, {"weight": rhs, "bias": None})
             result: Tensor = twin.forward(lhs, *how)
             return result
@@ -308,7 +308,7 @@ class _Recorder:
         op = OPS[self.candidates[name].kind]
         bound = op.bind(args, {key: value for key, value in kwargs.items() if key not in SAMPLING_ARGUMENTS})
 
-        def multiply(lhs: Tensor, rhs: Tensor, how: How) -> Tensor:
+        def multiply(lhs: Tensor, rhs: Tensor, how: ProductSampling) -> Tensor:
             call = {key: torch.zeros_like(v) if isinstance(v, Tensor) else v for key, v in bound.items()}
             call |= {op.lhs: lhs, op.rhs: rhs, **dict(zip(SAMPLING_ARGUMENTS, how, strict=True))}
             return op.function(**call)
@@ -316,7 +316,12 @@ class _Recorder:
         self._add(name, multiply, bound[op.lhs], bound[op.rhs], output)
 
     def _add(
-        self, name: str, multiply: Callable[[Tensor, Tensor, How], Tensor], lhs: Tensor, rhs: Tensor, output: Tensor
+        self,
+        name: str,
+        multiply: Callable[[Tensor, Tensor, ProductSampling], Tensor],
+        lhs: Tensor,
+        rhs: Tensor,
+        output: Tensor,
     ) -> None:
         if in_backward():  # a checkpoint recomputes a call that is known
             return

@@ -104,7 +104,7 @@ class GraphView:
         if not isinstance(weight, Tensor):
             return None
         with torch.no_grad():
-            norms: Tensor = OPS[found.candidate.kind].scores(None, weight, get_score("weight"), found.static)
+            norms: Tensor = OPS[found.candidate.kind].scores(None, weight, get_score("weight"), found.op_kwargs)
             return norms.float().cpu()
 
     def time(

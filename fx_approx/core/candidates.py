@@ -99,13 +99,13 @@ class CallShapes:
     Attributes:
         lhs: Shape of the left operand.
         rhs: Shape of the right operand.
-        static: The plain arguments that are not operands, such as ``("stride", (2, 2))``.
+        op_kwargs: The plain arguments that are not operands, such as ``("stride", (2, 2))``.
         channels_last: The left operand lies in memory with its channels last.
     """
 
     lhs: tuple[int, ...]
     rhs: tuple[int, ...]
-    static: tuple[tuple[str, Any], ...] = ()
+    op_kwargs: tuple[tuple[str, Any], ...] = ()
     channels_last: bool = False
 
 

@@ -81,7 +81,7 @@ class ShardNorms(nn.Module):
         summed = any(isinstance(one, Shard) and one.dim == 0 for one in weight.placements)
         if not summed or selector.groups > 1 or not selector.kind.startswith(("linear", "conv")):
             local = _in_place(weight, local)
-        return weight_scores(selector.kind, local, kind, selector.static).square()
+        return weight_scores(selector.kind, local, kind, selector.op_kwargs).square()
 
 
 def _in_place(weight: DTensor, local: Tensor) -> Tensor:

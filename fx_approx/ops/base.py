@@ -32,7 +32,7 @@ class Unsupported(ValueError):
 class ScoreFunction(Protocol):
     """Scores ``[groups, pairs]`` of the pairs of a product; non-negative, float32 (float64 for float64)."""
 
-    def __call__(self, lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, static: Mapping[str, Any]) -> Tensor:
+    def __call__(self, lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, op_kwargs: Mapping[str, Any]) -> Tensor:
         """The scores of ``kind`` for these operands."""
         ...
 
@@ -44,7 +44,7 @@ class RolePairs(Protocol):
     """
 
     def count(
-        self, role: Role, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerConfig
+        self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any], spec: SamplerConfig
     ) -> tuple[int, int]:
         """Groups that choose apart from each other, and pairs of each; (1, 0) if they cannot be sampled."""
         ...
@@ -54,7 +54,7 @@ class RolePairs(Protocol):
         role: Role,
         lhs: Tensor,
         rhs: Tensor,
-        static: Mapping[str, Any],
+        op_kwargs: Mapping[str, Any],
         spec: SamplerConfig,
         running: Tensor | None,
     ) -> Tensor:
@@ -64,7 +64,7 @@ class RolePairs(Protocol):
         """
         ...
 
-    def positions(self, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerConfig) -> int:
+    def positions(self, lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any], spec: SamplerConfig) -> int:
         """How many consecutive rows of the weight gradient's contraction have a running norm of their own."""
         ...
 
@@ -81,8 +81,8 @@ class ProductOp:
         rhs: Argument name of the right operand (the weight).
         targets: The exact functions that a graph may call.
         methods: The tensor methods that a graph may call.
-        static: Names of arguments that are plain values and that ``geometry`` and ``scores`` read.
-        geometry: ``(lhs_shape, rhs_shape, static) -> GemmShape``; raises :class:`Unsupported`.
+        kwarg_names: Names of the arguments that are plain values and that ``geometry`` and ``scores`` read.
+        geometry: ``(lhs_shape, rhs_shape, op_kwargs) -> GemmShape``; raises :class:`Unsupported`.
         pairs: Pairs per group of two operands (the left one may be None), 0 if they cannot be sampled; plain integers,
             so that it traces.
         scores: Scores of the pairs.
@@ -103,10 +103,10 @@ class ProductOp:
     pairs: Callable[[Tensor | None, Tensor, Mapping[str, Any]], int]
     scores: ScoreFunction
     roles: RolePairs
-    check: Callable[[Mapping[str, Any]], None] = lambda static: None
-    fits: Callable[[Tensor, Tensor, Mapping[str, Any]], bool] = lambda lhs, rhs, static: True
+    check: Callable[[Mapping[str, Any]], None] = lambda op_kwargs: None
+    fits: Callable[[Tensor, Tensor, Mapping[str, Any]], bool] = lambda lhs, rhs, op_kwargs: True
     methods: tuple[str, ...] = ()
-    static: tuple[str, ...] = ()
+    kwarg_names: tuple[str, ...] = ()
     keeps_both: bool = False
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 from fx_approx.core.candidates import GemmShape
 from fx_approx.ops.base import ProductOp, norm, ones_like_scores, register_op, single
 from fx_approx.ops.gather import gather, scaled
-from fx_approx.ops.gradient_selection import Choice, How
+from fx_approx.ops.gradient_selection import Choice, ProductSampling
 from fx_approx.ops.matmul_gradients import MatrixPairs, product
 from fx_approx.sampling.base import Selection
 from fx_approx.sampling.scores import ScoreKind
@@ -43,7 +43,7 @@ def linear(
     Returns:
         ``[..., n]``. Unless ``straight_through``, both gradients are zero outside ``selection``.
     """
-    how = How(selection, grad_input, grad_weight, straight_through)
+    how = ProductSampling(selection, grad_input, grad_weight, straight_through)
     if not _fits(input, weight, {}):
         return F.linear(input, weight, bias)
     if how.gradients_apart:
@@ -58,23 +58,23 @@ def linear(
     return F.linear(gather(input, -1, index), columns, bias)
 
 
-def _view(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _view(lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return lhs.reshape(-1, lhs.shape[-1]), rhs
 
 
-def _fits(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> bool:
+def _fits(lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any]) -> bool:
     return isinstance(lhs, Tensor) and lhs.dim() > 0 and lhs.shape[-1] == rhs.shape[-1]
 
 
-def _geometry(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]) -> GemmShape:
+def _geometry(lhs: torch.Size, rhs: torch.Size, op_kwargs: Mapping[str, Any]) -> GemmShape:
     return GemmShape(m=math.prod(lhs[:-1]), n=math.prod(rhs[:-1]), k=lhs[-1])
 
 
-def _pairs(lhs: Tensor | None, rhs: Tensor, static: Mapping[str, Any]) -> int:
+def _pairs(lhs: Tensor | None, rhs: Tensor, op_kwargs: Mapping[str, Any]) -> int:
     return rhs.shape[-1] if rhs.dim() > 1 and (lhs is None or lhs.dim() > 1) else 0
 
 
-def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, static: Mapping[str, Any]) -> Tensor:
+def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, op_kwargs: Mapping[str, Any]) -> Tensor:
     """‖A[:,j]‖·‖B[j,:]‖ (paper, equation for the optimal sampling probabilities)."""
     scores = ones_like_scores(rhs, 1, rhs.shape[-1])
     if "input" in kind.reads and lhs is not None:

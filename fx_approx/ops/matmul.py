@@ -17,13 +17,13 @@ from torch import Tensor
 from fx_approx.core.candidates import GemmShape
 from fx_approx.ops.base import ProductOp, Unsupported, norm, ones_like_scores, register_op, single
 from fx_approx.ops.gather import gather, scaled
-from fx_approx.ops.gradient_selection import Choice, How
+from fx_approx.ops.gradient_selection import Choice, ProductSampling
 from fx_approx.ops.matmul_gradients import MatrixPairs, product
 from fx_approx.sampling.base import Selection
 from fx_approx.sampling.scores import ScoreKind
 
 
-def _multiply(exact: Callable[[Tensor, Tensor], Tensor], lhs: Tensor, rhs: Tensor, how: How) -> Tensor:
+def _multiply(exact: Callable[[Tensor, Tensor], Tensor], lhs: Tensor, rhs: Tensor, how: ProductSampling) -> Tensor:
     """``exact(lhs, rhs)``, a product, each of its products from its own selection; exact if one operand is sparse."""
     strided = lhs.layout is torch.strided and rhs.layout is torch.strided
     if not strided or not _fits(lhs, rhs, {}):
@@ -42,11 +42,11 @@ def _multiply(exact: Callable[[Tensor, Tensor], Tensor], lhs: Tensor, rhs: Tenso
     return exact(lhs, rhs)
 
 
-def _fits(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> bool:
+def _fits(lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any]) -> bool:
     return lhs.dim() < 2 or rhs.dim() < 2 or lhs.shape[-1] == rhs.shape[-2]
 
 
-def _view(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _view(lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """``x [m, K]`` and ``w [n, K]`` if the right operand is one matrix, else batches of such."""
     if rhs.dim() == 2:
         return lhs.reshape(-1, lhs.shape[-1]), rhs.mT
@@ -80,7 +80,7 @@ def matmul(
     Returns:
         ``[..., m, n]``.
     """
-    return _multiply(torch.matmul, input, other, How(selection, grad_input, grad_weight, straight_through))
+    return _multiply(torch.matmul, input, other, ProductSampling(selection, grad_input, grad_weight, straight_through))
 
 
 def mm(
@@ -93,7 +93,7 @@ def mm(
     straight_through: bool = False,
 ) -> Tensor:
     """As :func:`matmul` for two matrices ``[m, K]`` and ``[K, n]``."""
-    return _multiply(torch.mm, input, mat2, How(selection, grad_input, grad_weight, straight_through))
+    return _multiply(torch.mm, input, mat2, ProductSampling(selection, grad_input, grad_weight, straight_through))
 
 
 def bmm(
@@ -106,7 +106,7 @@ def bmm(
     straight_through: bool = False,
 ) -> Tensor:
     """As :func:`matmul` for two batches ``[b, m, K]`` and ``[b, K, n]``."""
-    return _multiply(torch.bmm, input, mat2, How(selection, grad_input, grad_weight, straight_through))
+    return _multiply(torch.bmm, input, mat2, ProductSampling(selection, grad_input, grad_weight, straight_through))
 
 
 def addmm(
@@ -122,7 +122,7 @@ def addmm(
     straight_through: bool = False,
 ) -> Tensor:
     """``beta * input + alpha * (mat1 @ mat2)``, the product as :func:`mm`; the gradient of ``input`` is exact."""
-    how = How(selection, grad_input, grad_weight, straight_through)
+    how = ProductSampling(selection, grad_input, grad_weight, straight_through)
     if how.gradients_apart:
         return _added(input, _multiply(torch.mm, mat1, mat2, how), beta, alpha)
     return _multiply(lambda lhs, rhs: torch.addmm(input, lhs, rhs, beta=beta, alpha=alpha), mat1, mat2, how)
@@ -141,7 +141,7 @@ def baddbmm(
     straight_through: bool = False,
 ) -> Tensor:
     """``beta * input + alpha * (batch1 @ batch2)``, the product as :func:`bmm`; the gradient of ``input`` is exact."""
-    how = How(selection, grad_input, grad_weight, straight_through)
+    how = ProductSampling(selection, grad_input, grad_weight, straight_through)
     if how.gradients_apart or (selection is not None and selection.indices.shape[0] > 1):
         return _added(input, _multiply(torch.bmm, batch1, batch2, how), beta, alpha)
     return _multiply(lambda lhs, rhs: torch.baddbmm(input, lhs, rhs, beta=beta, alpha=alpha), batch1, batch2, how)
@@ -155,7 +155,7 @@ def _added(input: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
     return total + (input if beta == 1 else beta * input).to(total.dtype)
 
 
-def _geometry(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]) -> GemmShape:
+def _geometry(lhs: torch.Size, rhs: torch.Size, op_kwargs: Mapping[str, Any]) -> GemmShape:
     if len(lhs) < 2 or len(rhs) < 2:
         raise Unsupported("a product with a vector: bound by memory, nothing to gain")
     if len(rhs) == 2:
@@ -164,11 +164,11 @@ def _geometry(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]) -> Ge
     return GemmShape(m=lhs[-2], n=rhs[-1], k=lhs[-1], batch=batch)
 
 
-def _pairs(lhs: Tensor | None, rhs: Tensor, static: Mapping[str, Any]) -> int:
+def _pairs(lhs: Tensor | None, rhs: Tensor, op_kwargs: Mapping[str, Any]) -> int:
     return rhs.shape[-2] if rhs.dim() > 1 and (lhs is None or lhs.dim() > 1) else 0
 
 
-def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, static: Mapping[str, Any]) -> Tensor:
+def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, op_kwargs: Mapping[str, Any]) -> Tensor:
     if not ({"input", "weight"} & kind.reads):
         return ones_like_scores(rhs, 1, rhs.shape[-2])
     factors = [norm(lhs, (-2,))] if "input" in kind.reads and lhs is not None else []

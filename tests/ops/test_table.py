@@ -30,18 +30,18 @@ def test_all_pairs_of_the_oracle_are_the_exact_product(case: OpCase) -> None:
     operands = case.operands()
     everything = Selection(torch.arange(case.pairs).expand(case.groups, -1), None)
     torch.testing.assert_close(case.oracle(operands, everything), case.exact(operands), rtol=0, atol=1e-12)
-    pairs = case.finish(operands, case.static, case.pairs_of(operands).sum((0, 1)))
+    pairs = case.finish(operands, case.op_kwargs, case.pairs_of(operands).sum((0, 1)))
     torch.testing.assert_close(pairs, case.exact(operands), rtol=0, atol=1e-12)
 
 
 @cases
 def test_the_op_tells_the_passes_the_pairs_of_the_table(case: OpCase) -> None:
     operands = case.operands()
-    static = case.plain
+    op_kwargs = case.plain
     bound = case.op.bind(*case.call(lambda *args, **kwargs: (args, kwargs), operands))
-    assert {name: bound[name] for name in case.op.static} == static
+    assert {name: bound[name] for name in case.op.kwarg_names} == op_kwargs
     lhs, rhs = operands[case.op.lhs], operands[case.op.rhs]
-    assert case.op.geometry(lhs.shape, rhs.shape, static).pairs == case.pairs
-    assert case.op.geometry(lhs.shape, rhs.shape, static).groups == case.groups
-    assert case.op.pairs(lhs, rhs, static) == (0 if case.vector else case.pairs)
-    assert case.op.pairs(None, rhs, static) == case.pairs
+    assert case.op.geometry(lhs.shape, rhs.shape, op_kwargs).pairs == case.pairs
+    assert case.op.geometry(lhs.shape, rhs.shape, op_kwargs).groups == case.groups
+    assert case.op.pairs(lhs, rhs, op_kwargs) == (0 if case.vector else case.pairs)
+    assert case.op.pairs(None, rhs, op_kwargs) == case.pairs
