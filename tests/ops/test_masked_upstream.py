@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx.core.candidates import Role
-from fx_approx.ops import Rule
+from fx_approx.ops import BackwardDrawn, ForwardDrawn, Rule
 from fx_approx.runtime.rng import Draw, draw
 from fx_approx.runtime.selector import Selector
 from fx_approx.sampling import SAMPLERS, SamplerConfig, Selection, get_sampler

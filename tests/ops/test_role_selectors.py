@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fx_approx import ops
 from fx_approx.core.candidates import Role
+from fx_approx.ops import BackwardDrawn, ForwardDrawn
 from fx_approx.runtime.layers import SampledConv2d, SampledLinear, swap
 from fx_approx.runtime.rng import Draw, draw
 from fx_approx.runtime.selector import Selector, Site
