@@ -74,7 +74,9 @@ def add_step_options(parser: argparse.ArgumentParser, models: Sequence[str]) -> 
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5], help="sample ratios (0.5)")
     parser.add_argument("--scores", default="weight", choices=["weight", "ema", "uniform"])
     parser.add_argument("--batch", type=int, help="examples in a step (64, 8 or 8, by model)")
-    parser.add_argument("--minimal-k", type=int, default=16, help="layers with fewer pairs stay exact (16)")
+    parser.add_argument(
+        "--minimal-k", dest="min_k", type=int, default=16, help="layers with fewer pairs stay exact (16)"
+    )
     parser.add_argument("--runs", type=int, default=15, help="steps of each variant (15)")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each before (3)")
     add_device_options(parser)

@@ -266,7 +266,7 @@ def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
         trained.append(x)
         return step(run, x, *rest)
 
-    monkeypatch.setattr(fx_approx, "sensitivity", measured)
+    monkeypatch.setattr(fx_approx.analysis, "sensitivity", measured)
     monkeypatch.setattr(scripts.variants, "approximate", approximate)
     monkeypatch.setattr(scripts.training.Run, "step", trains)
     policy = "{kind='flops', budget=0.7, min_k=4, round_to=4}"
