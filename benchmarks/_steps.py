@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from _device import DTYPES, Quartiles, add_device_options, precision, quartiles, refuse_device_options, speedup, timed
+from _device import DTYPES, Quartiles, add_device_options, precision, quartiles, refuse_device_options, speedup
 from _header import add_json_option
 from _models import MODELS
 from _peak import peak_bytes
@@ -18,6 +18,8 @@ from _profile import KINDS, longest, milliseconds_by_kind
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from fx_approx.utils.timing import in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,12 +151,8 @@ def measure(
                     backend = backends.get(variant, "inductor")
                     graphs = options.cuda_graphs and variant not in backends
                     steps[variant, compiled] = Step(model, inputs, compiled, options.autocast, backend, graphs)
-        times: dict[tuple[str, bool], list[float]] = {key: [] for key in steps}
-        for run in range(options.runs + options.warmup):
-            for key, step in steps.items():
-                seconds = timed(step, options.device)
-                if run >= options.warmup:
-                    times[key].append(seconds)
+        seconds = in_turn(list(steps.values()), torch.device(options.device), options.runs, warmup=options.warmup)
+        times = dict(zip(steps, seconds, strict=True))
         found = []
         for (variant, compiled), taken in times.items():
             gc.collect()
