@@ -20,7 +20,7 @@ from fx_approx.core.plan import Plan, Policy
 from fx_approx.passes.apply_policy import check_policy
 from fx_approx.runtime.step_gradient import Loss
 from fx_approx.runtime.validation import check_seed
-from fx_approx.schedules import check_step
+from fx_approx.schedules.schedule import check_step
 from fx_approx.utils.disk_cache import DiskCache
 from policy_sweep.job import ADDRESS, Job
 from policy_sweep.result import EXACT, SweepResult, SweepRun, SweepTime
