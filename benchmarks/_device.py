@@ -57,6 +57,11 @@ def speedup(exact: list[float], taken: list[float]) -> Quartiles:
     return quartiles([one / other for one, other in zip(exact, taken, strict=True)])
 
 
+def shown(own: Quartiles) -> str:
+    """The median, and the other two in brackets."""
+    return "{1:.2f} [{0:.2f}, {2:.2f}]".format(*own)
+
+
 @dataclasses.dataclass(frozen=True)
 class Peaks:
     """The best that was measured: operations and bytes a second."""

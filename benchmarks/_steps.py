@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from _device import DTYPES, Quartiles, add_device_options, precision, quartiles, refuse_device_options, speedup
+from _device import DTYPES, Quartiles, add_device_options, precision, quartiles, refuse_device_options, shown, speedup
 from _header import add_json_option
 from _models import MODELS
 from _peak import peak_bytes
@@ -212,7 +212,7 @@ def _rows(found: Sequence[Measured]) -> list[list[str]]:
 
 
 def _text(ratios: Quartiles | None) -> str:
-    return "" if ratios is None else "{1:.2f} [{0:.2f}, {2:.2f}]".format(*ratios)
+    return "" if ratios is None else shown(ratios)
 
 
 def _profiles(found: Sequence[Measured]) -> list[list[str]]:

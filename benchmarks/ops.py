@@ -30,7 +30,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _device import Quartiles, add_device_options, calibrate, precision, quartiles, refuse_device_options, speedup
+from _device import (
+    Quartiles,
+    add_device_options,
+    calibrate,
+    precision,
+    quartiles,
+    refuse_device_options,
+    shown,
+    speedup,
+)
 from _float8 import float8, float8_missing
 from _header import add_json_option, environment, header, store
 from _layers import (
@@ -168,7 +177,7 @@ def rows(found: Sequence[Timed]) -> list[list[str]]:
             "compiled" if one.compiled else "eager",
             f"{1000 * one.seconds:.3g} [{1000 * one.spread[0]:.3g}, {1000 * one.spread[1]:.3g}]",
             f"{one.tflops:.3g}",
-            "{1:.2f} [{0:.2f}, {2:.2f}]".format(*one.speedup),
+            shown(one.speedup),
             f"{one.of_limit:.2f}",
         ]
         for one in found

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _device import Quartiles, add_device_options, quartiles, refuse_device_options
+from _device import Quartiles, add_device_options, quartiles, refuse_device_options, shown
 from _header import add_json_option, header, store
 from _models import MODELS
 from tabulate import tabulate
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{one.scope} {one.ratio:.2f}",
             f"{one.dense / 1e6:.1f}",
             f"{one.sent / 1e6:.1f}",
-            *("{1:.2f} [{0:.2f}, {2:.2f}]".format(*(1000 * part for part in own)) for own in (one.hook, one.copy)),
+            *(shown((1000 * low, 1000 * middle, 1000 * high)) for low, middle, high in (one.hook, one.copy)),
         ]
         for one in found
     ]

@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Sequence
 
 import torch
-from _device import speedup
+from _device import shown, speedup
 from _header import add_json_option, header, store
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -126,10 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, (layer, x) in layers().items()
         for one in measure(name, layer, x, options.ratio, options.runs, options.compile)
     ]
-    rows = [
-        [one.layer, one.variant, f"{1000 * one.seconds:.1f}", "{1:.2f} [{0:.2f}, {2:.2f}]".format(*one.speedup)]
-        for one in found
-    ]
+    rows = [[one.layer, one.variant, f"{1000 * one.seconds:.1f}", shown(one.speedup)] for one in found]
     print(f"\n{tabulate(rows, ['layer', 'variant', 'median ms', 'exact / this'], disable_numparse=True)}")
     store(options.json, [dataclasses.asdict(one) for one in found])
 
