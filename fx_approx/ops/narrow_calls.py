@@ -34,6 +34,26 @@ def _write(buffer: Tensor | None, part: Tensor | None, chosen: Selection) -> Non
             buffer.index_copy_(0, chosen.indices[0], part)
 
 
+def _normalised(
+    exact: Callable[..., Tensor],
+    input: Tensor,
+    statistics: tuple[Tensor | None, Tensor | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    settings: tuple[bool, float, float],
+    chosen: Selection | None,
+) -> Tensor:
+    """A norm with running mean and variance; ``settings`` are whether it updates them, the momentum and epsilon."""
+    if chosen is None:
+        return exact(input, *statistics, weight, bias, *settings)
+    mean, variance = (_read(buffer, chosen) for buffer in statistics)
+    result = exact(input, mean, variance, _part(weight, chosen), _part(bias, chosen), *settings)
+    if settings[0]:
+        _write(statistics[0], mean, chosen)
+        _write(statistics[1], variance, chosen)
+    return result
+
+
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -48,15 +68,8 @@ def batch_norm(
     channels: int,
 ) -> Tensor:
     """``F.batch_norm``; the running statistics of the other channels stay as they are."""
-    if chosen is None:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    mean, variance = _read(running_mean, chosen), _read(running_var, chosen)
-    weight, bias = _part(weight, chosen), _part(bias, chosen)
-    result = F.batch_norm(input, mean, variance, weight, bias, training, momentum, eps)
-    if training:
-        _write(running_mean, mean, chosen)
-        _write(running_var, variance, chosen)
-    return result
+    settings = training, momentum, eps
+    return _normalised(F.batch_norm, input, (running_mean, running_var), weight, bias, settings, chosen)
 
 
 def instance_norm(
@@ -73,15 +86,8 @@ def instance_norm(
     channels: int,
 ) -> Tensor:
     """``F.instance_norm``; the running statistics of the other channels stay as they are."""
-    if chosen is None:
-        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    mean, variance = _read(running_mean, chosen), _read(running_var, chosen)
-    weight, bias = _part(weight, chosen), _part(bias, chosen)
-    result = F.instance_norm(input, mean, variance, weight, bias, use_input_stats, momentum, eps)
-    if use_input_stats:
-        _write(running_mean, mean, chosen)
-        _write(running_var, variance, chosen)
-    return result
+    settings = use_input_stats, momentum, eps
+    return _normalised(F.instance_norm, input, (running_mean, running_var), weight, bias, settings, chosen)
 
 
 def group_norm(
