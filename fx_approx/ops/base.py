@@ -1,7 +1,7 @@
 """What every product op tells the passes, and the registry of ops.
 
-An op is one row: how its arguments are named, which two operands it multiplies, the GEMM it is, the scores of its
-column-row pairs, and the function that computes it from a :class:`~fx_approx.sampling.Selection`.
+An op is one row of the registry. It says how the arguments are named, which two operands are multiplied, the GEMM that
+this is, the scores of the column-row pairs, and the function that computes it from selections.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from fx_approx.core.candidates import GemmShape, Role
 from fx_approx.ops.gather import channels_last_order
+from fx_approx.ops.gradient_selection import ProductSampling
 from fx_approx.sampling.base import Selection
 from fx_approx.sampling.scores import ScoreKind
 from fx_approx.sampling.spec import SamplerConfig
 
-SAMPLING_ARGUMENTS = ("selection", "grad_input", "grad_weight", "straight_through")
-"""What the functions of ops take beyond the exact call's arguments, by keyword."""
+SAMPLING_ARGUMENTS = ProductSampling._fields
+"""Names of the keyword arguments that the functions of ops take beyond those of the exact call."""
 
 
 class Unsupported(ValueError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,12 @@ from fx_approx.ops.conv_gradients import (
     sampled_convolution,
 )
 from fx_approx.ops.gather import select_channels
-from fx_approx.ops.gradient_selection import Choice, ProductSampling
-from fx_approx.sampling.base import Selection
+from fx_approx.ops.gradient_selection import ProductSampling, SamplingKeywords, sampled_op
 from fx_approx.sampling.scores import ScoreKind
 
 
 def _make(exact: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    @sampled_op
     def conv(
         input: Tensor,
         weight: Tensor,
@@ -35,20 +35,15 @@ def _make(exact: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
         padding: str | IntOrTuple = 0,
         dilation: IntOrTuple = 1,
         groups: int = 1,
-        *,
-        selection: Selection | None = None,
-        grad_input: Choice = None,
-        grad_weight: Choice = None,
-        straight_through: bool = False,
+        **keywords: Unpack[SamplingKeywords],
     ) -> Tensor:
-        how = ProductSampling(selection, grad_input, grad_weight, straight_through)
-        if not has_channels(input, weight, groups):
-            return exact(input, weight, bias, stride, padding, dilation, groups)
-        if how.gradients_apart:
-            op_kwargs = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-            return sampled_convolution(input, weight, bias, op_kwargs, how)
-        if selection is not None:
-            input, weight = select_channels(input, weight, groups, selection)
+        sampling = ProductSampling(**keywords)
+        if has_channels(input, weight, groups):
+            if sampling.gradients_apart:
+                op_kwargs = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+                return sampled_convolution(input, weight, bias, op_kwargs, sampling)
+            if sampling.selection is not None:
+                input, weight = select_channels(input, weight, groups, sampling.selection)
         return exact(input, weight, bias, stride, padding, dilation, groups)
 
     conv.__name__ = conv.__qualname__ = name

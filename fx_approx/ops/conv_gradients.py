@@ -105,7 +105,7 @@ def _patches(x: Tensor, kernel: torch.Size, geometry: ConvGeometry, indices: Ten
 
 
 class _Patches(torch.autograd.Function):
-    """What positions read; the gradient adds up where they overlap."""
+    """See :func:`_patches`. The gradient adds up where patches overlap."""
 
     @staticmethod
     def forward(x: Tensor, kernel: torch.Size, geometry: ConvGeometry, indices: Tensor) -> Tensor:
@@ -120,16 +120,16 @@ class _Patches(torch.autograd.Function):
         ctx.save_for_backward(indices)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None
+            return gradients(ctx)
         (indices,) = ctx.saved_tensors
         sides = _sides(ctx.geometry)
         spatial = [n + 2 * amount for n, amount in zip(ctx.size[2:], ctx.geometry.padding, strict=True)]
         padded = grad.new_zeros(ctx.size[0], *spatial, ctx.size[1])
         places = _places(ctx.size, ctx.kernel, ctx.geometry, indices)
         padded = padded.index_put(places, grad, accumulate=True).movedim(-1, 1)
-        return F.pad(padded, [-side for side in sides]), None, None, None
+        return gradients(ctx, F.pad(padded, [-side for side in sides]))
 
 
 def _sides(geometry: ConvGeometry) -> list[int]:
@@ -201,7 +201,7 @@ class ConvPairs:
     def count(
         self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any], spec: SamplerConfig
     ) -> tuple[int, int]:
-        """As the protocol says."""
+        """Groups that choose apart from each other, and the pairs of each."""
         if role is Role.OUTPUT:
             return op_kwargs["groups"], rhs.shape[1]
         if role is Role.GRAD_INPUT:
@@ -218,7 +218,7 @@ class ConvPairs:
         spec: SamplerConfig,
         running: Tensor | None,
     ) -> Tensor:
-        """As the protocol says; for a gradient only."""
+        """Scores ``[groups, pairs]`` for one of the two gradients, without reading the gradient."""
         kind = get_score(spec.scores)
         x, geometry = canonical(lhs, rhs, op_kwargs)
         if role is Role.GRAD_INPUT:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from fx_approx.core.candidates import GemmShape, Role
 from fx_approx.ops.base import ProductOp, Unsupported, norm, ones_like_scores, register_op, single
 from fx_approx.ops.gather import gather, scaled
-from fx_approx.ops.gradient_selection import Choice, ProductSampling
+from fx_approx.ops.gradient_selection import ProductSampling, SamplingKeywords, sampled_op
 from fx_approx.ops.matmul_gradients import MatrixPairs, product
 from fx_approx.sampling.base import Selection
 from fx_approx.sampling.scores import ScoreKind
@@ -74,15 +74,12 @@ def _parse(equation: Any) -> _Equation:
     return parsed
 
 
+@sampled_op
 def einsum(
     equation: str,
     lhs: Tensor,
     rhs: Tensor,
-    *,
-    selection: Selection | None = None,
-    grad_input: Choice = None,
-    grad_weight: Choice = None,
-    straight_through: bool = False,
+    **keywords: Unpack[SamplingKeywords],
 ) -> Tensor:
     """``torch.einsum(equation, lhs, rhs)``, each of its three products from its own selection; None is exact.
 
@@ -96,16 +93,17 @@ def einsum(
         grad_weight: For the gradient of ``rhs``, likewise of the labels that only ``lhs`` has, flattened.
         straight_through: Gradients do not follow ``selection``, as if the product were exact.
     """
-    how = ProductSampling(selection, grad_input, grad_weight, straight_through)
-    if how.gradients_apart or (selection is not None and selection.indices.shape[0] > 1):
+    sampling = ProductSampling(**keywords)
+    selection = sampling.selection
+    if sampling.gradients_apart or sampling.per_batch:
         parsed = _parse(equation)
         x, w = _view(lhs, rhs, {"equation": equation})
         if selection is not None:
             block = x.shape[-1] // lhs.shape[parsed.lhs.index(parsed.pair)]
-            how = how._replace(selection=_blocks(selection, block))
+            sampling = sampling._replace(selection=_blocks(selection, block))
         sizes = _sizes(parsed, lhs.shape, rhs.shape)
         labels = parsed.batch + parsed.rows + parsed.columns
-        result = product(x, w, None, how).reshape([sizes[label] for label in labels])
+        result = product(x, w, None, sampling).reshape([sizes[label] for label in labels])
         return result.permute([labels.index(label) for label in parsed.output])
     if selection is not None:
         parsed = _parse(equation)
@@ -153,7 +151,7 @@ class _EinsumPairs(MatrixPairs):
     def count(
         self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any], spec: SamplerConfig
     ) -> tuple[int, int]:
-        """As the protocol says."""
+        """Groups that choose apart from each other, and the pairs of each."""
         groups, pairs = super().count(role, lhs, rhs, op_kwargs, spec)
         return groups, _pairs(lhs, rhs, op_kwargs) if role is Role.OUTPUT else pairs
 
@@ -171,7 +169,7 @@ class _EinsumPairs(MatrixPairs):
         spec: SamplerConfig,
         running: Tensor | None,
     ) -> Tensor:
-        """As the protocol says; a block scores √Σ s² of its entries."""
+        """Scores ``[groups, pairs]``, without reading the gradient. A block scores √Σ s² of its entries."""
         scores = super().scores(role, lhs, rhs, op_kwargs, spec, running)
         if role is not Role.OUTPUT:
             return scores

@@ -41,9 +41,9 @@ def slice_scores(left: Tensor | None, axis: int, right: Tensor | None, like: Ten
     """Scores ``[groups, pairs]``, √(Σ_b ‖left_b,j‖²·‖right_b,j‖²), or one group for each b.
 
     Args:
-        left: ``[m, n]`` or ``[b, m, n]`` with the pairs along ``axis`` (-1 or -2), or None if its norms are not read.
+        left: ``[..., m, n]`` with the pairs along ``axis`` (-1 or -2), or None if its norms are not read.
         axis: Where the pairs of ``left`` are.
-        right: ``[pairs, K]`` or ``[b, pairs, K]``, or None if its norms are not read.
+        right: ``[..., pairs, K]``, or None if its norms are not read.
         like: Any tensor of the shape of ``right``.
         per_batch: Whether each product of the batch has scores of its own.
     """
@@ -58,7 +58,7 @@ def slice_scores(left: Tensor | None, axis: int, right: Tensor | None, like: Ten
     if per_batch:
         return products
     # In float64: the squares of products of norms leave the range of float32 long before the norms do.
-    return norm(products.double(), (0,)).unsqueeze(0).to(products.dtype)
+    return norm(products.double(), tuple(range(products.dim() - 1))).unsqueeze(0).to(products.dtype)
 
 
 def _times(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -117,7 +117,7 @@ class MatrixPairs:
     def count(
         self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any], spec: SamplerConfig
     ) -> tuple[int, int]:
-        """As the protocol says."""
+        """Groups that choose apart from each other, and the pairs of each."""
         x, w = self.view(lhs, rhs, op_kwargs)
         pairs = {Role.OUTPUT: x.shape[-1], Role.GRAD_INPUT: w.shape[-2], Role.GRAD_WEIGHT: x.shape[-2]}[role]
         return (x.shape[0] if spec.per_batch and x.dim() == 3 else 1), pairs
@@ -131,7 +131,7 @@ class MatrixPairs:
         spec: SamplerConfig,
         running: Tensor | None,
     ) -> Tensor:
-        """As the protocol says."""
+        """Scores ``[groups, pairs]``, without reading the gradient."""
         x, w = self.view(lhs, rhs, op_kwargs)
         kind = get_score(spec.scores)
         read_x, read_w = ("input" in kind.reads, "weight" in kind.reads)
