@@ -25,6 +25,9 @@ from fx_approx.sampling.spec import SamplerConfig
 SAMPLING_ARGUMENTS = ProductSampling._fields
 """Names of the keyword arguments that the functions of ops take beyond those of the exact call."""
 
+OpKwargs = Mapping[str, Any]
+"""The plain arguments of an op, such as stride and padding, by name."""
+
 
 class Unsupported(ValueError):
     """This use of the op cannot be sampled; the message is the reason shown in plans and reports."""
@@ -33,7 +36,7 @@ class Unsupported(ValueError):
 class ScoreFunction(Protocol):
     """Scores ``[groups, pairs]`` of the pairs of a product; non-negative, float32 (float64 for float64)."""
 
-    def __call__(self, lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, op_kwargs: Mapping[str, Any]) -> Tensor:
+    def __call__(self, lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, op_kwargs: OpKwargs) -> Tensor:
         """The scores of ``kind`` for these operands."""
         ...
 
@@ -44,20 +47,12 @@ class RolePairs(Protocol):
     Those are the two gradients, and the output of a batched product whose members choose each for itself.
     """
 
-    def count(
-        self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any], spec: SamplerConfig
-    ) -> tuple[int, int]:
+    def count(self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs, spec: SamplerConfig) -> tuple[int, int]:
         """Groups that choose apart from each other, and pairs of each; (1, 0) if they cannot be sampled."""
         ...
 
     def scores(
-        self,
-        role: Role,
-        lhs: Tensor,
-        rhs: Tensor,
-        op_kwargs: Mapping[str, Any],
-        spec: SamplerConfig,
-        running: Tensor | None,
+        self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs, spec: SamplerConfig, running: Tensor | None
     ) -> Tensor:
         """Scores ``[groups, pairs]`` that do not read the gradient, see :class:`fx_approx.sampling.ScoreKind`.
 
@@ -65,7 +60,7 @@ class RolePairs(Protocol):
         """
         ...
 
-    def positions(self, lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any], spec: SamplerConfig) -> int:
+    def positions(self, lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs, spec: SamplerConfig) -> int:
         """How many consecutive rows of the weight gradient's contraction have a running norm of their own."""
         ...
 
@@ -100,12 +95,12 @@ class ProductOp:
     lhs: str
     rhs: str
     targets: tuple[Callable[..., Any], ...]
-    geometry: Callable[[torch.Size, torch.Size, Mapping[str, Any]], GemmShape]
-    pairs: Callable[[Tensor | None, Tensor, Mapping[str, Any]], int]
+    geometry: Callable[[torch.Size, torch.Size, OpKwargs], GemmShape]
+    pairs: Callable[[Tensor | None, Tensor, OpKwargs], int]
     scores: ScoreFunction
     roles: RolePairs
-    check: Callable[[Mapping[str, Any]], None] = lambda op_kwargs: None
-    fits: Callable[[Tensor, Tensor, Mapping[str, Any]], bool] = lambda lhs, rhs, op_kwargs: True
+    check: Callable[[OpKwargs], None] = lambda op_kwargs: None
+    fits: Callable[[Tensor, Tensor, OpKwargs], bool] = lambda lhs, rhs, op_kwargs: True
     methods: tuple[str, ...] = ()
     kwarg_names: tuple[str, ...] = ()
     keeps_both: bool = False

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Unpack
+from collections.abc import Callable
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fx_approx.core.candidates import GemmShape
-from fx_approx.ops.base import ProductOp, norm, ones_like_scores, register_op
+from fx_approx.ops.base import OpKwargs, ProductOp, norm, ones_like_scores, register_op
 from fx_approx.ops.conv_gradients import (
     ConvGeometry,
     ConvPairs,
@@ -76,7 +76,7 @@ conv2d = _make(F.conv2d, "conv2d")
 conv3d = _make(F.conv3d, "conv3d")
 
 
-def output_positions(lhs: torch.Size, rhs: torch.Size, op_kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+def output_positions(lhs: torch.Size, rhs: torch.Size, op_kwargs: OpKwargs) -> tuple[int, ...]:
     """Spatial size of a convolution's output, from the shapes of input and weight and the call's plain arguments."""
     spatial, padding = len(rhs) - 2, op_kwargs["padding"]
     if padding == "same":
@@ -92,11 +92,11 @@ def has_channels(input: Tensor, weight: Tensor, groups: int) -> bool:
     return isinstance(input, Tensor) and input.dim() >= axes and input.shape[-axes] == weight.shape[1] * groups
 
 
-def _fits(lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any]) -> bool:
+def _fits(lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs) -> bool:
     return has_channels(lhs, rhs, op_kwargs["groups"])
 
 
-def _geometry(lhs: torch.Size, rhs: torch.Size, op_kwargs: Mapping[str, Any]) -> GemmShape:
+def _geometry(lhs: torch.Size, rhs: torch.Size, op_kwargs: OpKwargs) -> GemmShape:
     groups, block = op_kwargs["groups"], math.prod(rhs[2:])
     examples = lhs[0] if len(lhs) == len(rhs) else 1
     positions = math.prod(output_positions(lhs, rhs, op_kwargs))
@@ -110,11 +110,11 @@ def _geometry(lhs: torch.Size, rhs: torch.Size, op_kwargs: Mapping[str, Any]) ->
     )
 
 
-def _pairs(lhs: Tensor | None, rhs: Tensor, op_kwargs: Mapping[str, Any]) -> int:
+def _pairs(lhs: Tensor | None, rhs: Tensor, op_kwargs: OpKwargs) -> int:
     return rhs.shape[1]
 
 
-def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, op_kwargs: Mapping[str, Any]) -> Tensor:
+def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, op_kwargs: OpKwargs) -> Tensor:
     """‖X[:,j]‖·‖W[:,j]‖ for input channel j: the paper's proxy for the norm of the pair's convolution."""
     groups, pairs = op_kwargs["groups"], rhs.shape[1]
     scores = ones_like_scores(rhs, groups, pairs)

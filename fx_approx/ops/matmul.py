@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from fx_approx.core.candidates import GemmShape
-from fx_approx.ops.base import ProductOp, Unsupported, register_op, single
+from fx_approx.ops.base import OpKwargs, ProductOp, Unsupported, register_op, single
 from fx_approx.ops.gather import gather, scaled
 from fx_approx.ops.gradient_selection import ProductSampling, SamplingKeywords, sampled_op
 from fx_approx.ops.matmul_gradients import MatrixPairs, product, slice_scores
@@ -40,11 +40,11 @@ def _multiply(exact: Callable[[Tensor, Tensor], Tensor], lhs: Tensor, rhs: Tenso
     return exact(lhs, rhs)
 
 
-def _fits(lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any]) -> bool:
+def _fits(lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs) -> bool:
     return lhs.dim() < 2 or rhs.dim() < 2 or lhs.shape[-1] == rhs.shape[-2]
 
 
-def _view(lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _view(lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs) -> tuple[Tensor, Tensor]:
     """``x [m, K]`` and ``w [n, K]`` if the right operand is one matrix, else batches of such."""
     if rhs.dim() == 2:
         return lhs.reshape(-1, lhs.shape[-1]), rhs.mT
@@ -55,11 +55,7 @@ def _view(lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any]) -> tuple[Tenso
 
 
 @sampled_op
-def matmul(
-    input: Tensor,
-    other: Tensor,
-    **keywords: Unpack[SamplingKeywords],
-) -> Tensor:
+def matmul(input: Tensor, other: Tensor, **keywords: Unpack[SamplingKeywords]) -> Tensor:
     """``input @ other``, each of its three products from its own selection; with None the exact product.
 
     Args:
@@ -79,21 +75,13 @@ def matmul(
 
 
 @sampled_op
-def mm(
-    input: Tensor,
-    mat2: Tensor,
-    **keywords: Unpack[SamplingKeywords],
-) -> Tensor:
+def mm(input: Tensor, mat2: Tensor, **keywords: Unpack[SamplingKeywords]) -> Tensor:
     """As :func:`matmul` for two matrices ``[m, K]`` and ``[K, n]``."""
     return _multiply(torch.mm, input, mat2, ProductSampling(**keywords))
 
 
 @sampled_op
-def bmm(
-    input: Tensor,
-    mat2: Tensor,
-    **keywords: Unpack[SamplingKeywords],
-) -> Tensor:
+def bmm(input: Tensor, mat2: Tensor, **keywords: Unpack[SamplingKeywords]) -> Tensor:
     """As :func:`matmul` for two batches ``[b, m, K]`` and ``[b, K, n]``."""
     return _multiply(torch.bmm, input, mat2, ProductSampling(**keywords))
 
@@ -149,7 +137,7 @@ def _multiply_and_add(
     return total + (input if beta == 1 else beta * input).to(total.dtype)
 
 
-def _geometry(lhs: torch.Size, rhs: torch.Size, op_kwargs: Mapping[str, Any]) -> GemmShape:
+def _geometry(lhs: torch.Size, rhs: torch.Size, op_kwargs: OpKwargs) -> GemmShape:
     if len(lhs) < 2 or len(rhs) < 2:
         raise Unsupported("a product with a vector: bound by memory, nothing to gain")
     if len(rhs) == 2:
@@ -158,11 +146,11 @@ def _geometry(lhs: torch.Size, rhs: torch.Size, op_kwargs: Mapping[str, Any]) ->
     return GemmShape(m=lhs[-2], n=rhs[-1], k=lhs[-1], batch=batch)
 
 
-def _pairs(lhs: Tensor | None, rhs: Tensor, op_kwargs: Mapping[str, Any]) -> int:
+def _pairs(lhs: Tensor | None, rhs: Tensor, op_kwargs: OpKwargs) -> int:
     return rhs.shape[-2] if rhs.dim() > 1 and (lhs is None or lhs.dim() > 1) else 0
 
 
-def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, op_kwargs: Mapping[str, Any]) -> Tensor:
+def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, op_kwargs: OpKwargs) -> Tensor:
     left = lhs if "input" in kind.reads else None
     return slice_scores(left, -1, rhs if "weight" in kind.reads else None, rhs, per_batch=False)
 

@@ -34,23 +34,24 @@ def _write(buffer: Tensor | None, part: Tensor | None, chosen: Selection) -> Non
             buffer.index_copy_(0, chosen.indices[0], part)
 
 
-def _normalised(
+def _with_statistics(
     exact: Callable[..., Tensor],
+    chosen: Selection | None,
     input: Tensor,
-    statistics: tuple[Tensor | None, Tensor | None],
+    mean: Tensor | None,
+    variance: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    settings: tuple[bool, float, float],
-    chosen: Selection | None,
+    *settings: Any,
 ) -> Tensor:
-    """A norm with running mean and variance; ``settings`` are whether it updates them, the momentum and epsilon."""
+    """A norm with running statistics; the first of ``settings`` says whether it updates them."""
     if chosen is None:
-        return exact(input, *statistics, weight, bias, *settings)
-    mean, variance = (_read(buffer, chosen) for buffer in statistics)
-    result = exact(input, mean, variance, _part(weight, chosen), _part(bias, chosen), *settings)
+        return exact(input, mean, variance, weight, bias, *settings)
+    own_mean, own_variance = _read(mean, chosen), _read(variance, chosen)
+    result = exact(input, own_mean, own_variance, _part(weight, chosen), _part(bias, chosen), *settings)
     if settings[0]:
-        _write(statistics[0], mean, chosen)
-        _write(statistics[1], variance, chosen)
+        _write(mean, own_mean, chosen)
+        _write(variance, own_variance, chosen)
     return result
 
 
@@ -69,7 +70,7 @@ def batch_norm(
 ) -> Tensor:
     """``F.batch_norm``; the running statistics of the other channels stay as they are."""
     settings = training, momentum, eps
-    return _normalised(F.batch_norm, input, (running_mean, running_var), weight, bias, settings, chosen)
+    return _with_statistics(F.batch_norm, chosen, input, running_mean, running_var, weight, bias, *settings)
 
 
 def instance_norm(
@@ -87,7 +88,7 @@ def instance_norm(
 ) -> Tensor:
     """``F.instance_norm``; the running statistics of the other channels stay as they are."""
     settings = use_input_stats, momentum, eps
-    return _normalised(F.instance_norm, input, (running_mean, running_var), weight, bias, settings, chosen)
+    return _with_statistics(F.instance_norm, chosen, input, running_mean, running_var, weight, bias, *settings)
 
 
 def group_norm(
