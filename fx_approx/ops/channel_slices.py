@@ -199,7 +199,7 @@ def pad_parts(
     Args:
         input: Any shape.
         pad: As ``F.pad`` takes it.
-        value: As there.
+        value: What the new entries are filled with; None for zeros.
         dim: The axis of the channels.
         ends: What stands before and behind those of ``input`` along that axis.
     """

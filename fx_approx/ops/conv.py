@@ -53,10 +53,10 @@ def _make(exact: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
         input: ``[N, C, ...]`` or ``[C, ...]``; channels_last is kept.
         weight: ``[O, C / groups, ...]``.
         bias: ``[O]`` or None; always added in full, its gradient is always exact.
-        stride: As in ``torch.nn.functional.{name}``.
-        padding: As there.
-        dilation: As there.
-        groups: As there; channels are chosen within each group.
+        stride: Steps between output positions, as in ``torch.nn.functional.{name}``.
+        padding: Zeros on both sides of each axis, or ``"valid"`` or ``"same"``.
+        dilation: Steps between the entries of the kernel.
+        groups: Groups of channels; channels are chosen within each group.
         selection: Of the input channels, indices and scale ``[groups, k]``, for the output; None for the exact one.
         grad_input: Of the output channels, ``[groups, k]``, for the gradient of ``input``.
         grad_weight: Of the examples, ``[1, k]``, for the gradient of ``weight``; with

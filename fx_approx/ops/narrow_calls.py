@@ -154,9 +154,9 @@ def _sliced(exact: Callable[..., Tensor]) -> Callable[..., Tensor]:
         weight: The whole weight ``[O, C / groups, ...]``.
         bias: The whole bias ``[O]`` or None.
         slices: Of both; see :func:`fx_approx.ops.channel_slices.slice_weights`.
-        stride: As there.
-        padding: As there.
-        dilation: As there.
+        stride: Steps between output positions.
+        padding: Zeros on both sides of each axis, or ``"valid"`` or ``"same"``.
+        dilation: Steps between the entries of the kernel.
         groups: Of the whole convolution.
     """
     return sliced_conv
