@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fx_approx.core.candidates import GemmShape
-from fx_approx.ops.base import ProductOp, norm, ones_like_scores, register_op
+from fx_approx.ops.base import OpKwargs, ProductOp, norm, ones_like_scores, register_op
 from fx_approx.ops.conv_gradients import (
     ConvGeometry,
     ConvPairs,
@@ -21,12 +21,12 @@ from fx_approx.ops.conv_gradients import (
     sampled_convolution,
 )
 from fx_approx.ops.gather import has_channels, select_channels
-from fx_approx.ops.gradient_selection import Choice, ProductSampling
-from fx_approx.sampling.base import Selection
+from fx_approx.ops.gradient_selection import ProductSampling, SamplingKeywords, sampled_op
 from fx_approx.sampling.scores import ScoreKind
 
 
 def _make(exact: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    @sampled_op
     def conv(
         input: Tensor,
         weight: Tensor,
@@ -35,20 +35,15 @@ def _make(exact: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
         padding: str | IntOrTuple = 0,
         dilation: IntOrTuple = 1,
         groups: int = 1,
-        *,
-        selection: Selection | None = None,
-        grad_input: Choice = None,
-        grad_weight: Choice = None,
-        straight_through: bool = False,
+        **keywords: Unpack[SamplingKeywords],
     ) -> Tensor:
-        how = ProductSampling(selection, grad_input, grad_weight, straight_through)
-        if not has_channels(input, weight, groups):
-            return exact(input, weight, bias, stride, padding, dilation, groups)
-        if how.gradients_apart:
-            op_kwargs = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-            return sampled_convolution(input, weight, bias, op_kwargs, how)
-        if selection is not None:
-            input, weight = select_channels(input, weight, groups, selection)
+        sampling = ProductSampling(**keywords)
+        if has_channels(input, weight, groups):
+            if sampling.gradients_apart:
+                op_kwargs = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+                return sampled_convolution(input, weight, bias, op_kwargs, sampling)
+            if sampling.selection is not None:
+                input, weight = select_channels(input, weight, groups, sampling.selection)
         return exact(input, weight, bias, stride, padding, dilation, groups)
 
     conv.__name__ = conv.__qualname__ = name
@@ -58,10 +53,10 @@ def _make(exact: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
         input: ``[N, C, ...]`` or ``[C, ...]``; channels_last is kept.
         weight: ``[O, C / groups, ...]``.
         bias: ``[O]`` or None; always added in full, its gradient is always exact.
-        stride: As in ``torch.nn.functional.{name}``.
-        padding: As there.
-        dilation: As there.
-        groups: As there; channels are chosen within each group.
+        stride: Steps between output positions, as in ``torch.nn.functional.{name}``.
+        padding: Zeros on both sides of each axis, or ``"valid"`` or ``"same"``.
+        dilation: Steps between the entries of the kernel.
+        groups: Groups of channels; channels are chosen within each group.
         selection: Of the input channels, indices and scale ``[groups, k]``, for the output; None for the exact one.
         grad_input: Of the output channels, ``[groups, k]``, for the gradient of ``input``.
         grad_weight: Of the examples, ``[1, k]``, for the gradient of ``weight``; with
@@ -81,7 +76,7 @@ conv2d = _make(F.conv2d, "conv2d")
 conv3d = _make(F.conv3d, "conv3d")
 
 
-def output_positions(lhs: torch.Size, rhs: torch.Size, op_kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+def output_positions(lhs: torch.Size, rhs: torch.Size, op_kwargs: OpKwargs) -> tuple[int, ...]:
     """Spatial size of a convolution's output, from the shapes of input and weight and the call's plain arguments."""
     spatial, padding = len(rhs) - 2, op_kwargs["padding"]
     if padding == "same":
@@ -91,11 +86,11 @@ def output_positions(lhs: torch.Size, rhs: torch.Size, op_kwargs: Mapping[str, A
     return output_size(lhs, rhs[2:], ConvGeometry(stride, padding, dilation, groups=1))
 
 
-def _fits(lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any]) -> bool:
+def _fits(lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs) -> bool:
     return has_channels(lhs, rhs, op_kwargs["groups"])
 
 
-def _geometry(lhs: torch.Size, rhs: torch.Size, op_kwargs: Mapping[str, Any]) -> GemmShape:
+def _geometry(lhs: torch.Size, rhs: torch.Size, op_kwargs: OpKwargs) -> GemmShape:
     groups, block = op_kwargs["groups"], math.prod(rhs[2:])
     examples = lhs[0] if len(lhs) == len(rhs) else 1
     positions = math.prod(output_positions(lhs, rhs, op_kwargs))
@@ -109,11 +104,11 @@ def _geometry(lhs: torch.Size, rhs: torch.Size, op_kwargs: Mapping[str, Any]) ->
     )
 
 
-def _pairs(lhs: Tensor | None, rhs: Tensor, op_kwargs: Mapping[str, Any]) -> int:
+def _pairs(lhs: Tensor | None, rhs: Tensor, op_kwargs: OpKwargs) -> int:
     return rhs.shape[1]
 
 
-def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, op_kwargs: Mapping[str, Any]) -> Tensor:
+def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, op_kwargs: OpKwargs) -> Tensor:
     """‖X[:,j]‖·‖W[:,j]‖ for input channel j: the paper's proxy for the norm of the pair's convolution."""
     groups, pairs = op_kwargs["groups"], rhs.shape[1]
     scores = ones_like_scores(rhs, groups, pairs)

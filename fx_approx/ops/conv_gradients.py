@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fx_approx.core.candidates import Role
-from fx_approx.ops.base import norm, ones_like_scores
+from fx_approx.ops.base import OpKwargs, norm, ones_like_scores
 from fx_approx.ops.functorch_guard import refuse_vmap
 from fx_approx.ops.gather import flat_indices, gather, scaled, select_channels
 from fx_approx.ops.grad_norm_ema import weighted
@@ -59,7 +58,7 @@ class ConvGeometry(NamedTuple):
     groups: int
 
 
-def canonical(x: Tensor, w: Tensor, op_kwargs: Mapping[str, Any]) -> tuple[Tensor, ConvGeometry]:
+def canonical(x: Tensor, w: Tensor, op_kwargs: OpKwargs) -> tuple[Tensor, ConvGeometry]:
     """A batch and numeric arguments for any way to call a convolution; pads beforehand where the sides differ."""
     spatial = w.dim() - 2
     if x.dim() < w.dim():
@@ -105,7 +104,7 @@ def _patches(x: Tensor, kernel: torch.Size, geometry: ConvGeometry, indices: Ten
 
 
 class _Patches(torch.autograd.Function):
-    """What positions read; the gradient adds up where they overlap."""
+    """See :func:`_patches`. The gradient adds up where patches overlap."""
 
     @staticmethod
     def forward(x: Tensor, kernel: torch.Size, geometry: ConvGeometry, indices: Tensor) -> Tensor:
@@ -120,16 +119,16 @@ class _Patches(torch.autograd.Function):
         ctx.save_for_backward(indices)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None
+            return gradients(ctx)
         (indices,) = ctx.saved_tensors
         sides = _sides(ctx.geometry)
         spatial = [n + 2 * amount for n, amount in zip(ctx.size[2:], ctx.geometry.padding, strict=True)]
         padded = grad.new_zeros(ctx.size[0], *spatial, ctx.size[1])
         places = _places(ctx.size, ctx.kernel, ctx.geometry, indices)
         padded = padded.index_put(places, grad, accumulate=True).movedim(-1, 1)
-        return F.pad(padded, [-side for side in sides]), None, None, None
+        return gradients(ctx, F.pad(padded, [-side for side in sides]))
 
 
 def _sides(geometry: ConvGeometry) -> list[int]:
@@ -198,10 +197,8 @@ def _row_scores(
 class ConvPairs:
     """The pairs of a convolution's gradients; see :class:`fx_approx.ops.base.RolePairs`."""
 
-    def count(
-        self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any], spec: SamplerConfig
-    ) -> tuple[int, int]:
-        """As the protocol says."""
+    def count(self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs, spec: SamplerConfig) -> tuple[int, int]:
+        """Groups that choose apart from each other, and the pairs of each."""
         if role is Role.OUTPUT:
             return op_kwargs["groups"], rhs.shape[1]
         if role is Role.GRAD_INPUT:
@@ -210,15 +207,9 @@ class ConvPairs:
         return 1, examples * (self.positions(lhs, rhs, op_kwargs, spec) if spec.positions else 1)
 
     def scores(
-        self,
-        role: Role,
-        lhs: Tensor,
-        rhs: Tensor,
-        op_kwargs: Mapping[str, Any],
-        spec: SamplerConfig,
-        running: Tensor | None,
+        self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs, spec: SamplerConfig, running: Tensor | None
     ) -> Tensor:
-        """As the protocol says; for a gradient only."""
+        """Scores ``[groups, pairs]`` for one of the two gradients, without reading the gradient."""
         kind = get_score(spec.scores)
         x, geometry = canonical(lhs, rhs, op_kwargs)
         if role is Role.GRAD_INPUT:
@@ -226,7 +217,7 @@ class ConvPairs:
         scores = _row_scores(None, x, "input" in kind.reads, rhs.shape[2:], geometry, spec.positions)
         return weighted(scores, running)
 
-    def positions(self, lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any], spec: SamplerConfig) -> int:
+    def positions(self, lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs, spec: SamplerConfig) -> int:
         """The output positions of an example, where each is a row."""
         if not spec.positions:
             return 1
@@ -330,7 +321,7 @@ def _grad_weight_at(grad: Tensor, patches: Tensor, shape: torch.Size, groups: in
 
 
 def sampled_convolution(
-    x: Tensor, w: Tensor, bias: Tensor | None, op_kwargs: Mapping[str, Any], sampling: ProductSampling
+    x: Tensor, w: Tensor, bias: Tensor | None, op_kwargs: OpKwargs, sampling: ProductSampling
 ) -> Tensor:
     """A convolution, each of its three products from its own selection.
 

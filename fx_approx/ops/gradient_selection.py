@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple, TypedDict, TypeVar, get_type_hints
 
 from torch import Tensor
 
@@ -83,3 +85,32 @@ class ProductSampling(NamedTuple):
         """Whether a gradient is more than what autograd makes of the output's own computation."""
         apart = self.grad_input is not None or self.grad_weight is not None
         return apart or (self.straight_through and self.selection is not None)
+
+    @property
+    def per_batch(self) -> bool:
+        """Whether each product of a batch has its own selection for the output."""
+        return self.selection is not None and self.selection.indices.shape[0] > 1
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """The fields of :class:`ProductSampling` as the keyword arguments of an op."""
+
+    selection: Selection | None
+    grad_input: Choice
+    grad_weight: Choice
+    straight_through: bool
+
+
+_Op = TypeVar("_Op", bound=Callable[..., Tensor])
+
+
+def sampled_op(function: _Op) -> _Op:
+    """Marks a function that takes :class:`SamplingKeywords`: its signature lists them, with their defaults."""
+    signature, types = inspect.signature(function), get_type_hints(ProductSampling)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    keywords = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[name])
+        for name, default in ProductSampling._field_defaults.items()
+    ]
+    function.__dict__["__signature__"] = signature.replace(parameters=[*own, *keywords])
+    return function

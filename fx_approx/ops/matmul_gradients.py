@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fx_approx.core.candidates import Role
-from fx_approx.ops.base import norm, ones_like_scores
+from fx_approx.ops.base import OpKwargs, norm, ones_like_scores
 from fx_approx.ops.functorch_guard import refuse_vmap
 from fx_approx.ops.gather import gather, scaled
 from fx_approx.ops.grad_norm_ema import weighted
@@ -41,9 +41,9 @@ def slice_scores(left: Tensor | None, axis: int, right: Tensor | None, like: Ten
     """Scores ``[groups, pairs]``, √(Σ_b ‖left_b,j‖²·‖right_b,j‖²), or one group for each b.
 
     Args:
-        left: ``[m, n]`` or ``[b, m, n]`` with the pairs along ``axis`` (-1 or -2), or None if its norms are not read.
+        left: ``[..., m, n]`` with the pairs along ``axis`` (-1 or -2), or None if its norms are not read.
         axis: Where the pairs of ``left`` are.
-        right: ``[pairs, K]`` or ``[b, pairs, K]``, or None if its norms are not read.
+        right: ``[..., pairs, K]``, or None if its norms are not read.
         like: Any tensor of the shape of ``right``.
         per_batch: Whether each product of the batch has scores of its own.
     """
@@ -58,7 +58,7 @@ def slice_scores(left: Tensor | None, axis: int, right: Tensor | None, like: Ten
     if per_batch:
         return products
     # In float64: the squares of products of norms leave the range of float32 long before the norms do.
-    return norm(products.double(), (0,)).unsqueeze(0).to(products.dtype)
+    return norm(products.double(), tuple(range(products.dim() - 1))).unsqueeze(0).to(products.dtype)
 
 
 def _times(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -101,7 +101,7 @@ def _contract(grad: Tensor, axis: int, other: Tensor, chosen: Selection | None, 
     return left, right
 
 
-View = Callable[[Tensor, Tensor, Mapping[str, Any]], tuple[Tensor, Tensor]]
+View = Callable[[Tensor, Tensor, OpKwargs], tuple[Tensor, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,24 +114,16 @@ class MatrixPairs:
 
     view: View
 
-    def count(
-        self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any], spec: SamplerConfig
-    ) -> tuple[int, int]:
-        """As the protocol says."""
+    def count(self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs, spec: SamplerConfig) -> tuple[int, int]:
+        """Groups that choose apart from each other, and the pairs of each."""
         x, w = self.view(lhs, rhs, op_kwargs)
         pairs = {Role.OUTPUT: x.shape[-1], Role.GRAD_INPUT: w.shape[-2], Role.GRAD_WEIGHT: x.shape[-2]}[role]
         return (x.shape[0] if spec.per_batch and x.dim() == 3 else 1), pairs
 
     def scores(
-        self,
-        role: Role,
-        lhs: Tensor,
-        rhs: Tensor,
-        op_kwargs: Mapping[str, Any],
-        spec: SamplerConfig,
-        running: Tensor | None,
+        self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs, spec: SamplerConfig, running: Tensor | None
     ) -> Tensor:
-        """As the protocol says."""
+        """Scores ``[groups, pairs]``, without reading the gradient."""
         x, w = self.view(lhs, rhs, op_kwargs)
         kind = get_score(spec.scores)
         read_x, read_w = ("input" in kind.reads, "weight" in kind.reads)
@@ -143,7 +135,7 @@ class MatrixPairs:
         scores = slice_scores(None, -2, x if read_x else None, x, spec.per_batch)
         return weighted(scores, running)
 
-    def positions(self, lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any], spec: SamplerConfig) -> int:
+    def positions(self, lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs, spec: SamplerConfig) -> int:
         """The second axis of an input ``[batch, positions, features]``."""
         x, _ = self.view(lhs, rhs, op_kwargs)
         return lhs.shape[-2] if lhs.dim() > 2 or x.dim() > 2 else 1

@@ -23,11 +23,11 @@ class FlatChoice(NamedTuple):
     """A :data:`Choice` whose tensors stand side by side. All None for the exact product.
 
     Attributes:
-        indices: Of a selection that has been drawn.
-        scale: Likewise.
-        numbers: Of a selection that the backward pass draws.
-        rule: Likewise.
-        running: Norms that the backward pass refreshes.
+        indices: ``[groups, k]`` of a selection that has been drawn.
+        scale: ``[groups, k]`` of that selection, if it has one.
+        numbers: ``[groups, n]`` uniforms for a selection that the backward pass draws, if its sampler is random.
+        rule: How the backward pass draws it.
+        running: ``[positions]`` norms that the backward pass refreshes.
         positions: The pairs are output positions of a convolution.
     """
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
-from fx_approx.ops import OPS
+from fx_approx.ops import OPS, SAMPLING_ARGUMENTS, ProductOp
+from fx_approx.ops.gradient_selection import ProductSampling, SamplingKeywords
 from fx_approx.sampling import SAMPLERS, SCORES, Selection
 from tests.families import GRADIENT_CASES, OP_CASES, SAMPLER_CASES, OpCase
 
@@ -14,6 +17,18 @@ cases = pytest.mark.parametrize("case", OP_CASES.values(), ids=OP_CASES)
 
 def test_every_op_has_a_row() -> None:
     assert {case.kind for case in OP_CASES.values()} == set(OPS), "an op is missing in tests/families.py"
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
+def test_every_op_shows_the_sampling_arguments_by_keyword(op: ProductOp) -> None:
+    parameters = inspect.signature(op.function).parameters.values()
+    operands = [torch.ones(2, 2) for p in parameters if p.default is p.empty]
+    shown = list(parameters)[-4:]
+    assert tuple(p.name for p in shown) == SAMPLING_ARGUMENTS == tuple(SamplingKeywords.__annotations__)
+    assert {p.name: p.default for p in shown} == ProductSampling()._asdict()
+    assert all(p.kind is p.KEYWORD_ONLY for p in shown)
+    with pytest.raises(TypeError, match="selections"):
+        op.function(*operands, selections=None)
 
 
 def test_every_sampler_and_score_has_a_row() -> None:
