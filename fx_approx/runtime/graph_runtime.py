@@ -74,7 +74,7 @@ class Runtime(Moved):
         called: What a forward was called with, as described by :func:`fx_approx.capture.size_guards.described`.
         learnt: The candidates' shapes were propagated from that.
         shaped: They were known at the transform.
-        facts: What the passes found, see :class:`fx_approx.passes.ChannelAnalysis`.
+        analysis: What the passes found, see :class:`fx_approx.passes.ChannelAnalysis`.
         effects: What they do to each product and value, see :class:`fx_approx.passes.PlanEffects`.
         prunes: Channels that no one reads are not computed.
         function: The code of the graph; None if the model's own Python runs.
@@ -483,7 +483,7 @@ class Runtime(Moved):
         """A copy with its own random state; plan, candidates and graphs are shared, since nothing changes them."""
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        shared = {"capture", "whole", "candidates", "plan", "graph", "function", "pieces", "stages", "facts", "effects"}
+        shared = {"capture", "whole", "candidates", "plan", "graph", "function", "pieces", "stages", "analysis", "effects"}
         for name, value in vars(self).items():
             new.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
         new.number, new.drawn, new.head, new.inside = next(_numbers), None, None, False
@@ -493,7 +493,7 @@ class Runtime(Moved):
 
     def __getstate__(self) -> dict[str, Any]:
         """For a part of a model that is pickled by itself: its layers draw by this, and no graph runs."""
-        nothing = {"graph": None, "function": None, "facts": None, "effects": None, "head": None, "drawn": None}
+        nothing = {"graph": None, "function": None, "analysis": None, "effects": None, "head": None, "drawn": None}
         captured = Capture(None, self.capture.form, (), (), {})
         return {**vars(self), **nothing, "pieces": {}, "guards": {}, "stages": [], "capture": captured}
 
