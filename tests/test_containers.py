@@ -105,7 +105,7 @@ def test_the_container_of_an_untraced_part_can_be_read(kind: str) -> None:
     model = Segmenter(kind, hooked=True)
     with pytest.warns(fx_approx.errors.CaptureWarning, match=r"backbone: has hooks"):
         approx = fx_approx.transform(model, VALUE, x)
-    assert approx._fx_approx.graph is not None
+    assert approx._fx_approx.program.graph is not None
     fx_approx.set_sampling(approx, enabled=False)
     assert same(tensors(approx(x)), tensors(model(x)))
 
@@ -178,7 +178,7 @@ class Detector(nn.Module):
 def test_a_container_may_differ_between_the_modes(form: str, example: Any) -> None:
     model = Detector(form)
     approx = fx_approx.transform(model, Uniform(0.5, scope="layer"), example)
-    assert approx._fx_approx.graph is not None
+    assert approx._fx_approx.program.graph is not None
     for enabled in (True, False):
         fx_approx.set_sampling(approx, enabled=enabled)
         for mode in (False, True):

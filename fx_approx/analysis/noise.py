@@ -26,7 +26,7 @@ from fx_approx.passes.find_candidates import META_KEY
 from fx_approx.runtime.approx_module import find
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.layers import SampledLayer
-from fx_approx.runtime.rng import SEED, SELECTION_INTERVAL, STEP, Draw, draw, further
+from fx_approx.runtime.rng import SEED, SELECTION_INTERVAL, STEP, Draw, further
 from fx_approx.runtime.selector import Selector
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel")
@@ -175,7 +175,7 @@ class _Snapshot:
 
     def __init__(self, target: nn.Module, runtime: Runtime) -> None:
         self.modules = list(dict.fromkeys((*target.modules(), *runtime.modules())))
-        self.attributes = [(vars(module), dict(vars(module))) for module in self.modules]
+        self.attributes = [(vars(one), dict(vars(one))) for one in (*self.modules, *runtime.parts)]
         seen: set[int] = set()
         self.contents = [
             (container, copy.copy(container))
@@ -265,7 +265,7 @@ class _Recorder:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.calls: list[_Call] = []
-        self.candidates = {candidate.name: candidate for candidate in runtime.candidates}
+        self.candidates = {candidate.name: candidate for candidate in runtime.record.candidates}
         self.selectors: dict[str, dict[Role, Selector]] = {}
         for (name, role), selector in runtime.selectors.items():
             self.selectors.setdefault(name, {})[role] = selector
@@ -274,9 +274,9 @@ class _Recorder:
         """Makes the model exact and reports its calls here; to be undone by a :class:`_Snapshot`."""
         for selector in self.runtime.selectors.values():
             selector.enabled = False
-        if self.runtime.graph is not None:
-            assert self.runtime.plain is not None
-            self.runtime.serve(self.runtime.plain, self._interpreted)
+        program = self.runtime.program
+        if program.plain is not None:
+            program.serve(program.plain, self._interpreted)
         names = {selector: name for (name, _), selector in self.runtime.selectors.items()}
         for module in root.modules():
             if isinstance(module, SampledLayer) and module.site is not None and module.site.selectors:
@@ -329,7 +329,7 @@ class _Recorder:
             lhs=_operand(lhs, output),
             rhs=_operand(rhs, output),
             selectors=self.selectors[name],
-            straight_through=self.runtime.plan[name].straight_through,
+            straight_through=self.runtime.record.plan[name].straight_through,
             autocast=(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
         )
         self.calls.append(call)
@@ -404,4 +404,4 @@ def _drawn(runtime: Runtime, number: int, call: int) -> Draw:
     """The randomness of the ``number``-th of the next forwards, for a layer that was called ``call`` times before."""
     state = runtime.state
     key = further(torch.stack((state[SEED], state[STEP] // state[SELECTION_INTERVAL] + number)), call)
-    return Draw(key, draw(key, runtime.sites, runtime.counts))
+    return runtime.randomness.of(key)

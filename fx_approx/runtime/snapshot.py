@@ -34,7 +34,8 @@ def undone(model: ApproxModule | GraphHandle) -> Iterator[None]:
 @contextlib.contextmanager
 def _undone(approx: ApproxModule) -> Iterator[None]:
     runtime = approx._fx_approx
-    state, function, pieces = sampler_state_dict(approx), runtime.function, runtime.pieces
+    program = runtime.program
+    state, function, pieces = sampler_state_dict(approx), program.function, program.pieces
     modules = list(approx.modules())
     dropouts: list[tuple[nn.Module, str, float]] = [(m, "p", m.p) for m in modules if isinstance(m, DropoutBase)]
     dropouts += [(m, "dropout", m.dropout) for m in modules if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))]
@@ -45,7 +46,7 @@ def _undone(approx: ApproxModule) -> Iterator[None]:
                 setattr(module, name, 0.0)
             yield
         finally:
-            runtime.function, runtime.pieces = function, pieces
+            program.function, program.pieces = function, pieces
             for module, name, share in dropouts:
                 setattr(module, name, share)
             for selector, on in switches:
