@@ -70,8 +70,8 @@ def prune_channels(
 def guard_graph(root: nn.Module, program: GraphProgram) -> None:
     """Tells ``program`` what its graph, or each section of it, depends on."""
     captured = program.capture
-    program.guards = {section.path: _guards(root, captured, section.path) for section in captured.sections}
-    program.guards.setdefault("", _guards(root, captured, ""))
+    sections = captured.sections or (program.whole,)
+    program.guards = {section.path: _guards(root, captured, section.path) for section in sections}
 
 
 def _chosen(runtime: Runtime, found: list[CandidateSite]) -> dict[str, CandidateSite]:
