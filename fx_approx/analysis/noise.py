@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-from fx_approx._compat import buffers_of, in_backward, set_parameters, tree_map_only, uncompiled
+from fx_approx._compat import buffers_of, in_backward, set_parameters, uncompiled
 from fx_approx.analysis.noise_report import NoiseReport, ProductNoise, Tally, noise_of, sampled_text
-from fx_approx.capture.side_effects import containers
+from fx_approx.capture.containers import copied
+from fx_approx.capture.module_snapshot import AttributeSnapshot
 from fx_approx.capture.trace import kept_random_state
 from fx_approx.core.candidates import Role
 from fx_approx.errors import CaptureWarning
@@ -124,11 +125,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _own(value: Any) -> Any:
-    """Copies of all tensors: a forward may change its input, and is known by it (see ``state.fingerprint``)."""
-    return tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), value)
-
-
 def _scalar(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
     value: Any
     if loss is not None:
@@ -157,8 +153,9 @@ def _gradients(
     target: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None, parameters: list[nn.Parameter]
 ) -> tuple[Tensor | None, ...]:
     """The loss's gradient by each parameter, None where it does not depend on it; ``.grad`` is not touched."""
-    kwargs = _own(dict(batch)) if isinstance(batch, Mapping) else {}
-    args = () if isinstance(batch, Mapping) else _own(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,))
+    # Copies: a forward may change its input, and is known by it (fx_approx.runtime.rng.fingerprint).
+    kwargs = copied(dict(batch)) if isinstance(batch, Mapping) else {}
+    args = () if isinstance(batch, Mapping) else copied(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,))
     device = parameters[0].device.type
     dtype = torch.get_autocast_dtype(device)
     with _autocast(device, torch.is_autocast_enabled(device), dtype):
@@ -175,14 +172,7 @@ class _Snapshot:
 
     def __init__(self, target: nn.Module, runtime: Runtime) -> None:
         self.modules = list(dict.fromkeys((*target.modules(), *runtime.modules())))
-        self.attributes = [(vars(one), dict(vars(one))) for one in (*self.modules, *runtime.parts)]
-        seen: set[int] = set()
-        self.contents = [
-            (container, copy.copy(container))
-            for _, kept in self.attributes
-            for value in kept.values()
-            for container in containers(value, seen)
-        ]
+        self.attributes = AttributeSnapshot((*self.modules, *runtime.parts))
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
@@ -190,22 +180,14 @@ class _Snapshot:
 
         Inside, buffers and other tensors of modules are copies: nobody who holds the originals sees a change.
         """
-        with kept_random_state():
-            try:
-                copies: dict[int, Tensor] = {}
-                for module in self.modules:
-                    for place in (vars(module), buffers_of(module)):
-                        for name, value in list(place.items()):
-                            if isinstance(value, Tensor):
-                                place[name] = copies.setdefault(id(value), _own(value))
-                yield
-            finally:
-                for container, kept in self.contents:
-                    container.clear()
-                    container.update(kept) if isinstance(container, (dict, set)) else container.extend(kept)
-                for attributes, before in self.attributes:
-                    attributes.clear()
-                    attributes.update(before)
+        with kept_random_state(), self.attributes.kept():
+            copies: dict[int, Tensor] = {}
+            for module in self.modules:
+                for place in (vars(module), buffers_of(module)):
+                    for name, value in list(place.items()):
+                        if isinstance(value, Tensor):
+                            place[name] = copies.setdefault(id(value), copied(value))
+            yield
 
 
 @dataclasses.dataclass

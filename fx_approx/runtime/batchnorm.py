@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fx_approx._compat import BatchNormBase
+from fx_approx.capture.module_snapshot import TensorSnapshot, kept_training_flags
 from fx_approx.errors import BatchNormWarning
 
 EXACT_SHARE = 0.88
@@ -107,30 +108,25 @@ def reestimate(model: nn.Module, batches: Iterable[Any]) -> int:
 
 @contextlib.contextmanager
 def _restored_on_error(layers: list[BatchNormBase]) -> Iterator[None]:
-    saved: list[tuple[Tensor, Tensor]] = [
-        (buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)
-    ]
+    before = TensorSnapshot(buffer for layer in layers for buffer in layer.buffers(recurse=False))
     try:
         yield
     except BaseException:
-        for buffer, value in saved:
-            buffer.copy_(value)
+        before.restore()
         raise
 
 
 @contextlib.contextmanager
 def _only_training(model: nn.Module, layers: list[BatchNormBase]) -> Iterator[None]:
     """Training mode for ``layers`` alone; flags and momenta come back at the end."""
-    flags = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum) for layer in layers]
-    for module, _ in flags:
-        module.training = False
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-        for layer, momentum in momenta:
-            layer.momentum = momentum
+    with kept_training_flags(model.modules()):
+        for module in model.modules():
+            module.training = False
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer, momentum in momenta:
+                layer.momentum = momentum

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import warnings
-from collections.abc import Iterator, Set
+from collections.abc import Set
 
 import torch
 from torch import nn
 
+from fx_approx.capture.module_snapshot import kept_training_flags
 from fx_approx.core.candidates import Role, matches
 from fx_approx.core.plan_effects import Axis
 from fx_approx.distributed.slices import selected, weight_uses
@@ -157,7 +157,10 @@ def _published(approx: ApproxModule, places: Set[int]) -> SelectionTracker:
     weights = [operator.attrgetter(str(argument.target))(approx) for argument in node.args[1:]]
     kept = resample.held and bool(resample.held_key[0] >= 0)
     resample.note_known()
-    with torch.no_grad(), _training(approx):
+    owners = {selector.owner[0] for selector in runtime.selectors.values()}
+    with torch.no_grad(), kept_training_flags(owners):
+        for owner in owners:  # layers as in training, where they sample
+            owner.training = True
         draws = runtime.randomness
         drawn = draws.of(resample.held_key.clone()) if kept else draws.upcoming(runtime.state)
         chosen = resample(drawn, *weights)
@@ -165,16 +168,3 @@ def _published(approx: ApproxModule, places: Set[int]) -> SelectionTracker:
     with torch.enable_grad():
         published([one if place in places else None for place, one in enumerate(chosen)], list(resample.each()))
     return published
-
-
-@contextlib.contextmanager
-def _training(approx: ApproxModule) -> Iterator[None]:
-    """Layers as in training, where they sample."""
-    owners = {selector.owner[0]: selector.owner[0].training for selector in approx._fx_approx.selectors.values()}
-    try:
-        for owner in owners:
-            owner.training = True
-        yield
-    finally:
-        for owner, before in owners.items():
-            owner.training = before
