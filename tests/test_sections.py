@@ -313,6 +313,35 @@ def test_below_a_part_of_a_traced_model() -> None:
     assert same(approx.eval()(*inputs), model.eval()(*inputs))
 
 
+def test_sizes_that_the_graph_around_relies_on_count() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.block(x)
+            return y if y.detach().sum() < 1e9 else x
+
+    class Unrolled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.last = Inner(), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            for place in range(y.shape[1]):
+                x = x + y[:, place : place + 1]
+            return self.last(self.inner(x))
+
+    model, x = Unrolled(), torch.randn(3, 8)
+    approx = fx_approx.transform(model, RANDOM, (x, torch.randn(3, 2)))
+    assert sections(approx) == ["", "inner.block"]
+    y = torch.randn(3, 5)
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="axis 1 of input y is not 2 long"):
+        approx(x, y)
+    assert torch.equal(approx.eval()(x, y), model.eval()(x, y))
+
+
 def test_ends_are_those_of_the_whole_model() -> None:
     """The first layer reads no other's output, the last feeds no other, though each is in a graph of its own."""
     model, inputs = made()

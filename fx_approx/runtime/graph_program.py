@@ -29,7 +29,7 @@ class GraphProgram:
 
     Attributes:
         capture: The captured graph before the rewrite.
-        whole: The model as a section of itself.
+        whole: The model as a section of itself, with the guard of its own graph.
         graph: The rewritten graph that runs; None if the forward could not be traced.
         stages: The graph after each pass, by name; the last one runs.
         function: The code of the graph, called with the model and the inputs; None if the model's own Python runs.
@@ -41,7 +41,8 @@ class GraphProgram:
 
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
-        self.whole = Section("", capture.form, Called(()), capture.guard)
+        own = Section("", capture.form, Called(()), capture.guard)
+        self.whole = next((section for section in capture.sections if not section.path), own)
         self.graph: fx.Graph | None = None
         self.stages: list[tuple[str, fx.Graph]] = []
         self.function: Callable[..., Any] | None = None
