@@ -14,7 +14,8 @@ from fx_approx.ops.channel_slices import positions, remaining
 from fx_approx.passes.channel_spaces import Segment
 from fx_approx.passes.find_candidates import CandidateSite
 from fx_approx.passes.share_selections import Sharing
-from fx_approx.runtime.graph_runtime import PROLOGUE, Runtime
+from fx_approx.runtime.graph_program import PROLOGUE
+from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.rng import SELECTION_INTERVAL
 from fx_approx.runtime.shared_selection import Member, Observer, SharedSelection, SharedSelections
 

@@ -20,6 +20,8 @@ from fx_approx.core.plan_effects import Values
 from fx_approx.ops.base import Unsupported
 from fx_approx.passes.find_candidates import META_KEY, CandidateSite
 
+_DIFFERS = "its graph does not compute what its Python does"
+
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
@@ -73,9 +75,8 @@ def _stopped(
     try:
         _run(fake.module, captured, recorder, args, kwargs)
     except UNKNOWABLE as error:
-        message = str(error).strip().split("\n")[0]
         kind = "" if isinstance(error, NoValuesError) else f"{type(error).__name__}: "
-        return kind + message
+        return kind + _first_line(error)
     except ValueError as error:
         if not fake.silenced:
             raise
@@ -96,10 +97,7 @@ def _run_sections(fake: FakeModel, captured: Capture, recorder: _Recorder) -> No
             except UNKNOWABLE:
                 continue
             except Exception as error:  # whatever an operator says of inputs that do not fit
-                place = recorder.place or section.path
-                message = str(error).strip().split("\n")[0]
-                reason = f"its graph does not compute what its Python does: at {place}: {message}"
-                raise UnfitGraphError(reason) from error
+                raise UnfitGraphError(f"{_DIFFERS}: {recorder.told(error, section.path)}") from error
     for one in recorder.found.values():
         if one.module in captured.strays and one.module is not None and not one.candidate.node:
             for args, kwargs in captured.strays[one.module].calls:
@@ -118,11 +116,14 @@ def _run(
     except UNKNOWABLE:
         raise
     except Exception as error:  # whatever an operator says of inputs that do not fit
-        place = recorder.place or type(fake).__name__
-        message = str(error).strip().split("\n")[0]
+        told = recorder.told(error, type(fake).__name__)
         if captured.graph is not None and values is not None and _runs_itself(fake, args, kwargs):
-            raise UnfitGraphError(f"its graph does not compute what its Python does: at {place}: {message}") from error
-        raise ValueError(f"example_inputs: the model does not run on them: at {place}: {message}") from error
+            raise UnfitGraphError(f"{_DIFFERS}: {told}") from error
+        raise ValueError(f"example_inputs: the model does not run on them: {told}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _runs_itself(fake: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -241,6 +242,10 @@ class _Recorder:
         if self._shapes:
             values = Values(self._shapes, self._bytes, self._places, found.saved, found.bytes, stopped is None)
         return Shapes(self.facts, self.blocked, stopped, values)
+
+    def told(self, error: Exception, otherwise: str) -> str:
+        """What an error says, and where the run was; ``otherwise`` where it had not begun."""
+        return f"at {self.place or otherwise}: {_first_line(error)}"
 
     def at(self, node: fx.Node) -> CandidateSite | None:
         """The candidate that ``node`` itself is (a part that is not traced holds several, and is none)."""

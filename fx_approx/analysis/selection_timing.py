@@ -73,7 +73,7 @@ def selection_time(
     shares = [choice / whole for whole, choice in zip(*times, strict=True)]
     low, _, high = statistics.quantiles(shares, n=4) if repeats > 1 else shares * 3
     whole, choice = (statistics.median(values) for values in times)
-    found = approx._fx_approx.selection_time = SelectionTime(choice, whole, (low, high), compiled, repeats)
+    found = approx._fx_approx.record.selection_time = SelectionTime(choice, whole, (low, high), compiled, repeats)
     return found
 
 

@@ -195,6 +195,9 @@ class Section:
 class Capture:
     """A captured model.
 
+    With ``sections``, what their graphs take for granted stands in ``each`` alone: ``branching``, ``readers``,
+    ``frozen``, ``granted`` and ``guard`` are empty.
+
     Attributes:
         graph: The traced graph, whose targets are paths in the skeleton; None if the forward itself cannot be traced.
             With ``sections`` it holds their graphs, one behind the other: the inputs of all, and one output for each.

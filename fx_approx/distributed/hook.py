@@ -274,7 +274,7 @@ class SliceHook:
         return future.then(unpack)
 
     def _check(self) -> None:
-        classes = self._model._fx_approx.effects.classes
+        classes = self._model._fx_approx.record.effects.classes
         layers = [", ".join(dict.fromkeys(reading.name for reading in one.readings)) for one in classes]
         digest = digest_of(self._published, self._model._fx_approx.state)
         check_selections(digest, layers, self._group)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,39 +14,11 @@ from fx_approx.capture.trace import skeleton
 from fx_approx.compiler.transform import restore
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.runtime.upcoming import next_selections
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
+from fx_approx.subnetworks.record import RECORD, Subnetwork, identity_of, record_of, tensors_of, versions_of
 from fx_approx.subnetworks.specialize import Specializer
-
-RECORD = "_fx_approx_subnetwork"
-"""Where a subnetwork keeps what it was cut out of."""
-
-
-@dataclasses.dataclass
-class Subnetwork:
-    """What a subnetwork knows of the model that it was cut out of; :func:`record_of` gives it.
-
-    Attributes:
-        cuts: By name of each narrowed parameter or buffer, what it holds of the full one.
-        selections: The selections, in the order in which the model makes them.
-        identity: What the full model must be: its layers and their shapes.
-        own_forward: Its forward is the model's own Python.
-        reason: Why it is not, if so.
-        versions: Of the full parameters when it was cut out; a change since is refused by :func:`merge`.
-        merged: It has been written back since it was cut out.
-    """
-
-    cuts: Mapping[str, Cut]
-    selections: tuple[Selection | None, ...]
-    identity: tuple[tuple[str, tuple[int, ...]], ...]
-    own_forward: bool
-    reason: str
-    versions: dict[str, int]
-    merged: bool = False
-
-    def cut_of(self, name: str) -> Cut:
-        """What the parameter or buffer ``name`` holds of the full model's; all of it where nothing is cut off."""
-        return self.cuts.get(name, Cut(name))
 
 
 def extract(
@@ -77,8 +48,8 @@ def extract(
     """
     approx = find(model)
     runtime = approx._fx_approx
-    graph = runtime.graph
-    if graph is None or runtime.capture.sections:
+    graph = runtime.program.graph
+    if graph is None or runtime.program.capture.sections:
         raise UnsupportedError(
             "model: its forward could not be traced as one graph, so that no subnetwork follows from it"
         )
@@ -93,49 +64,46 @@ def extract(
     return _finished(approx, maker, made, chosen, example_inputs)
 
 
-def next_selections(approx: ApproxModule) -> tuple[Selection | None, ...]:
-    """The selections that the next training step of ``approx`` would make, or those that are kept."""
-    runtime = approx._fx_approx
-    resample, graph = runtime.resample, runtime.graph
-    assert resample is not None and graph is not None
-    node = next(node for node in graph.nodes if node.op == "call_module" and str(node.target).endswith(".resample"))
-    weights = [operator.attrgetter(str(argument.target))(approx) for argument in node.args[1:]]
-    kept = resample.held and bool(resample.held_key[0] >= 0)
-    resample.note_known()
-    modes = {selector.owner[0]: selector.owner[0].training for selector in runtime.selectors.values()}
-    try:
-        for owner in modes:
-            owner.training = True
-        with torch.no_grad():
-            result: tuple[Selection | None, ...] = resample(
-                runtime.upcoming(resample.held_key.clone() if kept else None), *weights
-            )
-    finally:
-        for owner, training in modes.items():
-            owner.training = training
-    return result
+def reselect(
+    sub: nn.Module, model: nn.Module, selections: Sequence[Selection | None] | None = None
+) -> tuple[Selection | None, ...]:
+    """Cuts ``sub`` out of ``model`` anew, by other selections of the same sizes, into the same tensors.
 
+    Parameters stay the same objects, so that optimisers, compiled code and the buckets of data-parallel training go on.
+    Write it back first: what ``sub`` holds is overwritten.
 
-def record_of(sub: nn.Module) -> Subnetwork:
-    """What ``sub`` was cut out of.
+    Args:
+        sub: What :func:`fx_approx.subnetworks.extract` returned.
+        model: The model that it was cut out of.
+        selections: As in ``extract``; by default those of the model's next step.
+
+    Returns:
+        The selections.
 
     Raises:
-        ValueError: It is no subnetwork.
+        ValueError: ``sub`` is of another model, has not been written back, or the sizes differ. Nothing is changed
+            then.
     """
-    found = vars(sub).get(RECORD)
-    if not isinstance(found, Subnetwork):
-        raise ValueError(f"sub: expected what fx_approx.subnetworks.extract returned, got a {type(sub).__name__}")
-    return found
-
-
-def identity_of(model: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Names and shapes of all parameters: what tells one model from another."""
-    return tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
-
-
-def versions_of(model: nn.Module) -> dict[str, int]:
-    """How often each parameter was changed in place."""
-    return {name: p._version for name, p in model.named_parameters()}
+    record, approx = record_of(sub), find(model)
+    if record.identity != identity_of(approx):
+        raise ValueError("sub: it was cut out of another model: names or shapes of the parameters differ")
+    if not record.merged:
+        raise ValueError("sub: what it has learnt would be lost; call fx_approx.subnetworks.merge(sub, model) first")
+    fresh = extract(approx, selections)
+    new, old = tensors_of(fresh), tensors_of(sub)
+    for name in dict.fromkeys((*old, *new)):
+        mine, other = (None if name not in one else tuple(one[name].shape) for one in (old, new))
+        if mine != other:
+            raise ValueError(
+                f"selections: {name} would have the shape {other}, expected {mine}, which it has in sub: another ratio "
+                "needs another subnetwork"
+            )
+    with torch.no_grad():
+        for name, tensor in old.items():
+            tensor.copy_(new[name])
+    again = record_of(fresh)
+    record.cuts, record.selections, record.versions, record.merged = again.cuts, again.selections, again.versions, False
+    return record.selections
 
 
 def _check(approx: ApproxModule, chosen: tuple[Selection | None, ...]) -> None:

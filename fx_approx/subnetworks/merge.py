@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from fx_approx.runtime.approx_module import ApproxModule, find
-from fx_approx.sampling.base import Selection
-from fx_approx.subnetworks.extract import Subnetwork, extract, identity_of, record_of, versions_of
+from fx_approx.subnetworks.record import Subnetwork, identity_of, record_of, tensors_of, versions_of
 
 
 def merge(sub: nn.Module, model: nn.Module, *, preserve: bool = False) -> None:
@@ -51,54 +48,6 @@ def _zero_unread(weight: Tensor, record: Subnetwork, name: str) -> None:
         read = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
         read[index] = True
         weight[group * per_group : (group + 1) * per_group, ~read] = 0
-
-
-def reselect(
-    sub: nn.Module, model: nn.Module, selections: Sequence[Selection | None] | None = None
-) -> tuple[Selection | None, ...]:
-    """Cuts ``sub`` out of ``model`` anew, by other selections of the same sizes, into the same tensors.
-
-    Parameters stay the same objects, so that optimisers, compiled code and the buckets of data-parallel training go on.
-    Write it back first: what ``sub`` holds is overwritten.
-
-    Args:
-        sub: What :func:`fx_approx.subnetworks.extract` returned.
-        model: The model that it was cut out of.
-        selections: As in ``extract``; by default those of the model's next step.
-
-    Returns:
-        The selections.
-
-    Raises:
-        ValueError: ``sub`` is of another model, has not been written back, or the sizes differ. Nothing is changed
-            then.
-    """
-    record, approx = record_of(sub), find(model)
-    if record.identity != identity_of(approx):
-        raise ValueError("sub: it was cut out of another model: names or shapes of the parameters differ")
-    if not record.merged:
-        raise ValueError("sub: what it has learnt would be lost; call fx_approx.subnetworks.merge(sub, model) first")
-    fresh = extract(approx, selections)
-    new, old = tensors_of(fresh), tensors_of(sub)
-    for name in dict.fromkeys((*old, *new)):
-        mine, other = (None if name not in one else tuple(one[name].shape) for one in (old, new))
-        if mine != other:
-            raise ValueError(
-                f"selections: {name} would have the shape {other}, expected {mine}, which it has in sub: another ratio "
-                "needs another subnetwork"
-            )
-    with torch.no_grad():
-        for name, tensor in old.items():
-            tensor.copy_(new[name])
-    again = record_of(fresh)
-    record.cuts, record.selections, record.versions, record.merged = again.cuts, again.selections, again.versions, False
-    return record.selections
-
-
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name, those of several names under each."""
-    found = dict(module.named_parameters(remove_duplicate=False))
-    return found | dict(module.named_buffers(remove_duplicate=False))
 
 
 def _check(record: Subnetwork, approx: ApproxModule) -> None:

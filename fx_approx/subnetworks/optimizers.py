@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import find
 from fx_approx.subnetworks.cuts import Cut
-from fx_approx.subnetworks.extract import identity_of, record_of
+from fx_approx.subnetworks.record import identity_of, record_of
 
 Rest = Literal["cpu", "keep", "drop"]
 

@@ -17,7 +17,7 @@ from fx_approx.ops import channel_slices
 from fx_approx.ops.channel_slices import width
 from fx_approx.ops.narrow_calls import NARROW_CALLS, SLICED_CONVOLUTIONS
 from fx_approx.ops.sliced_linear import sliced_linear
-from fx_approx.runtime.graph_runtime import PROLOGUE
+from fx_approx.runtime.graph_program import PROLOGUE
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
 
