@@ -14,9 +14,9 @@ from fx_approx.capture.containers import leaves
 from fx_approx.capture.error_text import describe
 from fx_approx.capture.module_snapshot import kept_training_flags
 from fx_approx.capture.trace import kept_random_state, skeleton
-from fx_approx.compiler.transform import restore
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.runtime.exact import exact_copy
 from fx_approx.runtime.upcoming import next_selections
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
@@ -62,8 +62,7 @@ def extract(
         raise ValueError("model: no selection is made ahead, so that there is nothing to cut out")
     chosen = next_selections(approx) if selections is None else tuple(selections)
     _check(approx, chosen)
-    exact = restore(approx)
-    root = skeleton(exact, shared=False)
+    root = skeleton(exact_copy(approx), shared=False)
     maker = Specializer(root, approx, chosen)
     made = maker.run(graph)
     return _finished(approx, maker, made, chosen, example_inputs)
