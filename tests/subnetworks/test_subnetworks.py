@@ -140,7 +140,9 @@ def test_an_unbiased_sampler_has_its_scale_in_the_weights_and_out_of_them_again(
 
 
 def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(20, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
+    return nn.Sequential(
+        nn.Linear(20, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)
+    )
 
 
 HIDDEN = Override({"0": Exact()}, Uniform(0.5))
@@ -252,7 +254,11 @@ def run(stop: int = 12, resume: dict[str, Any] | None = None) -> tuple[list[tupl
         optimizer.step()
         losses.append((type(phases.model).__name__, loss.item()))
         phases.step()
-    state = {"model": approx.state_dict(), "sampler": fx_approx.sampler_state_dict(approx), "phases": phases.state_dict()}
+    state = {
+        "model": approx.state_dict(),
+        "sampler": fx_approx.sampler_state_dict(approx),
+        "phases": phases.state_dict(),
+    }
     return losses, copy.deepcopy({**state, "optimizer": optimizer.state_dict()}), approx
 
 
