@@ -3,10 +3,10 @@
     python benchmarks/subnetworks.py
     python benchmarks/subnetworks.py --models wrn_16_4 resnet50 --compile --json subnetworks.json
 
-All variants take their steps in turn in one process; a ratio above 1 is faster than the exact model, eager or compiled as
-the variant itself. `kept` is the transformed model under `reuse_selection`, `subnetwork` what `subnetworks.extract` makes
-of it, and `narrow` the same network written by hand at the narrow (inner) width: the limit. Before anything is timed,
-five steps of plain SGD in float64 on at most 8 examples are compared, subnetwork against kept selection.
+All variants take their steps in turn in one process; a ratio above 1 is faster than the exact model, eager or compiled
+as the variant itself. `kept` is the transformed model under `reuse_selection`, `subnetwork` what `subnetworks.extract`
+makes of it, and `narrow` the same network written by hand at the narrow (inner) width: the limit. Before anything is
+timed, five steps of plain SGD in float64 on at most 8 examples are compared, subnetwork against kept selection.
 """
 
 from __future__ import annotations

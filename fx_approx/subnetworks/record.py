@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from fx_approx._compat import version_of
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
 
@@ -60,7 +61,7 @@ def identity_of(model: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 def versions_of(model: nn.Module) -> dict[str, int]:
     """How often each parameter was changed in place."""
-    return {name: p._version for name, p in model.named_parameters()}
+    return {name: version_of(p) for name, p in model.named_parameters()}
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

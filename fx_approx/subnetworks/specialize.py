@@ -77,7 +77,7 @@ class Specializer:
         self.cuts: dict[str, Cut] = {}
         self.reasons: list[str] = []
         self._narrowed: dict[str, Any] = {}
-        self._indices: dict[int, str] = {}
+        self._index_names: dict[int, str] = {}
         self._held: list[Any] = []
 
     def run(self, graph: fx.Graph) -> fx.Graph:
@@ -110,7 +110,7 @@ class Specializer:
             found = value[args[1]]
             return Known(found) if isinstance(args[0], Known) else found
         if node.target in _CONSTANT:
-            return Known(node.target(*_values(args), **_values(kwargs)))
+            return Known(node.target(*_known_values(args), **_known_values(kwargs)))
         if node.target is channel_slices.slice_weights:
             return self._slices(*args)
         if node.op == "call_module":
@@ -202,18 +202,22 @@ class Specializer:
                 raise UnsupportedError("its shape is a value of the step")
             if sizes[axis] != -1:
                 self.reasons.append(f"{node.name} names the number of channels")
-                sizes[axis] = width(_values(parts))
+                sizes[axis] = width(_known_values(parts))
             return self.graph.call_method(method, (input, tuple(sizes)))
         if target is channel_slices.whole_size:
             return self._whole_size(*args)
         if target is channel_slices.take_parts:
             input, dim, before, parts = args
             self.reasons.append(f"{node.name} takes a stretch of channels by number")
-            return self.graph.call_method("narrow", (input, dim, width(_values(before)), width(_values(parts))))
+            return self.graph.call_method(
+                "narrow", (input, dim, width(_known_values(before)), width(_known_values(parts)))
+            )
         if target is channel_slices.split_parts:
             input, sections, dim = args
             self.reasons.append(f"{node.name} splits channels by number")
-            return self.graph.call_function(torch.split, (input, [width(_values(parts)) for parts in sections], dim))
+            return self.graph.call_function(
+                torch.split, (input, [width(_known_values(parts)) for parts in sections], dim)
+            )
         if target is channel_slices.pad_parts:
             return self._padded(*args)
         if target is sliced_linear or target in _EXACT_CONVOLUTIONS:
@@ -227,7 +231,7 @@ class Specializer:
     def _padded(self, input: Any, pad: Sequence[int], value: float | None, dim: int, ends: Any) -> fx.Node:
         """Padding of channels, of which only the selected ones are made."""
         rank = len(pad) // 2
-        before, behind = (width(_values(parts)) for parts in ends)
+        before, behind = (width(_known_values(parts)) for parts in ends)
         self.reasons.append("a pad names numbers of channels")
         # Channels stand behind the batch: of the axes that ``pad`` counts from the last, the one that it counts last.
         sizes = [*pad[: 2 * (rank - 1)], before, behind]
@@ -287,13 +291,13 @@ class Specializer:
             return value
         index = selection.indices[0]
         key = id(chosen)  # one value of the graph, and not one set of numbers: others come in its place
-        if key not in self._indices:
-            name = f"{INDICES}{len(self._indices)}"
+        if key not in self._index_names:
+            name = f"{INDICES}{len(self._index_names)}"
             self.root.register_buffer(name, index.clone())
-            self._indices[key] = name
+            self._index_names[key] = name
             self._held.append(chosen)
         self.reasons.append("a part of a wide value is read")
-        return self.graph.call_function(torch.index_select, (value, dim, self.graph.get_attr(self._indices[key])))
+        return self.graph.call_function(torch.index_select, (value, dim, self.graph.get_attr(self._index_names[key])))
 
     def _copied(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
         new = self.graph.create_node(node.op, node.target, _revealed(args), _revealed(kwargs), node.name)
@@ -374,15 +378,15 @@ class _Sizes(tuple[Any, ...]):
         return one.size if place == one.dim else one.graph.call_function(operator.getitem, (one.whole, place))
 
 
-def _values(value: Any) -> Any:
+def _known_values(value: Any) -> Any:
     if isinstance(value, Known):
         return value.value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return value
     if isinstance(value, (tuple, list)):
-        return type(value)(_values(one) for one in value)
+        return type(value)(_known_values(one) for one in value)
     if isinstance(value, dict):
-        return {key: _values(one) for key, one in value.items()}
+        return {key: _known_values(one) for key, one in value.items()}
     return value
 
 

@@ -302,7 +302,7 @@ def test_nothing_is_half_written() -> None:
     before = copy.deepcopy(approx.state_dict())
     with pytest.raises(ValueError, match="cut out of another model"):
         merge(sub, other)
-    with pytest.raises(ValueError, match="expected what fx_approx.subnetworks.extract returned"):
+    with pytest.raises(ValueError, match=r"expected what fx_approx\.subnetworks\.extract returned"):
         merge(mlp(), approx)
     with pytest.raises(ValueError, match=r"call fx_approx.subnetworks.merge\(sub, model\) first"):
         reselect(sub, approx)
