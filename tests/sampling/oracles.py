@@ -227,6 +227,16 @@ def wta_unique_outcomes(p: Tensor, k: int) -> Outcomes:
     return systematic_outcomes(wta_unique_pi(p, k))
 
 
+def outcomes_of(name: str, scores: Tensor, k: int, epsilon: float) -> Outcomes:
+    """Every outcome of a draw of the sampler ``name`` from ``scores [pairs]``."""
+    if name in ("bernoulli", "systematic"):
+        p = inclusion_p(scores, k, epsilon)
+        return bernoulli_outcomes(p) if name == "bernoulli" else systematic_outcomes(p)
+    return {"crs": crs_outcomes, "wta": wta_outcomes, "wta_unique": wta_unique_outcomes}[name](
+        draw_p(scores, epsilon), k
+    )
+
+
 def crs_error(product: Product, p: Tensor, k: int) -> float:
     """(sum s_j**2 / p_j - ||AB||**2) / k: both CRS rows of ESTIMATORS.md are special cases."""
     return float(((product.norms**2 / p).sum() - product.exact.square().sum()) / k)
