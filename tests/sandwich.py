@@ -17,7 +17,6 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fx_approx
 from fx_approx.policies import Uniform
 
 from .hoisting import loss_of, perturbed
@@ -213,10 +212,3 @@ def _error(mine: list[Tensor], other: list[Tensor]) -> float:
     scale = max((float(t.detach().abs().max()) for t in other if t.numel()), default=0.0) or 1.0
     found = [float((a - b).detach().abs().max()) for a, b in zip(mine, other, strict=True) if a.numel()]
     return max(found, default=0.0) / scale
-
-
-def sandwiched(row: Row) -> Outcome:
-    """The outcome of the transformed sandwich."""
-    model, x = built(row)
-    approx = fx_approx.transform(copy.deepcopy(model), AHEAD, x)
-    return outcome(model, approx, x)

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fx_approx.core.candidates import GemmShape, ProductFacts
 from fx_approx.core.flops import role_flops
-from fx_approx.sampling import Selection
 from tests.families import OpCase, Operands, gradients
 
 
@@ -20,17 +19,6 @@ def operands_of(case: OpCase, grads: tuple[bool, bool], dtype: torch.dtype = tor
     operands[case.op.lhs].requires_grad_(grads[0])
     operands[case.op.rhs] = nn.Parameter(operands[case.op.rhs], requires_grad=grads[1])
     return operands
-
-
-def narrowed(selection: Selection, dtype: torch.dtype = torch.float32) -> Selection:
-    """The scale in float32, or in float64 for float64 operands, as samplers give it."""
-    wide = torch.promote_types(dtype, torch.float32)
-    return selection if selection.scale is None else selection._replace(scale=selection.scale.to(wide))
-
-
-def selection_of(case: OpCase, scaled: bool, dtype: torch.dtype = torch.float32) -> Selection:
-    """Of the output."""
-    return narrowed(case.selection(scaled), dtype)
 
 
 def shape_of(case: OpCase) -> GemmShape:

@@ -1,10 +1,10 @@
-"""The gradients of a row of the table as sampled products of their own, each with its slow, independent oracle.
+"""The three products of a row of the table, each sampled in its own way, with slow, independent oracles.
 
-A gradient is linear in the gradient of the output, every entry of which belongs to one pair: an out-feature or output
-channel for the gradient of the left operand, a row, an example or an output position for that of the right one. So a
-pair contributes what autograd makes, in float64, of the exact product and a gradient of the output that is zero save in
-that pair; and the sampled gradient is the sum over the chosen pairs. Nothing in this file calls the code under test,
-save to look up a registered function.
+A sampled output is the exact product with its pairs multiplied by the scales of the sample, zero outside it. A gradient
+is linear in the gradient of the output, every entry of which belongs to one pair: an out-feature or output channel for
+the gradient of the left operand, a row, an example or an output position for that of the right one. So a sampled
+gradient is what autograd makes, in float64, of the exact product and a gradient of the output multiplied by the scales.
+Nothing in this file calls the code under test, save to look up a registered function.
 """
 
 from __future__ import annotations
@@ -23,15 +23,25 @@ from torch import Tensor
 from fx_approx.core.candidates import Role
 from fx_approx.ops import ForwardDrawn
 from fx_approx.sampling import Selection
-from tests.families import OP_CASES, OpCase, Operands
-from tests.op_case import conv_case, einsum_case, linear_case, product_case
+from tests.families import (
+    OP_CASES,
+    OpCase,
+    Operands,
+    conv_case,
+    dense,
+    einsum_case,
+    linear_case,
+    pairwise,
+    product_case,
+    some_selection,
+)
 
 #: torch says so, once, of ``padding="same"`` with a kernel of even size.
 EVEN = "ignore:Using padding='same' with even kernel lengths"
 
 #: Rows that matter to gradients only.
 MORE: tuple[OpCase, ...] = (
-    linear_case("linear-wide", (2, 3, 2), (5, 2), bias=True),
+    linear_case("linear-wide", (2, 3, 2), (5, 2)),
     # Three zeros in all, so one more behind than before.
     conv_case("conv1d-same-even", (2, 3, 6), (4, 3, 4), padding="same"),
     conv_case("conv2d-same-even-grouped", (2, 4, 4, 5), (4, 2, 2, 3), padding="same", groups=2, dilation=(1, 2)),
@@ -41,28 +51,13 @@ MORE: tuple[OpCase, ...] = (
     conv_case("conv2d-one-number", (3, 2, 5, 4), (4, 2, 2, 3), stride=(2,), padding=(1,), dilation=(1,)),
     conv_case("conv2d-depthwise", (3, 2, 4, 4), (6, 1, 3, 3), groups=2, padding=1, dilation=(1, 2)),
     conv_case("conv3d-unbatched-grouped", (4, 3, 4, 3), (4, 2, 2, 2, 1), groups=2, stride=(2, 1, 2), padding=(0, 1, 0)),
-    product_case("matmul", (3, 5), (2, 5, 4), "matmul-lhs-shared", other=0),
-    einsum_case(
-        "einsum-batch-block",
-        "bqhd,bhdk->bqk",
-        "bqhd bhdk bqk",
-        "h",
-        {"b": 2, "q": 3, "h": 4, "d": 2, "k": 3},
-        "b",
-        proxy=True,
-    ),
-    einsum_case(
-        "einsum-batch-turned",
-        "hbqd,kbhd->qbkh",
-        "hbqd kbhd qbkh",
-        "d",
-        {"h": 2, "b": 3, "q": 3, "d": 4, "k": 2},
-        "b",
-    ),
-    einsum_case("einsum-two-columns", "bi,iho->boh", "bi iho boh", "i", {"b": 3, "i": 2, "h": 2, "o": 3}, "b"),
+    product_case("matmul", (3, 5), (2, 5, 4), name="matmul-lhs-shared", batch="1"),
+    einsum_case("batch-block", "bqhd,bhdk->bqk", "bqhd bhdk bqk", "h", "b2 q3 h4 d2 k3", "b", proxy=True),
+    einsum_case("batch-turned", "hbqd,kbhd->qbkh", "hbqd kbhd qbkh", "d", "h2 b3 q3 d4 k2", "b"),
+    einsum_case("two-columns", "bi,iho->boh", "bi iho boh", "i", "b3 i2 h2 o3", "b"),
 )
 
-#: Operands whose norms are read, by kind of scores and role; G is the gradient.
+#: Operands whose norms are read, by kind of scores and role.
 READS: Mapping[Role, Mapping[str, str]] = {
     Role.OUTPUT: {"online": "input weight", "input": "input", "weight": "weight", "uniform": ""},
     Role.GRAD_INPUT: {"online": "gradient weight", "gradient": "gradient", "weight": "weight", "uniform": ""},
@@ -122,6 +117,11 @@ class RoleCase:
         return f"{self.case.name}-{self.role.value}" + "-each" * self.per_batch + "-positions" * self.positions
 
     @property
+    def argument(self) -> str:
+        """The op's argument for the selection."""
+        return "selection" if self.role is Role.OUTPUT else self.role.value
+
+    @property
     def operand(self) -> str:
         """The argument whose gradient this product is."""
         return self.case.op.rhs if self.role is Role.GRAD_WEIGHT else self.case.op.lhs
@@ -179,63 +179,65 @@ class RoleCase:
         return numbered(self.case.labels[2], self.sizes, self._batch * self.per_batch + self._own)
 
     def selection(self, scaled: bool, k: int | None = None, seed: int = 0) -> Selection:
-        """As :meth:`OpCase.selection`, of the pairs of this product."""
-        rows = dataclasses.replace(self.case, groups=self.groups, pairs=self.pairs)
-        return rows.selection(scaled, k, seed)
+        return some_selection(self.groups, self.pairs, scaled, k, seed)
 
     def given(self, selection: Selection) -> dict[str, Any]:
         """The op's argument for ``selection``."""
-        if self.role is Role.OUTPUT:
-            return {"selection": selection}
-        return {self.role.value: ForwardDrawn(selection, positions=True) if self.positions else selection}
+        return {self.argument: ForwardDrawn(selection, positions=True) if self.positions else selection}
 
-    def oracle(self, output: Tensor, operand: Tensor, towards: Tensor, selection: Selection) -> Tensor:
-        """The sampled gradient of ``operand`` as an explicit sum over the chosen pairs.
+    def masked(self, towards: Tensor, selection: Selection) -> Tensor:
+        """The gradient of the output, multiplied by the scales of a sampled gradient, zero outside the sample."""
+        return towards * dense(selection, self.pairs).flatten()[self.places].to(towards.dtype)
+
+    def oracle(self, output: Tensor, operand: Tensor, towards: Tensor, selection: Selection, **how: bool) -> Tensor:
+        """The sampled gradient of ``operand``.
 
         Args:
             output: Of the exact product, or of a forward that is sampled itself.
             operand: The operand that it was computed from.
             towards: The gradient of the output.
             selection: The pairs.
+            how: Of ``torch.autograd.grad``.
         """
-        indices, scale = selection
-        total, places = torch.zeros_like(operand), self.places
-        for g, i in itertools.product(range(self.groups), range(indices.shape[1])):
-            alone = torch.where(places == g * self.pairs + int(indices[g, i]), towards, 0.0)
-            (part,) = torch.autograd.grad(output, operand, alone, retain_graph=True)
-            total = total + (part if scale is None else part * scale[g, i])
-        return total
+        (found,) = torch.autograd.grad(output, operand, self.masked(towards, selection), **{"retain_graph": True} | how)
+        return found
 
     def output(self, operands: Operands, selection: Selection) -> Tensor:
         """The sampled output, of a selection for each product of the batch too."""
         if not self.per_batch:
             return self.case.oracle(operands, selection)
-        scale = torch.ones_like(selection.indices, dtype=torch.float64) if selection.scale is None else selection.scale
-        dense = torch.zeros(self.groups, self.pairs, dtype=torch.float64).scatter(1, selection.indices, scale.double())
-        batch = numbered(self.case.labels[2], self.sizes, self._batch)
-        total: Any = 0
-        for j in range(self.pairs):
-            total = total + self.case.term(operands, self.case.op_kwargs, 0, j) * dense[:, j][batch]
-        return self.case.finish(operands, self.case.op_kwargs, total)
+        lhs, labels = _spread(operands[self.case.op.lhs], self.case.labels[0], self._batch, self.sizes)
+        place = numbered(labels, self.sizes, self._batch + self._own)
+        blocks = self._count(self._own) // self.pairs  # a pair of several entries
+        scale = dense(selection, self.pairs).repeat_interleave(blocks, 1).flatten()[place]
+        return self.case.exact({**operands, self.case.op.lhs: lhs * scale.to(lhs.dtype)})
 
     def scores(
         self, operands: Operands, towards: Tensor | None, kind: str, running: Sequence[float] | None = None
     ) -> Tensor:
         """Scores ``[groups, pairs]``: √(Σ_b ‖left_b,j‖²·‖right_b,j‖²) over the products b of a batch, or of each."""
+        shared = self.role is Role.OUTPUT and not self.per_batch
+        of_factors = shared and kind == "online" and self.case.proxy and self._batch
+        if shared and not of_factors:
+            return self.case.scores(operands, kind)
         reads = READS[self.role][kind].split()
         if not reads:
             return torch.ones(self.groups, self.pairs, dtype=torch.float64)
-        products = torch.ones(self._count(self._batch), self._count(self._own), dtype=torch.float64)
+        factors = []
         if "gradient" in reads and towards is not None:
-            products = products * _norms(towards, self.case.labels[2], self.sizes, self._batch + self._own).view_as(
-                products
-            )
+            factors.append(_norms(towards, self.case.labels[2], self.sizes, self._batch + self._own))
         for name, label, operand in zip(
             ("input", "weight"), self.case.labels[:2], (self.case.op.lhs, self.case.op.rhs), strict=True
         ):
             if name in reads:
-                products = products * self._factor(operands[operand], label).view_as(products)
-        if self.role is Role.OUTPUT:  # of a pair of several entries
+                factors.append(self._factor(operands[operand], label))
+        products = torch.ones(self._count(self._batch), self._count(self._own), dtype=torch.float64)
+        if of_factors:  # each side of a pair of several entries as a whole
+            products = products.unflatten(-1, (self.pairs, -1))[..., 0]
+            factors = [factor.view(len(products), self.pairs, -1).norm(dim=-1) for factor in factors]
+        for factor in factors:
+            products = products * factor.view_as(products)
+        if self.role is Role.OUTPUT:
             products = products.unflatten(-1, (self.pairs, -1)).square().sum(-1).sqrt()
         if not self.per_batch:
             products = products.square().sum(0).sqrt().view(self.groups, self.pairs)
@@ -275,20 +277,97 @@ class RoleCase:
         return torch.stack(norms)
 
 
-def _variants(case: OpCase) -> list[RoleCase]:
-    found = [RoleCase(case, Role.GRAD_INPUT), RoleCase(case, Role.GRAD_WEIGHT)]
-    if case.parts[0]:
-        found += [RoleCase(case, Role.GRAD_INPUT, per_batch=True), RoleCase(case, Role.GRAD_WEIGHT, per_batch=True)]
+#: Every row, and those that matter to gradients only.
+ROWS: dict[str, OpCase] = {**OP_CASES, **{case.name: case for case in MORE}}
+
+
+def products_of(case: OpCase) -> dict[Role, list[RoleCase]]:
+    """All ways to form the pairs of each product of a row, by product."""
+    each = (False, True) if case.parts[0] else (False,)
+    found = {role: [RoleCase(case, role, per_batch=one) for one in each] for role in Role}
     if case.kind.startswith("conv"):
-        found.append(RoleCase(case, Role.GRAD_WEIGHT, positions=True))
+        found[Role.GRAD_WEIGHT].append(RoleCase(case, Role.GRAD_WEIGHT, positions=True))
     return found
 
 
-#: Every row, and those that matter to gradients only.
-ROWS: dict[str, OpCase] = {**OP_CASES, **{case.name: case for case in MORE}}
-#: Both gradients of every row, with all ways to form their pairs.
-ROLE_CASES: dict[str, RoleCase] = {one.name: one for case in ROWS.values() for one in _variants(case)}
-#: Outputs of batched products, each of which chooses for itself.
-EACH_OUTPUT: dict[str, RoleCase] = {
-    one.name: one for case in ROWS.values() if case.parts[0] for one in [RoleCase(case, Role.OUTPUT, per_batch=True)]
+#: All products of all rows, with all ways to form their pairs.
+PRODUCTS: dict[str, RoleCase] = {
+    one.name: one for case in ROWS.values() for ways in products_of(case).values() for one in ways
 }
+
+
+#: Those that have more than one pair, so that something can be left out.
+CHOOSING = [one for one in PRODUCTS.values() if one.pairs > 1 and not one.case.vector]
+#: One of them for each op, role and way to form pairs.
+TYPES = list({(o.case.kind, o.role, o.per_batch, o.positions): o for o in reversed(CHOOSING)}.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One call of a row's op: some of its products sampled, each in its own way.
+
+    Attributes:
+        case: The row.
+        samples: The products that are sampled, with their selections.
+        straight_through: The gradients do not follow the sample of the output.
+    """
+
+    case: OpCase
+    samples: tuple[tuple[RoleCase, Selection], ...]
+    straight_through: bool = False
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The op's sampling arguments."""
+        found: dict[str, Any] = {"straight_through": self.straight_through}
+        for one, selection in self.samples:
+            found |= one.given(selection)
+        return found
+
+    def call(self, operands: Operands) -> Tensor:
+        return self.case.call(self.case.op.function, operands, **self.given)
+
+    def oracle(self, operands: Operands) -> tuple[Tensor, Tensor]:
+        """The output, and what its gradients are those of."""
+        exact = self.case.exact(operands)
+        output = next((one.output(operands, chosen) for one, chosen in self.samples if one.role is Role.OUTPUT), exact)
+        return output, exact if self.straight_through else output
+
+    def gradients(self, source: Tensor, operands: Operands, towards: Tensor, **how: bool) -> Operands:
+        """Of the operands that need one."""
+        wanted = {name: value for name, value in operands.items() if value.requires_grad}
+        found = torch.autograd.grad(source, list(wanted.values()), towards, **{"retain_graph": True} | how)
+        result = dict(zip(wanted, found, strict=True))
+        for one, selection in self.samples:
+            if one.role is not Role.OUTPUT and one.operand in result:
+                result[one.operand] = one.oracle(source, operands[one.operand], towards, selection, **how)
+        return result
+
+
+def way_of(
+    case: OpCase, names: Mapping[Role, str], scaled: bool = True, k: str = "half", straight_through: bool = False
+) -> Way:
+    """By the way of each product: ``exact``, ``shared``, ``each`` or ``positions``; ``k`` is one, half or all."""
+    samples = []
+    for seed, (role, name) in enumerate(names.items()):
+        if name != "exact":
+            one = RoleCase(case, role, per_batch=name == "each", positions=name == "positions")
+            count = {"one": 1, "half": None, "all": one.pairs}[k]
+            samples.append((one, one.selection(scaled, count, seed)))
+    return Way(case, tuple(samples), straight_through)
+
+
+def ways(cases: Sequence[OpCase], **parameters: Sequence[Any]) -> list[dict[str, Any]]:
+    """Pairs of rows, ways to sample each product and other parameters; ways that a row has not are left out."""
+    found = []
+    for spatial, batched in itertools.product((True, False), repeat=2):
+        of_class = [c for c in cases if c.kind.startswith("conv") == spatial and bool(c.parts[0]) == batched]
+        if of_class:
+            every = ("shared", "exact", *("each",) * batched)
+            rows = (*every, *("positions",) * spatial)
+            found += pairwise(case=of_class, output=every, grad_input=every, grad_weight=rows, **parameters)
+    return found
+
+
+def name_of(one: Mapping[str, Any]) -> str:
+    return "-".join(getattr(value, "name", str(value)) for value in one.values())

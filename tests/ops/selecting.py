@@ -1,23 +1,30 @@
-"""The selector of a row of the table, as a transformed model would have it."""
+"""The selector of a product of a row of the table, as a transformed model would have it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fx_approx.core.candidates import Role
+from fx_approx.ops import Choice, ForwardDrawn
 from fx_approx.runtime.rng import Draw, draw
 from fx_approx.runtime.selector import Selector
-from fx_approx.sampling import Selection
-from tests.families import OpCase, Operands, SamplerCase
+from fx_approx.sampling import Selection, get_score
+from tests.families import GRADIENT_CASES, SAMPLER_CASES, Operands, SamplerCase
+from tests.ops.roles import RoleCase
 from tests.sampling import oracles
 
 
-def selector_of(case: OpCase, sampler: SamplerCase, ratio: float = 0.5, site: int = 1) -> Selector:
-    """A row with 0 pairs stands for pairs that are not known before the call."""
-    pairs = case.pairs or None
-    return Selector(case.kind, case.plain, sampler.spec(ratio), site, pairs, nn.Identity(), case.groups)
+def selector_of(
+    one: RoleCase, sampler: SamplerCase, ratio: float = 0.5, site: int = 1, known: bool = False, **changes: Any
+) -> Selector:
+    """``known``: the number of pairs is known before the call."""
+    case, pairs = one.case, one.pairs if known else None
+    spec = sampler.spec(ratio).replace(positions=one.positions, per_batch=one.per_batch, **changes)
+    return Selector(case.kind, case.plain, spec, site, pairs, nn.Identity(), one.groups, one.role)
 
 
 def randomness(selector: Selector, step: int) -> Draw:
@@ -26,35 +33,33 @@ def randomness(selector: Selector, step: int) -> Draw:
     return Draw(key, draw(key, [selector.site], [selector.count]))
 
 
-def select(
-    selector: Selector, case: OpCase, operands: Operands, step: int = 0, numbers: Tensor | None = None
-) -> Selection | None:
-    """The selection of one step, or of given uniforms; the left operand is withheld where it may not be read."""
-    lhs = None if selector.score.ahead else operands[case.op.lhs]
+def choose(
+    selector: Selector, one: RoleCase, operands: Operands, step: int = 0, numbers: Tensor | None = None
+) -> Choice:
+    """The choice of one step, or of given uniforms; the left operand is withheld where it may not be read."""
+    lhs = None if selector.ahead else operands[one.case.op.lhs]
     given = randomness(selector, step)
-    given = given if numbers is None else given._replace(numbers=numbers)
-    result: Selection | None = selector(lhs, operands[case.op.rhs], given)
+    result: Choice = selector(lhs, operands[one.case.op.rhs], given if numbers is None else Draw(given.key, numbers))
     return result
 
 
-def dense(case: OpCase, selection: Selection) -> Tensor:
-    """What every pair is multiplied with: ``[groups, pairs]``, 0 for those left out."""
-    scale = selection.scale
-    values = torch.ones_like(selection.indices, dtype=torch.float64) if scale is None else scale.double()
-    return torch.zeros(case.groups, case.pairs, dtype=torch.float64).scatter(1, selection.indices, values)
+def selection_in(choice: Choice) -> Selection:
+    assert isinstance(choice, ForwardDrawn | Selection)
+    return choice.selection if isinstance(choice, ForwardDrawn) else choice
+
+
+def samplers_of(role: Role) -> list[SamplerCase]:
+    """Those whose scores the product has; of the output, without what learns from step to step."""
+    every = [*SAMPLER_CASES.values(), *GRADIENT_CASES.values()]
+    kinds = {sampler.name: get_score(sampler.scores) for sampler in every}
+    return [
+        sampler
+        for sampler in every
+        if role.value in kinds[sampler.name].products and not (role is Role.OUTPUT and kinds[sampler.name].learns)
+    ]
 
 
 def outcomes(sampler: SamplerCase, scores: Tensor, k: int) -> Iterator[tuple[Tensor, float]]:
     """Every outcome of a draw from ``scores [pairs]``: uniforms and probability."""
-    epsilon = sampler.spec().effective_epsilon
-    if sampler.sampler == "crs":
-        every = oracles.crs_outcomes(oracles.draw_p(scores, epsilon), k)
-    elif sampler.sampler == "wta":
-        every = oracles.wta_outcomes(oracles.draw_p(scores, epsilon), k)
-    elif sampler.sampler == "wta_unique":
-        every = oracles.wta_unique_outcomes(oracles.draw_p(scores, epsilon), k)
-    elif sampler.sampler == "bernoulli":
-        every = oracles.bernoulli_outcomes(oracles.inclusion_p(scores, k, epsilon))
-    else:
-        every = oracles.systematic_outcomes(oracles.inclusion_p(scores, k, epsilon))
+    every = oracles.outcomes_of(sampler.sampler, scores, k, sampler.spec().effective_epsilon)
     yield from zip(every.uniforms, every.probability.tolist(), strict=True)

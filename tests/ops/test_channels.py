@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from fx_approx import ops
 from fx_approx.ops import channel_slices as channels
@@ -47,7 +46,7 @@ PARTS: dict[str, list[channels.Part]] = {
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_positions(name: str) -> None:
+def test_positions_and_what_is_narrowed_to_them(name: str) -> None:
     parts = PARTS[name]
     found = channels.positions(parts)
     assert found is not None
@@ -55,41 +54,42 @@ def test_positions(name: str) -> None:
     assert flat(found) == entries(parts)
     assert found.scale is None
     assert channels.width(parts) == len(entries(parts))
+    size = sum(count * block for _, count, block in parts)
+    for dim in (0, 1, -1):
+        shape = [3, 4, 5]
+        shape[dim] = size
+        x = torch.randn(shape)
+        assert torch.equal(channels.narrow(x, dim, found), x.index_select(dim, torch.tensor(entries(parts))))
+        assert channels.narrow(x, dim, None) is x
 
 
-def test_positions_of_whole_parts_are_none() -> None:
-    assert channels.positions([(None, 3, 1), (None, 2, 4)]) is None
-    assert channels.width([(None, 3, 1), (None, 2, 4)]) == 11
-
-
-def test_positions_carry_the_scale_of_their_unit() -> None:
+def test_positions_by_hand() -> None:
+    whole: list[channels.Part] = [(None, 3, 1), (None, 2, 4)]
+    assert channels.positions(whole) is None
+    assert channels.width(whole) == 11
+    # They carry the scale of their unit.
     parts = [(None, 2, 1), (chosen([0, 2], scale=[[2.0, 3.0]]), 3, 2), (chosen([1]), 2, 1)]
     found = channels.positions(parts)
     assert flat(found) == [0, 1, 2, 3, 6, 7, 9]
     assert found.scale.tolist() == [[1, 1, 2, 2, 3, 3, 1]]
     assert found.scale.dtype == torch.float64
-
-
-def test_positions_for_a_grouped_reader_count_within_each_group() -> None:
+    # For a grouped reader they count within each group; strata may be finer than the groups.
     parts = [(chosen([0, 2], [1, 2], scale=[[1.0, 2.0], [3.0, 4.0]]), 6, 2)]
     found = channels.positions(parts, groups=2)
     assert found.indices.tolist() == [[0, 1, 4, 5], [2, 3, 4, 5]]
     assert found.scale.tolist() == [[1, 1, 2, 2], [3, 3, 4, 4]]
-    finer = channels.positions([(chosen([0], [1], [1], [0]), 8, 1)], groups=2)  # strata finer than the groups
+    finer = channels.positions([(chosen([0], [1], [1], [0]), 8, 1)], groups=2)
     assert finer.indices.tolist() == [[0, 3], [1, 2]]
-
-
-@pytest.mark.parametrize("name", PARTS)
-@pytest.mark.parametrize("dim", [0, 1, -1])
-def test_narrow(name: str, dim: int) -> None:
-    parts = PARTS[name]
-    size = sum(count * block for _, count, block in parts)
-    shape = [3, 4, 5]
-    shape[dim] = size
-    x = torch.randn(shape, requires_grad=True)
-    expected = x.index_select(dim, torch.tensor(entries(parts)))
-    assert torch.equal(channels.narrow(x, dim, channels.positions(parts)), expected)
-    assert channels.narrow(x, dim, None) is x
+    assert channels.spread(None, 4) is None
+    found = channels.spread(chosen([0, 2], [1, 3]), 4)
+    assert found.indices.tolist() == [[0, 2, 5, 7]]
+    assert found.scale is None
+    assert channels.spread(chosen([1, 2]), 4).indices.tolist() == [[1, 2]]
+    first, second = [(chosen([0, 2]), 3, 2)], [(None, 2, 1), (chosen([1]), 4, 1)]
+    x = torch.randn(2, 4 + 3)
+    left, right = channels.split_parts(x, [first, second], 1)
+    assert torch.equal(left, x[:, :4])
+    assert torch.equal(right, x[:, 4:])
 
 
 def test_narrow_keeps_channels_last_and_its_gradient_is_zero_elsewhere() -> None:
@@ -115,28 +115,27 @@ def test_remaining() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_slices_of_a_linear_layer(bias: bool) -> None:
-    weight, offset = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    weight = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    offset = torch.randn(6, dtype=torch.float64, requires_grad=True)
     given = offset if bias else None
     inputs, outputs = chosen([0, 2, 3], scale=[[2.0, 1.0, 4.0]]), chosen([1, 5])
-    found = channels.slice_weights(weight, given, inputs, outputs)
+    found = ops.slice_weights(weight, given, inputs, outputs)
     expected = weight[[1, 5]][:, [0, 2, 3]] * torch.tensor([2.0, 1.0, 4.0])
     torch.testing.assert_close(found.weight, expected)
     assert (found.bias is None) == (not bias)
     assert not bias or torch.equal(found.bias, offset[[1, 5]])
     assert found.groups == 1
-    assert channels.slice_weights(weight, given, None, None) is None
-    assert torch.equal(channels.slice_weights(weight, given, None, outputs).weight, weight[[1, 5]])
-    whole = channels.slice_weights(weight, given, inputs, None)
+    assert ops.slice_weights(weight, given, None, None) is None
+    assert torch.equal(ops.slice_weights(weight, given, None, outputs).weight, weight[[1, 5]])
+    whole = ops.slice_weights(weight, given, inputs, None)
     assert whole.weight.shape == (6, 3)
     assert whole.bias is given
-
-
-def masked(x: Tensor, keep: list[int], scale: list[float] | None = None) -> Tensor:
-    """``x`` with all other channels zero: the sampled product by definition."""
-    result = torch.zeros_like(x)
-    factors = torch.ones(len(keep)) if scale is None else torch.tensor(scale)
-    result[:, keep] = x[:, keep] * factors.view(-1, 1, 1).to(x.dtype)
-    return result
+    # Gradients are zero elsewhere.
+    (found.weight.sum() + (found.bias.sum() if bias else 0)).backward()
+    wanted = torch.zeros(6, 5, dtype=torch.float64)
+    wanted[[1, 1, 1, 5, 5, 5], [0, 2, 3] * 2] = torch.tensor([2.0, 1.0, 4.0] * 2, dtype=torch.float64)
+    assert torch.equal(weight.grad, wanted)
+    assert not bias or offset.grad.tolist() == [0, 1, 0, 0, 0, 1]
 
 
 def test_slices_of_a_grouped_convolution() -> None:
@@ -147,10 +146,11 @@ def test_slices_of_a_grouped_convolution() -> None:
     found = channels.slice_weights(weight, bias, inputs, outputs, groups=2)
     assert found.weight.shape == (4, 2, 3, 3)
     assert found.groups == 2
-    channels_read = [0, 2, 5, 7]
-    result = F.conv2d(x[:, channels_read], found.weight, found.bias, groups=found.groups)
-    whole = F.conv2d(masked(x, channels_read, [2, 3, 4, 5]), weight, bias, groups=2)
-    torch.testing.assert_close(result, whole[:, [1, 2, 3, 5]])
+    read = [0, 2, 5, 7]
+    result = F.conv2d(x[:, read], found.weight, found.bias, groups=found.groups)
+    masked = torch.zeros_like(x)  # all other channels zero: the sampled product by definition
+    masked[:, read] = x[:, read] * torch.tensor([2.0, 3.0, 4.0, 5.0]).view(-1, 1, 1)
+    torch.testing.assert_close(result, F.conv2d(masked, weight, bias, groups=2)[:, [1, 2, 3, 5]])
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -162,31 +162,3 @@ def test_slices_of_a_depthwise_convolution(times: int) -> None:
     assert found.groups == 2
     result = F.conv2d(x[:, units], found.weight, found.bias, groups=found.groups)
     torch.testing.assert_close(result, F.conv2d(x, weight, bias, groups=5)[:, outputs.indices[0]])
-
-
-def test_gradients_of_slices_are_zero_elsewhere() -> None:
-    weight = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    inputs, outputs = chosen([1, 4], scale=[[2.0, 3.0]]), chosen([0, 3])
-    found = ops.slice_weights(weight, bias, inputs, outputs)
-    (found.weight.sum() + found.bias.sum()).backward()
-    expected = torch.zeros(4, 5, dtype=torch.float64)
-    expected[[0, 0, 3, 3], [1, 4, 1, 4]] = torch.tensor([2.0, 3.0, 2.0, 3.0], dtype=torch.float64)
-    assert torch.equal(weight.grad, expected)
-    assert bias.grad.tolist() == [1, 0, 0, 1]
-
-
-def test_split_parts() -> None:
-    first, second = [(chosen([0, 2]), 3, 2)], [(None, 2, 1), (chosen([1]), 4, 1)]
-    x = torch.randn(2, 4 + 3)
-    left, right = channels.split_parts(x, [first, second], 1)
-    assert torch.equal(left, x[:, :4])
-    assert torch.equal(right, x[:, 4:])
-
-
-def test_spread() -> None:
-    assert channels.spread(None, 4) is None
-    found = channels.spread(chosen([0, 2], [1, 3]), 4)
-    assert found.indices.tolist() == [[0, 2, 5, 7]]
-    assert found.scale is None
-    assert channels.spread(chosen([1, 2]), 4).indices.tolist() == [[1, 2]]

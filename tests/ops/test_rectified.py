@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from fx_approx.ops.tapped_relu import pack_signs, tap_relu, unpack_signs
 
 SHAPES: list[tuple[tuple[int, ...], int]] = [((2, 16, 3, 5), 1), ((4, 7), 1), ((3, 5, 9), -1), ((1, 8, 2, 2, 2), 1)]
+shapes = pytest.mark.parametrize(("shape", "dim"), SHAPES)
 
 
 def layouts(shape: tuple[int, ...]) -> list[Tensor]:
@@ -27,32 +28,26 @@ def reference(source: Tensor, dim: int, index: Tensor) -> tuple[Tensor, Tensor]:
     return whole, whole.index_select(dim, index)
 
 
-def gradients(function: Any, source: Tensor, dim: int, index: Tensor, which: str) -> Tensor:
+def run(function: Any, source: Tensor, dim: int, index: Tensor, which: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Both results, and the gradient of those that are used."""
     source = source.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     torch.manual_seed(1)
-    results = [result for name, result in zip("wp", function(source, dim, index), strict=True) if name in which]
-    loss = torch.stack([(result * torch.randn(result.shape)).sum() for result in results]).sum()
-    loss.backward()
-    assert source.grad is not None
-    return source.grad
+    results = function(source, dim, index)
+    used = [result for name, result in zip("wp", results, strict=True) if name in which]
+    torch.stack([(result * torch.randn(result.shape)).sum() for result in used]).sum().backward()
+    return (*results, source.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("shape", "dim"), SHAPES)
-@pytest.mark.parametrize("which", ["w", "p", "wp"])
-def test_values_and_gradients_are_those_of_a_relu(
-    shape: tuple[int, ...], dim: int, dtype: torch.dtype, which: str
-) -> None:
+@shapes
+def test_values_and_gradients_are_those_of_a_relu(shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
     index = torch.tensor([4, 1, 3])
     for source in layouts(shape):
         source = source.to(dtype)
         source[(0,) * source.dim()] = 0.0
-        for ours, theirs in zip(
-            tap_relu(source.clone().requires_grad_(), dim, index), reference(source, dim, index), strict=True
-        ):
-            assert torch.equal(ours, theirs)
-        ours = gradients(tap_relu, source, dim, index, which)
-        assert torch.equal(ours, gradients(reference, source, dim, index, which)) and ours.any()
+        for which in ("w", "p", "wp"):
+            ours, theirs = (run(function, source, dim, index, which) for function in (tap_relu, reference))
+            assert all(map(torch.equal, ours, theirs)) and ours[2].any()
 
 
 def test_an_infinite_gradient_does_not_pass_where_the_value_is_negative() -> None:
@@ -62,17 +57,13 @@ def test_an_infinite_gradient_does_not_pass_where_the_value_is_negative() -> Non
     assert torch.equal(source.grad, torch.tensor([[0.0, torch.inf, 0.0, 0.0]]))
 
 
-@pytest.mark.parametrize(("shape", "dim"), SHAPES)
-def test_one_bit_is_kept_for_each_entry(shape: tuple[int, ...], dim: int) -> None:
+@shapes
+def test_one_bit_is_kept_for_each_entry_and_signs_come_back(shape: tuple[int, ...], dim: int) -> None:
     kept: list[Tensor] = []
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         tap_relu(torch.randn(shape, requires_grad=True), dim, torch.tensor([2, 0]))
     numbers = torch.Size(shape).numel()
     assert sorted(t.nbytes for t in kept) == sorted([16, -(-numbers // 8)])
-
-
-@pytest.mark.parametrize(("shape", "dim"), SHAPES)
-def test_signs_come_back(shape: tuple[int, ...], dim: int) -> None:
     for source in layouts(shape):
         values = torch.relu(source)
         form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shape))
@@ -116,7 +107,7 @@ def test_derivatives_of_derivatives_and_batched_gradients() -> None:
     torch.autograd.gradgradcheck(function, (source,))
 
 
-def test_compiled_is_eager_and_keeps_no_more() -> None:
+def test_compiled_is_eager() -> None:
     index = torch.tensor([5, 1, 2])
     source = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ CASES: dict[str, tuple[Selection | None, Selection | None]] = {
     "scaled inputs": (INPUTS, None),
     "outputs": (None, OUTPUTS),
 }
+every_case = pytest.mark.parametrize("case", CASES)
 
 
 def leaves(bias: bool) -> tuple[Tensor, Tensor | None]:
@@ -43,72 +45,69 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, case: str) -> Tens
     return F.linear(x, weight, bias)
 
 
-def width(case: str) -> int:
-    return 5 if CASES[case][0] is None else 3
+def input_of(case: str, *lead: int) -> Tensor:
+    width = 5 if CASES[case][0] is None else 3
+    return torch.randn(*lead, width, dtype=torch.float64, requires_grad=True)
 
 
-def gradients(function: Any, x: Tensor, bias: bool, case: str) -> list[Tensor]:
+def gradients(function: Callable[..., Any], xs: list[Tensor], bias: bool, cases: list[str]) -> list[Tensor]:
     weight, offset = leaves(bias)
-    x = x.clone().requires_grad_()
-    result = function(x, weight, offset, case)
-    result.sin().sum().backward()
-    return [result, *(t.grad for t in (x, weight, offset) if t is not None)]
+    xs = [x.detach().clone().requires_grad_() for x in xs]
+    results = function(xs, weight, offset, cases)
+    torch.stack([result.sin().sum() for result in results]).sum().backward()
+    return [*results, *(t.grad for t in (*xs, weight, offset) if t is not None)]
 
 
-@pytest.mark.parametrize("case", CASES)
+def each(function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    return lambda xs, weight, bias, cases: [function(x, weight, bias, case) for x, case in zip(xs, cases, strict=True)]
+
+
+@every_case
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("lead", [(), (4,), (2, 3)])
-def test_values_and_gradients(case: str, bias: bool, lead: tuple[int, ...]) -> None:
-    x = torch.randn(*lead, width(case), dtype=torch.float64)
-    torch.testing.assert_close(gradients(ours, x, bias, case), gradients(reference, x, bias, case))
+def test_values_gradients_and_their_derivatives(case: str, bias: bool) -> None:
+    for lead in ((), (4,), (2, 3)):
+        x = input_of(case, *lead)
+        found, wanted = (gradients(each(function), [x], bias, [case]) for function in (ours, reference))
+        torch.testing.assert_close(found, wanted)
+    weight, offset = leaves(bias)
+    x, rest = input_of(case, 4), (offset,) * bias
+    function = lambda x, weight, *bias: ours(x, weight, bias[0] if bias else None, case)  # noqa: E731
+    torch.autograd.gradcheck(function, (x, weight, *rest), check_batched_grad=True)
+    torch.autograd.gradgradcheck(function, (x, weight, *rest))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_compiled_keeps_no_slice_and_gives_the_same(case: str) -> None:
-    x = torch.randn(4, width(case), dtype=torch.float64)
-    kept: list[Tensor] = []
-    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        found = gradients(torch.compile(ours, fullgraph=True), x, True, case)
-    torch.testing.assert_close(found, gradients(reference, x, True, case))
-    weight = leaves(False)[0]
-    sliced = slice_weights(weight, None, *CASES[case])
-    assert sliced is not None
-    assert kept and not any(t.numel() == sliced.weight.numel() and t.is_floating_point() for t in kept)
-
-
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_eager_keeps_the_whole_weight_and_no_slice(case: str) -> None:
     weight, bias = leaves(True)
-    slices = slice_weights(weight, bias, *CASES[case])
-    x = torch.randn(4, width(case), dtype=torch.float64, requires_grad=True)
+    slices, x = slice_weights(weight, bias, *CASES[case]), input_of(case, 4)
     kept: list[Tensor] = []
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         sliced_linear(x, weight, bias, slices)
     assert any(t is weight for t in kept) and all(t is weight or t is x or t.numel() <= 3 for t in kept)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_derivatives_of_derivatives_and_batched_gradients(case: str) -> None:
-    weight, bias = leaves(True)
-    x = torch.randn(4, width(case), dtype=torch.float64, requires_grad=True)
-    function = lambda x, weight, bias: ours(x, weight, bias, case)  # noqa: E731
-    torch.autograd.gradcheck(function, (x, weight, bias), check_batched_grad=True)
-    torch.autograd.gradgradcheck(function, (x, weight, bias))
+def test_compiled_keeps_no_slice_and_gives_the_same() -> None:
+    """All cases in one graph."""
+    cases, xs = list(CASES), [input_of(case, 4) for case in CASES]
+    kept: list[Tensor] = []
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = gradients(torch.compile(each(ours), fullgraph=True), xs, True, cases)
+    torch.testing.assert_close(found, gradients(each(reference), xs, True, cases))
+    slices = [slice_weights(leaves(False)[0], None, *CASES[case]) for case in cases]
+    sizes = {one.weight.numel() for one in slices if one is not None}
+    assert kept and not any(t.numel() in sizes and t.is_floating_point() for t in kept)
 
 
 def test_only_the_gradients_that_are_asked_for() -> None:
     weight, bias = leaves(True)
-    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    x = input_of("both", 4)
     ours(x, weight.detach(), bias, "both").sum().backward()
     assert x.grad is not None and weight.grad is None and bias is not None and bias.grad is not None
     ours(x.detach(), weight, None, "both").sum().backward()
     assert weight.grad is not None and weight.grad[[6, 1]][:, [0, 4, 3]].any() and weight.grad[0].eq(0).all()
-
-
-def test_without_slices_it_is_the_layer() -> None:
-    weight, bias = leaves(True)
-    x = torch.randn(4, 5, dtype=torch.float64)
-    assert torch.equal(sliced_linear(x, weight, bias, None), F.linear(x, weight, bias))
+    # Without slices it is the layer.
+    whole = input_of("outputs", 4)
+    assert torch.equal(sliced_linear(whole, weight, bias, None), F.linear(whole, weight, bias))
 
 
 def test_under_autocast() -> None:

@@ -6,6 +6,8 @@ the outputs and, through autograd, for all gradients.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,21 +19,22 @@ from fx_approx.runtime.layers import SampledConv2d, SampledLinear, swap
 from fx_approx.runtime.selector import Selector, Site
 from fx_approx.sampling import SamplerConfig
 
-RATIOS = [0.1, 0.25, 0.5, 0.9]
-ratios = pytest.mark.parametrize("ratio", RATIOS)
+
+def best(input: Tensor, weight: Tensor, channel: int, k: int) -> list[int]:
+    pairs = weight.shape[1]
+    norms = [(input.select(channel, j).norm() * weight[:, j].norm()).item() for j in range(pairs)]
+    return sorted(range(pairs), key=lambda j: -norms[j])[:k]
 
 
-def reference_linear(input: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
-    rows = input.reshape(-1, input.shape[-1])
-    norms = [(rows[:, j].norm() * weight[:, j].norm()).item() for j in range(weight.shape[1])]
-    best = sorted(range(len(norms)), key=lambda j: -norms[j])[:k]
-    return F.linear(input[..., best], weight[:, best], bias)
-
-
-def reference_conv2d(input: Tensor, weight: Tensor, bias: Tensor, k: int, **op_kwargs: int) -> Tensor:
-    norms = [(input[:, j].norm() * weight[:, j].norm()).item() for j in range(weight.shape[1])]
-    best = sorted(range(len(norms)), key=lambda j: -norms[j])[:k]
-    return F.conv2d(input[:, best], weight[:, best], bias, **op_kwargs)
+def reference(input: Tensor, layer: Any, k: int) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        chosen = best(input, layer.weight, -1, k)
+        return F.linear(input[..., chosen], layer.weight[:, chosen], layer.bias)
+    # The scores are those of the input as it comes in, before it is padded.
+    chosen, padding = best(input, layer.weight, 1, k), layer.padding
+    if layer.padding_mode != "zeros":
+        input, padding = F.pad(input, (1, 1, 1, 1), mode=layer.padding_mode), 0
+    return F.conv2d(input[:, chosen], layer.weight[:, chosen], layer.bias, layer.stride, padding, layer.dilation)
 
 
 class NoDraws:
@@ -52,53 +55,39 @@ def compare(actual: Tensor, expected: Tensor, leaves: list[Tensor]) -> None:
         assert torch.equal(one == 0, other == 0)
 
 
-@ratios
-@pytest.mark.parametrize("shape", [(16, 40), (4, 5, 40)], ids=str)
-def test_topk_linear_equals_the_papers_reference(ratio: float, shape: tuple[int, ...]) -> None:
-    layer, input = nn.Linear(40, 24), torch.randn(shape, requires_grad=True)
-    leaves = [input, layer.weight, layer.bias]
-    selector = Selector("linear", {}, SamplerConfig("topk", ratio), 0, 40, layer)
-    assert selector.k == round(ratio * 40)
-    expected = reference_linear(input, layer.weight, layer.bias, selector.k)
-    selection = selector(input, layer.weight, None)
-    compare(ops.linear(input, layer.weight, layer.bias, selection=selection), expected, leaves)
+CONVS: tuple[dict[str, Any], ...] = (
+    {},
+    {"stride": 2, "padding": 1},
+    {"dilation": 2, "padding": 2},
+    *({"padding": 1, "padding_mode": mode} for mode in ("circular", "reflect", "replicate")),
+)
+RATIOS = (0.1, 0.25, 0.9, 0.5, 0.5, 0.5)
+LAYERS = [
+    *((nn.Linear, {}, (16, 40), ratio) for ratio in (0.1, 0.25, 0.5, 0.9)),
+    (nn.Linear, {}, (4, 5, 40), 0.5),
+    *((nn.Conv2d, options, (3, 20, 8, 7), ratio) for options, ratio in zip(CONVS, RATIOS, strict=True)),
+]
+
+
+@pytest.mark.parametrize("kind, options, shape, ratio", LAYERS, ids=str)
+def test_topk_equals_the_papers_reference(kind: Any, options: dict[str, Any], shape: Any, ratio: float) -> None:
+    """The selector's selection in the op, and the sampled layer."""
+    input = torch.randn(shape, requires_grad=True)
+    layer = nn.Linear(40, 24) if kind is nn.Linear else nn.Conv2d(20, 8, 3, **options)
+    plain = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **options} if kind is nn.Conv2d else {}
+    mode = plain.pop("padding_mode", None)
+    leaves, pairs = [input, layer.weight, layer.bias], layer.weight.shape[1]
+    name = "linear" if kind is nn.Linear else "conv2d"
+    selector = Selector(name, plain, SamplerConfig("topk", ratio), 0, pairs, layer)
+    assert selector.k == round(ratio * pairs)
+    expected = reference(input, layer, selector.k)
+    if mode is None:
+        selection = selector(input, layer.weight, None)
+        found = getattr(ops, name)(input, layer.weight, layer.bias, **plain, selection=selection)
+        compare(found, reference(input, layer, selector.k), leaves)
     swap(layer, Site({Role.OUTPUT: selector}, False, NoDraws()))
-    assert isinstance(layer, SampledLinear)
-    expected = reference_linear(input, layer.weight, layer.bias, selector.k)
+    assert isinstance(layer, SampledLinear | SampledConv2d)
     compare(layer(input), expected, leaves)
-
-
-@ratios
-@pytest.mark.parametrize("op_kwargs", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "padding": 2}], ids=str)
-def test_topk_conv2d_equals_the_papers_reference(ratio: float, op_kwargs: dict[str, int]) -> None:
-    layer, input = nn.Conv2d(20, 8, 3, **op_kwargs), torch.randn(3, 20, 8, 7, requires_grad=True)
-    leaves = [input, layer.weight, layer.bias]
-    plain = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **op_kwargs}
-    selector = Selector("conv2d", plain, SamplerConfig("topk", ratio), 0, 20, layer)
-    expected = reference_conv2d(input, layer.weight, layer.bias, selector.k, **op_kwargs)
-    selection = selector(input, layer.weight, None)
-    compare(ops.conv2d(input, layer.weight, layer.bias, **op_kwargs, selection=selection), expected, leaves)
-    swap(layer, Site({Role.OUTPUT: selector}, False, NoDraws()))
-    assert isinstance(layer, SampledConv2d)
-    expected = reference_conv2d(input, layer.weight, layer.bias, selector.k, **op_kwargs)
-    compare(layer(input), expected, leaves)
-
-
-@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
-def test_a_convolution_keeps_its_padding_mode(mode: str) -> None:
-    layer, input = (
-        nn.Conv2d(6, 3, 3, padding=1, padding_mode=mode),
-        torch.randn(2, 6, 5, 5, requires_grad=True),
-    )
-    plain = {"stride": 1, "padding": 1, "dilation": 1, "groups": 1}
-    selector = Selector("conv2d", plain, SamplerConfig("topk", 0.5), 0, 6, layer)
-    swap(layer, Site({Role.OUTPUT: selector}, False, NoDraws()))
-    padded = F.pad(input, (1, 1, 1, 1), mode=mode)
-    # The scores are those of the input as it comes in, before it is padded.
-    norms = [(input[:, j].norm() * layer.weight[:, j].norm()).item() for j in range(6)]
-    best = sorted(range(6), key=lambda j: -norms[j])[:3]
-    expected = F.conv2d(padded[:, best], layer.weight[:, best], layer.bias)
-    compare(layer(input), expected, [input, layer.weight, layer.bias])
 
 
 def test_ties_go_to_the_lower_index() -> None:

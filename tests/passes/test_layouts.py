@@ -16,47 +16,36 @@ from fx_approx.compiler.transform import _prepare
 from fx_approx.core.plan_effects import FULL
 from fx_approx.passes.channel_spaces import Layout, Restart, Segment, Spaces, regroup, stretch
 from fx_approx.passes.share_selections import coupling_graph
+from fx_approx.policies import Uniform
 from tests.demand_nets import NETS
 from tests.hoisting import Layers
 
-
-def groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    return [(list(old), list(new)) for old, new in regroup(before, after)]
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "expected"),
-    [
-        ((2, 8, 3, 3), (2, 72), [([0], [0]), ([1, 2, 3], [1])]),
-        ((2, 72), (2, 8, 9), [([0], [0]), ([1], [1, 2])]),
-        ((2, 5, 12), (2, 5, 3, 4), [([0], [0]), ([1], [1]), ([2], [2, 3])]),
-        ((2, 3, 4), (6, 4), [([0, 1], [0]), ([2], [1])]),
-        ((4, 6), (6, 4), [([0, 1], [0, 1])]),
-        ((2, 8, 1, 1), (2, 8), [([0], [0]), ([1, 2, 3], [1])]),
-        ((2, 8), (2, 8, 1, 1), [([0], [0]), ([1], [1, 2, 3])]),
-        ((2, 8, 1), (2, 1, 8), [([0], [0, 1]), ([1, 2], [2])]),
-        ((1, 8), (8,), [([0, 1], [0])]),
-    ],
-)
-def test_regroup(before: tuple[int, ...], after: tuple[int, ...], expected: list[tuple[list[int], list[int]]]) -> None:
-    assert groups(before, after) == expected
+REGROUPED = [
+    ((2, 8, 3, 3), (2, 72), [([0], [0]), ([1, 2, 3], [1])]),
+    ((2, 72), (2, 8, 9), [([0], [0]), ([1], [1, 2])]),
+    ((2, 5, 12), (2, 5, 3, 4), [([0], [0]), ([1], [1]), ([2], [2, 3])]),
+    ((2, 3, 4), (6, 4), [([0, 1], [0]), ([2], [1])]),
+    ((4, 6), (6, 4), [([0, 1], [0, 1])]),
+    ((2, 8, 1, 1), (2, 8), [([0], [0]), ([1, 2, 3], [1])]),
+    ((2, 8), (2, 8, 1, 1), [([0], [0]), ([1], [1, 2, 3])]),
+    ((2, 8, 1), (2, 1, 8), [([0], [0, 1]), ([1, 2], [2])]),
+    ((1, 8), (8,), [([0, 1], [0])]),
+]
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_regroup_pairs_runs_of_equal_length(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    factors = torch.randint(1, 4, (6,), generator=generator).tolist()
-
-    def joined() -> tuple[int, ...]:
-        cuts = sorted({0, 6, *torch.randint(0, 7, (3,), generator=generator).tolist()})
-        return tuple(math.prod(factors[a:b]) for a, b in itertools.pairwise(cuts))
-
-    before, after = joined(), joined()
-    found = groups(before, after)
-    assert [axis for old, _ in found for axis in old] == list(range(len(before)))
-    assert [axis for _, new in found for axis in new] == list(range(len(after)))
-    for old, new in found:
-        assert math.prod(before[axis] for axis in old) == math.prod(after[axis] for axis in new)
+def test_regroup_pairs_runs_of_equal_length() -> None:
+    for before, after, expected in REGROUPED:
+        assert [(list(old), list(new)) for old, new in regroup(before, after)] == expected
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        factors = torch.randint(1, 4, (6,), generator=generator).tolist()
+        cuts = [sorted({0, 6, *torch.randint(0, 7, (3,), generator=generator).tolist()}) for _ in range(2)]
+        before, after = (tuple(math.prod(factors[a:b]) for a, b in itertools.pairwise(one)) for one in cuts)
+        found = list(regroup(before, after))
+        assert [axis for old, _ in found for axis in old] == list(range(len(before)))
+        assert [axis for _, new in found for axis in new] == list(range(len(after)))
+        for old, new in found:
+            assert math.prod(before[axis] for axis in old) == math.prod(after[axis] for axis in new)
 
 
 def node(name: str) -> fx.Node:
@@ -127,13 +116,12 @@ def test_strata_are_common_multiples_and_must_divide() -> None:
 # ---- facts of whole graphs
 
 
-def runtime(model: nn.Module, policy: Layers, x: Tensor) -> Any:
-    return fx_approx.transform(model, policy, x)._fx_approx
+def analysis_of(model: nn.Module, policy: Layers, x: Tensor) -> Any:
+    return fx_approx.transform(model, policy, x)._fx_approx.record.analysis
 
 
 def flow_of(model: nn.Module, x: Tensor) -> Any:
-    root, prepared = _prepare(model, x)
-    return prepared.flow(root)
+    return _prepare(model, x).flow
 
 
 def built(name: str) -> tuple[nn.Module, Tensor]:
@@ -145,17 +133,13 @@ def built(name: str) -> tuple[nn.Module, Tensor]:
 def test_the_coupling_graph_of_a_residual_network() -> None:
     """Two stages; the edges of each are its additions."""
     graph = coupling_graph(flow_of(*built("post-activation")), {})
-    stages = sorted(sorted(part) for part in _components(graph) if len(part) > 1)
+    stages = sorted(sorted(part) for part in nx.connected_components(graph) if len(part) > 1)
     assert stages == [["_0", "_4_conv2", "iadd"], ["_5_conv2", "_5_shortcut_0", "_6_conv2", "iadd_1", "iadd_2"]]
     assert {data["by"] for *_, data in graph.edges(data=True)} == {"iadd", "iadd_1", "iadd_2"}
     assert graph.nodes["_0"]["units"] == 8
     assert graph.nodes["_0"]["readers"] == ["_4_conv1"]
     assert graph.nodes["iadd_1"]["readers"] == ["_6_conv1"]
     assert graph.nodes["iadd_2"]["readers"] == ["_9"]
-
-
-def _components(graph: Any) -> list[set[str]]:
-    return list(nx.connected_components(graph))
 
 
 def test_groups_that_do_not_fit_together_are_noted() -> None:
@@ -170,14 +154,14 @@ def test_groups_that_do_not_fit_together_are_noted() -> None:
             a, b = self.a(x), self.b(x)
             return torch.cat([self.three(a), self.eight(b), self.last(a + b)], 1)
 
-    found = runtime(Apart(), Layers(scope="group"), torch.randn(2, 3, 4, 4)).facts
+    found = analysis_of(Apart(), Layers(scope="group"), torch.randn(2, 3, 4, 4))
     # 12 channels in 12 stretches: one each, so all are kept; nothing is refused.
     assert {one.groups for one in found.sharing.classes if one.known} >= {12}
 
 
 def test_a_stream_that_is_needed_whole_is_not_shared_over() -> None:
     model, x = built("fused-heads")
-    found = runtime(model, Layers(scope="group"), x).facts
+    found = analysis_of(model, Layers(scope="group"), x)
     assert all(len(one.readings) == 1 for one in found.sharing.classes)
 
 
@@ -192,7 +176,7 @@ def test_why_demand_stops() -> None:
             y = self.b(self.norm(self.a(x)))
             return self.left(y) + self.right(y)
 
-    found = runtime(Stops(), Layers(scope="layer"), torch.randn(3, 6)).facts.demand
+    found = analysis_of(Stops(), Layers(scope="layer"), torch.randn(3, 6)).demand
     stops = {node.name: reason for node, reason in found.stops.items()}
     assert "norm reads all of it" in stops["a"]
     assert "reads other channels of it" in stops["b"]
@@ -215,3 +199,37 @@ def test_in_place_changes_of_what_others_read_are_told() -> None:
     assert list(flow.stopped.values()) == ["relu_ changes in place what others read"]
     changed = next(n for n in flow.graph.nodes if n.name == "add")
     assert flow.layout(changed) is None
+
+
+class Reshaping(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first = nn.Linear(8, 16)
+        self.view = nn.Flatten() if how == "flatten_named_view" else nn.Unflatten(1, (16, 1, 1))
+        self.heads = nn.Unflatten(1, (-1, 4))
+        self.second = nn.Linear(16, 4) if how in ("flatten_named_view", "heads") else nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        if self.how == "sizes":
+            x = x.unflatten(1, (16, 1, 1))
+        elif self.how == "inferred":
+            x = x.unflatten(1, (-1, 1, 1))
+        elif self.how == "heads":
+            x = self.heads(x).relu().flatten(1)
+        else:
+            x = self.view(x)
+        return self.second(x)
+
+
+@pytest.mark.parametrize(
+    ("how", "narrowed"),
+    [("module", False), ("sizes", False), ("inferred", True), ("heads", True), ("flatten_named_view", True)],
+)
+def test_an_unflatten_that_names_the_number_of_channels_keeps_them_all(how: str, narrowed: bool) -> None:
+    model, x = Reshaping(how).double(), torch.randn(5, 8, dtype=torch.float64)
+    approx = fx_approx.transform(model, Uniform(0.5), x)
+    have = {node.name: classes for node, classes in approx._fx_approx.record.analysis.demand.have.items()}
+    assert (FULL not in have["first"]) == narrowed
+    assert approx(x).isfinite().all() and fx_approx.analysis.verify(approx, x).passed

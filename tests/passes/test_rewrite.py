@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fx_approx
 from fx_approx.policies import Exact, Override, Uniform
+from fx_approx.sampling import SAMPLERS
 
 from ..models import (
     ZOO,
@@ -29,7 +30,6 @@ from ..models import (
 )
 
 TOPK, RANDOM = Uniform(0.5, scores="online"), Uniform(0.5, "systematic", scores="online")
-every_model = pytest.mark.parametrize("name", ZOO)
 
 
 def transformed(model: nn.Module, policy: Any = TOPK, **options: Any) -> Any:
@@ -38,10 +38,17 @@ def transformed(model: nn.Module, policy: Any = TOPK, **options: Any) -> Any:
         return fx_approx.transform(model, policy, **options)
 
 
-@every_model
-def test_names_order_and_objects_are_those_of_the_model(name: str) -> None:
-    model = ZOO[name][0]()
-    approx = transformed(model)
+@pytest.mark.parametrize("place, name", list(enumerate(ZOO)))
+def test_parameters_are_those_of_the_model_and_evaluation_and_ratio_one_are_exact(place: int, name: str) -> None:
+    """Bitwise, with one of the samplers for each model, and all of them for one model."""
+    build, inputs = ZOO[name]
+    model, x = build(), inputs()
+    for sampler in SAMPLERS if place == 0 else [sorted(SAMPLERS)[place % len(SAMPLERS)]]:
+        whole = transformed(build(), Uniform(1.0, sampler, scores="online"))
+        exact = build()
+        exact.load_state_dict(whole.state_dict())
+        assert same(train_step(whole, x), train_step(exact, x))
+    approx = transformed(model, RANDOM)
     assert list(approx.state_dict()) == list(model.state_dict())
     assert [(n, id(p)) for n, p in approx.named_parameters()] == [(n, id(p)) for n, p in model.named_parameters()]
     assert [(n, id(b)) for n, b in approx.named_buffers()] == [(n, id(b)) for n, b in model.named_buffers()]
@@ -50,24 +57,9 @@ def test_names_order_and_objects_are_those_of_the_model(name: str) -> None:
     for path, module in model.named_modules():
         assert isinstance(approx.get_submodule(path), type(module))
         assert approx.get_submodule(path).training == module.training
-
-
-@every_model
-def test_eval_is_bitwise_exact(name: str) -> None:
-    build, inputs = ZOO[name]
-    model, x = build().eval(), inputs()
-    approx = transformed(model, RANDOM)
+    model.eval(), approx.eval()
     assert same(train_step(approx, x), train_step(model, x))
     assert fx_approx.sampler_state_dict(approx)["step"] == 0
-
-
-@every_model
-@pytest.mark.parametrize("sampler", ["topk", "systematic", "bernoulli", "crs", "wta", "wta_unique"])
-def test_ratio_one_is_bitwise_exact(name: str, sampler: str) -> None:
-    build, inputs = ZOO[name]
-    model, x = build(), inputs()
-    approx = transformed(model, Uniform(1.0, sampler, scores="online"))
-    assert same(train_step(approx, x), train_step(model, x))
 
 
 def chosen(scores: Tensor, k: int) -> Tensor:

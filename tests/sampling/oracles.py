@@ -177,40 +177,12 @@ def _wta_tail(p: Tensor, kept: list[int]) -> list[int]:
     return [j for j in range(len(p)) if j not in kept]
 
 
-def wta_weights(p: Tensor, k: int, numbers: list[float]) -> list[float]:
-    """The scale of every pair, 0 if it is not selected; one draw after the other."""
-    kept = wta_kept(p, k)
-    tail, draws = _wta_tail(p, kept), k - len(kept)
-    mass = sum(float(p[j]) for j in tail)
-    weights = [1.0 if j in kept and p[j] > 0 else 0.0 for j in range(len(p))]
-    for number in numbers[:draws] if mass > 0 else []:
-        place = 0.0
-        for j in tail:
-            place += float(p[j])
-            if number * mass < place:
-                weights[j] += mass / (draws * float(p[j]))
-                break
-    return weights
-
-
 def wta_unique_pi(p: Tensor, k: int) -> Tensor:
     """Two steps: 1 for the kept pairs, then water-filling of the tail alone."""
     kept = wta_kept(p, k)
     tail, pi = _wta_tail(p, kept), torch.ones_like(p)
     pi[tail] = inclusion_p(p[tail], k - len(kept), 0.0)
     return pi
-
-
-def wta_unique_weights(p: Tensor, k: int, numbers: list[float]) -> list[float]:
-    """The scale of every pair, 0 if it is not selected; only the tail is laid end to end."""
-    kept, pi, place = wta_kept(p, k), wta_unique_pi(p, k).tolist(), 0.0
-    weights = [1.0 if j in kept else 0.0 for j in range(len(p))]
-    for j in sorted(_wta_tail(p, kept), key=lambda j: numbers[j]):
-        points = (numbers[-1] + i for i in range(k))
-        if any(place < point <= place + pi[j] for point in points):
-            weights[j] = 1 / pi[j]
-        place += pi[j]
-    return weights
 
 
 def wta_outcomes(p: Tensor, k: int) -> Outcomes:
@@ -225,6 +197,16 @@ def wta_outcomes(p: Tensor, k: int) -> Outcomes:
 
 def wta_unique_outcomes(p: Tensor, k: int) -> Outcomes:
     return systematic_outcomes(wta_unique_pi(p, k))
+
+
+def outcomes_of(name: str, scores: Tensor, k: int, epsilon: float) -> Outcomes:
+    """Every outcome of a draw of the sampler ``name`` from ``scores [pairs]``."""
+    if name in ("bernoulli", "systematic"):
+        p = inclusion_p(scores, k, epsilon)
+        return bernoulli_outcomes(p) if name == "bernoulli" else systematic_outcomes(p)
+    return {"crs": crs_outcomes, "wta": wta_outcomes, "wta_unique": wta_unique_outcomes}[name](
+        draw_p(scores, epsilon), k
+    )
 
 
 def crs_error(product: Product, p: Tensor, k: int) -> float:
@@ -255,3 +237,14 @@ def wta_error(product: Product, p: Tensor, k: int, c: int) -> float:
 def wta_unique_error(product: Product, p: Tensor, k: int) -> float:
     tail = _wta_tail(p, wta_kept(p, k))
     return systematic_error(part(product, tail), wta_unique_pi(p, k)[tail])
+
+
+def error_of(name: str, product: Product, scores: Tensor, k: int, epsilon: float) -> float:
+    """The expected squared error of the sampler ``name`` by its formula."""
+    p = draw_p(scores, epsilon)
+    if name in ("bernoulli", "systematic"):
+        formula = bernoulli_error if name == "bernoulli" else systematic_error
+        return formula(product, inclusion_p(scores, k, epsilon))
+    if name == "wta":
+        return wta_error(product, p, k, len(wta_kept(p, k)))
+    return {"crs": crs_error, "wta_unique": wta_unique_error}[name](product, p, k)

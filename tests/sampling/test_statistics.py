@@ -6,19 +6,13 @@ the seed was chosen, that a correct sampler fails.
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
 
-from fx_approx.sampling import (
-    SAMPLERS,
-    Selection,
-    capacity,
-    derive_key,
-    draw_probabilities,
-    inclusion_probabilities,
-    uniforms,
-)
+from fx_approx.sampling import SAMPLERS, capacity, derive_key, draw_probabilities, inclusion_probabilities, uniforms
 from tests.sampling import oracles
 
 DRAWS, PAIRS, K = 20_000, 48, 12
@@ -28,16 +22,22 @@ Z = 5.0
 RANDOM = ["bernoulli", "crs", "systematic", "wta", "wta_unique"]
 
 
-def draw_many(name: str, scores: Tensor, step: int = 0) -> Selection:
+@functools.cache
+def product_of() -> oracles.Product:
+    return oracles.make_product(PAIRS, seed=5)
+
+
+@functools.cache
+def dense(name: str, step: int = 0, power: int = 1) -> Tensor:
+    """Draws from powers of the norms: scales in place of the pairs, 0 where a pair was not drawn, ``[draws, K]``."""
     sampler = SAMPLERS[name]
     key = derive_key(torch.tensor(2024), torch.tensor(step))
     numbers = uniforms(key, 1, DRAWS, sampler.uniforms(PAIRS, K))
-    return sampler.draw(scores.expand(DRAWS, -1), K, numbers, epsilon=EPSILON)
-
-
-def dense(selection: Selection) -> Tensor:
-    """Scales in place of the pairs, 0 where a pair was not drawn: ``[draws, K]``."""
+    scores = (product_of().norms ** power).expand(DRAWS, -1)
+    selection = sampler.draw(scores, K, numbers, epsilon=EPSILON)
     assert selection.scale is not None
+    if sampler.fixed_size:
+        assert selection.indices.shape == (DRAWS, K)
     return torch.zeros(DRAWS, PAIRS, dtype=torch.float64).scatter(1, selection.indices, selection.scale)
 
 
@@ -45,81 +45,61 @@ def z_scores(samples: Tensor, expected: Tensor) -> Tensor:
     return (samples.mean(0) - expected) / (samples.std(0) / DRAWS**0.5)
 
 
+def largest_deviation(samples: Tensor, p: Tensor, times: int = 1) -> float:
+    """Of counts that are Bernoulli, or binomial of so many trials."""
+    return float(((samples.mean(0) - times * p) / (times * p * (1 - p) / DRAWS).sqrt()).abs().max())
+
+
 @pytest.mark.parametrize("name", RANDOM)
 def test_unbiased(name: str) -> None:
-    product = oracles.make_product(PAIRS, seed=5)
-    selection = draw_many(name, product.norms)
-    estimates = torch.einsum("gk,kmn->gmn", dense(selection), product.terms)
+    product = product_of()
+    estimates = torch.einsum("gk,kmn->gmn", dense(name), product.terms)
     assert z_scores(estimates, product.exact).abs().max() < Z
     # The same test sees the bias when the scale is dropped, and when it is 5 % off.
     assert z_scores(estimates * 1.05, product.exact).abs().max() > Z
-    plain = torch.einsum("gk,kmn->gmn", (dense(selection) > 0).double(), product.terms)
+    plain = torch.einsum("gk,kmn->gmn", (dense(name) > 0).double(), product.terms)
     assert z_scores(plain, product.exact).abs().max() > Z
 
 
-@pytest.mark.parametrize("name", ["bernoulli", "systematic"])
-def test_inclusion_frequencies(name: str) -> None:
-    scores = oracles.make_product(PAIRS, seed=6).norms
-    pi = inclusion_probabilities(scores[None], K, EPSILON)[0]
-    drawn = (dense(draw_many(name, scores)) > 0).double()
-    deviation = (drawn.mean(0) - pi) / (pi * (1 - pi) / DRAWS).sqrt()
-    assert deviation.abs().max() < Z
-
-
-def test_crs_draw_frequencies() -> None:
-    scores = oracles.make_product(PAIRS, seed=6).norms
-    p = draw_probabilities(scores[None], EPSILON)[0]
-    counts = dense(draw_many("crs", scores)) * K * p
+def test_frequencies() -> None:
+    """Of draws and of inclusions; what is certain is always there, unscaled, and all else is as its tail alone."""
+    norms = product_of().norms
+    pi = inclusion_probabilities(norms[None], K, EPSILON)[0]
+    for name in ("bernoulli", "systematic"):
+        assert largest_deviation((dense(name) > 0).double(), pi) < Z
+    p = draw_probabilities(norms[None], EPSILON)[0]
+    counts = dense("crs") * K * p
     torch.testing.assert_close(counts, counts.round(), rtol=0, atol=1e-9)
     assert bool((counts.sum(1).round() == K).all())
-    assert ((counts.mean(0) - K * p) / (K * p * (1 - p) / DRAWS).sqrt()).abs().max() < Z
-
-
-def test_wta_draw_frequencies() -> None:
-    scores = oracles.make_product(PAIRS, seed=6).norms ** 3
-    p = oracles.draw_p(scores, EPSILON)
-    kept, scales = oracles.wta_kept(p, K), dense(draw_many("wta", scores))
+    assert largest_deviation(counts, p, K) < Z
+    steep = oracles.draw_p(norms**3, EPSILON)
+    kept, unique, scales = oracles.wta_kept(steep, K), dense("wta_unique", power=3), dense("wta", power=3)
     assert 0 < len(kept) < K - 1
-    assert bool((scales[:, kept] == 1).all())
+    assert bool((scales[:, kept] == 1).all()) and bool((unique[:, kept] == 1).all())
     tail = [j for j in range(PAIRS) if j not in kept]
-    draws, q = K - len(kept), p[tail] / p[tail].sum()
+    draws, q = K - len(kept), steep[tail] / steep[tail].sum()
     counts = scales[:, tail] * draws * q
     torch.testing.assert_close(counts, counts.round(), rtol=0, atol=1e-9)
     assert bool((counts.sum(1).round() == draws).all())
     assert counts.max() > 1, "repeats"
-    assert ((counts.mean(0) - draws * q) / (draws * q * (1 - q) / DRAWS).sqrt()).abs().max() < Z
-
-
-def test_wta_unique_inclusion_frequencies() -> None:
-    scores = oracles.make_product(PAIRS, seed=6).norms ** 3
-    p = oracles.draw_p(scores, EPSILON)
-    kept, pi, scales = oracles.wta_kept(p, K), oracles.wta_unique_pi(p, K), dense(draw_many("wta_unique", scores))
-    assert 0 < len(kept) < K - 1
-    assert bool((scales[:, kept] == 1).all())
-    tail = [j for j in range(PAIRS) if j not in kept]
-    deviation = ((scales > 0).double().mean(0) - pi) / (pi * (1 - pi) / DRAWS).sqrt()
-    assert deviation[tail].abs().max() < Z
+    assert largest_deviation(counts, q, draws) < Z
+    assert largest_deviation((unique > 0).double()[:, tail], oracles.wta_unique_pi(steep, K)[tail]) < Z
 
 
 def test_expected_count() -> None:
     """Bernoulli: k within 1 %, which is 8 standard deviations of the mean; without replacement: k each time."""
-    scores = oracles.make_product(PAIRS, seed=7).norms
-    counts = (dense(draw_many("bernoulli", scores)) > 0).sum(1)
+    counts = (dense("bernoulli") > 0).sum(1)
     assert counts.double().mean().item() == pytest.approx(K, rel=0.01)
     assert counts.min() < K < counts.max()
     for name in ("systematic", "wta_unique"):
-        assert bool(((dense(draw_many(name, scores)) > 0).sum(1) == K).all())
-    for name in ("crs", "wta"):
-        assert draw_many(name, scores).indices.shape == (DRAWS, K)
+        assert bool(((dense(name) > 0).sum(1) == K).all())
 
 
 def test_steps_draw_independently() -> None:
     """Two steps share as many pairs as independent draws do: sum of pi_j**2."""
-    scores = oracles.make_product(PAIRS, seed=8).norms
-    pi = inclusion_probabilities(scores[None], K, EPSILON)[0]
+    pi = inclusion_probabilities(product_of().norms[None], K, EPSILON)[0]
     for name in ("bernoulli", "systematic"):
-        first, second = ((dense(draw_many(name, scores, step)) > 0).double() for step in (1, 2))
-        shared = (first * second).sum(1)
+        shared = ((dense(name, 1) > 0) & (dense(name, 2) > 0)).double().sum(1)
         assert abs(z_scores(shared, pi.square().sum()).item()) < Z
 
 
