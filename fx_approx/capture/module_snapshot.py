@@ -47,12 +47,12 @@ class TensorSnapshot:
     """The values of tensors, to be written back into the same tensors."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._values = [(tensor, tensor.clone()) for tensor in tensors]
+        self._saved = [(tensor, tensor.clone()) for tensor in tensors]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts them back."""
-        for tensor, value in self._values:
+        for tensor, value in self._saved:
             tensor.copy_(value)
 
 
