@@ -111,11 +111,15 @@ def test_gradients_equal_those_of_a_hand_written_sampled_network() -> None:
             torch.testing.assert_close(grads[name], parameter.grad, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_gradients_are_zero_outside_the_sample() -> None:
-    approx = fx_approx.transform(mlp(), TOPK)
-    _, grads = train_step(approx, torch.randn(6, 12))
+def test_gradients_are_zero_outside_the_sample_and_a_layer_in_eval_is_exact() -> None:
+    model, x = mlp(), torch.randn(6, 12)
+    approx = fx_approx.transform(model, TOPK)
+    _, grads = train_step(approx, x)
     assert int((grads["2.weight"] != 0).any(0).sum()) <= 8
     assert grads["0.weight"].shape == (16, 12) and int((grads["0.weight"] != 0).any(0).sum()) == 6
+    approx[2].eval()
+    expected = topk_linear(model[2](topk_linear(x, model[0], 0.5).relu()).relu(), model[4], 0.5)
+    torch.testing.assert_close(approx(x), expected)
 
 
 def test_tied_weights_stay_tied() -> None:
@@ -137,14 +141,6 @@ def test_a_module_called_twice_is_two_sites() -> None:
     both = fx_approx.transform(model, Override({"head": Exact()}, TOPK))
     expected = model.head(topk_linear(topk_linear(x, model.fc, 0.5).relu(), model.fc, 0.5).relu())
     torch.testing.assert_close(both(x), expected)
-
-
-def test_a_layer_in_eval_is_exact_and_only_that_layer() -> None:
-    model, x = mlp(), torch.randn(6, 12)
-    approx = fx_approx.transform(model, TOPK)
-    approx[2].eval()
-    expected = topk_linear(model[2](topk_linear(x, model[0], 0.5).relu()).relu(), model[4], 0.5)
-    torch.testing.assert_close(approx(x), expected)
 
 
 def test_two_forwards_before_one_backward() -> None:
@@ -190,12 +186,17 @@ def test_frozen_layers(when: str) -> None:
     assert all(same(grads[name], full[name]) for name in full if not name.startswith("2."))
 
 
-def test_a_direct_call_of_a_sublayer() -> None:
+def test_direct_calls_slices_and_replacements_of_layers() -> None:
     model, x = Cnn(), torch.randn(4, 8)
     approx = fx_approx.transform(model, TOPK)
     torch.testing.assert_close(approx.fc(x), topk_linear(x, model.fc, 0.5))
     approx.fc.eval()
     assert torch.equal(approx.fc(x), model.fc(x))
+    model, x = mlp(), torch.randn(6, 12)
+    approx = fx_approx.transform(model, Override({"4": Exact()}, TOPK))
+    torch.testing.assert_close(approx[:2](x), topk_linear(x, model[0], 0.5).relu())
+    approx[4] = nn.Linear(16, 2)  # fine-tuning replaces the head after the transform
+    assert approx(x).shape == (6, 2)
 
 
 def test_a_direct_call_of_a_random_sublayer_draws() -> None:
@@ -205,20 +206,6 @@ def test_a_direct_call_of_a_random_sublayer_draws() -> None:
     assert not torch.equal(approx.block(x), approx.block(x))
     approx.eval()
     assert torch.equal(approx.block(x), model.block(x))
-
-
-def test_a_slice_of_a_sequential_keeps_its_sampled_layers() -> None:
-    model, x = mlp(), torch.randn(6, 12)
-    approx = fx_approx.transform(model, TOPK)
-    torch.testing.assert_close(approx[:2](x), topk_linear(x, model[0], 0.5).relu())
-
-
-def test_a_replaced_layer_is_used() -> None:
-    """Fine-tuning replaces the head after the transform."""
-    model, x = mlp(), torch.randn(6, 12)
-    approx = fx_approx.transform(model, Override({"4": Exact()}, TOPK))
-    approx[4] = nn.Linear(16, 2)
-    assert approx(x).shape == (6, 2)
 
 
 class Twice:
@@ -232,7 +219,7 @@ class Twice:
         return 2 * output
 
 
-def test_hooked_layers_stay_exact_with_that_reason_and_the_hooks_run() -> None:
+def test_hooked_and_parametrised_layers_stay_exact_with_that_reason_and_hooks_run() -> None:
     model, hook, x = mlp(), Twice(), torch.randn(6, 12)
     model[2].register_forward_hook(hook)
     approx = fx_approx.transform(model, TOPK)
@@ -240,6 +227,13 @@ def test_hooked_layers_stay_exact_with_that_reason_and_the_hooks_run() -> None:
     torch.testing.assert_close(approx(x), expected)
     assert hook.calls == 1
     assert "hook" in fx_approx.report(approx)["2"].reason
+    # So do parametrised ones.
+    build, inputs = ZOO["normed"]
+    model, x = build(), inputs()
+    approx = fx_approx.transform(model, TOPK)
+    expected = topk_linear(model[1](topk_linear(x, model[0], 0.5)), model[2], 0.5)
+    torch.testing.assert_close(approx(x), expected)
+    assert "parametrised" in fx_approx.report(approx)["1"].reason
 
 
 @pytest.mark.parametrize(
@@ -277,15 +271,6 @@ def test_hooks_registered_later_run_on_sampled_layers() -> None:
     assert torch.equal(approx(x)[0], approx(x)[1]), "the input is all zero"
     handle.remove()
     assert torch.equal(approx(x), before)
-
-
-def test_parametrised_layers_stay_exact_with_that_reason() -> None:
-    build, inputs = ZOO["normed"]
-    model, x = build(), inputs()
-    approx = fx_approx.transform(model, TOPK)
-    expected = topk_linear(model[1](topk_linear(x, model[0], 0.5)), model[2], 0.5)
-    torch.testing.assert_close(approx(x), expected)
-    assert "parametrised" in fx_approx.report(approx)["1"].reason
 
 
 def test_restore_gives_the_exact_model_back() -> None:

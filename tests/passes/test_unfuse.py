@@ -172,6 +172,7 @@ def test_evaluation_is_bitwise_exact(name: str) -> None:
 
 
 def test_an_attention_in_evaluation_mode_is_its_own_python() -> None:
+    """And the flag of the model still counts where its graph serves training only."""
     model, x = Block(), torch.randn(3, LENGTH, SIZE)
     approx = transformed(model, Override({"attn*": AHEAD}, Exact()), x)
     assert not torch.equal(approx(x), model(x))
@@ -180,13 +181,11 @@ def test_an_attention_in_evaluation_mode_is_its_own_python() -> None:
     approx.attn.train()
     assert not torch.equal(approx(x), model(x))
 
-
-def test_the_flag_of_the_model_still_counts_where_its_graph_serves_training_only() -> None:
     class Branching(Block):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * 2 if self.training else super().forward(x).relu()
 
-    model, x = Branching(), torch.randn(3, LENGTH, SIZE)
+    model = Branching()
     approx = transformed(model, AHEAD, x)
     for module in (model, approx):
         module.eval()
@@ -216,13 +215,16 @@ def test_copies_do_the_same(copied: Any) -> None:
     assert fx_approx.analysis.verify(other.train(), x).passed
 
 
-def test_one_layer_called_twice() -> None:
+def test_one_layer_called_twice_and_unbatched_inputs() -> None:
     def call(attn: nn.Module, x: Tensor) -> Any:
         x = attn(x, x, x, need_weights=False)[0]
         return attn(x, x, x, need_weights=False)[0]
 
     model, x = Calls(call).double(), torch.randn(3, LENGTH, SIZE, dtype=torch.float64)
     assert max(differences(model, transformed(model, Exact(), x), x)) < 1e-12
+    single = Block().double()
+    for inputs in (x, None):  # unbatched inputs of a model captured on batches
+        assert max(differences(single, transformed(single, Exact(), inputs), x[0])) < 1e-12
     approx = transformed(model, AHEAD, x)
     assert {"attn.linear", "attn.linear#2", "attn.out_proj", "attn.out_proj#2"} <= set(names(approx))
     assert fx_approx.analysis.verify(approx, x).passed
@@ -238,12 +240,6 @@ def test_there_are_no_weights_to_return() -> None:
 
     output, rest = transformed(Calls(call), ONLINE, x)(x)
     assert output.shape == x.shape and rest == {"weights": None}
-
-
-def test_unbatched_inputs_of_a_model_captured_on_batches() -> None:
-    model, x = Block().double(), torch.randn(3, LENGTH, SIZE, dtype=torch.float64)
-    for inputs in (x, None):
-        assert max(differences(model, transformed(model, Exact(), inputs), x[0])) < 1e-12
 
 
 @pytest.mark.parametrize(
