@@ -15,9 +15,9 @@ DEPENDENCIES := pyproject.toml $(CONSTRAINTS)
 # One thread a worker: the test processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 FX_APPROX_TEST_INSTALLED=1 $(TEST_VENV)/bin/pytest --numprocesses $(JOBS)
 # The fast half: what rests on torch's internals. Left out is what rests on the rest of the package.
-LATEST_FAST := $(foreach name,sampling policies,--ignore=tests/$(name)) \
-  $(foreach name,benchmark* controller* distributed docs example* experiment* fsdp growth noise* prediction readme \
-    reference* repository scalars schedule* sensitivity source* sweep* synchronize theory whole,'--ignore-glob=tests/test_$(name).py')
+LATEST_FAST := $(foreach name,sampling policies schedules distributed benchmarks examples repository,--ignore=tests/$(name)) \
+  $(foreach name,analysis/test_noise* analysis/test_prediction analysis/test_scalars analysis/test_sensitivity \
+    compiler/test_reference_defects compiler/test_whole,'--ignore-glob=tests/$(name).py')
 # multinode.py needs root, and an hour.
 BENCHMARKS := $(filter-out benchmarks/multinode.py, $(wildcard benchmarks/[!_]*.py))
 

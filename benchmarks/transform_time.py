@@ -57,7 +57,7 @@ def chain(layers: int) -> nn.Module:
 
 def resnet152() -> nn.Module:
     """ResNet-152 of torchvision with random weights."""
-    helper = Path(__file__).resolve().parents[1] / "tests" / "torchvision_compat.py"
+    helper = Path(__file__).resolve().parents[1] / "tests" / "helpers" / "torchvision_compat.py"
     torchvision = runpy.run_path(str(helper))["import_torchvision"]()
     model: nn.Module = torchvision.models.resnet152()
     return model

@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 import torch
 
-from .torchvision_compat import define_missing_schemas, import_torchvision
+from tests.helpers.torchvision_compat import define_missing_schemas, import_torchvision
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fx_approx
 from fx_approx.policies import Uniform
-
-from .hoisting import loss_of, perturbed
+from tests.helpers.hoisting import loss_of, perturbed
 
 AHEAD = Uniform(0.5)
 WIDTH = 16

@@ -26,8 +26,7 @@ from fx_approx.policies import (
     Uniform,
     parse_policy,
 )
-
-from ..models import Attention, CalledTwice, Cnn, NestedDropout, PlainCnn, mlp, same, train_step
+from tests.helpers.models import Attention, CalledTwice, Cnn, NestedDropout, PlainCnn, mlp, same, train_step
 
 HALF = Uniform(0.5, scores="online")
 

@@ -1,0 +1,440 @@
+"""Capture: the user's model is not touched, one graph serves both modes, nothing is frozen or dropped silently."""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fx_approx
+from fx_approx.policies import Exact, Paper, Uniform
+from tests.helpers.models import (
+    MODEL_FILE,
+    UNTRACED,
+    ZOO,
+    AuxiliaryHead,
+    Checkpointed,
+    Cnn,
+    Counting,
+    DictInput,
+    FunctionalDropout,
+    NestedAuxiliary,
+    NestedDropout,
+    Optional,
+    WithDataDependent,
+    mlp,
+    same,
+    tensors,
+    train_step,
+)
+
+HALF = Uniform(0.5, "systematic", scores="online")
+every_model = pytest.mark.parametrize("name", ZOO)
+
+
+def transformed(model: nn.Module, policy: Any = HALF, example: Any = None, **options: Any) -> Any:
+    """Transform whatever it warns of: a zoo model with an untraced part, or one where all is exact."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.NoEffectWarning)
+        return fx_approx.transform(model, policy, example, **options)
+
+
+def photograph(model: nn.Module) -> dict[str, Any]:
+    """Everything a user can see of a model, by value and by identity."""
+    seen: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": str(numpy.random.get_state()),
+        "torch": torch.get_rng_state(),
+    }
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            contents = copy.copy(value) if isinstance(value, (dict, list)) else value
+            seen[f"{path}.{name}"] = (id(value), contents)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        grad = None if tensor.grad is None else (id(tensor.grad), tensor.grad.clone())
+        seen[f"tensor {name}"] = (id(tensor), tensor._version, tensor.detach().clone(), tensor.requires_grad, grad)
+    seen["class"] = {path: type(module) for path, module in model.named_modules()}
+    return seen
+
+
+@every_model
+@pytest.mark.parametrize("verb", ["transform", "explain"])
+@pytest.mark.parametrize("with_inputs", [False, True], ids=["no_inputs", "inputs"])
+def test_the_users_model_is_not_touched(name: str, verb: str, with_inputs: bool) -> None:
+    build, inputs = ZOO[name]
+    model, x = build(), inputs()
+    train_step(model, x)  # so that there are gradients and BatchNorm counts
+    modules = list(model.modules())
+    modules[1 % len(modules)].eval()
+    modules[-1].register_forward_hook(lambda *_: None)
+    random.seed(3)
+    before = photograph(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        getattr(fx_approx, verb)(model, HALF, (x,) if with_inputs else None)
+    after = photograph(model)
+    assert list(after) == list(before)
+    assert [key for key in before if not same(after[key], before[key])] == []
+
+
+def test_the_copy_starts_with_the_python_attributes_of_the_model() -> None:
+    model = Counting()
+    model.last, model.history = 7, [1, 2]
+    approx = transformed(model)
+    assert approx.last == 7 and approx.history == [1, 2]
+    assert approx.history is not model.history
+
+
+def test_tracing_leaves_nothing_in_containers_of_the_copy() -> None:
+    approx = transformed(Checkpointed(None))
+    assert approx.block.calls == []
+
+
+@every_model
+def test_one_transform_serves_both_modes(name: str) -> None:
+    build, inputs = ZOO[name]
+    model, x = build(), inputs()
+    approx = transformed(model, HALF)
+    assert same(tensors(approx.eval()(x)), tensors(model.eval()(x)))
+    model.train(), approx.train()
+    fx_approx.set_sampling(approx, 1.0)
+    state = copy.deepcopy(model.state_dict())  # BatchNorm statistics and counters are shared
+    expected = train_step(model, x)
+    stepped = copy.deepcopy(model.state_dict())
+    model.load_state_dict(state)
+    assert same(train_step(approx, x), expected)
+    assert same(dict(model.state_dict()), dict(stepped))
+
+
+@every_model
+def test_a_sampled_step_runs_and_differs(name: str) -> None:
+    build, inputs = ZOO[name]
+    model, x = build(), inputs()
+    approx = transformed(model, HALF)
+    exact, sampled = train_step(model, x), train_step(approx, x)
+    assert not same(sampled[0], exact[0])
+    assert {n for n, g in sampled[1].items() if g is None} == {n for n, g in exact[1].items() if g is None}
+    assert all(bool(grad.isfinite().all()) for grad in sampled[1].values() if grad is not None)
+
+
+@pytest.mark.parametrize("name", sorted(set(ZOO) - UNTRACED))
+def test_what_can_be_traced_is_traced(name: str) -> None:
+    build, inputs = ZOO[name]
+    fx_approx.transform(build(), HALF, (inputs(),))  # a CaptureWarning would be an error here
+
+
+def test_functional_dropout_follows_the_flag_of_its_owner() -> None:
+    model = NestedDropout()
+    approx = fx_approx.transform(model, HALF)
+    fx_approx.set_sampling(approx, enabled=False)
+    x = torch.randn(6, 12)
+    for outer, inner in ((True, True), (True, False), (False, True), (False, False)):
+        for one in (model, approx):
+            one.train(outer)
+            one.layer1.train(inner)
+        assert same(train_step(approx, x), train_step(model, x)), f"training={outer}, layer1.training={inner}"
+
+
+def test_functional_dropout_is_off_in_eval() -> None:
+    approx = fx_approx.transform(FunctionalDropout(), HALF).eval()
+    x = torch.randn(6, 12)
+    assert torch.equal(approx(x), approx(x))
+
+
+def test_functional_dropout_with_a_flag_that_is_not_training_stays_as_written() -> None:
+    class Always(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(12, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(self.fc(x), 0.5, training=True)
+
+    approx = fx_approx.transform(Always(), HALF).eval()
+    assert bool((approx(torch.randn(6, 12)) == 0).any())
+
+
+def test_an_auxiliary_head_appears_in_training_only() -> None:
+    model = AuxiliaryHead()
+    approx = fx_approx.transform(model, HALF)
+    x = torch.randn(6, 12)
+    main, aux = approx(x)
+    assert main.shape == aux.shape == (6, 4)
+    assert torch.equal(approx.eval()(x), model.eval()(x))
+    assert isinstance(approx.train()(x), tuple)
+
+
+def test_a_branching_submodule_in_eval_alone_takes_its_eval_path_and_the_others_are_sampled() -> None:
+    model = NestedAuxiliary()
+    approx = fx_approx.transform(model, Uniform(0.5, scores="online"))
+    x = torch.randn(6, 12)
+    approx.branch.eval(), model.branch.eval()
+    assert not torch.equal(approx(x), model(x)), "first and last are in training mode, so sampled"
+    fx_approx.set_sampling(approx, enabled={"first": False, "last": False})
+    assert torch.equal(approx(x), model(x))
+
+
+def test_a_model_that_trains_by_another_name_of_the_flag() -> None:
+    """The constant chosen by the flag is no bool."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) * (2.0 if self.training else 0.5)
+
+    model = Scaled()
+    approx = fx_approx.transform(model, Uniform(1.0, scores="online"))
+    x = torch.randn(6, 12)
+    assert torch.equal(approx(x), model(x))
+    assert torch.equal(approx.eval()(x), model.eval()(x))
+
+
+def test_what_cannot_be_traced_is_named_with_module_and_line() -> None:
+    source = Path(MODEL_FILE).read_text().splitlines()
+    line = next(n for n, text in enumerate(source, 1) if "where tracing stops" in text)
+    with pytest.warns(
+        fx_approx.errors.CaptureWarning, match=rf"middle: .*{re.escape(MODEL_FILE)}:{line} in forward"
+    ) as seen:
+        approx = fx_approx.transform(WithDataDependent(), Uniform(0.5, scores="online"))
+    assert len(seen) == 1
+    assert "middle" in "".join(fx_approx.report(approx).notes)
+
+
+def test_layers_in_an_untraced_part_are_sampled_too() -> None:
+    model = WithDataDependent()
+    approx = transformed(model, Uniform(0.5, scores="online"))
+    fx_approx.set_sampling(approx, enabled={"fc1": False, "fc2": False})
+    x = torch.randn(6, 12)
+    keep = approx.middle.fc.weight.norm(dim=0) * model.fc1(x).norm(dim=0)
+    chosen = keep.topk(8).indices.sort().values
+    hidden = F.linear(model.fc1(x)[:, chosen], model.middle.fc.weight[:, chosen], model.middle.fc.bias)
+    hidden = hidden.relu() if hidden.sum() > 0 else hidden.tanh()
+    torch.testing.assert_close(approx(x), model.fc2(hidden.relu()))
+
+
+def test_a_model_whose_own_forward_cannot_be_traced() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.out = nn.Linear(12, 12), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(int(x.abs().max()) + 1):
+                x = self.fc(x).tanh()
+            return self.out(x)
+
+    model = Loop()
+    with pytest.warns(fx_approx.errors.CaptureWarning, match=r"the model: .*test_capture\.py:\d+ in forward"):
+        approx = fx_approx.transform(model, HALF)
+    x = torch.randn(6, 12)
+    assert not torch.equal(approx(x), model(x))
+    assert torch.equal(approx.eval()(x), model.eval()(x))
+
+
+class Effect(nn.Module):
+    """Calls its first layer inside something that a traced graph does not keep."""
+
+    def __init__(self, effect: str) -> None:
+        super().__init__()
+        self.effect, self.a, self.b = effect, nn.Linear(12, 12), nn.Linear(12, 4)
+        self.norm = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.effect == "no_grad":
+            with torch.no_grad():
+                x = self.a(x)
+        elif self.effect == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                x = self.a(x).float()
+        elif self.effect == "autocast_off":
+            with torch.autocast("cpu", enabled=False):
+                x = self.a(x)
+        elif self.effect == "noise":
+            x = self.a(x + torch.randn(12))
+        elif self.effect == "python_random":
+            x = self.a(x) if random.random() < 0.5 else x
+        elif self.effect == "numpy_random":
+            x = self.a(x) * float(numpy.random.rand())
+        elif self.effect == "assignment":
+            x = self.a(x)
+            self.norm = x.norm()
+        return self.b(x)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    "effect", ["no_grad", "autocast", "autocast_off", "noise", "python_random", "numpy_random", "assignment"]
+)
+def test_what_a_graph_cannot_hold_is_not_dropped(effect: str, nested: bool) -> None:
+    inner = Effect(effect)
+    model = nn.Sequential(inner) if nested else inner
+    place = "0" if nested else "the model"
+    with pytest.warns(fx_approx.errors.CaptureWarning, match=rf"{place}: .* would remove at .*test_capture\.py:\d+"):
+        approx = fx_approx.transform(model, Uniform(1.0, scores="online"))
+    own = approx[0] if nested else approx
+    for seed in range(4):
+        results = []
+        for one in (model, approx):
+            random.seed(seed), numpy.random.seed(seed)
+            results.append(train_step(one, torch.ones(6, 12), seed))
+        assert same(results[0], results[1])
+    assert torch.equal(own.norm, inner.norm)
+    context = torch.autocast("cpu", torch.bfloat16)
+    with context:
+        assert same(tensors(approx(torch.ones(6, 12)))[0].dtype, tensors(model(torch.ones(6, 12)))[0].dtype)
+
+
+def test_capture_works_under_no_grad_and_autocast() -> None:
+    model, x = mlp(), torch.randn(6, 12)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        approx = fx_approx.transform(model, Uniform(1.0, scores="online"), x)
+        report = fx_approx.report(approx)
+    assert same(train_step(approx, x), train_step(model, x))
+    assert report.totals.exact == fx_approx.explain(model, Uniform(1.0, scores="online"), x).report.totals.exact
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_is_not_dropped(reentrant: bool) -> None:
+    model = Checkpointed(reentrant)
+    with pytest.warns(fx_approx.errors.CaptureWarning, match=r"checkpoint.*models\.py:\d+"):
+        approx = fx_approx.transform(model, HALF)
+    approx.block.calls.clear()
+    train_step(approx, torch.randn(6, 12))
+    assert len(approx.block.calls) == 2, "once forward, once again in backward"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_gives_the_gradients_of_no_checkpoint(reentrant: bool) -> None:
+    plain, model = Checkpointed(None), Checkpointed(reentrant)
+    model.load_state_dict(plain.state_dict())
+    # Module swap for both, since sites are numbered as the model runs.
+    references, approx = transformed(plain, HALF, seed=5), transformed(model, HALF, seed=5)
+    for step in range(3):
+        x = torch.randn(6, 12)
+        assert same(train_step(approx, x), train_step(references, x)), f"step {step}"
+
+
+def test_a_dict_input() -> None:
+    build, inputs = ZOO["dict_input"]
+    model, batch = build(), inputs()
+    approx = fx_approx.transform(model, HALF, (batch,))
+    assert same(approx.eval()(batch), model.eval()(batch))
+    assert isinstance(model, DictInput) and set(approx.train()(batch)) == {"logits"}
+
+
+def variants() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    x, mask, gain = torch.randn(6, 12), torch.rand(6, 16), torch.rand(16)
+    return [
+        ((x,), {}),
+        ((), {"x": x}),
+        ((x, None), {}),
+        ((x, mask), {}),
+        ((x,), {"mask": mask}),
+        ((x,), {"gain": gain}),
+        ((x, mask), {"gain": gain, "double": True}),
+        ((x,), {"double": True}),
+    ]
+
+
+@pytest.mark.parametrize("captured_with", range(-1, 8))
+def test_calls_in_another_form_than_captured_are_right_too(captured_with: int) -> None:
+    """Served by module swap where the graph does not fit: never by a graph of other arguments."""
+    model, calls = Optional(), variants()
+    example: Any = None
+    if captured_with >= 0:
+        args, kwargs = calls[captured_with]
+        example = args if not kwargs else {**dict(zip(("x", "mask"), args, strict=False)), **kwargs}
+    approx = fx_approx.transform(model, Uniform(0.5, scores="online"), example)
+    sampled = fx_approx.transform(model, Uniform(0.5, scores="online"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
+        for args, kwargs in calls:
+            approx.train()
+            assert torch.equal(approx(*args, **kwargs), sampled(*args, **kwargs))
+            assert not torch.equal(approx(*args, **kwargs), model(*args, **kwargs))
+            assert torch.equal(approx.eval()(*args, **kwargs), model(*args, **kwargs))
+
+
+def test_a_call_in_another_form_warns_once() -> None:
+    approx = fx_approx.transform(Optional(), Uniform(0.5, scores="online"), torch.randn(6, 12))
+    x, mask = torch.randn(6, 12), torch.rand(6, 16)
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="called in another way than it was captured") as seen:
+        approx(x, mask)
+        approx(x, mask)
+    assert len(seen) == 1
+    assert Path(seen[0].filename) == Path(__file__)
+
+
+def test_missing_arguments_are_the_models_own_error() -> None:
+    approx = fx_approx.transform(mlp(), HALF)
+    with pytest.raises(TypeError):
+        approx()
+
+
+def test_the_paper_rule_finds_first_and_last() -> None:
+    explanation = fx_approx.explain(Cnn(), Paper(0.5))
+    reasons = {decision.name: decision.reason for decision in explanation.plan}
+    assert reasons["conv1"] == "first convolution"
+    assert reasons["fc"].startswith("classifier")
+    assert {d.name for d in explanation.plan.sampled} == {"conv2", "grouped"}
+
+
+def test_the_exact_policy_changes_nothing_and_says_so() -> None:
+    model = mlp()
+    with pytest.warns(fx_approx.errors.NoEffectWarning, match="every layer stays exact"):
+        approx = fx_approx.transform(model, Exact())
+    x = torch.randn(6, 12)
+    assert same(train_step(approx, x), train_step(model, x))
+
+
+class Open(nn.Module):
+    """Takes further tensors by position and by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, *rest: Tensor, scale: float = 1.0, **more: Any) -> Tensor:
+        x = self.second(torch.relu(self.first(x))) * scale
+        for one in rest:
+            x = x + one
+        return x + more["skip"] if more.get("skip") is not None else x
+
+
+@pytest.mark.parametrize("count, named", [(3, {}), (0, {"skip": None}), (0, {"skip": None, "scale": 2.0, "flag": "a"})])
+def test_further_arguments_are_inputs_like_any_other(count: int, named: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = Open()
+
+    def example() -> Any:
+        if count:
+            return tuple(torch.randn(4, 8) for _ in range(count))
+        return {"x": torch.randn(4, 8), **{name: torch.randn(4, 8) if v is None else v for name, v in named.items()}}
+
+    def called(module: nn.Module, given: Any) -> Tensor:
+        return module(*given) if count else module(given["x"], **{name: v for name, v in given.items() if name != "x"})
+
+    approx = fx_approx.transform(model, Uniform(0.5), example())
+    assert approx._fx_approx.stages[-1][0] == "demand"
+    given = example()
+    assert not torch.equal(called(approx, given), called(model, given))
+    assert torch.equal(called(approx.eval(), given), called(model, given))
+    others = [{"x": torch.ones(4, 8)}, {"x": torch.ones(4, 8), "skip": torch.ones(4, 8), "more": 3}]
+    for one in others:
+        with pytest.warns(fx_approx.errors.CaptureWarning, match="called in another way") as heard:
+            result = approx.train()(**one)
+        assert result.shape == (4, 8) and len(heard) == 1
+        approx._fx_approx.warned.clear()

@@ -1,0 +1,261 @@
+"""What happens to a transformed model in a training script: copies, checkpoints, devices and dtypes, DDP, EMA."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import fx_approx
+from fx_approx.policies import Uniform
+from tests.helpers.models import ZOO, Cnn, Tied, loss_of, mlp, same, tensors, train_step
+
+RANDOM = Uniform(0.5, "systematic", scores="online")
+every_model = pytest.mark.parametrize("name", ZOO)
+
+
+def transformed(model: nn.Module, policy: Any = RANDOM, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
+        return fx_approx.transform(model, policy, **options)
+
+
+def quiet_eval(model: Any) -> Any:
+    """``model.eval()``; BatchNorm statistics do not matter here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fx_approx.errors.BatchNormWarning)
+        return model.eval()
+
+
+def saved(value: Any, weights_only: bool) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+def check_equal_and_independent(original: Any, twin: Any, x: Any) -> None:
+    assert type(twin).__mro__[1:] == type(original).__mro__[1:]
+    assert list(twin.state_dict()) == list(original.state_dict())
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in original.parameters()}
+    assert fx_approx.sampler_state_dict(twin) == fx_approx.sampler_state_dict(original)
+    for _ in range(2):
+        assert same(train_step(twin, x), train_step(original, x))
+    before = copy.deepcopy(original.state_dict())
+    state = fx_approx.sampler_state_dict(original)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1)
+    twin(x)
+    fx_approx.set_sampling(twin, 0.25)
+    assert same(dict(original.state_dict()), dict(before))
+    assert fx_approx.sampler_state_dict(original) == state
+    selectors = original._fx_approx.selectors.values()
+    assert {selector.spec.ratio for selector in selectors} == {0.5}
+    quiet_eval(twin)  # pickling and copying lose no connection to the own training flags
+    assert not any(selector.active for selector in twin._fx_approx.selectors.values())
+
+
+@every_model
+def test_deepcopy_is_equal_and_independent(name: str) -> None:
+    build, inputs = ZOO[name]
+    approx, x = transformed(build()), inputs()
+    train_step(approx, x)
+    approx.zero_grad()
+    check_equal_and_independent(approx, copy.deepcopy(approx), x)
+
+
+# torch refuses to pickle parametrised modules.
+@pytest.mark.parametrize("name", sorted(set(ZOO) - {"normed"}))
+@pytest.mark.parametrize("way", ["pickle", "torch.save"])
+def test_the_whole_model_can_be_pickled(name: str, way: str) -> None:
+    build, inputs = ZOO[name]
+    approx, x = transformed(build(), seed=7, selection_interval=2), inputs()
+    train_step(approx, x)
+    approx.zero_grad()
+    twin = pickle.loads(pickle.dumps(approx)) if way == "pickle" else saved(approx, weights_only=False)
+    check_equal_and_independent(approx, twin, x)
+
+
+def test_pickling_keeps_ratios_switches_and_flags() -> None:
+    approx = fx_approx.transform(mlp(), RANDOM)
+    fx_approx.set_sampling(approx, {"0": 0.25})
+    fx_approx.set_sampling(approx, enabled={"2": False})
+    approx[4].eval()
+    twin = pickle.loads(pickle.dumps(approx))
+    x = torch.randn(6, 12)
+    assert same(train_step(twin, x), train_step(approx, x))
+    assert fx_approx.report(twin)["0"].sample().ratio == 0.25
+    assert fx_approx.report(twin)["2"].reason == "switched off"
+
+
+@every_model
+def test_state_dicts_load_in_both_directions(name: str) -> None:
+    build, _ = ZOO[name]
+    model, other = build(), build()
+    approx = transformed(other)
+    for source, target in ((model, approx), (approx, build())):
+        state = saved(source.state_dict(), weights_only=True)
+        assert target.load_state_dict(state, strict=True) == nn.modules.module._IncompatibleKeys([], [])
+        assert same(dict(target.state_dict()), dict(source.state_dict()))
+
+
+def optimizers() -> dict[str, Any]:
+    return {
+        "adam": lambda model: torch.optim.Adam(model.parameters(), 1e-2),
+        "sgd": lambda model: torch.optim.SGD(model.parameters(), 1e-2, momentum=0.9),
+    }
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        torch.manual_seed(step)
+        loss = loss_of(model(torch.randn(4, 3, 8, 8)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("kind", optimizers())
+@pytest.mark.parametrize("to_approx", [True, False], ids=["original_to_approx", "approx_to_original"])
+def test_an_optimizer_checkpoint_loads_across(kind: str, to_approx: bool) -> None:
+    """Optimiser state is positional: with another order of parameters it would be assigned to the wrong ones."""
+    make = optimizers()[kind]
+    exact, approx = Cnn(), fx_approx.transform(Cnn(), Uniform(1.0, scores="online"))
+    source, target = (exact, approx) if to_approx else (approx, exact)
+    optimizer = make(source)
+    train(source, optimizer, range(3))
+    checkpoint = saved({"model": source.state_dict(), "optimizer": optimizer.state_dict()}, weights_only=True)
+    loaded = make(target)
+    target.load_state_dict(checkpoint["model"])
+    loaded.load_state_dict(checkpoint["optimizer"])
+    for (name, ours), (_, theirs) in zip(target.named_parameters(), source.named_parameters(), strict=True):
+        assert same(dict(loaded.state.get(ours, {})), dict(optimizer.state.get(theirs, {}))), name
+    assert train(target, loaded, range(3, 6)) == train(source, optimizer, range(3, 6))
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("ema", [False, True])
+def test_averaged_models(use_buffers: bool, ema: bool) -> None:
+    model = Cnn()
+    approx = fx_approx.transform(model, RANDOM, seed=3)
+    optimizer = torch.optim.SGD(approx.parameters(), 1e-2)
+    function = get_ema_multi_avg_fn(0.5) if ema else None
+    averaged = AveragedModel(approx, multi_avg_fn=function, use_buffers=use_buffers)
+    plain = AveragedModel(model, multi_avg_fn=function, use_buffers=use_buffers)
+    for step in range(3):
+        train(approx, optimizer, range(step, step + 1))
+        averaged.update_parameters(approx)
+        plain.update_parameters(approx)
+    assert same(dict(averaged.state_dict()), dict(plain.state_dict()))
+    assert fx_approx.sampler_state_dict(averaged) == {"step": 0, "selection_interval": 1, "seed": 3}
+    assert fx_approx.sampler_state_dict(approx)["step"] == 3
+    x = torch.randn(4, 3, 8, 8)
+    quiet_eval(averaged.module)
+    assert same(tensors(averaged(x)), tensors(plain.eval()(x)))
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_data_parallel_training() -> None:
+    approx = fx_approx.transform(Cnn(), RANDOM)
+    alone = copy.deepcopy(approx)
+    wrapped = DistributedDataParallel(approx, find_unused_parameters=True)
+    assert [name for name, _ in wrapped.module.named_buffers()] == [name for name, _ in alone.named_buffers()]
+    first, second = (torch.optim.SGD(model.parameters(), 1e-2) for model in (wrapped, alone))
+    assert train(wrapped, first, range(3)) == train(alone, second, range(3))
+    assert fx_approx.sampler_state_dict(wrapped) == fx_approx.sampler_state_dict(alone)
+    assert same(dict(wrapped.module.state_dict()), dict(alone.state_dict()))
+    assert fx_approx.report(wrapped).totals.saved > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtype_changes_keep_the_random_state(dtype: torch.dtype) -> None:
+    approx = fx_approx.transform(mlp(), RANDOM, seed=2**62 + 1)
+    x = torch.randn(6, 12)
+    approx(x)
+    state = fx_approx.sampler_state_dict(approx)
+    approx.to(dtype)
+    assert fx_approx.sampler_state_dict(approx) == state
+    output = approx(x.to(dtype))
+    assert output.dtype == dtype
+    loss_of(output).backward()
+    assert fx_approx.sampler_state_dict(approx) == {**state, "step": 2}
+    approx.half().double().float().to("cpu")
+    assert fx_approx.sampler_state_dict(approx)["seed"] == 2**62 + 1
+    assert approx(x).dtype == torch.float32
+
+
+def test_converting_a_copy_is_what_converting_the_model_is() -> None:
+    model, x = mlp(), torch.randn(6, 12, dtype=torch.float64)
+    late = fx_approx.transform(copy.deepcopy(model), RANDOM).double()
+    early = fx_approx.transform(model.double(), RANDOM)
+    assert same(train_step(late, x), train_step(early, x))
+
+
+def test_a_half_cast_of_a_model_that_counts_steps() -> None:
+    approx = fx_approx.transform(Cnn(), RANDOM)
+    fx_approx.load_sampler_state_dict(approx, {"step": 123_457, "selection_interval": 1, "seed": 0})
+    approx.half()
+    assert fx_approx.sampler_state_dict(approx)["step"] == 123_457, "float16 would give 65504 or inf"
+
+
+def test_share_memory_and_type_and_zero_grad_work() -> None:
+    approx = fx_approx.transform(mlp(), RANDOM)
+    approx.share_memory()
+    approx.type(torch.float64)
+    approx.requires_grad_(False)
+    approx.zero_grad()
+    assert not approx(torch.randn(6, 12, dtype=torch.float64)).requires_grad
+
+
+def test_loading_with_assign_keeps_sampling() -> None:
+    approx = fx_approx.transform(mlp(), Uniform(0.5, scores="online"))
+    x = torch.randn(6, 12)
+    fresh = mlp()
+    approx.load_state_dict(fresh.state_dict(), assign=True)
+    assert torch.equal(approx(x), fx_approx.transform(fresh, Uniform(0.5, scores="online"))(x))
+
+
+def test_tied_weights_survive_training_and_checkpoints() -> None:
+    model = Tied()
+    approx = fx_approx.transform(model, RANDOM)
+    optimizer = torch.optim.Adam(approx.parameters(), 1e-2)
+    tokens = torch.randint(10, (6, 3))
+    train_step(approx, tokens)
+    optimizer.step()
+    twin = saved(approx, weights_only=False)
+    assert twin.decoder.weight is twin.embedding.weight
+    assert torch.equal(twin.decoder.weight, model.embedding.weight)
+
+
+def test_training_reaches_the_users_model() -> None:
+    model = mlp()
+    approx = fx_approx.transform(model, RANDOM)
+    before: list[Tensor] = [p.detach().clone() for p in model.parameters()]
+    train_step(approx, torch.randn(6, 12))
+    torch.optim.SGD(approx.parameters(), 1e-2).step()
+    assert not same(before, list(model.parameters()))
