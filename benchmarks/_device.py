@@ -6,10 +6,11 @@ import argparse
 import contextlib
 import dataclasses
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
+
+from fx_approx.utils.timing import in_turn
 
 DTYPES = ("float32", "bfloat16", "float16")
 Quartiles = tuple[float, float, float]
@@ -45,17 +46,6 @@ def precision(tf32: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
-def timed(function: Callable[[], object], device: str) -> float:
-    """Seconds of one call."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def quartiles(values: list[float]) -> Quartiles:
     """Lower quartile, median, upper quartile."""
     low, middle, high = statistics.quantiles(values, n=4)
@@ -65,6 +55,11 @@ def quartiles(values: list[float]) -> Quartiles:
 def speedup(exact: list[float], taken: list[float]) -> Quartiles:
     """Quartiles of exact / this over neighbouring runs."""
     return quartiles([one / other for one, other in zip(exact, taken, strict=True)])
+
+
+def shown(own: Quartiles) -> str:
+    """The median, and the other two in brackets."""
+    return "{1:.2f} [{0:.2f}, {2:.2f}]".format(*own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +80,9 @@ def calibrate(device: str, dtype: torch.dtype, quick: bool = False) -> Peaks:
     flops = 0.0
     for size in sizes:
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        taken = [timed(lambda a=a, b=b: a @ b, device) for _ in range(6)]
-        flops = max(flops, 2 * size**3 / min(taken[1:]))
+        (taken,) = in_turn([lambda a=a, b=b: a @ b], torch.device(device), 5, warmup=1)
+        flops = max(flops, 2 * size**3 / min(taken))
     source = torch.ones(count, device=device)
     target = torch.empty_like(source)
-    taken = [timed(lambda: target.copy_(source), device) for _ in range(6)]
-    return Peaks(flops, 2 * source.nbytes / min(taken[1:]))
+    (taken,) = in_turn([lambda: target.copy_(source)], torch.device(device), 5, warmup=1)
+    return Peaks(flops, 2 * source.nbytes / min(taken))

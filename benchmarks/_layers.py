@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fx_approx.ops import conv2d, linear, slice_weights, sliced_linear
 from fx_approx.ops.conv import output_positions
-from fx_approx.ops.conv_gradients import Call, _grad_input, _grad_weight
+from fx_approx.ops.conv_gradients import ConvGeometry, _grad_input, _grad_weight
 from fx_approx.ops.matmul_gradients import _contract
 from fx_approx.sampling import SamplerConfig, Selection, get_sampler
 
@@ -69,8 +69,9 @@ class Layer:
         """Shape of the output."""
         if not self.is_conv:
             return self.input[0], self.weight[0]
-        static = {"stride": self.stride, "padding": self.padding, "dilation": 1}
-        return self.input[0], self.weight[0], *output_positions(torch.Size(self.input), torch.Size(self.weight), static)
+        op_kwargs = {"stride": self.stride, "padding": self.padding, "dilation": 1}
+        positions = output_positions(torch.Size(self.input), torch.Size(self.weight), op_kwargs)
+        return self.input[0], self.weight[0], *positions
 
     @property
     def flops(self) -> int:
@@ -161,7 +162,7 @@ def exact_product(layer: Layer, role: str) -> Exact:
 
 def _sampled_product(layer: Layer, role: str) -> Callable[..., Tensor]:
     """``(x, w, grad, index, outputs) -> result`` of the package's code; ``x`` is sliced beforehand where hoisted."""
-    call = Call(layer.stride, layer.padding, (1, 1), 1)
+    geometry = ConvGeometry(layer.stride, layer.padding, (1, 1), 1)
 
     def output(x: Tensor, w: Tensor, grad: Tensor, index: Tensor, outputs: Tensor) -> Tensor:
         chosen = Selection(index, None)
@@ -171,14 +172,14 @@ def _sampled_product(layer: Layer, role: str) -> Callable[..., Tensor]:
 
     def grad_input(x: Tensor, w: Tensor, grad: Tensor, index: Tensor, outputs: Tensor) -> Tensor:
         if layer.is_conv:
-            return _grad_input(grad, w, index, None, call, x.shape)
-        left, right = _contract(grad, -1, w, index, None, False)
+            return _grad_input(grad, w, Selection(index, None), geometry, x.shape)
+        left, right = _contract(grad, -1, w, Selection(index, None), False)
         return left @ right
 
     def grad_weight(x: Tensor, w: Tensor, grad: Tensor, index: Tensor, outputs: Tensor) -> Tensor:
         if layer.is_conv:
-            return _grad_weight(grad, x, w, call, Selection(index, None), False)
-        left, right = _contract(grad, -2, x, index, None, False)
+            return _grad_weight(grad, x, w, geometry, Selection(index, None), False)
+        left, right = _contract(grad, -2, x, Selection(index, None), False)
         return left.mT @ right
 
     def hoisted(x: Tensor, w: Tensor, grad: Tensor, index: Tensor, outputs: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from _device import quartiles, speedup
+from _device import quartiles, shown, speedup
 from _network_model import ALGORITHMS, Bucket, Costs, Link, factor, messages, ready_times, step_seconds
 from _replay import FORWARD, NETWORKS, layers_of, sampled, seconds_of
 from tabulate import tabulate
@@ -167,7 +167,7 @@ def _step_line(result: dict[str, Any], rate: dict[str, Any], variant: dict[str, 
         f"{rate['rate']:g}",
         name,
         f"{middle:.0f} [{low:.0f}, {high:.0f}]",
-        "{1:.2f} [{0:.2f}, {2:.2f}]".format(*ratios),
+        shown(ratios),
         f"{counted / 1e6:.2f}",
         f"{100 * (counted / expected - 1):+.2f} %",
         f"{1000 * statistics.median(_of(rate, name, 'cpu')):.0f}, {1000 * hook:.0f}",

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fx_approx.ops.gradient_selection import amp
+from fx_approx.ops.sampled_function import amp
 
 Rule = Callable[[Any, Tensor], Tensor]
 """``(layer, x) -> output``."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from _device import DTYPES, Quartiles, add_device_options, precision, quartiles, refuse_device_options, speedup, timed
+from _device import DTYPES, Quartiles, add_device_options, precision, quartiles, refuse_device_options, shown, speedup
 from _header import add_json_option
 from _models import MODELS
 from _peak import peak_bytes
@@ -18,6 +18,8 @@ from _profile import KINDS, longest, milliseconds_by_kind
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from fx_approx.utils.timing import in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,9 @@ def add_step_options(parser: argparse.ArgumentParser, models: Sequence[str]) -> 
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5], help="sample ratios (0.5)")
     parser.add_argument("--scores", default="weight", choices=["weight", "ema", "uniform"])
     parser.add_argument("--batch", type=int, help="examples in a step (64, 8 or 8, by model)")
-    parser.add_argument("--minimal-k", type=int, default=16, help="layers with fewer pairs stay exact (16)")
+    parser.add_argument(
+        "--minimal-k", dest="min_k", type=int, default=16, help="layers with fewer pairs stay exact (16)"
+    )
     parser.add_argument("--runs", type=int, default=15, help="steps of each variant (15)")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each before (3)")
     add_device_options(parser)
@@ -147,12 +151,8 @@ def measure(
                     backend = backends.get(variant, "inductor")
                     graphs = options.cuda_graphs and variant not in backends
                     steps[variant, compiled] = Step(model, inputs, compiled, options.autocast, backend, graphs)
-        times: dict[tuple[str, bool], list[float]] = {key: [] for key in steps}
-        for run in range(options.runs + options.warmup):
-            for key, step in steps.items():
-                seconds = timed(step, options.device)
-                if run >= options.warmup:
-                    times[key].append(seconds)
+        seconds = in_turn(list(steps.values()), torch.device(options.device), options.runs, warmup=options.warmup)
+        times = dict(zip(steps, seconds, strict=True))
         found = []
         for (variant, compiled), taken in times.items():
             gc.collect()
@@ -212,7 +212,7 @@ def _rows(found: Sequence[Measured]) -> list[list[str]]:
 
 
 def _text(ratios: Quartiles | None) -> str:
-    return "" if ratios is None else "{1:.2f} [{0:.2f}, {2:.2f}]".format(*ratios)
+    return "" if ratios is None else shown(ratios)
 
 
 def _profiles(found: Sequence[Measured]) -> list[list[str]]:

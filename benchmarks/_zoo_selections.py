@@ -55,7 +55,7 @@ class Watched:
             handles.append(piece.register_forward_pre_hook(self._note_call, with_kwargs=True))
             if runtime.resample is not None:
                 handles.append(runtime.resample.register_forward_hook(self._note_ahead, prepend=True))
-            for section in runtime.capture.sections:
+            for section in runtime.program.capture.sections:
                 note = functools.partial(self._note_section, section.path)
                 handles.append(piece.get_submodule(section.path).register_forward_pre_hook(note))
             handles += [one.register_forward_hook(self._note_own) for one in runtime.selectors.values()]
@@ -97,7 +97,7 @@ class Watched:
         times = self._times(runtime)
         again: dict[str, int] = {}
         found: dict[str, Factors] = {}
-        for candidate in runtime.candidates:
+        for candidate in runtime.record.candidates:
             selector = runtime.selectors.get((candidate.name, Role.OUTPUT))
             own = [] if selector is None else self._own.get(id(selector), [])
             total = (candidate.pairs or 0) * candidate.groups
@@ -111,8 +111,8 @@ class Watched:
 
     def _times(self, runtime: Any) -> dict[str, int]:
         """How often each node of a section ran: as often as the section was called, each time under one selection."""
-        sections = runtime.capture.sections
-        nodes = runtime.capture.graph.nodes if sections else ()
+        sections = runtime.program.capture.sections
+        nodes = runtime.program.capture.graph.nodes if sections else ()
         return {n.name: self._called[sections[n.meta[SECTION]].path] for n in nodes if SECTION in n.meta}
 
     def _shared(self, runtime: Any) -> dict[str, Tensor]:
@@ -120,9 +120,9 @@ class Watched:
         made = self._ahead.get(id(runtime.resample))
         if made is None:
             return {}
-        widths = {one.name: (one.pairs or 0) * one.groups for one in runtime.candidates}
+        widths = {one.name: (one.pairs or 0) * one.groups for one in runtime.record.candidates}
         found: dict[str, Tensor] = {}
-        for chosen, one in zip(made, runtime.analysis.sharing.classes, strict=True):
+        for chosen, one in zip(made, runtime.record.analysis.sharing.classes, strict=True):
             if chosen is None:
                 continue
             units = _factor(chosen, one.units, one.groups)

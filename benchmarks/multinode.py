@@ -141,7 +141,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--delay", type=float, default=0.0, help="ms that each packet is held back, one way (0)")
     parser.add_argument("--ratios", nargs="+", type=float, default=[1 / 2, 1 / 3], help="sample ratios (1/2 1/3)")
     parser.add_argument("--scope", default="value", choices=["layer", "value", "group"])
-    parser.add_argument("--minimal-k", type=int, default=16, help="layers with fewer pairs stay exact (16)")
+    parser.add_argument(
+        "--minimal-k", dest="min_k", type=int, default=16, help="layers with fewer pairs stay exact (16)"
+    )
     parser.add_argument("--variants", nargs="+", help="names of those beside the dense one (all)")
     parser.add_argument("--powersgd-rank", type=int, default=4)
     parser.add_argument("--batch", type=int, help="images on each worker (64, 32, 128 by network)")

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import importlib
 import json
 import math
@@ -38,8 +37,8 @@ from _device import (
     precision,
     quartiles,
     refuse_device_options,
+    shown,
     speedup,
-    timed,
 )
 from _float8 import float8, float8_missing
 from _header import add_json_option, environment, header, store
@@ -57,6 +56,8 @@ from _layers import (
 )
 from tabulate import tabulate
 from torch import Tensor, nn
+
+from fx_approx.utils.timing import in_turn
 
 SIZES = [512, 1024, 2048, 4096, 8192, 16384]
 RATIOS = [0.25, 0.5, 0.75]
@@ -129,7 +130,7 @@ def measure(layer: Layer, role: str, options: argparse.Namespace, compiled: bool
         most = 0.1 if variant == "float8" else tolerance(dtype, options.tf32)
         check(f"{layer.label}, {role}, {variant}{'' if ratio is None else f' {ratio:g}'}", function, one, most)
         calls[variant, ratio] = lambda function=function, one=one: function(*one.arguments)
-    times = _alternate(calls, options.runs, options.device)
+    times = dict(zip(calls, _seconds(list(calls.values()), options.runs, torch.device(options.device)), strict=True))
     entry = torch.empty(0, dtype=dtype).element_size()
     found = []
     for (variant, ratio), taken in times.items():
@@ -158,23 +159,11 @@ def measure(layer: Layer, role: str, options: argparse.Namespace, compiled: bool
     return found
 
 
-def _alternate(calls: dict[Variant, Call], runs: int, device: str) -> dict[Variant, list[float]]:
-    """Seconds of a call of each variant, taking turns; the first two rounds do not count."""
-    repeats = 1
-    times: dict[Variant, list[float]] = {key: [] for key in calls}
-    for run in range(runs + 2):
-        for key, call in calls.items():
-            seconds = timed(functools.partial(_repeat, call, repeats), device) / repeats
-            if run >= 2:
-                times[key].append(seconds)
-            elif run and key == ("exact", None):
-                repeats = min(200, max(1, math.ceil(LONG_ENOUGH / seconds)))
-    return times
-
-
-def _repeat(call: Call, repeats: int) -> None:
-    for _ in range(repeats):
-        call()
+def _seconds(calls: Sequence[Call], runs: int, device: torch.device) -> list[list[float]]:
+    """Seconds of each call, taking turns; they are repeated as often as the first one, the exact product, is short."""
+    (_, once), *_ = in_turn(calls, device, 2)
+    count = min(200, max(1, math.ceil(LONG_ENOUGH / once)))
+    return in_turn(calls, device, runs, warmup=1, counts=[count] * len(calls))
 
 
 def rows(found: Sequence[Timed]) -> list[list[str]]:
@@ -188,7 +177,7 @@ def rows(found: Sequence[Timed]) -> list[list[str]]:
             "compiled" if one.compiled else "eager",
             f"{1000 * one.seconds:.3g} [{1000 * one.spread[0]:.3g}, {1000 * one.spread[1]:.3g}]",
             f"{one.tflops:.3g}",
-            "{1:.2f} [{0:.2f}, {2:.2f}]".format(*one.speedup),
+            shown(one.speedup),
             f"{one.of_limit:.2f}",
         ]
         for one in found

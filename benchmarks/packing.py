@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _device import Quartiles, add_device_options, quartiles, refuse_device_options, timed
+from _device import Quartiles, add_device_options, quartiles, refuse_device_options, shown
 from _header import add_json_option, header, store
 from _models import MODELS
 from tabulate import tabulate
@@ -32,6 +32,7 @@ from fx_approx.distributed import Traffic
 from fx_approx.distributed.hook import Packed, SliceHook
 from fx_approx.distributed.slices import find_slices
 from fx_approx.policies import Uniform
+from fx_approx.utils.timing import in_turn
 
 BUCKET = 25 * 2**20
 
@@ -101,13 +102,8 @@ def measure(name: str, scope: str, ratio: float, options: argparse.Namespace) ->
         for own, other in zip(before, target, strict=True):
             other.copy_(own)
 
-    times: tuple[list[float], list[float]] = ([], [])
-    for run in range(options.runs + 3):
-        for taken, work in zip(times, (reduce, copy), strict=True):
-            seconds = timed(work, options.device)
-            if run >= 3:
-                taken.append(seconds)
-    return Measured(name, scope, ratio, traffic.dense, traffic.sent or 0, quartiles(times[0]), quartiles(times[1]))
+    packing, copying = in_turn([reduce, copy], torch.device(options.device), options.runs, warmup=3)
+    return Measured(name, scope, ratio, traffic.dense, traffic.sent or 0, quartiles(packing), quartiles(copying))
 
 
 def all_measured(options: argparse.Namespace) -> Iterator[Measured]:
@@ -146,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{one.scope} {one.ratio:.2f}",
             f"{one.dense / 1e6:.1f}",
             f"{one.sent / 1e6:.1f}",
-            *("{1:.2f} [{0:.2f}, {2:.2f}]".format(*(1000 * part for part in own)) for own in (one.hook, one.copy)),
+            *(shown((1000 * low, 1000 * middle, 1000 * high)) for low, middle, high in (one.hook, one.copy)),
         ]
         for one in found
     ]

@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=NAMES, choices=list(MODELS), help="which models")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5, 0.75], help="sample ratios")
     parser.add_argument("--runs", type=int, default=7, help="steps of each (7)")
-    parser.add_argument("--minimal-k", type=int, default=16, help="layers with fewer pairs stay exact (16)")
+    parser.add_argument(
+        "--minimal-k", dest="min_k", type=int, default=16, help="layers with fewer pairs stay exact (16)"
+    )
     parser.add_argument("--compile", action="store_true", help="compiled steps, and not eager ones")
     add_json_option(parser)
     options = parser.parse_args(arguments)

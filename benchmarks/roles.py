@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
+from _device import shown, speedup
 from _header import add_json_option, header, store
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from fx_approx import SamplerConfig
 from fx_approx.core.plan import Policy
 from fx_approx.policies import GradientSampling, Uniform
 from fx_approx.runtime.approx_module import find
+from fx_approx.utils.timing import in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,25 +101,12 @@ def measure(name: str, layer: nn.Module, x: Tensor, ratio: float, runs: int, com
         check(layer, models[variant], x, towards)
     if compiled:
         models = {variant: torch.compile(model, fullgraph=True, dynamic=False) for variant, model in models.items()}
-    times: dict[str, list[float]] = {variant: [] for variant in models}
-    for run in range(runs + 2):
-        for variant, model in models.items():
-            seconds = timed(lambda model=model: step(model, x, towards))
-            if run >= 2:
-                times[variant].append(seconds)
-    found = []
-    for variant, taken in times.items():
-        ratios = [one / other for one, other in zip(times["exact"], taken, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        found.append(Measured(name, variant, statistics.median(taken), (low, middle, high)))
-    return found
-
-
-def timed(function: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    steps = [functools.partial(step, model, x, towards) for model in models.values()]
+    exact, *_ = times = in_turn(steps, torch.device("cpu"), runs, warmup=2)
+    return [
+        Measured(name, variant, statistics.median(taken), speedup(exact, taken))
+        for variant, taken in zip(models, times, strict=True)
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -137,10 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, (layer, x) in layers().items()
         for one in measure(name, layer, x, options.ratio, options.runs, options.compile)
     ]
-    rows = [
-        [one.layer, one.variant, f"{1000 * one.seconds:.1f}", "{1:.2f} [{0:.2f}, {2:.2f}]".format(*one.speedup)]
-        for one in found
-    ]
+    rows = [[one.layer, one.variant, f"{1000 * one.seconds:.1f}", shown(one.speedup)] for one in found]
     print(f"\n{tabulate(rows, ['layer', 'variant', 'median ms', 'exact / this'], disable_numparse=True)}")
     store(options.json, [dataclasses.asdict(one) for one in found])
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import runpy
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from _header import add_json_option, header, store
+from _models import torchvision_models
 from tabulate import tabulate
 from torch import nn
 
@@ -55,14 +54,6 @@ def chain(layers: int) -> nn.Module:
     return nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
 
 
-def resnet152() -> nn.Module:
-    """ResNet-152 of torchvision with random weights."""
-    helper = Path(__file__).resolve().parents[1] / "tests" / "helpers" / "torchvision_compat.py"
-    torchvision = runpy.run_path(str(helper))["import_torchvision"]()
-    model: nn.Module = torchvision.models.resnet152()
-    return model
-
-
 def measure(name: str, model: nn.Module, images: torch.Tensor, runs: int) -> Measured:
     """Times ``runs`` transforms of ``model``."""
     clock, processor = [], []
@@ -90,7 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fx_approx.transform(chain(2), POLICY, torch.zeros(4, 8))  # what only the first transform in a process pays
     measured = [measure(f"chain of {n:,}", chain(n), torch.zeros(4, 8), options.runs) for n in options.chains]
     if not options.without_resnet:
-        measured.append(measure("ResNet-152", resnet152(), torch.zeros(8, 3, 224, 224), options.runs))
+        measured.append(
+            measure("ResNet-152", torchvision_models().resnet152(), torch.zeros(8, 3, 224, 224), options.runs)
+        )
     rows = [
         [
             each.name,

@@ -16,6 +16,7 @@ from fx_approx import distributed as distributed
 from fx_approx import errors as errors
 from fx_approx import policies as policies
 from fx_approx import schedules as schedules
+from fx_approx import subnetworks as subnetworks
 from fx_approx.compiler.transform import explain, report, restore, transform
 from fx_approx.core.plan import Plan
 from fx_approx.core.version import VERSION

@@ -26,7 +26,7 @@ class Segment:
 
     @property
     def entries(self) -> int:
-        """Length of the stretch."""
+        """How many entries of the axis the segment has."""
         return self.count * self.block
 
 

@@ -61,11 +61,13 @@ def decompose(root: nn.Module, captured: Capture) -> Capture:
             inside.setdefault(node.meta[SECTION], []).append(str(node.target))
     if not taken:
         return captured
+    if not captured.sections:
+        return _training_only(captured, taken)
     each = [
         _training_only(own, {path: taken[path] for path in inside.get(number, ())}, section.path)
         for number, (own, section) in enumerate(zip(captured.each, captured.sections, strict=True))
     ]
-    return dataclasses.replace(_training_only(captured, taken), each=tuple(each))
+    return dataclasses.replace(captured, each=tuple(each))
 
 
 def _training_only(captured: Capture, taken: Mapping[str, nn.MultiheadAttention], path: str = "") -> Capture:

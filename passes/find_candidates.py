@@ -17,7 +17,7 @@ from fx_approx.core.candidates import Candidate, Frontend
 from fx_approx.core.hooks import is_hooked
 from fx_approx.core.layer_types import FUSED_LAYERS, PRODUCT_LAYERS, layer_type
 from fx_approx.ops.base import OPS, ProductOp, Unsupported, find_op
-from fx_approx.ops.layer_arguments import static_of
+from fx_approx.ops.layer_arguments import op_kwargs_of
 
 META_KEY = "fx_approx"
 
@@ -71,7 +71,7 @@ class CandidateSite:
         op: Its op; None for a blocked multiply without one.
         module: Path of the layer, None for a functional call.
         owner: Path of the module in whose forward the call stands (for a layer: the layer itself).
-        static: The plain arguments that the op's geometry reads.
+        op_kwargs: The plain arguments that the op's geometry reads.
         weight: Path of the parameter that is its right operand, None for another operand.
     """
 
@@ -79,7 +79,7 @@ class CandidateSite:
     op: ProductOp | None
     module: str | None
     owner: str
-    static: dict[str, Any]
+    op_kwargs: dict[str, Any]
     weight: str | None = None
 
 
@@ -170,12 +170,12 @@ def _layer(path: str, module: nn.Module, names: dict[str, int], node: str = "") 
                 return CandidateSite(candidate, None, path, path, {})
         return None
     kind = PRODUCT_LAYERS[base]
-    static = static_of(module, kind)
-    groups = static.get("groups", 1)
+    op_kwargs = op_kwargs_of(module, kind)
+    groups = op_kwargs.get("groups", 1)
     pairs = _pairs(module, groups)
     blocked = why_not(module, path) or _too_few(pairs, groups)
     candidate = Candidate(_unique(path, names), path, kind, frontend, node, pairs, groups, blocked=blocked)
-    return CandidateSite(candidate, OPS[kind], path, path, static, f"{path}.weight" if path else "weight")
+    return CandidateSite(candidate, OPS[kind], path, path, op_kwargs, f"{path}.weight" if path else "weight")
 
 
 def _pairs(module: Any, groups: int) -> int:
@@ -223,30 +223,30 @@ def _call(
 ) -> CandidateSite:
     """The candidate of a functional call."""
     fqn = f"{place}.{op.kind}" if place else op.kind
-    pairs, groups, static, blocked = None, 1, {}, None
+    pairs, groups, op_kwargs, blocked = None, 1, {}, None
     parameter = None
     try:
         bound = op.bind(node.args, node.kwargs)
-        static = {name: bound[name] for name in op.static}
-        if any(isinstance(leaf, fx.Node) for leaf in tree_leaves(static)):
+        op_kwargs = {name: bound[name] for name in op.kwarg_names}
+        if any(isinstance(leaf, fx.Node) for leaf in tree_leaves(op_kwargs)):
             raise Unsupported("an argument of the call is computed at run time")
-        op.check(static)
+        op.check(op_kwargs)
         if not isinstance(bound[op.lhs], fx.Node) or not isinstance(bound[op.rhs], fx.Node):
             raise Unsupported("an operand is not a tensor of the graph")
-        groups = static.get("groups", 1)
+        groups = op_kwargs.get("groups", 1)
         weight = attribute(modules[""], bound[op.rhs])
         if weight is not None:
             parameter = str(bound[op.rhs].target)
             blocked = _weight_problem(weight)
             if weight.dim() > 1:
-                pairs = op.pairs(None, weight, static)
+                pairs = op.pairs(None, weight, op_kwargs)
                 blocked = blocked or _too_few(pairs, groups)
     except Unsupported as error:
         blocked = str(error)
     candidate = Candidate(
         _unique(fqn, names), fqn, op.kind, node=node.name, pairs=pairs, groups=groups, blocked=blocked
     )
-    return CandidateSite(candidate, op, None, place, static, parameter)
+    return CandidateSite(candidate, op, None, place, op_kwargs, parameter)
 
 
 def attribute(root: nn.Module, node: fx.Node) -> torch.Tensor | None:

@@ -14,7 +14,8 @@ from fx_approx.ops.channel_slices import positions, remaining
 from fx_approx.passes.channel_spaces import Segment
 from fx_approx.passes.find_candidates import CandidateSite
 from fx_approx.passes.share_selections import Sharing
-from fx_approx.runtime.graph_runtime import PROLOGUE, Runtime
+from fx_approx.runtime.graph_program import PROLOGUE
+from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.rng import SELECTION_INTERVAL
 from fx_approx.runtime.shared_selection import Member, Observer, SharedSelection, SharedSelections
 
@@ -59,7 +60,7 @@ class GraphHead:
         return self._made[what]
 
     def read(self, target: str) -> fx.Node:
-        """A parameter."""
+        """A node that reads the parameter ``target``, made once."""
         return self.once(("get_attr", target), lambda: self.graph.create_node("get_attr", target))
 
     def units(self, place: int) -> fx.Node:

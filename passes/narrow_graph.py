@@ -220,8 +220,9 @@ class NarrowGraph:
                 new = self.graph.call_function(sliced_linear, operands)
             else:
                 names = ("stride", "padding", "dilation", "groups")
-                static = {name: value for place, name in enumerate(names, 3) if (value := argument(node, place, name))}
-                new = self.graph.call_function(SLICED_CONVOLUTIONS[node.target], operands, static)
+                given = {name: argument(node, place, name) for place, name in enumerate(names, 3)}
+                op_kwargs = {name: value for name, value in given.items() if value}
+                new = self.graph.call_function(SLICED_CONVOLUTIONS[node.target], operands, op_kwargs)
         self._take_over(node, new)
 
     def _sliced(self, slicing: tuple[Any, ...], before: fx.Node) -> fx.Node:

@@ -19,7 +19,8 @@ from fx_approx.passes.channel_spaces import Segment
 from fx_approx.passes.find_candidates import META_KEY, CandidateSite
 from fx_approx.passes.graph_head import GraphHead, make_resample
 from fx_approx.passes.narrow_graph import NarrowGraph
-from fx_approx.runtime.graph_runtime import PROLOGUE, Runtime, selector_target
+from fx_approx.runtime.graph_program import PROLOGUE, GraphProgram
+from fx_approx.runtime.graph_runtime import Runtime, selector_target
 from fx_approx.runtime.guards import Guards
 from fx_approx.runtime.layers import is_swapped, swap
 from fx_approx.runtime.selector import Selector, Site
@@ -36,7 +37,7 @@ def make_selectors(root: nn.Module, runtime: Runtime, found: list[CandidateSite]
         _select(root, runtime, one, places[name], len(found))
     make_resample(runtime, analysis.sharing)
     runtime.lay_out()
-    for path, value in runtime.capture.constants.items():
+    for path, value in runtime.program.capture.constants.items():
         runtime.register_buffer(f"c{path}", value, persistent=False)
     runtime.sampling_swapped = any(not one.candidate.node for one in chosen.values())
 
@@ -50,29 +51,31 @@ def place_selections(
     product takes it. Those that read no activation stand at the beginning, in one node behind the prologue that hands
     out the step.
     """
-    if runtime.capture.graph is not None:
-        sampled = _graph(root, runtime, runtime.capture.graph, found, analysis, flow, False)
-        runtime.stages = [("capture", runtime.capture.graph), ("share", sampled)]
+    program = runtime.program
+    if program.capture.graph is not None:
+        sampled = _graph(root, runtime, program.capture.graph, found, analysis, flow, False)
+        program.stages = [("capture", program.capture.graph), ("share", sampled)]
 
 
 def prune_channels(
     root: nn.Module, runtime: Runtime, found: list[CandidateSite], analysis: ChannelAnalysis, flow: Flow | None
 ) -> None:
     """Makes the graph of the same selections that computes only what anyone reads, where that is less."""
-    if runtime.capture.graph is not None and analysis.narrows:
-        narrow = _graph(root, runtime, runtime.capture.graph, found, analysis, flow, True)
-        runtime.stages.append(("demand", narrow))
+    program = runtime.program
+    if program.capture.graph is not None and analysis.narrows:
+        narrow = _graph(root, runtime, program.capture.graph, found, analysis, flow, True)
+        program.stages.append(("demand", narrow))
 
 
-def guard_graph(root: nn.Module, runtime: Runtime) -> None:
-    """Tells the runtime what the graph, or each section of it, depends on."""
-    sections = runtime.capture.sections
-    runtime.guards = {section.path: _guards(root, runtime.capture, section.path) for section in sections}
-    runtime.guards.setdefault("", _guards(root, runtime.capture, ""))
+def guard_graph(root: nn.Module, program: GraphProgram) -> None:
+    """Tells ``program`` what its graph, or each section of it, depends on."""
+    captured = program.capture
+    sections = captured.sections or (program.whole,)
+    program.guards = {section.path: _guards(root, captured, section.path) for section in sections}
 
 
 def _chosen(runtime: Runtime, found: list[CandidateSite]) -> dict[str, CandidateSite]:
-    return {one.candidate.name: one for one in found if runtime.plan[one.candidate.name].roles}
+    return {one.candidate.name: one for one in found if runtime.record.plan[one.candidate.name].roles}
 
 
 def _guards(root: nn.Module, captured: Capture, path: str) -> Guards:
@@ -116,7 +119,7 @@ def _select(root: nn.Module, runtime: Runtime, one: CandidateSite, place: int, p
     assert one.op is not None
     owner = root.get_submodule(one.owner)
     candidate = one.candidate
-    decision = runtime.plan[candidate.name]
+    decision = runtime.record.plan[candidate.name]
     selectors = {}
     for number, role in enumerate(Role):
         spec = decision.roles.get(role)
@@ -128,7 +131,7 @@ def _select(root: nn.Module, runtime: Runtime, one: CandidateSite, place: int, p
             known = role is Role.GRAD_INPUT and isinstance(weight, Tensor)
             pairs = weight.shape[0] // groups if known and isinstance(weight, Tensor) else None
         site = place + number * places
-        selectors[role] = Selector(one.op.kind, one.static, spec, site, pairs, owner, groups, role)
+        selectors[role] = Selector(one.op.kind, one.op_kwargs, spec, site, pairs, owner, groups, role)
         runtime.add(candidate.name, selectors[role])
     if one.module is not None:
         swap(owner, Site(selectors, decision.straight_through, runtime))
@@ -148,7 +151,7 @@ def _graph(
     output = graph.graph_copy(captured, copies)
     graph.output(output)
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target in runtime.capture.constants:
+        if node.op == "get_attr" and node.target in runtime.program.capture.constants:
             node.target = f"{PROLOGUE}.c{node.target}"
     chosen = _chosen(runtime, found)
     if not chosen:
@@ -215,7 +218,7 @@ class _SampledNode:
                 weight = graph.create_node("get_attr", f"{one.module}.weight") if rhs is None else rhs
                 operands = None if selector.ahead else lhs, weight, self.header.key
                 choices[role] = graph.call_module(selector_target(selector), operands)
-        straight_through = self.runtime.plan[one.candidate.name].straight_through
+        straight_through = self.runtime.record.plan[one.candidate.name].straight_through
         if one.module is not None:
             node.args, node.kwargs = (lhs, *choices.values(), straight_through), {}
             return node

@@ -20,6 +20,8 @@ from fx_approx.core.plan_effects import Values
 from fx_approx.ops.base import Unsupported
 from fx_approx.passes.find_candidates import META_KEY, CandidateSite
 
+_DIFFERS = "its graph does not compute what its Python does"
+
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
@@ -73,9 +75,8 @@ def _stopped(
     try:
         _run(fake.module, captured, recorder, args, kwargs)
     except UNKNOWABLE as error:
-        message = str(error).strip().split("\n")[0]
         kind = "" if isinstance(error, NoValuesError) else f"{type(error).__name__}: "
-        return kind + message
+        return kind + _first_line(error)
     except ValueError as error:
         if not fake.silenced:
             raise
@@ -96,10 +97,7 @@ def _run_sections(fake: FakeModel, captured: Capture, recorder: _Recorder) -> No
             except UNKNOWABLE:
                 continue
             except Exception as error:  # whatever an operator says of inputs that do not fit
-                place = recorder.place or section.path
-                message = str(error).strip().split("\n")[0]
-                reason = f"its graph does not compute what its Python does: at {place}: {message}"
-                raise UnfitGraphError(reason) from error
+                raise UnfitGraphError(f"{_DIFFERS}: {recorder.told(error, section.path)}") from error
     for one in recorder.found.values():
         if one.module in captured.strays and one.module is not None and not one.candidate.node:
             for args, kwargs in captured.strays[one.module].calls:
@@ -118,11 +116,14 @@ def _run(
     except UNKNOWABLE:
         raise
     except Exception as error:  # whatever an operator says of inputs that do not fit
-        place = recorder.place or type(fake).__name__
-        message = str(error).strip().split("\n")[0]
+        told = recorder.told(error, type(fake).__name__)
         if captured.graph is not None and values is not None and _runs_itself(fake, args, kwargs):
-            raise UnfitGraphError(f"its graph does not compute what its Python does: at {place}: {message}") from error
-        raise ValueError(f"example_inputs: the model does not run on them: at {place}: {message}") from error
+            raise UnfitGraphError(f"{_DIFFERS}: {told}") from error
+        raise ValueError(f"example_inputs: the model does not run on them: {told}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _runs_itself(fake: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -195,7 +196,7 @@ class _Storages:
         return None if number in self._ignored else number
 
     def ignore(self, tensors: list[Tensor]) -> None:
-        """Their memory is there anyway."""
+        """Leaves the memory of these tensors out of the counts: it is there in every step."""
         self._ignored |= {number for tensor in tensors if (number := self.number(tensor)) is not None}
 
     @contextlib.contextmanager
@@ -242,6 +243,10 @@ class _Recorder:
             values = Values(self._shapes, self._bytes, self._places, found.saved, found.bytes, stopped is None)
         return Shapes(self.facts, self.blocked, stopped, values)
 
+    def told(self, error: Exception, otherwise: str) -> str:
+        """What an error says, and where the run was; ``otherwise`` where it had not begun."""
+        return f"at {self.place or otherwise}: {_first_line(error)}"
+
     def at(self, node: fx.Node) -> CandidateSite | None:
         """The candidate that ``node`` itself is (a part that is not traced holds several, and is none)."""
         for name in node.meta.get(META_KEY, ()):
@@ -270,7 +275,7 @@ class _Recorder:
             lhs = args[0] if args else next(iter(kwargs.values()))
             weight = module.weight
             assert isinstance(weight, Tensor)
-            self._product(one, lhs, weight, one.static)
+            self._product(one, lhs, weight, one.op_kwargs)
 
     def call(
         self, one: CandidateSite, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -279,17 +284,17 @@ class _Recorder:
         if one.op is not None:
             try:
                 bound = one.op.bind(args, kwargs)
-                static = {name: bound[name] for name in one.op.static}
-                one.op.check(static)
-                self._product(one, bound[one.op.lhs], bound[one.op.rhs], static)
+                op_kwargs = {name: bound[name] for name in one.op.kwarg_names}
+                one.op.check(op_kwargs)
+                self._product(one, bound[one.op.lhs], bound[one.op.rhs], op_kwargs)
                 return
             except Unsupported as error:
                 self.blocked[one.candidate.name] = str(error)
         self._measure(one, function, args, kwargs, [])
 
-    def _product(self, one: CandidateSite, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> None:
+    def _product(self, one: CandidateSite, lhs: Tensor, rhs: Tensor, op_kwargs: Mapping[str, Any]) -> None:
         assert one.op is not None
-        shape = one.op.geometry(lhs.shape, rhs.shape, static)
+        shape = one.op.geometry(lhs.shape, rhs.shape, op_kwargs)
         name = one.candidate.name
         if not lhs.is_floating_point() or not rhs.is_floating_point():
             self.blocked[name] = f"{lhs.dtype}: only real floating-point products are sampled"
@@ -305,7 +310,9 @@ class _Recorder:
             lhs_kept=rhs.requires_grad or (one.op.keeps_both and lhs.requires_grad),
             rhs_kept=lhs.requires_grad or (one.op.keeps_both and rhs.requires_grad),
             rhs_is_parameter=isinstance(rhs, nn.Parameter),
-            call=CallShapes(tuple(lhs.shape), tuple(rhs.shape), tuple(sorted(static.items())), _is_channels_last(lhs)),
+            call=CallShapes(
+                tuple(lhs.shape), tuple(rhs.shape), tuple(sorted(op_kwargs.items())), _is_channels_last(lhs)
+            ),
         )
         before = self.facts.get(name)
         self.facts[name] = facts if before is None else _summed(before, facts)

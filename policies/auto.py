@@ -50,7 +50,6 @@ class Auto(GraphPolicy):
     keep_last: bool | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
         if self.scope != "fastest" and self.scope not in SCOPES:
             raise ValueError(f"scope: expected fastest or one of {', '.join(SCOPES)}, got {self.scope!r}")
         if self.scope == "fastest" or self.keep_last is None:

@@ -41,7 +41,7 @@ class Draft:
 
     @property
     def decisions(self) -> dict[str, Decision]:
-        """Those that sample."""
+        """The decisions of the draft that sample something."""
         decided = self.policy.decisions(self.groups, self.ratios)
         return {name: one for name, one in decided.items() if one.spec is not None and one.spec.ratio < 1}
 

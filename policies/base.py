@@ -28,7 +28,7 @@ def decision(
 
 
 def exact(candidate: Candidate, reason: str, source: str) -> Decision:
-    """Leave ``candidate`` exact."""
+    """A decision that leaves ``candidate`` exact."""
     return decision(candidate, {}, reason, source)
 
 

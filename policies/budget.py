@@ -40,7 +40,6 @@ class _Ladder(GraphPolicy):
     sensitivity: Sensitivity | None = None
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
         super().__post_init__()
         if not self.ratios:
             raise ValueError("ratios: expected at least one number in (0, 1), got none")
@@ -70,13 +69,12 @@ class _Budget(_Ladder, abc.ABC):
     """Whether the cost reads the bytes moved and kept."""
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
         super().__post_init__()
         _fraction("budget", self.budget)
 
     @abc.abstractmethod
     def _cost(self, work: StepWorkload, model: Model) -> float:
-        """Of a step, in any unit."""
+        """The cost of a step, in the unit of the budget."""
 
     def _share(self, cost: float, whole: float) -> float:
         """``cost`` as a share of the exact step's; all of it where that is not known."""
@@ -211,7 +209,6 @@ class ErrorBudget(_Ladder):
     cost: WholeCostModel = dataclasses.field(default_factory=RooflineModel)
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
         super().__post_init__()
         if isinstance(self.noise, bool) or not isinstance(self.noise, numbers.Real):
             raise TypeError(f"noise: expected a number above 0, got {self.noise!r}")

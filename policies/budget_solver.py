@@ -24,7 +24,6 @@ class Problem:
     cost: Callable[[Levels], float]
 
     def __post_init__(self) -> None:
-        """Remembers costs."""
         self._known: dict[Levels, float] = {}
 
     def price(self, levels: Levels) -> float:
@@ -39,7 +38,6 @@ class Problem:
 
     @property
     def exact(self) -> Levels:
-        """All exact."""
         return (0,) * len(self.errors)
 
     def with_level(self, levels: Levels, place: int, level: int) -> Levels:

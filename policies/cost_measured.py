@@ -48,7 +48,6 @@ class MeasuredModel:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        """Opens the cache."""
         self._cache = DiskCache(cache_folder())
         self._rest = RooflineModel(self.compiled)
         self._whole: dict[str, float | None] = {}
@@ -177,15 +176,15 @@ def _operands(product: ProductWork) -> CallShapes | None:
     columns = shape.n if kept.columns is None else kept.columns
     lhs = (*call.lhs[:axis], pairs * groups, *call.lhs[axis + 1 :])
     rhs = (columns * groups, pairs, *call.rhs[2:])
-    static = tuple((name, groups if name == "groups" else value) for name, value in call.static)
-    return CallShapes(lhs, rhs, static, call.channels_last)
+    op_kwargs = tuple((name, groups if name == "groups" else value) for name, value in call.op_kwargs)
+    return CallShapes(lhs, rhs, op_kwargs, call.channels_last)
 
 
 def _training(product: ProductWork, compiled: bool) -> Callable[[], Any]:
     """Forward and backward of a product as it is left."""
     facts, call = product.candidate.facts, _operands(product)
     assert facts is not None and facts.call is not None and facts.shape is not None and call is not None
-    op, static, kept = OPS[product.candidate.kind], dict(call.static), product.kept
+    op, op_kwargs, kept = OPS[product.candidate.kind], dict(call.op_kwargs), product.kept
     options: dict[str, Any] = {}
     if kept.output is not None and not product.hoisted:  # both operands are gathered
         places = torch.linspace(0, facts.shape.pairs - 1, kept.output, device=facts.device).long()
@@ -200,7 +199,7 @@ def _training(product: ProductWork, compiled: bool) -> Callable[[], Any]:
     wanted = [operand.requires_grad_() for operand, needed in zip((x, w), need, strict=True) if needed]
 
     def forward() -> Tensor:
-        return op.function(**{op.lhs: x, op.rhs: w}, **static, **options)
+        return op.function(**{op.lhs: x, op.rhs: w}, **op_kwargs, **options)
 
     if not wanted:
         return forward

@@ -54,7 +54,6 @@ class Device:
     depthwise: float
 
     def __str__(self) -> str:
-        """One line."""
         shares = ", ".join(f"{n} {100 * getattr(self, n):.0f} %" for n in ("linear", "conv", "pointwise", "depthwise"))
         return (
             f"{self.name}, {self.dtype}: {self.peak / 1e12:.3g} TFLOP/s, {self.bandwidth / 1e9:.3g} GB/s, "

@@ -57,7 +57,6 @@ class GraphPolicy:
     mode: str = "forward"
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
         self.spec(0.5)
         check_scope(self.scope, None)
         if self.mode not in ("forward", "backward"):
@@ -74,7 +73,7 @@ class GraphPolicy:
 
     @property
     def needs_shapes(self) -> bool:
-        """Costs are told by shapes."""
+        """True: costs follow from shapes."""
         return True
 
     def spec(self, ratio: float) -> SamplerConfig:

@@ -30,7 +30,6 @@ class Override:
     base: Policy
 
     def __post_init__(self) -> None:
-        """Checks the types."""
         for pattern, policy in self.rules.items():
             if not isinstance(pattern, str):
                 raise TypeError(f"rules: expected a glob such as 'layer1.*', got {pattern!r}")

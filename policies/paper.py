@@ -39,12 +39,11 @@ class Paper:
     scope: str = "layer"
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
         check_scope(self.scope, self.spec)
 
     @property
     def needs_shapes(self) -> bool:
-        """Who reads what is told by shapes."""
+        """Whether selections are shared: who reads the same value follows from shapes."""
         return self.scope != "layer"
 
     @property

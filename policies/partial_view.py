@@ -27,12 +27,12 @@ class PartialView:
 
     @property
     def candidates(self) -> Sequence[Candidate]:
-        """Those to decide about."""
+        """The candidates that are still to be decided about."""
         return self._candidates
 
     @property
     def fingerprint(self) -> str:
-        """Of the whole graph."""
+        """The hash of the whole graph."""
         return self._model.fingerprint
 
     @property

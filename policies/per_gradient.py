@@ -39,7 +39,6 @@ class GradientSampling:
     needs_shapes = False
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
         for name in ("output", "grad_input", "grad_weight"):
             spec = getattr(self, name)
             if spec is not None and not isinstance(spec, SamplerConfig):

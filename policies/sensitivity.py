@@ -26,7 +26,6 @@ class Sensitivity:
     sgd_noise: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks the numbers."""
         if not 0 < self.ratio < 1:
             raise ValueError(f"ratio: expected a number in (0, 1), got {self.ratio!r}")
         wrong = {name: error for name, error in self.errors.items() if not error >= 0}
@@ -50,7 +49,6 @@ class Sensitivity:
         return max(self.errors[name] for name in names)
 
     def to_json(self) -> str:
-        """As JSON text."""
         return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=2)
 
     @classmethod

@@ -19,7 +19,6 @@ class Exact:
     needs_shapes = False
 
     def decide(self, candidates: Sequence[Candidate]) -> list[Decision]:
-        """All exact."""
         return [exact(candidate, "asked for", "Exact") for candidate in candidates]
 
 
@@ -54,7 +53,6 @@ class Uniform:
     epsilon: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
         spec = self.spec
         if self.scope == "":
             object.__setattr__(self, "scope", "value" if get_score(self.scores).ahead else "layer")
@@ -62,7 +60,7 @@ class Uniform:
 
     @property
     def needs_shapes(self) -> bool:
-        """Who reads what is told by shapes."""
+        """Whether selections are shared: who reads the same value follows from shapes."""
         return self.scope != "layer"
 
     @property
@@ -71,7 +69,6 @@ class Uniform:
         return SamplerConfig(self.sampler, self.ratio, self.min_k, self.scores, self.round_to, self.epsilon)
 
     def decide(self, candidates: Sequence[Candidate]) -> list[Decision]:
-        """All sampled alike."""
         return [sampled(candidate, self.spec, "same for all", "Uniform", self.scope) for candidate in candidates]
 
 

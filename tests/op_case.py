@@ -20,11 +20,11 @@ from fx_approx.ops import OPS, ProductOp
 from fx_approx.sampling import Selection
 
 Operands = dict[str, Tensor]
-Static = Mapping[str, Any]
+OpKwargs = Mapping[str, Any]
 #: The pair ``(group, j)`` of a product, in the shape of its output.
-Term = Callable[[Operands, Static, int, int], Tensor]
+Term = Callable[[Operands, OpKwargs, int, int], Tensor]
 #: The output from the sum of the pairs: biases and the like.
-Finish = Callable[[Operands, Static, Tensor], Tensor]
+Finish = Callable[[Operands, OpKwargs, Tensor], Tensor]
 
 
 def _turned(values: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class OpCase:
         axes: The axis of the pairs in the left and in the right operand.
         term: One pair of the product.
         finish: What is added to, or multiplied with, the sum of the pairs.
-        static: The plain arguments that are not the default.
+        op_kwargs: The plain arguments that are not the default.
         groups: Groups that choose their pairs apart from each other.
         batch: The axis of each argument that a batch of size 0 makes empty; {} where there is none.
         proxy: The online scores are not the norms of the terms but the products of the norms of their factors.
@@ -79,7 +79,7 @@ class OpCase:
     axes: tuple[int, int]
     term: Term
     finish: Finish
-    static: Static = dataclasses.field(default_factory=dict)
+    op_kwargs: OpKwargs = dataclasses.field(default_factory=dict)
     groups: int = 1
     batch: Mapping[str, int] = dataclasses.field(default_factory=dict)
     proxy: bool = False
@@ -95,7 +95,7 @@ class OpCase:
     def plain(self) -> dict[str, Any]:
         """All plain arguments that the op names, defaults included."""
         parameters = self.op.signature.parameters
-        return {name: self.static.get(name, parameters[name].default) for name in self.op.static}
+        return {name: self.op_kwargs.get(name, parameters[name].default) for name in self.op.kwarg_names}
 
     def with_pairs(self, pairs: int) -> OpCase:
         """The same row with another number of pairs."""
@@ -140,7 +140,7 @@ class OpCase:
     def call(self, function: Callable[..., Tensor], operands: Operands, **extra: Any) -> Tensor:
         """``function`` with the arguments in the order of the op's signature."""
         args, kwargs = [], {}
-        given = {**self.static, **operands}
+        given = {**self.op_kwargs, **operands}
         for parameter in self.op.signature.parameters.values():
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
                 if parameter.name in given:
@@ -157,7 +157,7 @@ class OpCase:
 
     def pairs_of(self, operands: Operands) -> Tensor:
         """All pairs: ``[groups, pairs, *output]``."""
-        every = [[self.term(operands, self.static, g, j) for j in range(self.pairs)] for g in range(self.groups)]
+        every = [[self.term(operands, self.op_kwargs, g, j) for j in range(self.pairs)] for g in range(self.groups)]
         return torch.stack([torch.stack(row) for row in every])
 
     def factors(self, operands: Operands, group: int, j: int) -> tuple[Tensor, Tensor]:
@@ -176,7 +176,7 @@ class OpCase:
                 result[g, j] = (lhs.square().sum() * rhs.square().sum()).sqrt()
             elif kind == "online":
                 wide = {name: value.detach().double() for name, value in operands.items()}
-                result[g, j] = self.term(wide, self.static, g, j).square().sum().sqrt()
+                result[g, j] = self.term(wide, self.op_kwargs, g, j).square().sum().sqrt()
         return result
 
     def oracle(self, operands: Operands, selection: Selection) -> Tensor:
@@ -184,42 +184,42 @@ class OpCase:
         indices, scale = selection
         total: Any = 0
         for g, i in itertools.product(range(self.groups), range(indices.shape[1])):
-            term = self.term(operands, self.static, g, int(indices[g, i]))
+            term = self.term(operands, self.op_kwargs, g, int(indices[g, i]))
             total = total + (term if scale is None else term * scale[g, i])
-        return self.finish(operands, self.static, total)
+        return self.finish(operands, self.op_kwargs, total)
 
 
-def _plus_bias(operands: Operands, static: Static, total: Tensor) -> Tensor:
+def _plus_bias(operands: Operands, op_kwargs: OpKwargs, total: Tensor) -> Tensor:
     return total + operands["bias"] if "bias" in operands else total
 
 
-def _linear_term(operands: Operands, static: Static, group: int, j: int) -> Tensor:
+def _linear_term(operands: Operands, op_kwargs: OpKwargs, group: int, j: int) -> Tensor:
     return operands["input"][..., j, None] * operands["weight"][:, j]
 
 
 def _matmul_term(lhs: str, rhs: str) -> Term:
-    def term(operands: Operands, static: Static, group: int, j: int) -> Tensor:
+    def term(operands: Operands, op_kwargs: OpKwargs, group: int, j: int) -> Tensor:
         return operands[lhs][..., :, j, None] * operands[rhs][..., j, None, :]
 
     return term
 
 
-def _as_is(operands: Operands, static: Static, total: Tensor) -> Tensor:
+def _as_is(operands: Operands, op_kwargs: OpKwargs, total: Tensor) -> Tensor:
     return total
 
 
-def _beta_alpha(operands: Operands, static: Static, total: Tensor) -> Tensor:
-    return static.get("beta", 1) * operands["input"] + static.get("alpha", 1) * total
+def _beta_alpha(operands: Operands, op_kwargs: OpKwargs, total: Tensor) -> Tensor:
+    return op_kwargs.get("beta", 1) * operands["input"] + op_kwargs.get("alpha", 1) * total
 
 
-def _conv_term(operands: Operands, static: Static, group: int, j: int) -> Tensor:
+def _conv_term(operands: Operands, op_kwargs: OpKwargs, group: int, j: int) -> Tensor:
     """One input channel convolved alone; zero in the output channels of the other groups."""
     input, weight = operands["input"], operands["weight"]
     convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()]
-    outputs, axis = weight.shape[0] // static.get("groups", 1), input.dim() - weight.dim() + 1
+    outputs, axis = weight.shape[0] // op_kwargs.get("groups", 1), input.dim() - weight.dim() + 1
     channel = input.narrow(axis, group * weight.shape[1] + j, 1)
     kernel = weight[group * outputs : (group + 1) * outputs, j : j + 1]
-    plain = {name: value for name, value in static.items() if name != "groups"}
+    plain = {name: value for name, value in op_kwargs.items() if name != "groups"}
     part = convolve(channel, kernel, **plain)
     shape = list(part.shape)
     shape[axis] = weight.shape[0]
@@ -228,7 +228,7 @@ def _conv_term(operands: Operands, static: Static, group: int, j: int) -> Tensor
     return torch.cat([before, part, after], axis)
 
 
-def _conv_bias(operands: Operands, static: Static, total: Tensor) -> Tensor:
+def _conv_bias(operands: Operands, op_kwargs: OpKwargs, total: Tensor) -> Tensor:
     if "bias" not in operands:
         return total
     return total + operands["bias"].view(-1, *[1] * (operands["weight"].dim() - 2))
@@ -250,7 +250,7 @@ def _einsum_term(labels: str, pair: str) -> Term:
         ordered = chosen.permute([left.index(c) for c in letters if c in left])
         return ordered[tuple(slice(None) if c in left else None for c in letters)]
 
-    def term(operands: Operands, static: Static, group: int, j: int) -> Tensor:
+    def term(operands: Operands, op_kwargs: OpKwargs, group: int, j: int) -> Tensor:
         product = spread(operands["lhs"], lhs, j) * spread(operands["rhs"], rhs, j)
         for axis in reversed(range(len(letters))):
             if letters[axis] not in output:
@@ -280,7 +280,9 @@ def linear_case(name: str, input: tuple[int, ...], weight: tuple[int, int], bias
     )
 
 
-def conv_case(name: str, input: tuple[int, ...], weight: tuple[int, ...], bias: bool = True, **static: Any) -> OpCase:
+def conv_case(
+    name: str, input: tuple[int, ...], weight: tuple[int, ...], bias: bool = True, **op_kwargs: Any
+) -> OpCase:
     shapes = {"input": input, "weight": weight} | ({"bias": weight[:1]} if bias else {})
     spatial, example = len(weight) - 2, "a" if len(input) == len(weight) else ""
     return OpCase(
@@ -291,8 +293,8 @@ def conv_case(name: str, input: tuple[int, ...], weight: tuple[int, ...], bias: 
         (1 - len(weight), 1),
         _conv_term,
         _conv_bias,
-        static,
-        groups=static.get("groups", 1),
+        op_kwargs,
+        groups=op_kwargs.get("groups", 1),
         batch={"input": 0} if example else {},
         proxy=True,
         labels=(f"{example}i{'uvw'[:spatial]}", f"oj{'pqr'[:spatial]}", f"{example}o{'xyz'[:spatial]}"),
@@ -333,7 +335,7 @@ def added_case(
     rhs: tuple[int, ...],
     name: str,
     batch: dict[str, int],
-    **static: float,
+    **op_kwargs: float,
 ) -> OpCase:
     names = {"addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2")}[kind]
     shapes = {"input": input, names[0]: lhs, names[1]: rhs}
@@ -345,7 +347,7 @@ def added_case(
         (-1, -2),
         _matmul_term(*names),
         _beta_alpha,
-        static,
+        op_kwargs,
         batch=batch,
         **_matrix_labels(len(lhs), len(rhs)),
     )

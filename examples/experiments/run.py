@@ -7,7 +7,7 @@
 
 Runs that are recorded are not repeated, and a run that was interrupted goes on from its last checkpoint; several
 processes may work on the same folder. ``tables.py`` makes tables and figures of it. It needs torch, numpy, tqdm,
-tabulate and networkx; some data and networks torchvision, Pillow or tokenizers, and they say so.
+tabulate, networkx and pydantic; some data and networks torchvision, Pillow or tokenizers, and they say so.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ class Experiment:
         config = self.config
         found = {
             "variant": plain(config.variants[name]),
-            "data": {**dataclasses.asdict(config.data), "workers": 0},
+            "data": {**config.data.model_dump(), "workers": 0},
             "network": dict(config.network),
-            "training": dataclasses.asdict(config.training),
-            "start": None if config.start is None else dataclasses.asdict(config.start),
+            "training": config.training.model_dump(),
+            "start": None if config.start is None else config.start.model_dump(),
             **self.settings.identity,
         }
         to = config.variants[name].to
@@ -245,7 +245,7 @@ class Experiment:
 
     def _with_plain(self) -> Config:
         """The configuration with exact training under no name."""
-        return dataclasses.replace(self.config, variants={**self.config.variants, "": _PLAIN})
+        return self.config.model_copy(update={"variants": {**self.config.variants, "": _PLAIN}})
 
     def _described_exact(self) -> dict[str, Any]:
         first = next(iter(self.config.variants))

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
 from records import slug
 
 Record = Mapping[str, Any]
@@ -22,68 +23,40 @@ Record = Mapping[str, Any]
 _EXACT_FORWARD = ("backward", "weight_gradient")
 """Policies that sample gradients alone: BatchNorm sees what it would see in exact training."""
 
+_COSTS = ["quicker", "peak", "traffic", "time"]
+
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
-    """The runs of one variant.
+class Results:
+    """The runs of a section, those of a variant together. What is not known is NaN.
 
     Attributes:
-        variant: Its name.
-        kind: ``exact``; ``epochs``, ``width`` or ``frozen`` for baselines; ``sampled``.
-        accuracies: Of each run that did not diverge, by seed.
-        diverged: Runs that did.
-        as_trained: Accuracies before statistics are re-estimated.
-        flops: Share of the exact training's, mean.
-        seconds: Of training, mean. Compiling is not in it.
-        timed: Whether the seconds may be compared with those of exact training.
-        warm: Seconds of compiling, of first steps and of those that were timed before the training, mean.
-        speedup: Time of an exact step over that of a sampled one, medians of steps in turn in one run; None if unknown.
-        curve: At each epoch: share of FLOPs, seconds, accuracy; means over the runs.
-        losses: Of the training, means of the first and of the last steps of all; None where they were not recorded.
-        memory: Peak bytes on the device, mean; None if unknown.
-        steps: Of each phase, as shares of the steps of exact training.
-        to: Whose cost a baseline has.
-        equal: In what.
-        options: As it is configured.
+        found: A row for each variant, exact ones first, then in the order of the first run:
+
+            - ``kind``: ``exact``; ``epochs``, ``width`` or ``frozen`` for baselines; ``sampled``.
+            - ``runs`` that did not diverge, and those that ``diverged``.
+            - ``accuracy`` and its ``deviation``; ``trained`` and ``trained_deviation`` before statistics are
+              re-estimated.
+            - ``flops``: share of the exact training's.
+            - ``seconds`` of training, without compiling; ``timed`` says whether they may be compared.
+            - ``warm``: seconds of compiling, of first steps and of those that were timed before the training.
+            - ``speedup``: time of an exact step over that of a sampled one, medians of steps in turn in one run.
+            - ``memory``: peak bytes on the device.
+            - ``first_loss`` and ``last_loss`` of the training, means of its first and of its last steps.
+            - ``steps`` of each phase, as shares of the steps of exact training.
+            - ``options`` as configured; ``rate``, ``to`` and ``equal`` are among them, ``alike`` leaves out the rate.
+            - ``epochs`` in its curve.
+            - What its steps cost, if measured: ``quicker``, quartiles of the time of an exact step over that of the
+              step beside it, by phase; ``peak``, the most bytes that such a step allocates as a share of an exact
+              step's; ``traffic``, bytes of gradients in data-parallel training as a share of exact training's, and
+              ``time`` likewise, both over the whole of it.
+        accuracies: A row for each seed, a column for each variant.
+        curves: By variant and epoch: ``share`` of FLOPs, ``seconds``, ``accuracy``; means over the runs.
     """
 
-    variant: str
-    kind: str
-    accuracies: Mapping[int, float]
-    diverged: int
-    as_trained: tuple[float, ...]
-    flops: float
-    seconds: float
-    speedup: float | None
-    curve: tuple[tuple[float, float, float], ...]
-    memory: float | None
-    steps: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    to: str = ""
-    equal: str = ""
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    timed: bool = True
-    warm: float | None = None
-    losses: tuple[float, float] | None = None
-
-    @property
-    def time(self) -> float | None:
-        """Seconds of training, None if they cannot be compared."""
-        return self.seconds if self.timed else None
-
-    @property
-    def rate(self) -> float:
-        """Factor on the learning rate."""
-        return float(self.options.get("rate", 1.0))
-
-    @property
-    def mean(self) -> float | None:
-        """Accuracy, None if every run diverged."""
-        return statistics.mean(self.accuracies.values()) if self.accuracies else None
-
-    @property
-    def deviation(self) -> float | None:
-        """Standard deviation of the accuracy, None for a single run."""
-        return statistics.stdev(self.accuracies.values()) if len(self.accuracies) > 1 else None
+    found: pd.DataFrame
+    accuracies: pd.DataFrame
+    curves: pd.DataFrame
 
 
 def _sampled_forward(options: Mapping[str, Any]) -> bool:
@@ -107,76 +80,9 @@ def processor(record: Record) -> str:
     return str(record["environment"]["accelerator"] or record["environment"]["processor"])
 
 
-def levelled(records: Sequence[Record]) -> list[Record]:
-    """``records`` with the seconds of each machine in those of the first: exact training takes as long on both.
-
-    Each says whether it is ``timed``: runs on a machine without exact ones stay as they are, and are not.
-    """
-    exact: dict[str, list[float]] = {}
-    for record in records:
-        if not record["diverged"] and _kind(record["options"]) == "exact":
-            exact.setdefault(processor(record), []).append(record["seconds"])
-    unit = {place: statistics.mean(seconds) for place, seconds in exact.items()}
-    first = next(iter(unit.values()), 1.0)
-    made = []
-    for record in records:
-        factor = first / unit.get(processor(record), first)
-        epochs = [{**one, "seconds": factor * one["seconds"]} for one in record["epochs"]]
-        timed = not unit or processor(record) in unit
-        made.append({**record, "seconds": factor * record["seconds"], "epochs": epochs, "timed": timed})
-    return made
-
-
-def summarised(records: Sequence[Record]) -> list[Summary]:
-    """One summary for each variant as it was last configured, exact first, then in the order of the first run."""
-    latest: dict[str, dict[int, Record]] = {}
-    for record in levelled(records):
-        runs = latest.setdefault(record["variant"], {})
-        if any(other["options"] != record["options"] for other in runs.values()):
-            runs.clear()
-        runs[record["seed"]] = record
-    found = [_summary(name, [runs[seed] for seed in sorted(runs)]) for name, runs in latest.items()]
-    return sorted(found, key=lambda one: one.kind != "exact")
-
-
-def _summary(name: str, runs: Sequence[Record]) -> Summary:
-    ended = [run for run in runs if not run["diverged"]]
-    options = runs[0]["options"]
-    shares = [(run["flops"] + mended(run) * run["recalibration_flops"]) / run["exact_flops"] for run in ended or runs]
-    speedups = [
-        run["step_ms"]["exact"][1] / run["step_ms"]["sampled"][1]
-        for run in runs
-        if {"exact", "sampled"} <= run["step_ms"].keys()
-    ]
-    memory = [run["peak_memory"] for run in runs if run["peak_memory"]]
-    warm = [run["warm_seconds"] for run in runs if "warm_seconds" in run]
-    ends = [(run["epochs"][0], run["epochs"][-1]) for run in ended]
-    losses = [(first["first_loss"], last["last_loss"]) for first, last in ends if "first_loss" in first]
-    return Summary(
-        variant=name,
-        kind=_kind(options),
-        accuracies={run["seed"]: accuracy(run) for run in ended},
-        diverged=len(runs) - len(ended),
-        as_trained=tuple(run["final"]["accuracy"] for run in ended),
-        flops=statistics.mean(shares),
-        seconds=_clock(ended or runs, ended or runs),
-        speedup=statistics.median(speedups) if speedups else None,
-        curve=tuple(_curve(ended)),
-        memory=statistics.mean(memory) if memory else None,
-        steps={phase: count / runs[0]["full_steps"] for phase, count in runs[0]["phases"].items()},
-        to=options["to"],
-        equal=options["equal"],
-        options=options,
-        timed=any(run["timed"] for run in ended or runs),
-        warm=statistics.mean(warm) if warm else None,
-        losses=(statistics.mean(a for a, _ in losses), statistics.mean(b for _, b in losses)) if losses else None,
-    )
-
-
-def _clock(parts: Sequence[Record], runs: Sequence[Record]) -> float:
-    """Mean seconds of ``parts`` of ``runs``, of those that are timed if there are any."""
-    timed = [part["seconds"] for part, run in zip(parts, runs, strict=True) if run["timed"]]
-    return statistics.mean(timed or [part["seconds"] for part in parts])
+def alike(options: Mapping[str, Any]) -> str:
+    """The same for all options that differ in the learning rate alone."""
+    return json.dumps({**options, "rate": 1.0}, sort_keys=True)
 
 
 def _kind(options: Mapping[str, Any]) -> str:
@@ -189,38 +95,119 @@ def _kind(options: Mapping[str, Any]) -> str:
     return "epochs" if options["by"] == "epochs" or options["epochs"] != 1 else "exact"
 
 
-def _curve(runs: Sequence[Record]) -> Iterable[tuple[float, float, float]]:
-    mend = bool(runs) and _sampled_forward(runs[0]["options"])
-    for entries in zip(*(run["epochs"] for run in runs), strict=False):
-        own = [one.get("recalibrated", one["accuracy"]) if mend else one["accuracy"] for one in entries]
-        shares = [one["flops"] / run["exact_flops"] for one, run in zip(entries, runs, strict=True)]
-        last = entries[0] is runs[0]["epochs"][-1]
-        # The curve ends where the table says.
-        mean = statistics.mean(map(accuracy, runs) if last else own)
-        yield statistics.mean(shares), _clock(entries, runs), mean
+def _row(record: Record) -> dict[str, Any]:
+    """A run as a row; accuracies and losses of one that diverged are not known."""
+    ended, options, turns = not record["diverged"], record["options"], record["step_ms"]
+    first, last = record["epochs"][0], record["epochs"][-1]
+    learnt = ended and "first_loss" in first
+    return {
+        "record": record,
+        "options": options,
+        "kind": _kind(options),
+        "alike": alike(options),
+        **{key: options[key] for key in ("to", "equal")},
+        "rate": float(options.get("rate", 1.0)),
+        "steps": {phase: count / record["full_steps"] for phase, count in record["phases"].items()},
+        "processor": processor(record),
+        **{key: record[key] for key in ("variant", "seed", "diverged", "seconds")},
+        "accuracy": accuracy(record) if ended else math.nan,
+        "trained": record["final"]["accuracy"] if ended else math.nan,
+        "flops": (record["flops"] + mended(record) * record["recalibration_flops"]) / record["exact_flops"],
+        "speedup": turns["exact"][1] / turns["sampled"][1] if {"exact", "sampled"} <= turns.keys() else math.nan,
+        "memory": record["peak_memory"] or math.nan,
+        "warm": record.get("warm_seconds", math.nan),
+        "first_loss": first["first_loss"] if learnt else math.nan,
+        "last_loss": last["last_loss"] if learnt else math.nan,
+    }
 
 
-def time_to(summary: Summary, goal: float) -> float | None:
-    """Seconds of training until the mean accuracy at the end of an epoch is ``goal``; None if never, or untimed."""
-    if not summary.timed:
-        return None
-    return next((seconds for _, seconds, reached in summary.curve if reached >= goal), None)
+def levelled(runs: pd.DataFrame) -> pd.DataFrame:
+    """``runs`` with the seconds of each machine in those of the first: exact training takes as long on both.
+
+    ``pace`` is the factor. Runs on a machine without exact ones stay as they are, and are not ``timed``.
+    """
+    exact = runs[(runs.kind == "exact") & ~runs.diverged]
+    unit = exact.groupby("processor", sort=False).seconds.mean()
+    pace = unit.iloc[0] / runs.processor.map(unit) if len(unit) else pd.Series(1.0, runs.index)
+    timed = pace.notna()
+    pace = pace.fillna(1.0)
+    return runs.assign(pace=pace, seconds=pace * runs.seconds, timed=timed)
 
 
-def exact_beside(found: Sequence[Summary], one: Summary) -> Summary | None:
-    """The exact training that ``one`` is compared with: at its learning rate, or else the first; None without any."""
-    exact = [other for other in found if other.kind == "exact" and other.mean is not None]
-    return next((other for other in exact if other.rate == one.rate), exact[0] if exact else None)
+def latest(runs: pd.DataFrame) -> pd.DataFrame:
+    """The last run of each seed, of each variant as it was last configured; sorted as :class:`Results` has them."""
+    configured = runs.options.map(lambda options: json.dumps(options, sort_keys=True))
+    other = configured != configured.groupby(runs.variant).transform("last")
+    before = other[::-1].groupby(runs.variant).cummax()
+    place = runs.groupby("variant", sort=False).ngroup()
+    runs = runs.assign(place=place, later=runs.kind != "exact")[~before.sort_index()]
+    return runs.drop_duplicates(["variant", "seed"], keep="last").sort_values(["later", "place", "seed"])
 
 
-def alike(options: Mapping[str, Any]) -> str:
-    """The same for all options that differ in the learning rate alone."""
-    return json.dumps({**options, "rate": 1.0}, sort_keys=True)
+def summarised(records: Sequence[Record]) -> Results:
+    """The runs of each variant together, as it was last configured; their costs are not known yet."""
+    runs = latest(levelled(pd.DataFrame([_row(record) for record in records])))
+    groups = runs.groupby("variant", sort=False)
+    means = {name: (name, "mean") for name in ("accuracy", "trained", "memory", "warm", "first_loss", "last_loss")}
+    firsts = {name: (name, "first") for name in ("kind", "options", "alike", "rate", "to", "equal", "steps")}
+    found = groups.agg(
+        **firsts,
+        **means,
+        runs=("accuracy", "count"),
+        diverged=("diverged", "sum"),
+        deviation=("accuracy", "std"),
+        trained_deviation=("trained", "std"),
+        speedup=("speedup", "median"),
+    )
+    counted = runs[~runs.diverged | groups.diverged.transform("all")]
+    clocked = counted[counted.timed | ~counted.groupby("variant").timed.transform("any")]
+    found["flops"] = counted.groupby("variant").flops.mean()
+    found["timed"] = counted.groupby("variant").timed.any()
+    found["seconds"] = clocked.groupby("variant").seconds.mean()
+    curves = _curves(runs[~runs.diverged], clocked.index, found.accuracy)
+    found["epochs"] = curves.groupby("variant").size()
+    return Results(found, runs.pivot(index="seed", columns="variant", values="accuracy"), curves)
 
 
-def at_rate(found: Sequence[Summary], one: Summary, rate: float) -> Summary | None:
-    """What ``one`` is at another learning rate, None if that was not run."""
-    return next((other for other in found if other.rate == rate and alike(other.options) == alike(one.options)), None)
+def _curves(ended: pd.DataFrame, clocked: pd.Index, ends: pd.Series) -> pd.DataFrame:
+    """Of the epochs that all runs of a variant have; the accuracy of the last one is that in the table, to the bit."""
+    shortest = ended.record.map(lambda record: len(record["epochs"])).groupby(ended.variant).min()
+    rows = []
+    for run in ended.itertuples():
+        epochs, mend = run.record["epochs"], _sampled_forward(run.options)
+        for number, one in enumerate(epochs[: shortest[run.variant]]):
+            reached = one.get("recalibrated", one["accuracy"]) if mend else one["accuracy"]
+            seconds = run.pace * one["seconds"] if run.Index in clocked else math.nan
+            rows.append([run.variant, number, one["flops"] / run.record["exact_flops"], seconds, reached])
+    frame = pd.DataFrame(rows, columns=["variant", "epoch", "share", "seconds", "accuracy"])
+    curves = frame.groupby(["variant", "epoch"], sort=False).mean()
+    names = curves.index.get_level_values("variant")
+    last = ~names.duplicated(keep="last")
+    curves.loc[last, "accuracy"] = ends[names[last]].to_numpy()
+    return curves
+
+
+def time_to(results: Results, variant: str, goal: float) -> float:
+    """Seconds of training until the mean accuracy at the end of an epoch is ``goal``; NaN if never, or untimed."""
+    if not results.found.timed[variant] or variant not in results.curves.index:
+        return math.nan
+    curve = results.curves.loc[variant]
+    reached = curve.seconds[curve.accuracy >= goal]
+    return math.nan if reached.empty else reached.iloc[0]
+
+
+def exact_beside(found: pd.DataFrame, rate: float) -> Any:
+    """The exact training that others at a learning rate are compared with: at that rate, or else the first.
+
+    None without any.
+    """
+    exact = found[(found.kind == "exact") & found.accuracy.notna()]
+    return min(exact.itertuples(), key=lambda one: one.rate != rate, default=None)
+
+
+def at_rate(found: pd.DataFrame, alike: str, rate: float) -> Any:
+    """The variant that is ``alike`` at a learning rate, None if that was not run."""
+    return next(found[(found.rate == rate) & (found.alike == alike)].itertuples(), None)
 
 
 def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
@@ -232,71 +219,46 @@ def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
     return sorted((name for name, own in points.items() if not beaten(own)), key=lambda name: points[name])
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What the steps of a variant cost.
-
-    Attributes:
-        speedup: Time of an exact step over that of the step beside it, quartiles, of each phase that is not exact.
-        memory: Most bytes that such a step allocates, as a share of an exact step's.
-        traffic: Bytes of gradients in data-parallel training, as a share of exact training's, over the whole of it.
-        time: Of the whole training, likewise: steps of each phase by the median of their speed.
-    """
-
-    speedup: Mapping[str, Sequence[float]]
-    memory: float
-    traffic: float
-    time: float
-
-
-def costs_of(records: Iterable[Record], found: Sequence[Summary]) -> dict[str, Cost]:
+def costs_of(records: Iterable[Record], found: pd.DataFrame) -> pd.DataFrame:
     """By variant, from the last measurement of each as it was configured in its runs, at whatever learning rate."""
-    made = {}
+    made: dict[str, list[Any]] = {}
     for record in records:
         exact = record["costs"]["exact training"]["exact"]
         names = {alike(options): name for name, options in record["options"].items()}
-        for one in found:
-            name = one.variant if one.variant in record["options"] else names.get(alike(one.options))
-            if name not in record["costs"] or alike(record["options"][name]) != alike(one.options):
+        for one in found.itertuples():
+            name = one.Index if one.Index in record["options"] else names.get(one.alike)
+            if name not in record["costs"] or alike(record["options"][name]) != one.alike:
                 continue
             phases = record["costs"][name]
             each = {"exact": exact, **phases}
             if not one.steps.keys() <= each.keys():
                 continue
             sent = sum(share * each[phase]["gradient_bytes"] for phase, share in one.steps.items())
-            made[one.variant] = Cost(
+            made[one.Index] = [
                 {phase: own["speedup"] for phase, own in phases.items()},
                 max(own["peak_bytes"] for own in phases.values()) / exact["peak_bytes"],
                 sent / exact["gradient_bytes"],
                 sum(share / each[phase]["speedup"][1] for phase, share in one.steps.items()),
-            )
-    return made
+            ]
+    return pd.DataFrame.from_dict(made, orient="index", columns=_COSTS)
 
 
-def evaluated(records: Sequence[Record]) -> tuple[list[Summary], dict[str, Cost]]:
-    """Summaries of the runs of a section, and costs of their steps."""
-    found = summarised(trained(records))
-    measured = costs_of((one for one in records if "costs" in one), found)
-    return retimed(found, measured), measured
+def evaluated(records: Sequence[Record]) -> Results:
+    """The runs of a section together, with the costs of their steps.
 
-
-def retimed(found: Sequence[Summary], measured: Mapping[str, Cost]) -> list[Summary]:
-    """With the times that the costs of steps give, where they are known: runs beside others slow one another down.
-
-    Exact training takes as long at each learning rate.
+    Where these are known they say the time of a training, since runs beside others slow one another down. Exact
+    training takes as long at each learning rate.
     """
-    exact = next((one for one in found if one.kind == "exact"), None)
-    if exact is None:
-        return list(found)
-    made = []
-    for one in found:
-        cost = measured.get(one.variant)
-        share = 1.0 if one.kind == "exact" else None if cost is None else cost.time
-        factor = 1.0 if share is None else share * exact.seconds / one.seconds
-        curve = tuple((part, factor * seconds, reached) for part, seconds, reached in one.curve)
-        timed = one.timed or share is not None
-        made.append(dataclasses.replace(one, seconds=factor * one.seconds, curve=curve, timed=timed))
-    return made
+    results = summarised(trained(records))
+    found = results.found.join(costs_of((one for one in records if "costs" in one), results.found))
+    exact = found[found.kind == "exact"]
+    if exact.empty:
+        return dataclasses.replace(results, found=found)
+    share = found.time.astype(float).where(found.kind != "exact", 1.0)
+    factor = (share * exact.seconds.iloc[0] / found.seconds).fillna(1.0)
+    found = found.assign(seconds=factor * found.seconds, timed=found.timed | share.notna())
+    seconds = results.curves.seconds.mul(factor, level="variant")
+    return dataclasses.replace(results, found=found, curves=results.curves.assign(seconds=seconds))
 
 
 def sections(records: Iterable[Record]) -> dict[str, list[Record]]:

@@ -11,25 +11,14 @@ What they say is told in ``summaries.py``.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from records import read
-from summaries import (
-    Cost,
-    Record,
-    Summary,
-    alike,
-    at_rate,
-    evaluated,
-    exact_beside,
-    processor,
-    sections,
-    time_to,
-    trained,
-)
+from summaries import Record, Results, at_rate, evaluated, exact_beside, processor, sections, time_to, trained
 from tabulate import tabulate
 
 _NOTES = """*To exact*, and times to exact's accuracy, are of exact training at the same learning rate where it was run,
@@ -37,52 +26,49 @@ else of the first one. *Time* is of the training alone: *compiling*, with the fi
 comes before it."""
 
 
-def quicker(cost: Cost | None, fallback: float | None) -> str:
+def quicker(quartiles: Any, fallback: float) -> str:
     """How much faster a step is, with quartiles; of each ratio that a training goes through."""
-    if cost is None:
+    if not isinstance(quartiles, Mapping):
         return figure(fallback)
-    return "; ".join(f"{q[1]:.2f} [{q[0]:.2f}, {q[2]:.2f}]" for q in cost.speedup.values())
+    return "; ".join(f"{q[1]:.2f} [{q[0]:.2f}, {q[2]:.2f}]" for q in quartiles.values())
 
 
-def figure(value: float | None, form: str = ".2f") -> str:
-    """``value`` as text, a dash for None."""
-    return "–" if value is None else format(value, form)
+def figure(value: float, form: str = ".2f") -> str:
+    """``value`` as text, a dash for what is not known."""
+    return "–" if pd.isna(value) else format(value, form)
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    if not values:
+def spread(mean: float, deviation: float) -> str:
+    """Mean and standard deviation, which a single run has none of."""
+    if pd.isna(mean):
         return "diverged"
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    return f"{mean:.2f}" if pd.isna(deviation) else f"{mean:.2f} ± {deviation:.2f}"
 
 
-def table(found: Sequence[Summary], within: float, measured: Mapping[str, Cost]) -> str:
+def table(results: Results, within: float) -> str:
     """All variants as a table in markdown, each beside the exact training at its learning rate, if there is one."""
     rows = []
-    for one in found:
-        exact = exact_beside(found, one)
-        goal = None if exact is None else exact.mean
-        share = None if exact is None or one.time is None else one.time / exact.seconds
-        cost = measured.get(one.variant)
-        brief = one.losses is not None and len(one.curve) == 1  # too short to be about accuracy
-        times = [None if goal is None or brief else time_to(one, goal - less) for less in (0.0, within)]
+    for one in results.found.itertuples():
+        exact = exact_beside(results.found, one.rate)
+        goal, whole = (float("nan"),) * 2 if exact is None else (exact.accuracy, exact.seconds)
+        brief = one.epochs == 1 and not pd.isna(one.first_loss)  # too short to be about accuracy
+        times = [time_to(results, one.Index, float("inf") if brief else goal - less) for less in (0.0, within)]
         rows.append(
             [
-                one.variant,
-                str(len(one.accuracies)) + (f" ({one.diverged} diverged)" if one.diverged else ""),
-                spread(list(one.accuracies.values())),
-                figure(None if goal is None or one.mean is None else one.mean - goal, "+.2f"),
-                spread(one.as_trained),
+                one.Index,
+                str(one.runs) + (f" ({one.diverged} diverged)" if one.diverged else ""),
+                spread(one.accuracy, one.deviation),
+                figure(one.accuracy - goal, "+.2f"),
+                spread(one.trained, one.trained_deviation),
                 figure(100 * one.flops, ".1f"),
-                figure(share),
+                figure(one.seconds / whole if one.timed else None),
                 figure(one.warm, ".0f"),
-                quicker(cost, one.speedup),
-                *(figure(None if t is None or exact is None else t / exact.seconds) for t in times),
-                figure(None if one.memory is None else one.memory / 2**20, ".0f"),
-                figure(None if cost is None else 100 * cost.memory, ".0f"),
-                figure(None if cost is None else 100 * cost.traffic, ".0f"),
-                "{:.2f} to {:.2f}".format(*one.losses) if brief else figure(None),
+                quicker(one.quicker, one.speedup),
+                *(figure(time / whole) for time in times),
+                figure(one.memory / 2**20, ".0f"),
+                figure(100 * one.peak, ".0f"),
+                figure(100 * one.traffic, ".0f"),
+                f"{one.first_loss:.2f} to {one.last_loss:.2f}" if brief else "–",
             ]
         )
     heads = [
@@ -107,49 +93,43 @@ def table(found: Sequence[Summary], within: float, measured: Mapping[str, Cost])
     return tabulate(cells, [heads[place] for place in kept], tablefmt="pipe", disable_numparse=True)
 
 
-def rivals(found: Sequence[Summary]) -> str:
+def rivals(results: Results) -> str:
     """What exact baselines of equal cost reach beside the variants whose cost they have; empty if there are none.
 
     A baseline at another learning rate stands beside its variant at that rate.
     """
-    named = {one.variant: one for one in found}
-    rows = []
-    for one in found:
-        target = named.get(one.to) if one.equal else None
-        other = None if target is None else at_rate(found, target, one.rate)
+    found, rows = results.found, []
+    for one in found[(found.equal != "") & found.to.isin(found.index)].itertuples():
+        other = at_rate(found, found.alike[one.to], one.rate)
         if other is None:
             continue
-        seeds = sorted(one.accuracies.keys() & other.accuracies.keys())
-        gains = [other.accuracies[seed] - one.accuracies[seed] for seed in seeds]
+        gains = (results.accuracies[other.Index] - results.accuracies[one.Index]).dropna()
         rows.append(
             [
-                other.variant,
-                spread(list(other.accuracies.values())),
+                other.Index,
+                spread(other.accuracy, other.deviation),
                 f"exact, {'fewer epochs' if one.kind == 'epochs' else 'narrower'}",
                 one.equal.replace("flops", "FLOPs"),
-                spread(list(one.accuracies.values())),
-                spread(gains) if gains else "–",
+                spread(one.accuracy, one.deviation),
+                "–" if gains.empty else spread(gains.mean(), gains.std()),
             ]
         )
     heads = ["variant", "accuracy %", "rival", "of equal", "accuracy %", "variant − rival, pp (by seed)"]
     return tabulate(rows, heads, tablefmt="pipe", disable_numparse=True) if rows else ""
 
 
-def rates(found: Sequence[Summary]) -> str:
+def rates(results: Results) -> str:
     """Accuracies by learning rate, seeds in brackets; empty where no variant had a second one."""
-    columns = sorted({one.rate for one in found})
-    groups: dict[str, dict[float, Summary]] = {}
-    for one in found:
-        groups.setdefault(alike(one.options), {})[one.rate] = one
+    found = results.found
+    columns = sorted(found.rate.unique())
+    cells = found.apply(lambda one: f"{spread(one.accuracy, one.deviation)} ({one.runs})", axis=1)
     rows = []
-    for own in groups.values():
-        if own.keys() != {1.0}:
-            first = own[min(own)]
-            cells = [
-                f"{spread(list(own[r].accuracies.values()))} ({len(own[r].accuracies)})" if r in own else "–"
-                for r in columns
-            ]
-            rows.append([first.variant, figure(100 * first.flops, ".1f"), *cells])
+    for _, own in found.groupby("alike", sort=False):
+        if set(own.rate) != {1.0}:
+            own = own.drop_duplicates("rate", keep="last")
+            first = own.loc[own.rate.idxmin()]
+            by_rate = dict(zip(own.rate, cells[own.index], strict=True))
+            rows.append([first.name, figure(100 * first.flops, ".1f"), *(by_rate.get(rate, "–") for rate in columns)])
     heads = ["variant", "FLOPs % of exact", *(f"{rate:g} times the rate" for rate in columns)]
     return tabulate(rows, heads, tablefmt="pipe", disable_numparse=True) if rows else ""
 
@@ -174,7 +154,7 @@ def described(runs: Sequence[Record]) -> str:
 
 def page(
     parts: Mapping[str, Sequence[Record]],
-    results: Mapping[str, tuple[list[Summary], dict[str, Cost]]],
+    results: Mapping[str, Results],
     within: float,
     command: str,
     figures: Mapping[str, Sequence[str]],
@@ -183,9 +163,8 @@ def page(
     lines = ["# Experiments", "", f"Made by `{command}` from the JSON lines that `run.py` wrote.", "", _NOTES, ""]
     for name, own in parts.items():
         runs = trained(own)
-        found, measured = results[name]
-        lines += [f"## {runs[0]['title']}", "", described(runs), "", table(found, within, measured), ""]
-        lines += [line for text in (rivals(found), rates(found)) if text for line in (text, "")]
+        lines += [f"## {runs[0]['title']}", "", described(runs), "", table(results[name], within), ""]
+        lines += [line for text in (rivals(results[name]), rates(results[name])) if text for line in (text, "")]
         lines += [f"![{runs[0]['title']}]({picture})" for picture in figures.get(name, ())] + [""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -214,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, own in parts.items():
             if max(len(run["epochs"]) for run in trained(own)) == 1:
                 continue  # nothing was learnt yet
-            figures[name] = pictures.draw(results[name][0], own[0]["title"], options.to, name)
+            figures[name] = pictures.draw(results[name], own[0]["title"], options.to, name)
     command = f"python examples/experiments/tables.py {options.folder} --to {options.to}"
     text = page(parts, results, options.within, command, figures)
     (options.to / "tables.md").write_text(text, encoding="utf-8")

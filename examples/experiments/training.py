@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import itertools
 import math
 import time
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fx_approx
+from fx_approx.utils.timing import in_turn, synchronise
 
 RECALIBRATION = 20
 """Batches that the BatchNorm statistics are re-estimated on."""
@@ -170,10 +172,11 @@ class Run:
             self.ratios.jump(self.phases.first[phase])
             self.step(x, y, optimizer)
 
-        steps = {phase: (lambda phase=phase: step(phase)) for phase in self.phases.first}
+        steps = [functools.partial(step, phase) for phase in self.phases.first]
         if self.settings.probe or self.settings.compile:
-            taken = costs.in_turn(steps, self.device, self.settings.probe, self.settings.now)
-            self.seconds = {phase: costs.quartiles(own) for phase, own in taken.items() if len(own) > 1}
+            taken = in_turn(steps, self.device, self.settings.probe, warmup=costs.WARM, clock=self.settings.now)
+            phases = zip(self.phases.first, taken, strict=True)
+            self.seconds = {phase: costs.quartiles(own) for phase, own in phases if len(own) > 1}
         with torch.no_grad():
             for name, value in self.model.state_dict().items():
                 value.copy_(kept[name])
@@ -218,7 +221,7 @@ class Run:
     def _epoch(self, state: dict[str, Any], bar: tqdm) -> None:
         number, losses = len(state["epochs"]), []
         torch.manual_seed(self.seed * 100_003 + number)
-        costs.synchronise(self.device)
+        synchronise(self.device)
         start = self.settings.now()
         taught: tuple[Tensor, ...] = ()
         for x, y in self.source.epoch(self.seed, number, self.training.batch):
@@ -236,7 +239,7 @@ class Run:
             state["flops"] += self.flops[self.phases.names[step]]
             state["step"] = step + 1
             bar.update()
-        costs.synchronise(self.device)
+        synchronise(self.device)
         state["seconds"] += self.settings.now() - start
         each = torch.stack(losses)
         mean = float(each.mean())

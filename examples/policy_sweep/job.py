@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -28,7 +29,7 @@ from fx_approx.runtime.batchnorm import tracked
 from fx_approx.runtime.controls import recalibrate_batchnorm
 from fx_approx.runtime.step_gradient import Loss, scalar
 from fx_approx.runtime.validation import check_model
-from fx_approx.utils.timing import seconds
+from fx_approx.utils.timing import in_turn
 
 ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
 """What Python writes for an object that has no ``repr`` of its own; another in each process."""
@@ -133,12 +134,8 @@ class Job:
         models = [self.build(0), self.approximate(self.build(0), policy, 0)]
         steppers = [self._stepper(model, self.compile) for model in models]
         batch, device = next(self.batches(0)), next(models[0].parameters()).device
-        times: list[list[float]] = [[], []]
-        for number in range(_WARM + self.repeats):
-            for place in (0, 1) if number % 2 else (1, 0):
-                spent = seconds(lambda step=steppers[place]: step(batch), device)  # type: ignore[misc]
-                if number >= _WARM:
-                    times[place].append(spent)
+        steps = [functools.partial(step, batch) for step in steppers]
+        times = in_turn(steps, device, self.repeats, warmup=_WARM, back_and_forth=True)
         ratios = [exact / own for exact, own in zip(*times, strict=True)]
         totals = None if policy is None else report(models[1])
         return {

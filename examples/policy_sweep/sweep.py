@@ -20,7 +20,7 @@ from fx_approx.core.plan import Plan, Policy
 from fx_approx.passes.apply_policy import check_policy
 from fx_approx.runtime.step_gradient import Loss
 from fx_approx.runtime.validation import check_seed
-from fx_approx.schedules import check_step
+from fx_approx.schedules.schedule import check_step
 from fx_approx.utils.disk_cache import DiskCache
 from policy_sweep.job import ADDRESS, Job
 from policy_sweep.result import EXACT, SweepResult, SweepRun, SweepTime
@@ -28,7 +28,7 @@ from policy_sweep.result import EXACT, SweepResult, SweepRun, SweepTime
 _FORMAT = 2
 
 
-def sweep(
+def sweep(  # noqa: PLR0913  (each argument is a choice of the user)
     model: nn.Module | Callable[[], nn.Module],
     data: Iterable[Any] | Callable[[int], Iterable[Any]],
     policies: Mapping[str, Policy],

@@ -21,7 +21,7 @@ def coupling_graph(model: nn.Module) -> nx.Graph:
     Raises:
         ValueError: ``model`` is not transformed, or was transformed without example inputs.
     """
-    analysis = find(model)._fx_approx.analysis
+    analysis = find(model)._fx_approx.record.analysis
     if analysis is None or analysis.demand is None:
         raise ValueError(
             "model: expected one that was transformed with example_inputs, since shapes tell who reads what"

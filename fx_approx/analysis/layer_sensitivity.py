@@ -85,7 +85,6 @@ def sensitivity(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)
         approx: Any = transform(model, policy, example_inputs)
-    flags = [(module, module.training) for module in approx.modules()]
     approx.train()
     exact = [sampled_gradient(approx, batch, loss, (), 0) for batch in batches]
     errors: dict[str, float] = {}
@@ -96,8 +95,6 @@ def sensitivity(
             for number in range(draws)
         ]
         errors.update(dict.fromkeys(names, sum(shares) / len(shares)))
-    for module, training in flags:
-        module.training = training
     return Sensitivity(ratio, errors, _noise(exact))
 
 

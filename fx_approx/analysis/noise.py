@@ -14,23 +14,24 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-from fx_approx._compat import buffers_of, in_backward, set_parameters, tree_map_only, uncompiled
+from fx_approx._compat import buffers_of, in_backward, set_parameters, uncompiled
 from fx_approx.analysis.noise_report import NoiseReport, ProductNoise, Tally, noise_of, sampled_text
-from fx_approx.capture.side_effects import containers
+from fx_approx.capture.containers import copied
+from fx_approx.capture.module_snapshot import AttributeSnapshot
 from fx_approx.capture.trace import kept_random_state
 from fx_approx.core.candidates import Role
 from fx_approx.errors import CaptureWarning
 from fx_approx.ops.base import OPS, SAMPLING_ARGUMENTS
-from fx_approx.ops.gradient_selection import How
+from fx_approx.ops.gradient_selection import ProductSampling
 from fx_approx.passes.find_candidates import META_KEY
 from fx_approx.runtime.approx_module import find
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.layers import SampledLayer
-from fx_approx.runtime.rng import SEED, SELECTION_INTERVAL, STEP, Draw, draw, further
+from fx_approx.runtime.rng import SEED, SELECTION_INTERVAL, STEP, Draw, further
 from fx_approx.runtime.selector import Selector
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel")
-_EXACT = How(None, None, None, False)
+_EXACT = ProductSampling()
 
 
 @torch.inference_mode(False)
@@ -124,11 +125,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _own(value: Any) -> Any:
-    """Copies of all tensors: a forward may change its input, and is known by it (see ``state.fingerprint``)."""
-    return tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), value)
-
-
 def _scalar(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
     value: Any
     if loss is not None:
@@ -157,8 +153,9 @@ def _gradients(
     target: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None, parameters: list[nn.Parameter]
 ) -> tuple[Tensor | None, ...]:
     """The loss's gradient by each parameter, None where it does not depend on it; ``.grad`` is not touched."""
-    kwargs = _own(dict(batch)) if isinstance(batch, Mapping) else {}
-    args = () if isinstance(batch, Mapping) else _own(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,))
+    # Copies: a forward may change its input, and is known by it (fx_approx.runtime.rng.fingerprint).
+    kwargs = copied(dict(batch)) if isinstance(batch, Mapping) else {}
+    args = () if isinstance(batch, Mapping) else copied(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,))
     device = parameters[0].device.type
     dtype = torch.get_autocast_dtype(device)
     with _autocast(device, torch.is_autocast_enabled(device), dtype):
@@ -175,14 +172,7 @@ class _Snapshot:
 
     def __init__(self, target: nn.Module, runtime: Runtime) -> None:
         self.modules = list(dict.fromkeys((*target.modules(), *runtime.modules())))
-        self.attributes = [(vars(module), dict(vars(module))) for module in self.modules]
-        seen: set[int] = set()
-        self.contents = [
-            (container, copy.copy(container))
-            for _, kept in self.attributes
-            for value in kept.values()
-            for container in containers(value, seen)
-        ]
+        self.attributes = AttributeSnapshot((*self.modules, *runtime.parts))
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
@@ -190,22 +180,14 @@ class _Snapshot:
 
         Inside, buffers and other tensors of modules are copies: nobody who holds the originals sees a change.
         """
-        with kept_random_state():
-            try:
-                copies: dict[int, Tensor] = {}
-                for module in self.modules:
-                    for place in (vars(module), buffers_of(module)):
-                        for name, value in list(place.items()):
-                            if isinstance(value, Tensor):
-                                place[name] = copies.setdefault(id(value), _own(value))
-                yield
-            finally:
-                for container, kept in self.contents:
-                    container.clear()
-                    container.update(kept) if isinstance(container, (dict, set)) else container.extend(kept)
-                for attributes, before in self.attributes:
-                    attributes.clear()
-                    attributes.update(before)
+        with kept_random_state(), self.attributes.kept():
+            copies: dict[int, Tensor] = {}
+            for module in self.modules:
+                for place in (vars(module), buffers_of(module)):
+                    for name, value in list(place.items()):
+                        if isinstance(value, Tensor):
+                            place[name] = copies.setdefault(id(value), copied(value))
+            yield
 
 
 @dataclasses.dataclass
@@ -228,7 +210,7 @@ class _Call:
     name: str
     op: str
     number: int
-    multiply: Callable[[Tensor, Tensor, How], Tensor]
+    multiply: Callable[[Tensor, Tensor, ProductSampling], Tensor]
     lhs: Tensor
     rhs: Tensor
     selectors: Mapping[Role, Selector]
@@ -236,16 +218,16 @@ class _Call:
     autocast: tuple[str, bool, torch.dtype]
     grad: Tensor | None = None
 
-    def choose(self, given: Draw | None) -> How:
+    def choose(self, given: Draw | None) -> ProductSampling:
         """Selections for all products that are sampled at present."""
         chosen: dict[Role, Any] = {
             role: selector(None if selector.ahead else self.lhs, self.rhs, given)
             for role, selector in self.selectors.items()
         }
         output, grad_input, grad_weight = map(chosen.get, Role)
-        return How(output, grad_input, grad_weight, self.straight_through)
+        return ProductSampling(output, grad_input, grad_weight, self.straight_through)
 
-    def compute(self, how: How) -> dict[Role, Tensor]:
+    def compute(self, how: ProductSampling) -> dict[Role, Tensor]:
         """Output and gradients, as far as autograd computed them."""
         with _autocast(*self.autocast):
             output = self.multiply(self.lhs, self.rhs, how)
@@ -265,7 +247,7 @@ class _Recorder:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.calls: list[_Call] = []
-        self.candidates = {candidate.name: candidate for candidate in runtime.candidates}
+        self.candidates = {candidate.name: candidate for candidate in runtime.record.candidates}
         self.selectors: dict[str, dict[Role, Selector]] = {}
         for (name, role), selector in runtime.selectors.items():
             self.selectors.setdefault(name, {})[role] = selector
@@ -274,9 +256,9 @@ class _Recorder:
         """Makes the model exact and reports its calls here; to be undone by a :class:`_Snapshot`."""
         for selector in self.runtime.selectors.values():
             selector.enabled = False
-        if self.runtime.graph is not None:
-            assert self.runtime.plain is not None
-            self.runtime.serve(self.runtime.plain, self._interpreted)
+        program = self.runtime.program
+        if program.plain is not None:
+            program.serve(program.plain, self._interpreted)
         names = {selector: name for (name, _), selector in self.runtime.selectors.items()}
         for module in root.modules():
             if isinstance(module, SampledLayer) and module.site is not None and module.site.selectors:
@@ -295,7 +277,7 @@ class _Recorder:
         """A sampled layer was called."""
         twin: Any = copy.copy(module)  # to be called with another weight, and without the hooks
 
-        def multiply(lhs: Tensor, rhs: Tensor, how: How) -> Tensor:
+        def multiply(lhs: Tensor, rhs: Tensor, how: ProductSampling) -> Tensor:
             set_parameters(twin, {"weight": rhs, "bias": None})
             result: Tensor = twin.forward(lhs, *how)
             return result
@@ -308,7 +290,7 @@ class _Recorder:
         op = OPS[self.candidates[name].kind]
         bound = op.bind(args, {key: value for key, value in kwargs.items() if key not in SAMPLING_ARGUMENTS})
 
-        def multiply(lhs: Tensor, rhs: Tensor, how: How) -> Tensor:
+        def multiply(lhs: Tensor, rhs: Tensor, how: ProductSampling) -> Tensor:
             call = {key: torch.zeros_like(v) if isinstance(v, Tensor) else v for key, v in bound.items()}
             call |= {op.lhs: lhs, op.rhs: rhs, **dict(zip(SAMPLING_ARGUMENTS, how, strict=True))}
             return op.function(**call)
@@ -316,7 +298,12 @@ class _Recorder:
         self._add(name, multiply, bound[op.lhs], bound[op.rhs], output)
 
     def _add(
-        self, name: str, multiply: Callable[[Tensor, Tensor, How], Tensor], lhs: Tensor, rhs: Tensor, output: Tensor
+        self,
+        name: str,
+        multiply: Callable[[Tensor, Tensor, ProductSampling], Tensor],
+        lhs: Tensor,
+        rhs: Tensor,
+        output: Tensor,
     ) -> None:
         if in_backward():  # a checkpoint recomputes a call that is known
             return
@@ -329,7 +316,7 @@ class _Recorder:
             lhs=_operand(lhs, output),
             rhs=_operand(rhs, output),
             selectors=self.selectors[name],
-            straight_through=self.runtime.plan[name].straight_through,
+            straight_through=self.runtime.record.plan[name].straight_through,
             autocast=(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
         )
         self.calls.append(call)
@@ -404,4 +391,4 @@ def _drawn(runtime: Runtime, number: int, call: int) -> Draw:
     """The randomness of the ``number``-th of the next forwards, for a layer that was called ``call`` times before."""
     state = runtime.state
     key = further(torch.stack((state[SEED], state[STEP] // state[SELECTION_INTERVAL] + number)), call)
-    return Draw(key, draw(key, runtime.sites, runtime.counts))
+    return runtime.randomness.of(key)

@@ -186,7 +186,6 @@ class ProductNoise:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
         noise = {role.value: None if (one := self.of(role)) is None else one.to_dict() for role in Role}
         return {"name": self.name, "call": self.call, "op": self.op, "sampled": self.sampled, **noise}
 
@@ -252,7 +251,6 @@ class NoiseReport:
         }
 
     def to_json(self, indent: int | None = 2) -> str:
-        """:meth:`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=indent)
 
     def _summary(self) -> str:

@@ -27,7 +27,6 @@ class ScalarLogger:
     prefix: str = "fx_approx"
 
     def __post_init__(self) -> None:
-        """Checks the writer."""
         if not callable(getattr(self.writer, "add_scalar", None)):
             raise TypeError(
                 f"writer: expected add_scalar(tag, value, step), as SummaryWriter has it, got {self.writer!r}"

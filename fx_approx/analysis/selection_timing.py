@@ -15,7 +15,7 @@ from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.snapshot import undone
 from fx_approx.runtime.validation import check_inputs
 from fx_approx.savings.rows import SelectionTime
-from fx_approx.utils.timing import seconds
+from fx_approx.utils.timing import in_turn
 
 _WARM = 3
 
@@ -69,11 +69,11 @@ def selection_time(
 
         choose = torch.compile(select, fullgraph=True, dynamic=False) if compiled else select
         device = approx._fx_approx.state.device
-        times = [(seconds(step, device), seconds(choose, device)) for _ in range(_WARM + repeats)][_WARM:]
-    shares = [choice / whole for whole, choice in times]
+        times = in_turn([step, choose], device, repeats, warmup=_WARM)
+    shares = [choice / whole for whole, choice in zip(*times, strict=True)]
     low, _, high = statistics.quantiles(shares, n=4) if repeats > 1 else shares * 3
-    whole, choice = (statistics.median(values) for values in zip(*times, strict=True))
-    found = approx._fx_approx.selection_time = SelectionTime(choice, whole, (low, high), compiled, repeats)
+    whole, choice = (statistics.median(values) for values in times)
+    found = approx._fx_approx.record.selection_time = SelectionTime(choice, whole, (low, high), compiled, repeats)
     return found
 
 

@@ -37,7 +37,6 @@ class StepTimeEstimate:
         return self.exact.seconds / self.now.seconds
 
     def __str__(self) -> str:
-        """One line."""
         if self.exact.seconds is None or self.now.seconds is None:
             text = f"{self.exact.flops:.4g} operations exact, {self.now.flops:.4g} now, predicted"
         else:

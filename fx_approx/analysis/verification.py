@@ -46,7 +46,6 @@ class Difference:
         return self.difference / self.scale if self.scale else self.difference
 
     def __str__(self) -> str:
-        """Where it is."""
         return f"{self.name} ({self.missing})" if self.missing else self.name
 
 
@@ -120,7 +119,7 @@ def verify(
     """
     subject = model if isinstance(model, GraphHandle) else find(model)
     module, run = module_of(subject, "verify"), runnable(subject, "verify")
-    if any(approx._fx_approx.sharded for approx in pieces_of(subject)):
+    if any(approx._fx_approx.program.sharded for approx in pieces_of(subject)):
         raise ValueError("model: the graph without demand cannot run on shards; verify before fully_shard")
     if not module.training:
         raise ValueError("model: expected training mode, since nothing is sampled in evaluation; call model.train()")
@@ -135,11 +134,11 @@ def verify(
         with undone(subject):
             ours, drawn = _step(subject, run, args, kwargs, loss)
         with undone(subject):
-            for runtime in (approx._fx_approx for approx in pieces_of(subject)):
-                if runtime.plain is not None:
-                    runtime.serve(runtime.plain)
+            for program in (approx._fx_approx.program for approx in pieces_of(subject)):
+                if program.plain is not None:
+                    program.serve(program.plain)
             theirs, drawn_whole = _step(subject, run, args, kwargs, loss)
-    hoisted = any(len(approx._fx_approx.stages) > 2 for approx in pieces_of(subject))
+    hoisted = any(len(approx._fx_approx.program.stages) > 2 for approx in pieces_of(subject))
     found = []
     for kind, mine in ours.items():
         others = theirs[kind]

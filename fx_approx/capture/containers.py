@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_approx._compat import tree_leaves
+from fx_approx._compat import tree_leaves, tree_map_only
 
 
 def built(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -33,12 +33,30 @@ def built(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
 
 
 def leaves(value: Any) -> list[Any]:
-    """The elements of nested containers and dataclasses, in order; None is one."""
+    """The elements of nested containers and dataclasses, in order; None is one.
+
+    Containers are all dicts, lists, tuples, sets and deques, subclasses too, and what pytrees know beside them.
+    """
+    if isinstance(value, Tensor):
+        return [value]
     if is_record(value):
-        return [found for field in dataclasses.fields(value) for found in leaves(getattr(value, field.name, None))]
-    return [
-        found for one in tree_leaves(value, is_leaf=is_record) for found in (leaves(one) if is_record(one) else [one])
-    ]
+        parts = _parts(value)
+    elif isinstance(value, dict):
+        parts = list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+        parts = list(value)
+    else:
+        parts = tree_leaves(value, is_leaf=lambda one: one is not value)
+        if len(parts) == 1 and parts[0] is value:
+            return [value]
+    return [found for one in parts for found in leaves(one)]
+
+
+def _parts(record: Any) -> list[Any]:
+    """The fields of a dataclass; where it is a dict, as outputs of Hugging Face are, what else is in it as well."""
+    fields = {field.name: getattr(record, field.name, None) for field in dataclasses.fields(record)}
+    items = record if isinstance(record, dict) else {}
+    return [*fields.values(), *(one for name, one in items.items() if one is not fields.get(name, items))]
 
 
 def is_record(value: Any) -> bool:
@@ -48,15 +66,12 @@ def is_record(value: Any) -> bool:
 
 def tensors(value: Any) -> list[Tensor]:
     """All tensors in nested containers and dataclasses, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [found for one in value.values() for found in tensors(one)]
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [found for one in value for found in tensors(one)]
-    if is_record(value):
-        return [found for field in dataclasses.fields(value) for found in tensors(getattr(value, field.name, None))]
-    return []
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+
+
+def copied(value: Any) -> Any:
+    """``value`` with a copy in the place of each tensor: without history, asking for a gradient where that one does."""
+    return tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), value)
 
 
 def mean_square(result: Any) -> Tensor:

@@ -275,7 +275,6 @@ class Functions(TorchFunctionMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Ends it."""
         for name in _TAKING_SIZES:
             delattr(Tensor, name)
         super().__exit__(*error)  # type: ignore[no-untyped-call]

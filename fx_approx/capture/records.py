@@ -37,7 +37,7 @@ class Opaque:
 
     @property
     def served(self) -> str:
-        """By what, in words."""
+        """What runs the module instead of the graph, in words."""
         if not self.sections:
             return "module swap"
         more = f" and {len(self.sections) - 3} more" if len(self.sections) > 3 else ""
@@ -194,6 +194,9 @@ class Section:
 @dataclasses.dataclass
 class Capture:
     """A captured model.
+
+    With ``sections``, what their graphs take for granted stands in ``each`` alone: ``branching``, ``readers``,
+    ``frozen``, ``granted`` and ``guard`` are empty.
 
     Attributes:
         graph: The traced graph, whose targets are paths in the skeleton; None if the forward itself cannot be traced.

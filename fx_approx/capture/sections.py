@@ -24,14 +24,13 @@ from fx_approx._compat import (
     parameters_of,
     storage_key,
     tree_leaves,
-    tree_map_only,
     written,
 )
-from fx_approx.capture.containers import tensors
+from fx_approx.capture.containers import copied, tensors
 from fx_approx.capture.error_text import describe
 from fx_approx.capture.fake_model import UNKNOWABLE, fake_model
 from fx_approx.capture.known_values import without_user_hooks
-from fx_approx.capture.records import SECTION, Called, Calls, Capture, Granted, Opaque, Section, call_form
+from fx_approx.capture.records import SECTION, Called, Calls, Capture, Opaque, Section, call_form
 from fx_approx.capture.size_guards import TensorSpec, described
 from fx_approx.capture.trace import capture, kept_random_state, skeleton
 from fx_approx.core.layer_types import FUSED_LAYERS, PRODUCT_LAYERS
@@ -179,7 +178,7 @@ def _recorded(root: nn.Module, outside: Sequence[str], called: tuple[Any, Any], 
     if model is None or example is None:
         return _Record() if refused else fakes
     silenced = without_user_hooks(model)
-    real, inputs = _Record(), tree_map_only(Tensor, _copied, example)
+    real, inputs = _Record(), copied(example)
     attributes = tensors([list(vars(module).values()) for module in model.modules()])
     memory = _OwnMemory([*model.parameters(), *model.buffers(), *attributes, *tensors(inputs)])
     with kept_random_state(), torch.enable_grad(), warnings.catch_warnings(), real.of(model, outside):
@@ -195,10 +194,6 @@ def _recorded(root: nn.Module, outside: Sequence[str], called: tuple[Any, Any], 
     text = f"a copy of the model does not run on the example inputs: {describe(problem)}"
     warnings.warn(text, CaptureWarning, stacklevel=5)
     return real if len(real.calls) > len(fakes.calls) else fakes
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 class _ForeignError(RuntimeError):
@@ -279,7 +274,6 @@ def _joined(
                 targets.add(str(node.target))
     results = [node.args[0] for _, own in parts for node in _nodes(own) if node.op == "output"]
     graph.output(tuple(fx.map_arg(result, copies.__getitem__) for result in results))
-    each = [own for _, own in parts]
     below = [own for _, own in found]
 
     def within(part: Opaque) -> Opaque:
@@ -290,19 +284,11 @@ def _joined(
         graph,
         whole.form,
         tuple(dict.fromkeys((*map(within, whole.opaque), *(part for own in below for part in own.opaque)))),
-        tuple(sorted({path or section.path for section, own in parts for path in own.branching})),
+        (),
         constants,
-        tuple(dict.fromkeys(path for own in each for path in own.readers)),
-        tuple(fact for own in each for fact in own.frozen),
-        Granted(
-            tuple(fact for own in each for fact in own.granted.facts),
-            tuple(pair for own in each for pair in own.granted.tied),
-            tuple(held for own in each for held in own.granted.members),
-        ),
-        None,
-        tuple(section for section, _ in parts),
-        tuple(dataclasses.replace(own, graph=None) for own in each),
-        {path: own for path, own in calls.items() if path not in targets},
+        sections=tuple(section for section, _ in parts),
+        each=tuple(dataclasses.replace(own, graph=None) for _, own in parts),
+        strays={path: own for path, own in calls.items() if path not in targets},
     )
 
 

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fx_approx._compat import HOOKS, buffers_of, children_of, parameters_of
+from fx_approx._compat import HOOKS, buffers_of, parameters_of
 from fx_approx.capture.error_text import describe
 from fx_approx.capture.known_values import KnownValues
 from fx_approx.capture.leaf_tracer import LeafTracer
+from fx_approx.capture.module_snapshot import AttributeSnapshot
 from fx_approx.capture.records import CallForm, Capture, Granted, Opaque, owner
 from fx_approx.capture.side_effects import Reads, containers, random_state, set_random_state
 from fx_approx.capture.traced_values import NeedsValues
@@ -127,7 +128,8 @@ def _capture(
             None, form, (Opaque("", "a layer of torch that is several products in one call"),), (), {}
         ), False
     reads = Reads()
-    with _kept_attributes(root):
+    # A forward may store a Proxy in a module, and fx adds constants.
+    with AttributeSnapshot(root.modules()).kept():
         try:
             tracer, graph, constants = _trace(root, form, path, reads, True, known, may_ask)
         except Exception as error:  # whatever a user's forward does with a Proxy
@@ -157,32 +159,6 @@ def _capture(
 
 def _alike(constants: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> bool:
     return constants.keys() == others.keys() and all(torch.equal(t, others[name]) for name, t in constants.items())
-
-
-@contextlib.contextmanager
-def _kept_attributes(root: nn.Module) -> Iterator[None]:
-    """Restores every module's attributes: a forward may store a Proxy in one, and fx adds constants."""
-    before = [(m, dict(vars(m)), dict(buffers_of(m)), dict(children_of(m))) for m in root.modules()]
-    seen: set[int] = set()
-    filled = [
-        (container, copy.copy(container))
-        for _, attributes, _, _ in before
-        for value in attributes.values()
-        for container in containers(value, seen)
-    ]
-    try:
-        yield
-    finally:
-        for container, contents in filled:
-            container.clear()
-            container.update(contents) if isinstance(container, (dict, set)) else container.extend(contents)
-        for module, attributes, buffers, modules in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-            buffers_of(module).clear()
-            buffers_of(module).update(buffers)
-            children_of(module).clear()
-            children_of(module).update(modules)
 
 
 def _trace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import statistics
 import warnings
@@ -24,9 +25,8 @@ from fx_approx.ops.base import OPS
 from fx_approx.sampling.scores import get_score
 from fx_approx.sampling.spec import SamplerConfig
 from fx_approx.savings.memory_model import Counts, Product, memory
-from fx_approx.utils.timing import seconds
+from fx_approx.utils.timing import in_turn
 
-_WARM = 1
 _NO_OPERATION = ("placeholder", "output", "get_attr")
 
 
@@ -59,12 +59,12 @@ class GraphView:
 
     @property
     def candidates(self) -> Sequence[Candidate]:
-        """All of the model."""
+        """All candidates of the model."""
         return self._compilation.candidates
 
     @property
     def fingerprint(self) -> str:
-        """Of the graph with all shapes and dtypes."""
+        """A hash of the graph with all shapes and dtypes, the key of measurements."""
         graph = self._compilation.captured.graph
         facts = [(one.name, one.kind, repr(one.facts)) for one in self.candidates]
         text = "" if graph is None else str(graph)
@@ -104,7 +104,7 @@ class GraphView:
         if not isinstance(weight, Tensor):
             return None
         with torch.no_grad():
-            norms: Tensor = OPS[found.candidate.kind].scores(None, weight, get_score("weight"), found.static)
+            norms: Tensor = OPS[found.candidate.kind].scores(None, weight, get_score("weight"), found.op_kwargs)
             return norms.float().cpu()
 
     def time(
@@ -118,7 +118,7 @@ class GraphView:
             warnings.simplefilter("ignore")
             models = [self._build(plan).train() for plan in ({}, *plans)]
             calls = [torch.compile(model, dynamic=False) if compiled else model for model in models]
-            times = _alternate(calls, models, args, kwargs, repeats)
+            times = _step_seconds(calls, models, args, kwargs, repeats)
         exact = times[0]
         return [StepTime(statistics.median(own), _quartiles(exact, own)) for own in times]
 
@@ -174,7 +174,7 @@ def _moved(effects: PlanEffects, counts: Counts, products: Mapping[str, Product]
     return {} if found is None else dataclasses.asdict(found)
 
 
-def _alternate(
+def _step_seconds(
     calls: Sequence[Any], models: Sequence[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any], repeats: int
 ) -> list[list[float]]:
     """Seconds of a training step of each, in turn, after one round that does not count.
@@ -182,20 +182,14 @@ def _alternate(
     Each turn has two steps, and the second counts: the first brings back what the others have driven out of caches.
     oneDNN keeps 1024 primitives; where eight variants of a DenseNet take turns, a first step is 1.4 times as long.
     """
-    wanted = [[p for p in model.parameters() if p.requires_grad] for model in models]
+
+    def step(call: Any, model: nn.Module) -> None:
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        torch.autograd.grad(mean_square(call(*args, **kwargs)), wanted, allow_unused=True)
+
     device = next((p.device for p in models[0].parameters()), torch.device("cpu"))
-
-    def step(place: int) -> None:
-        torch.autograd.grad(mean_square(calls[place](*args, **kwargs)), wanted[place], allow_unused=True)
-
-    times: list[list[float]] = [[] for _ in calls]
-    for number in range(_WARM + repeats):
-        for place in range(len(calls)):
-            step(place)
-            spent = seconds(lambda place=place: step(place), device)  # type: ignore[misc]
-            if number >= _WARM:
-                times[place].append(spent)
-    return times
+    steps = [functools.partial(step, call, model) for call, model in zip(calls, models, strict=True)]
+    return in_turn(steps, device, repeats, warmup=1, before=1)
 
 
 def _quartiles(exact: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:

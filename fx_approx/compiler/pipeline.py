@@ -26,6 +26,7 @@ from fx_approx.passes.find_candidates import find_candidates
 from fx_approx.passes.rewrite import guard_graph, make_selectors, place_selections, prune_channels
 from fx_approx.passes.shape_prop import propagate
 from fx_approx.runtime.graph_runtime import Runtime
+from fx_approx.runtime.plan_record import PlanRecord
 
 State = TypeVar("State")
 
@@ -121,13 +122,15 @@ def _prune_channels(work: Rewriting) -> None:
 
 
 def _compile_graph(work: Rewriting) -> None:
-    if work.runtime.stages:
-        work.runtime.compile_graph(work.runtime.stages[-1][1])
-    guard_graph(work.made.root, work.runtime)
+    program = work.runtime.program
+    if program.stages:
+        program.compile_graph(program.stages[-1][1])
+    guard_graph(work.made.root, program)
 
 
 def _describe_effects(work: Rewriting) -> None:
-    work.runtime.effects = work.made.effects(work.runtime.plan, work.analysis, work.prune_unread)
+    record = work.runtime.record
+    record.effects = work.made.effects(record.plan, work.analysis, work.prune_unread)
 
 
 REWRITING: tuple[Pass[Rewriting], ...] = (
@@ -156,13 +159,11 @@ def prepare(root: nn.Module, captured: Capture, called: tuple[Any, Any] | None) 
 
 def install(made: Compilation, plan: Plan, seed: int, selection_interval: int, prune_unread: bool) -> Runtime:
     """Runs :data:`REWRITING`: changes ``made.root`` in place by ``plan``; the runtime that it returns runs it."""
-    runtime = Runtime(made.captured, made.candidates, plan, seed, selection_interval)
-    runtime.called = made.called
-    runtime.learnt = runtime.shaped = made.called is not None
+    analysis, shaped = made.analysis(plan), made.called is not None
+    record = PlanRecord(plan, made.candidates, made.called, shaped, shaped, prune_unread, analysis)
+    runtime = Runtime(made.captured, record, seed, selection_interval)
     first = next(made.root.parameters(), None)
     if first is not None:
         runtime.state = runtime.state.to(first.device)
-    runtime.prunes = prune_unread
-    runtime.analysis = analysis = made.analysis(plan)
     _run(REWRITING, Rewriting(made, runtime, prune_unread, analysis))
     return runtime

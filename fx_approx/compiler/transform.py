@@ -195,8 +195,8 @@ def report(model: nn.Module | GraphHandle) -> SavingsReport:
         return of_all
     approx = find(model)
     runtime = approx._fx_approx
-    resample = runtime.resample
-    if runtime.called is not None and not runtime.learnt:
+    record, resample = runtime.record, runtime.resample
+    if record.called is not None and not record.learnt:
         _learn(approx, runtime)
     covered = coverages(list(resample.each())) if resample is not None and resample.known else {}
     states = {
@@ -205,23 +205,24 @@ def report(model: nn.Module | GraphHandle) -> SavingsReport:
     }
     built = build_report(
         approx.exact_class.__name__,
-        runtime.candidates,
-        runtime.plan,
-        runtime.capture.opaque,
+        record.candidates,
+        record.plan,
+        runtime.program.capture.opaque,
         states,
         approx.training,
-        runtime.called is not None,
-        runtime.effects,
+        record.called is not None,
+        record.effects,
     )
-    return dataclasses.replace(built, selection_time=runtime.selection_time)
+    return dataclasses.replace(built, selection_time=record.selection_time)
 
 
 def _learn(approx: ApproxModule, runtime: Runtime) -> None:
-    assert runtime.called is not None
-    made = prepare(_plain(approx), runtime.capture, runtime.called)
-    runtime.candidates = made.candidates
-    runtime.effects = made.effects(runtime.plan, runtime.analysis, False)
-    runtime.learnt = True
+    record = runtime.record
+    assert record.called is not None
+    made = prepare(_plain(approx), runtime.program.capture, record.called)
+    record.candidates = made.candidates
+    record.effects = made.effects(record.plan, record.analysis, False)
+    record.learnt = True
 
 
 def _plain(approx: ApproxModule) -> nn.Module:
@@ -245,10 +246,11 @@ def restore(model: nn.Module) -> nn.Module:
 
 def _reduce(approx: ApproxModule) -> tuple[Any, ...]:
     runtime = approx._fx_approx
+    record, captured = runtime.record, runtime.program.capture
     switches = {key: (s.spec, s.enabled) for key, s in runtime.selectors.items()}
-    parts = _plain(approx), runtime.plan.to_dict(), runtime.capture.form, sampler_state_dict(approx), switches
-    known = runtime.capture.sections, dict(runtime.capture.strays)
-    return _rebuild, (*parts, runtime.called, runtime.prunes, runtime.shaped, known)
+    parts = _plain(approx), record.plan.to_dict(), captured.form, sampler_state_dict(approx), switches
+    known = captured.sections, dict(captured.strays)
+    return _rebuild, (*parts, record.called, record.prunes, record.shaped, known)
 
 
 def _rebuild(
@@ -269,7 +271,7 @@ def _rebuild(
         approx = _transform(model, Plan.from_dict(plan), made, 0, 1, prune_unread)
     runtime = find(approx)._fx_approx
     load_sampler_state_dict(approx, state)
-    runtime.called = called
+    runtime.record.called = called
     for key, (spec, enabled) in switches.items():
         runtime.selectors[key].set_spec(spec)
         runtime.selectors[key].enabled = enabled

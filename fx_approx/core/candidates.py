@@ -87,7 +87,6 @@ class RoleFlops:
         return self.output + self.grad_input + self.grad_weight
 
     def __add__(self, other: RoleFlops) -> RoleFlops:
-        """Role by role."""
         return RoleFlops(
             self.output + other.output, self.grad_input + other.grad_input, self.grad_weight + other.grad_weight
         )
@@ -100,13 +99,13 @@ class CallShapes:
     Attributes:
         lhs: Shape of the left operand.
         rhs: Shape of the right operand.
-        static: The plain arguments that are not operands, such as ``("stride", (2, 2))``.
+        op_kwargs: The plain arguments that are not operands, such as ``("stride", (2, 2))``.
         channels_last: The left operand lies in memory with its channels last.
     """
 
     lhs: tuple[int, ...]
     rhs: tuple[int, ...]
-    static: tuple[tuple[str, Any], ...] = ()
+    op_kwargs: tuple[tuple[str, Any], ...] = ()
     channels_last: bool = False
 
 

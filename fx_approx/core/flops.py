@@ -55,7 +55,7 @@ class Kept:
         return dataclasses.replace(self, columns=None, share=(1, 1))
 
     def of(self, role: Role) -> int | None:
-        """Of the product ``role``."""
+        """How many pairs are kept of the product ``role``."""
         return {Role.OUTPUT: self.output, Role.GRAD_INPUT: self.grad_input, Role.GRAD_WEIGHT: self.grad_weight}[role]
 
 

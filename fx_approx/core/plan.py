@@ -85,7 +85,6 @@ class Decision:
     scope: str = "layer"
 
     def __post_init__(self) -> None:
-        """Checks the roles."""
         check_roles(self.roles, self.straight_through)
         check_scope(self.scope, self.spec)
 
@@ -95,7 +94,6 @@ class Decision:
         return self.roles.get(Role.OUTPUT)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return {
             "name": self.name,
             "roles": {Role(role).value: spec.to_dict() for role, spec in self.roles.items()},
@@ -108,7 +106,6 @@ class Decision:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Decision:
-        """The inverse of :meth:`to_dict`."""
         cost = data.get("cost")
         if cost is not None:
             cost = CostEstimate(Cost(**cost["exact"]), Cost(**cost["sampled"]), cost["omits"])
@@ -194,18 +191,15 @@ class Plan:
         return any(decision.roles and decision.scope != "layer" for decision in self.decisions)
 
     def __post_init__(self) -> None:
-        """Checks that names are unique."""
         counts = collections.Counter(decision.name for decision in self.decisions)
         twice = [name for name, count in counts.items() if count > 1]
         if twice:
             raise ValueError(f"decisions: two decisions for the same candidate: {', '.join(twice)}")
 
     def __iter__(self) -> Iterator[Decision]:
-        """The decisions in order."""
         return iter(self.decisions)
 
     def __len__(self) -> int:
-        """How many decisions."""
         return len(self.decisions)
 
     def __getitem__(self, name: str) -> Decision:
@@ -282,7 +276,6 @@ class Plan:
         return [self[candidate.name] for candidate in candidates]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return {
             "format": _FORMAT,
             "decisions": [decision.to_dict() for decision in self.decisions],
@@ -302,7 +295,6 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The inverse of :meth:`to_json`."""
         return cls.from_dict(json.loads(text))
 
 

@@ -85,7 +85,7 @@ class StepWorkload:
 
     @property
     def exact(self) -> StepWorkload:
-        """The exact step of the same model."""
+        """The workload of the exact step of the same model."""
         products = tuple(ProductWork(product.candidate, Kept(), {}) for product in self.products)
         moved, memory = self.moved_exact, self.memory_exact
         return StepWorkload(products, moved, moved, 0, 0, memory, memory, self.operations)

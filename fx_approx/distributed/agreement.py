@@ -45,11 +45,12 @@ def check_plans(model: ApproxModule, group: dist.ProcessGroup | None) -> None:
 
 def _described(model: ApproxModule) -> dict[str, str]:
     runtime = model._fx_approx
-    found = {f"layer {one.name}": repr((dict(one.roles), one.scope, one.straight_through)) for one in runtime.plan}
+    plan = runtime.record.plan
+    found = {f"layer {one.name}": repr((dict(one.roles), one.scope, one.straight_through)) for one in plan}
     for (name, role), selector in runtime.selectors.items():
         found[f"layer {name}, {role.value}"] = repr((selector.spec, selector.enabled))
     found.update({name: repr(value) for name, value in zip(_STATE, runtime.state.tolist(), strict=True)})
-    found["demand"] = repr(runtime.prunes)
+    found["demand"] = repr(runtime.record.prunes)
     return found
 
 

@@ -174,12 +174,12 @@ def enable_fsdp(model: Any, group: Any = None) -> None:
     for path, module in sharded.items():
         if hook_count(module) != _FSDP_HOOKS:
             raise ValueError(f"model: {path} has hooks of its own, which a graph cannot call; remove them")
-    runtime = approx._fx_approx
-    stages = [(name, graph) for name, graph in runtime.stages if name != STAGE]
-    if runtime.capture.sections:  # between their graphs Python runs, which needs nothing of this; so all is left to it
-        runtime.function, runtime.pieces = None, {}
+    program = approx._fx_approx.program
+    stages = [(name, graph) for name, graph in program.stages if name != STAGE]
+    if program.capture.sections:  # between their graphs Python runs, which needs nothing of this; so all is left to it
+        program.function, program.pieces = None, {}
     elif stages:
-        divided = divide(approx, runtime, stages[-1][1], group)
-        runtime.stages = [*stages, (STAGE, divided)]
-        runtime.compile_graph(divided)
-    runtime.sharded = dict.fromkeys(sharded.values(), _FSDP_HOOKS)
+        divided = divide(approx, approx._fx_approx, stages[-1][1], group)
+        program.stages = [*stages, (STAGE, divided)]
+        program.compile_graph(divided)
+    program.sharded = dict.fromkeys(sharded.values(), _FSDP_HOOKS)

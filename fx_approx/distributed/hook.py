@@ -27,7 +27,7 @@ class Bucket(Protocol):
     """What is read of a :class:`torch.distributed.GradBucket`."""
 
     def buffer(self) -> Tensor:
-        """All gradients, flat."""
+        """The gradients of the bucket as one flat tensor."""
         ...
 
     def gradients(self) -> list[Tensor]:
@@ -35,11 +35,11 @@ class Bucket(Protocol):
         ...
 
     def parameters(self) -> list[Tensor]:
-        """Whose they are."""
+        """The parameters that the gradients belong to."""
         ...
 
     def index(self) -> int:
-        """Of the bucket."""
+        """The number of the bucket."""
         ...
 
     def is_last(self) -> bool:
@@ -58,11 +58,11 @@ class Packed:
         self._index, self._last = index, last
 
     def buffer(self) -> Tensor:
-        """``[n]``."""
+        """The gradients of the bucket as one flat tensor."""
         return self._buffer
 
     def set_buffer(self, buffer: Tensor) -> None:
-        """Replaces it."""
+        """Puts another tensor in the place of the buffer."""
         self._buffer = buffer
 
     def gradients(self) -> list[Tensor]:
@@ -75,7 +75,7 @@ class Packed:
         return self._owners
 
     def index(self) -> int:
-        """Of the bucket."""
+        """The number of the bucket."""
         return self._index
 
     def is_last(self) -> bool:
@@ -101,7 +101,7 @@ class Part:
 
     @property
     def shape(self) -> list[int]:
-        """Of the slice."""
+        """The shape of the slice that is sent."""
         shape = list(self.gradient.shape)
         for dim, chosen in enumerate((self.rows, self.columns)):
             if chosen is not None:
@@ -110,7 +110,7 @@ class Part:
 
     @property
     def size(self) -> int:
-        """Numbers that are sent."""
+        """How many numbers are sent."""
         return math.prod(self.shape)
 
     def nonzero(self) -> int:
@@ -274,7 +274,7 @@ class SliceHook:
         return future.then(unpack)
 
     def _check(self) -> None:
-        classes = self._model._fx_approx.effects.classes
+        classes = self._model._fx_approx.record.effects.classes
         layers = [", ".join(dict.fromkeys(reading.name for reading in one.readings)) for one in classes]
         digest = digest_of(self._published, self._model._fx_approx.state)
         check_selections(digest, layers, self._group)

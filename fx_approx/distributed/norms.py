@@ -31,7 +31,6 @@ class ShardNorms(nn.Module):
     """
 
     def __init__(self, resample: SharedSelections) -> None:
-        """In front of ``resample``."""
         super().__init__()
         self.resample = (resample,)
 
@@ -82,7 +81,7 @@ class ShardNorms(nn.Module):
         summed = any(isinstance(one, Shard) and one.dim == 0 for one in weight.placements)
         if not summed or selector.groups > 1 or not selector.kind.startswith(("linear", "conv")):
             local = _in_place(weight, local)
-        return weight_scores(selector.kind, local, kind, selector.static).square()
+        return weight_scores(selector.kind, local, kind, selector.op_kwargs).square()
 
 
 def _in_place(weight: DTensor, local: Tensor) -> Tensor:
@@ -130,7 +129,6 @@ class ScoreAgreement(nn.Module):
     """Stands at the end of the graph: averages the running norms that this step has moved over the ranks."""
 
     def __init__(self, model: ApproxModule, group: dist.ProcessGroup | None) -> None:
-        """Of ``model``, over ``group``."""
         super().__init__()
         self.model, self.group = (model,), group
 

@@ -18,7 +18,8 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from fx_approx._compat import tree_leaves
 from fx_approx.distributed.norms import ScoreAgreement, ShardNorms
 from fx_approx.ops.channel_slices import slice_weights
-from fx_approx.runtime.graph_runtime import PROLOGUE, Runtime
+from fx_approx.runtime.graph_program import PROLOGUE
+from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.sharding import is_sharded
 
 _METHOD = "_fx_approx_segment"
@@ -95,7 +96,7 @@ def divide(root: nn.Module, runtime: Runtime, graph: fx.Graph, group: Any) -> fx
         nodes = stretches.pop(path)
         target = f"segment{place}"
         part, made = _outline(new, nodes, f"{PROLOGUE}.{target}", path)
-        runtime.add_module(target, Segment(path, blocks[path], root, runtime.compiled(part)))
+        runtime.add_module(target, Segment(path, blocks[path], root, runtime.program.compiled(part)))
         for other, around in stretches.items():
             if nodes[0] in around:
                 start = around.index(nodes[0])

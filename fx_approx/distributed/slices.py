@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx.core.candidates import Role
-from fx_approx.core.plan_effects import FULL, Axis, PlanEffects
+from fx_approx.core.plan_effects import FULL, Axis
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.selection_tracker import SelectionTracker
 
@@ -37,15 +37,15 @@ class Sliced:
 def find_slices(model: ApproxModule) -> tuple[dict[nn.Parameter, Sliced], dict[str, str]]:
     """The sliced weights of a transformed model; and, for the other sampled layers, why theirs are reduced whole."""
     runtime = model._fx_approx
-    effects: PlanEffects = runtime.effects
-    candidates = {one.name: one for one in runtime.candidates}
+    effects = runtime.record.effects
+    candidates = {one.name: one for one in runtime.record.candidates}
     found, whole = {}, {}
     uses = weight_uses(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     operations = {one.candidate: one for one in effects.operations}
     shared = {reading.name for one in effects.classes for reading in one.readings}
     for name, candidate in candidates.items():
-        decision, operation = runtime.plan[name], operations.get(name)
+        decision, operation = runtime.record.plan[name], operations.get(name)
         path = None if operation is None else operation.weight
         if operation is None or path is None or not candidate.kind.startswith(_WEIGHTED):
             if decision.roles:
@@ -79,7 +79,7 @@ def _narrow(axis: Axis) -> Axis:
 
 def weight_uses(model: ApproxModule) -> Mapping[nn.Parameter, int]:
     """How often the graph reads each parameter; once more where Python beside it may."""
-    captured = model._fx_approx.capture
+    captured = model._fx_approx.program.capture
     graph = captured.graph
     uses: collections.Counter[nn.Parameter] = collections.Counter(model.parameters() if captured.sections else ())
     known = dict(model.named_parameters(remove_duplicate=False))

@@ -32,7 +32,7 @@ class Traffic:
 
     @property
     def dense(self) -> int:
-        """Of all gradients."""
+        """What sending all gradients whole would take."""
         return sum(p.nbytes for p in self._model.parameters() if p.requires_grad)
 
     @property
@@ -58,7 +58,6 @@ class Traffic:
         return entries(axis, [min(one.k, one.pairs) * one.groups for one in resample.each()])
 
     def __str__(self) -> str:
-        """A table, and the sum."""
         lines = []
         for parameter, own in self._sliced.items():
             dense, share = parameter.nbytes, self._share(parameter)

@@ -49,7 +49,6 @@ class Lifted(nn.Module):
     """The root of the skeleton; only its graph runs."""
 
     def forward(self, *values: Any) -> Any:
-        """Nothing that a caller should get at."""
         raise AssertionError("the graph of a Dynamo frame runs, not this")
 
 

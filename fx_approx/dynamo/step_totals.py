@@ -252,7 +252,7 @@ def _roles(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         if op is not None:
             bound = op.bind(args, kwargs)
             lhs, rhs = bound[op.lhs], bound[op.rhs]
-            shape = op.geometry(lhs.shape, rhs.shape, {name: bound[name] for name in op.static})
+            shape = op.geometry(lhs.shape, rhs.shape, {name: bound[name] for name in op.kwarg_names})
             flops = role_flops(shape, lhs.requires_grad, rhs.requires_grad)
             if flops.output == done:
                 return flops

@@ -25,7 +25,7 @@ from fx_approx.ops.einsum import einsum
 from fx_approx.ops.functorch_guard import refuse_transforms
 from fx_approx.ops.gather import gather, has_channels, select_channels
 from fx_approx.ops.grad_norm_ema import new_running
-from fx_approx.ops.gradient_selection import Choice, Early, How, Late, Rule
+from fx_approx.ops.gradient_selection import BackwardDrawn, Choice, ForwardDrawn, ProductSampling, Rule
 from fx_approx.ops.linear import linear
 from fx_approx.ops.matmul import addmm, baddbmm, bmm, matmul, mm
 from fx_approx.ops.narrow_calls import NARROW_CALLS, SLICED_CONVOLUTIONS
@@ -36,12 +36,12 @@ __all__ = [
     "OPS",
     "SAMPLING_ARGUMENTS",
     "SLICED_CONVOLUTIONS",
+    "BackwardDrawn",
     "Choice",
-    "Early",
-    "How",
-    "Late",
+    "ForwardDrawn",
     "Part",
     "ProductOp",
+    "ProductSampling",
     "Rule",
     "Slices",
     "Unsupported",

@@ -1,7 +1,7 @@
 """What every product op tells the passes, and the registry of ops.
 
-An op is one row: how its arguments are named, which two operands it multiplies, the GEMM it is, the scores of its
-column-row pairs, and the function that computes it from a :class:`~fx_approx.sampling.Selection`.
+An op is one row of the registry. It says how the arguments are named, which two operands are multiplied, the GEMM that
+this is, the scores of the column-row pairs, and the function that computes it from selections.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from torch import Tensor
 
 from fx_approx.core.candidates import GemmShape, Role
 from fx_approx.ops.gather import channels_last_order
+from fx_approx.ops.gradient_selection import ProductSampling
 from fx_approx.sampling.base import Selection
 from fx_approx.sampling.scores import ScoreKind
 from fx_approx.sampling.spec import SamplerConfig
 
-SAMPLING_ARGUMENTS = ("selection", "grad_input", "grad_weight", "straight_through")
-"""What the functions of ops take beyond the exact call's arguments, by keyword."""
+SAMPLING_ARGUMENTS = ProductSampling._fields
+"""Names of the keyword arguments that the functions of ops take beyond those of the exact call."""
+
+OpKwargs = Mapping[str, Any]
+"""The plain arguments of an op, such as stride and padding, by name."""
 
 
 class Unsupported(ValueError):
@@ -32,7 +36,7 @@ class Unsupported(ValueError):
 class ScoreFunction(Protocol):
     """Scores ``[groups, pairs]`` of the pairs of a product; non-negative, float32 (float64 for float64)."""
 
-    def __call__(self, lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, static: Mapping[str, Any]) -> Tensor:
+    def __call__(self, lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, op_kwargs: OpKwargs) -> Tensor:
         """The scores of ``kind`` for these operands."""
         ...
 
@@ -43,20 +47,12 @@ class RolePairs(Protocol):
     Those are the two gradients, and the output of a batched product whose members choose each for itself.
     """
 
-    def count(
-        self, role: Role, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerConfig
-    ) -> tuple[int, int]:
+    def count(self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs, spec: SamplerConfig) -> tuple[int, int]:
         """Groups that choose apart from each other, and pairs of each; (1, 0) if they cannot be sampled."""
         ...
 
     def scores(
-        self,
-        role: Role,
-        lhs: Tensor,
-        rhs: Tensor,
-        static: Mapping[str, Any],
-        spec: SamplerConfig,
-        running: Tensor | None,
+        self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs, spec: SamplerConfig, running: Tensor | None
     ) -> Tensor:
         """Scores ``[groups, pairs]`` that do not read the gradient, see :class:`fx_approx.sampling.ScoreKind`.
 
@@ -64,7 +60,7 @@ class RolePairs(Protocol):
         """
         ...
 
-    def positions(self, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerConfig) -> int:
+    def positions(self, lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs, spec: SamplerConfig) -> int:
         """How many consecutive rows of the weight gradient's contraction have a running norm of their own."""
         ...
 
@@ -81,8 +77,8 @@ class ProductOp:
         rhs: Argument name of the right operand (the weight).
         targets: The exact functions that a graph may call.
         methods: The tensor methods that a graph may call.
-        static: Names of arguments that are plain values and that ``geometry`` and ``scores`` read.
-        geometry: ``(lhs_shape, rhs_shape, static) -> GemmShape``; raises :class:`Unsupported`.
+        kwarg_names: Names of the arguments that are plain values and that ``geometry`` and ``scores`` read.
+        geometry: ``(lhs_shape, rhs_shape, op_kwargs) -> GemmShape``; raises :class:`Unsupported`.
         pairs: Pairs per group of two operands (the left one may be None), 0 if they cannot be sampled; plain integers,
             so that it traces.
         scores: Scores of the pairs.
@@ -99,14 +95,14 @@ class ProductOp:
     lhs: str
     rhs: str
     targets: tuple[Callable[..., Any], ...]
-    geometry: Callable[[torch.Size, torch.Size, Mapping[str, Any]], GemmShape]
-    pairs: Callable[[Tensor | None, Tensor, Mapping[str, Any]], int]
+    geometry: Callable[[torch.Size, torch.Size, OpKwargs], GemmShape]
+    pairs: Callable[[Tensor | None, Tensor, OpKwargs], int]
     scores: ScoreFunction
     roles: RolePairs
-    check: Callable[[Mapping[str, Any]], None] = lambda static: None
-    fits: Callable[[Tensor, Tensor, Mapping[str, Any]], bool] = lambda lhs, rhs, static: True
+    check: Callable[[OpKwargs], None] = lambda op_kwargs: None
+    fits: Callable[[Tensor, Tensor, OpKwargs], bool] = lambda lhs, rhs, op_kwargs: True
     methods: tuple[str, ...] = ()
-    static: tuple[str, ...] = ()
+    kwarg_names: tuple[str, ...] = ()
     keeps_both: bool = False
 
     @property

@@ -114,7 +114,7 @@ def tapped(input: Tensor, dim: int, chosen: Selection | None, size: int | None =
 
 
 def tapped_relu(input: Tensor, dim: int, chosen: Selection | None, inplace: bool = False) -> tuple[Tensor, Tensor]:
-    """:func:`tapped` of ``F.relu(input, inplace)``, which keeps less for backward; see :func:`rectified.tap_relu`."""
+    """:func:`tapped` of ``F.relu(input, inplace)``, which keeps less for backward; see :func:`tapped_relu.tap_relu`."""
     if chosen is None:
         whole = F.relu(input, inplace)
         return whole, whole
@@ -199,7 +199,7 @@ def pad_parts(
     Args:
         input: Any shape.
         pad: As ``F.pad`` takes it.
-        value: As there.
+        value: What the new entries are filled with; None for zeros.
         dim: The axis of the channels.
         ends: What stands before and behind those of ``input`` along that axis.
     """

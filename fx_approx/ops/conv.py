@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fx_approx.core.candidates import GemmShape
-from fx_approx.ops.base import ProductOp, norm, ones_like_scores, register_op
-from fx_approx.ops.conv_gradients import ConvPairs, IntOrTuple, each_axis, sampled_convolution
+from fx_approx.ops.base import OpKwargs, ProductOp, norm, ones_like_scores, register_op
+from fx_approx.ops.conv_gradients import (
+    ConvGeometry,
+    ConvPairs,
+    IntOrTuple,
+    each_axis,
+    output_size,
+    sampled_convolution,
+)
 from fx_approx.ops.gather import has_channels, select_channels
-from fx_approx.ops.gradient_selection import Choice, How
-from fx_approx.sampling.base import Selection
+from fx_approx.ops.gradient_selection import ProductSampling, SamplingKeywords, sampled_op
 from fx_approx.sampling.scores import ScoreKind
 
 
 def _make(exact: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    @sampled_op
     def conv(
         input: Tensor,
         weight: Tensor,
@@ -28,20 +35,15 @@ def _make(exact: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
         padding: str | IntOrTuple = 0,
         dilation: IntOrTuple = 1,
         groups: int = 1,
-        *,
-        selection: Selection | None = None,
-        grad_input: Choice = None,
-        grad_weight: Choice = None,
-        straight_through: bool = False,
+        **keywords: Unpack[SamplingKeywords],
     ) -> Tensor:
-        how = How(selection, grad_input, grad_weight, straight_through)
-        if not has_channels(input, weight, groups):
-            return exact(input, weight, bias, stride, padding, dilation, groups)
-        if how.gradients_apart:
-            static = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-            return sampled_convolution(input, weight, bias, static, how)
-        if selection is not None:
-            input, weight = select_channels(input, weight, groups, selection)
+        sampling = ProductSampling(**keywords)
+        if has_channels(input, weight, groups):
+            if sampling.gradients_apart:
+                op_kwargs = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+                return sampled_convolution(input, weight, bias, op_kwargs, sampling)
+            if sampling.selection is not None:
+                input, weight = select_channels(input, weight, groups, sampling.selection)
         return exact(input, weight, bias, stride, padding, dilation, groups)
 
     conv.__name__ = conv.__qualname__ = name
@@ -51,14 +53,15 @@ def _make(exact: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
         input: ``[N, C, ...]`` or ``[C, ...]``; channels_last is kept.
         weight: ``[O, C / groups, ...]``.
         bias: ``[O]`` or None; always added in full, its gradient is always exact.
-        stride: As in ``torch.nn.functional.{name}``.
-        padding: As there.
-        dilation: As there.
-        groups: As there; channels are chosen within each group.
+        stride: Steps between output positions, as in ``torch.nn.functional.{name}``.
+        padding: Zeros on both sides of each axis, or ``"valid"`` or ``"same"``.
+        dilation: Steps between the entries of the kernel.
+        groups: Groups of channels; channels are chosen within each group.
         selection: Of the input channels, indices and scale ``[groups, k]``, for the output; None for the exact one.
         grad_input: Of the output channels, ``[groups, k]``, for the gradient of ``input``.
-        grad_weight: Of the examples, ``[1, k]``, for the gradient of ``weight``; with ``Early(..., positions=True)`` of
-            all output positions of all examples, those of an example one behind the other.
+        grad_weight: Of the examples, ``[1, k]``, for the gradient of ``weight``; with
+            ``ForwardDrawn(..., positions=True)`` of all output positions of all examples, those of an example one
+            behind the other.
         straight_through: Gradients do not follow ``selection``, as if the output were exact.
 
     Returns:
@@ -73,27 +76,24 @@ conv2d = _make(F.conv2d, "conv2d")
 conv3d = _make(F.conv3d, "conv3d")
 
 
-def output_positions(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]) -> tuple[int, ...]:
+def output_positions(lhs: torch.Size, rhs: torch.Size, op_kwargs: OpKwargs) -> tuple[int, ...]:
     """Spatial size of a convolution's output, from the shapes of input and weight and the call's plain arguments."""
-    spatial = len(rhs) - 2
-    stride, dilation = each_axis(static["stride"], spatial), each_axis(static["dilation"], spatial)
-    padding = static["padding"]
+    spatial, padding = len(rhs) - 2, op_kwargs["padding"]
     if padding == "same":
         return tuple(lhs[-spatial:])
-    pads = (0,) * spatial if padding == "valid" else each_axis(padding, spatial)
-    return tuple(
-        (lhs[i - spatial] + 2 * pads[i] - dilation[i] * (rhs[2 + i] - 1) - 1) // stride[i] + 1 for i in range(spatial)
-    )
+    stride, dilation = each_axis(op_kwargs["stride"], spatial), each_axis(op_kwargs["dilation"], spatial)
+    padding = each_axis(0 if padding == "valid" else padding, spatial)
+    return output_size(lhs, rhs[2:], ConvGeometry(stride, padding, dilation, groups=1))
 
 
-def _fits(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> bool:
-    return has_channels(lhs, rhs, static["groups"])
+def _fits(lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs) -> bool:
+    return has_channels(lhs, rhs, op_kwargs["groups"])
 
 
-def _geometry(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]) -> GemmShape:
-    groups, block = static["groups"], math.prod(rhs[2:])
+def _geometry(lhs: torch.Size, rhs: torch.Size, op_kwargs: OpKwargs) -> GemmShape:
+    groups, block = op_kwargs["groups"], math.prod(rhs[2:])
     examples = lhs[0] if len(lhs) == len(rhs) else 1
-    positions = math.prod(output_positions(lhs, rhs, static))
+    positions = math.prod(output_positions(lhs, rhs, op_kwargs))
     return GemmShape(
         m=examples * positions,
         n=rhs[0] // groups,
@@ -104,13 +104,13 @@ def _geometry(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]) -> Ge
     )
 
 
-def _pairs(lhs: Tensor | None, rhs: Tensor, static: Mapping[str, Any]) -> int:
+def _pairs(lhs: Tensor | None, rhs: Tensor, op_kwargs: OpKwargs) -> int:
     return rhs.shape[1]
 
 
-def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, static: Mapping[str, Any]) -> Tensor:
+def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, op_kwargs: OpKwargs) -> Tensor:
     """‖X[:,j]‖·‖W[:,j]‖ for input channel j: the paper's proxy for the norm of the pair's convolution."""
-    groups, pairs = static["groups"], rhs.shape[1]
+    groups, pairs = op_kwargs["groups"], rhs.shape[1]
     scores = ones_like_scores(rhs, groups, pairs)
     if "input" in kind.reads and lhs is not None:
         channel = lhs.dim() - (rhs.dim() - 1)
@@ -133,7 +133,7 @@ for _exact, _sampled in ((F.conv1d, conv1d), (F.conv2d, conv2d), (F.conv3d, conv
             scores=_scores,
             fits=_fits,
             roles=ConvPairs(),
-            static=("stride", "padding", "dilation", "groups"),
+            kwarg_names=("stride", "padding", "dilation", "groups"),
             keeps_both=True,
         )
     )

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from fx_approx.core.candidates import GemmShape, Role
-from fx_approx.ops.base import ProductOp, Unsupported, norm, ones_like_scores, register_op, single
+from fx_approx.ops.base import OpKwargs, ProductOp, Unsupported, norm, ones_like_scores, register_op, single
 from fx_approx.ops.gather import gather, scaled
-from fx_approx.ops.gradient_selection import Choice, How
+from fx_approx.ops.gradient_selection import ProductSampling, SamplingKeywords, sampled_op
 from fx_approx.ops.matmul_gradients import MatrixPairs, product
 from fx_approx.sampling.base import Selection
 from fx_approx.sampling.scores import ScoreKind
@@ -74,16 +73,8 @@ def _parse(equation: Any) -> _Equation:
     return parsed
 
 
-def einsum(
-    equation: str,
-    lhs: Tensor,
-    rhs: Tensor,
-    *,
-    selection: Selection | None = None,
-    grad_input: Choice = None,
-    grad_weight: Choice = None,
-    straight_through: bool = False,
-) -> Tensor:
+@sampled_op
+def einsum(equation: str, lhs: Tensor, rhs: Tensor, **keywords: Unpack[SamplingKeywords]) -> Tensor:
     """``torch.einsum(equation, lhs, rhs)``, each of its three products from its own selection; None is exact.
 
     Args:
@@ -96,16 +87,17 @@ def einsum(
         grad_weight: For the gradient of ``rhs``, likewise of the labels that only ``lhs`` has, flattened.
         straight_through: Gradients do not follow ``selection``, as if the product were exact.
     """
-    how = How(selection, grad_input, grad_weight, straight_through)
-    if how.gradients_apart or (selection is not None and selection.indices.shape[0] > 1):
+    sampling = ProductSampling(**keywords)
+    selection = sampling.selection
+    if sampling.gradients_apart or sampling.per_batch:
         parsed = _parse(equation)
         x, w = _view(lhs, rhs, {"equation": equation})
         if selection is not None:
             block = x.shape[-1] // lhs.shape[parsed.lhs.index(parsed.pair)]
-            how = how._replace(selection=_blocks(selection, block))
+            sampling = sampling._replace(selection=_blocks(selection, block))
         sizes = _sizes(parsed, lhs.shape, rhs.shape)
         labels = parsed.batch + parsed.rows + parsed.columns
-        result = product(x, w, None, how).reshape([sizes[label] for label in labels])
+        result = product(x, w, None, sampling).reshape([sizes[label] for label in labels])
         return result.permute([labels.index(label) for label in parsed.output])
     if selection is not None:
         parsed = _parse(equation)
@@ -127,9 +119,9 @@ def _blocks(selection: Selection, block: int) -> Selection:
     return Selection(entries, None if scale is None else scale.repeat_interleave(block, -1))
 
 
-def _view(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _view(lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs) -> tuple[Tensor, Tensor]:
     """``x [m, K]`` and ``w [n, K]``, or ``[b, ...]`` if labels are shared; K has the sampled label first."""
-    parsed = _parse(static["equation"])
+    parsed = _parse(op_kwargs["equation"])
 
     def matrix(operand: Tensor, labels: str, own: str) -> Tensor:
         wanted = parsed.batch + own + parsed.contracted
@@ -150,41 +142,33 @@ def _view(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> tuple[Tensor, 
 class _EinsumPairs(MatrixPairs):
     """Entries of the sampled label are pairs of the output, the other contracted labels their block."""
 
-    def count(
-        self, role: Role, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerConfig
-    ) -> tuple[int, int]:
-        """As the protocol says."""
-        groups, pairs = super().count(role, lhs, rhs, static, spec)
-        return groups, _pairs(lhs, rhs, static) if role is Role.OUTPUT else pairs
+    def count(self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs, spec: SamplerConfig) -> tuple[int, int]:
+        """Groups that choose apart from each other, and the pairs of each."""
+        groups, pairs = super().count(role, lhs, rhs, op_kwargs, spec)
+        return groups, _pairs(lhs, rhs, op_kwargs) if role is Role.OUTPUT else pairs
 
-    def positions(self, lhs: Tensor, rhs: Tensor, static: Mapping[str, Any], spec: SamplerConfig) -> int:
+    def positions(self, lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs, spec: SamplerConfig) -> int:
         """The last of the labels that only ``lhs`` has, if there is another one before it."""
-        parsed = _parse(static["equation"])
+        parsed = _parse(op_kwargs["equation"])
         return lhs.shape[parsed.lhs.index(parsed.rows[-1])] if len(parsed.batch + parsed.rows) > 1 else 1
 
     def scores(
-        self,
-        role: Role,
-        lhs: Tensor,
-        rhs: Tensor,
-        static: Mapping[str, Any],
-        spec: SamplerConfig,
-        running: Tensor | None,
+        self, role: Role, lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs, spec: SamplerConfig, running: Tensor | None
     ) -> Tensor:
-        """As the protocol says; a block scores √Σ s² of its entries."""
-        scores = super().scores(role, lhs, rhs, static, spec, running)
+        """Scores ``[groups, pairs]``, without reading the gradient. A block scores √Σ s² of its entries."""
+        scores = super().scores(role, lhs, rhs, op_kwargs, spec, running)
         if role is not Role.OUTPUT:
             return scores
-        return norm(scores.unflatten(-1, (_pairs(lhs, rhs, static), -1)), (-1,))
+        return norm(scores.unflatten(-1, (_pairs(lhs, rhs, op_kwargs), -1)), (-1,))
 
 
 def _sizes(parsed: _Equation, lhs: torch.Size, rhs: torch.Size) -> dict[str, int]:
     return dict(zip(parsed.lhs, lhs, strict=True)) | dict(zip(parsed.rhs, rhs, strict=True))
 
 
-def _geometry(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]) -> GemmShape:
+def _geometry(lhs: torch.Size, rhs: torch.Size, op_kwargs: OpKwargs) -> GemmShape:
     """Labels in both operands and the output are batch, in one operand only are rows or columns."""
-    parsed = _parse(static["equation"])
+    parsed = _parse(op_kwargs["equation"])
     sizes = _sizes(parsed, lhs, rhs)
 
     def size(labels: str) -> int:
@@ -200,20 +184,20 @@ def _geometry(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]) -> Ge
     )
 
 
-def _pairs(lhs: Tensor | None, rhs: Tensor, static: Mapping[str, Any]) -> int:
-    parsed = _parse(static["equation"])
+def _pairs(lhs: Tensor | None, rhs: Tensor, op_kwargs: OpKwargs) -> int:
+    parsed = _parse(op_kwargs["equation"])
     return rhs.shape[parsed.rhs.index(parsed.pair)]
 
 
-def _check(static: Mapping[str, Any]) -> None:
-    _parse(static["equation"])
+def _check(op_kwargs: OpKwargs) -> None:
+    _parse(op_kwargs["equation"])
 
 
-def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, static: Mapping[str, Any]) -> Tensor:
+def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, op_kwargs: OpKwargs) -> Tensor:
     """√(Σ_b ‖A_b,j‖²·‖B_b,j‖²) over the labels b that both operands share and the output keeps."""
-    parsed = _parse(static["equation"])
+    parsed = _parse(op_kwargs["equation"])
     if not ({"input", "weight"} & kind.reads):
-        return ones_like_scores(rhs, 1, _pairs(lhs, rhs, static))
+        return ones_like_scores(rhs, 1, _pairs(lhs, rhs, op_kwargs))
     kept = parsed.batch + parsed.pair
     wide = torch.float64 if rhs.dtype == torch.float64 else torch.float32
     sides = [(parsed.rhs, rhs)] * ("weight" in kind.reads)
@@ -237,6 +221,6 @@ EINSUM = register_op(
         check=_check,
         scores=_scores,
         roles=_EinsumPairs(_view),
-        static=("equation",),
+        kwarg_names=("equation",),
     )
 )

@@ -16,6 +16,13 @@ Order = tuple[int, ...] | None
 """What :func:`channels_last_order` gives."""
 
 
+def _keep_index(ctx: Any, inputs: tuple[Tensor, int, Tensor], output: Any) -> None:
+    source, ctx.dim, index = inputs
+    ctx.size, ctx.order = source.shape[ctx.dim], channels_last_order(source)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(index)
+
+
 class _Gather(torch.autograd.Function):
     """``index_select`` whose backward is ``index_copy``: indices are unique, so nothing is accumulated.
 
@@ -27,12 +34,7 @@ class _Gather(torch.autograd.Function):
     def forward(source: Tensor, dim: int, index: Tensor) -> Tensor:
         return select(source, dim, index)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int, Tensor], output: Tensor) -> None:
-        source, ctx.dim, index = inputs
-        ctx.size, ctx.order = source.shape[ctx.dim], channels_last_order(source)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(index)
+    setup_context = staticmethod(_keep_index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
@@ -235,12 +237,7 @@ class _Tap(torch.autograd.Function):
     def forward(source: Tensor, dim: int, index: Tensor) -> tuple[Tensor, Tensor]:
         return source.view_as(source), select(source, dim, index)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int, Tensor], output: tuple[Tensor, Tensor]) -> None:
-        source, ctx.dim, index = inputs
-        ctx.size, ctx.order = source.shape[ctx.dim], channels_last_order(source)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(index)
+    setup_context = staticmethod(_keep_index)
 
     @staticmethod
     def backward(ctx: Any, whole: Tensor | None, part: Tensor | None) -> tuple[Tensor | None, None, None]:

@@ -1,28 +1,27 @@
-"""How the two gradients of a product are computed: exactly, or from a selection made early or late."""
+"""How a sampled product is described: one selection for each of its three products, and when each is drawn."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, TypeVar, get_type_hints
 
-import torch
 from torch import Tensor
 
-from fx_approx.ops.gather import gather
-from fx_approx.sampling.base import Selection, get_sampler
+from fx_approx.sampling.base import Selection
 
 
 class Rule(NamedTuple):
-    """How a selection is drawn once the gradient is there.
+    """How a selection is drawn in the backward pass.
 
     Attributes:
         sampler: A key of ``SAMPLERS``.
         k: Pairs to keep per group.
         epsilon: Share of uniform probability.
-        reads_gradient: The scores count the norms of the gradient ...
-        reads_operand: ... and those of the other operand.
-        positions: The pairs are output positions, not examples, of a convolution.
-        per_batch: Each product of a batch draws its own.
+        reads_gradient: Whether the scores read the norms of the gradient.
+        reads_operand: Whether the scores read the norms of the other operand.
+        positions: The pairs are output positions of a convolution, not examples.
+        per_batch: Each product of a batch draws its own selection.
     """
 
     sampler: str
@@ -34,26 +33,26 @@ class Rule(NamedTuple):
     per_batch: bool = False
 
 
-class Late(NamedTuple):
-    """A selection that is still to be drawn, in the backward pass, since its scores read the gradient.
+class BackwardDrawn(NamedTuple):
+    """A selection that the backward pass will draw, since its scores read the gradient.
 
     Attributes:
-        rule: How.
-        numbers: The uniforms ``[groups, n]``, drawn in the forward pass so that a recomputation has the same; None for
-            a sampler that is not random.
+        rule: The sampler and what its scores read.
+        numbers: The uniforms ``[groups, n]`` of the sampler, drawn in the forward pass so that a recomputation has the
+            same ones. None for a sampler that is not random.
     """
 
     rule: Rule
     numbers: Tensor | None
 
 
-class Early(NamedTuple):
-    """A selection for a gradient that was made in the forward pass.
+class ForwardDrawn(NamedTuple):
+    """A selection for a gradient that was drawn in the forward pass.
 
     Attributes:
-        selection: Which pairs.
-        positions: They are output positions, not examples, of a convolution.
-        running: ``[positions]`` running norms of the gradient's rows by position, which the backward pass refreshes;
+        selection: The chosen pairs.
+        positions: The pairs are output positions of a convolution, not examples.
+        running: ``[positions]`` running norms of the gradient's rows by position, which the backward pass refreshes.
             None if no score needs them.
     """
 
@@ -62,17 +61,24 @@ class Early(NamedTuple):
     running: Tensor | None = None
 
 
-Choice = Selection | Early | Late | None
-"""The selection of a gradient product: made, to be made, or None for the exact product."""
+Choice = Selection | ForwardDrawn | BackwardDrawn | None
+"""The selection for a gradient: already drawn, to be drawn in the backward pass, or None for the exact gradient."""
 
 
-class How(NamedTuple):
-    """How a product is computed: the selection of each of its three products, see :func:`fx_approx.ops.linear`."""
+class ProductSampling(NamedTuple):
+    """How the three products of an op are computed. Without arguments all three are exact.
 
-    selection: Selection | None
-    grad_input: Choice
-    grad_weight: Choice
-    straight_through: bool
+    Attributes:
+        selection: For the output; None for the exact output.
+        grad_input: For the gradient of the left operand.
+        grad_weight: For the gradient of the right operand.
+        straight_through: The gradients do not follow ``selection``, as if the output were exact.
+    """
+
+    selection: Selection | None = None
+    grad_input: Choice = None
+    grad_weight: Choice = None
+    straight_through: bool = False
 
     @property
     def gradients_apart(self) -> bool:
@@ -80,63 +86,31 @@ class How(NamedTuple):
         apart = self.grad_input is not None or self.grad_weight is not None
         return apart or (self.straight_through and self.selection is not None)
 
-
-_Flat = tuple[Tensor | None, Tensor | None, Tensor | None, Rule | None, Tensor | None]
-
-
-def flat(choice: Choice) -> _Flat:
-    """``(indices, scale, numbers, rule, running)``: what an autograd function can take as arguments."""
-    if choice is None:
-        return None, None, None, None, None
-    if isinstance(choice, Late):
-        return None, None, choice.numbers, choice.rule, None
-    early = choice if isinstance(choice, Early) else Early(choice)
-    return early.selection.indices, early.selection.scale, None, None, early.running
+    @property
+    def per_batch(self) -> bool:
+        """Whether each product of a batch has its own selection for the output."""
+        return self.selection is not None and self.selection.indices.shape[0] > 1
 
 
-def draw_late(rule: Rule, numbers: Tensor | None, scores: Tensor) -> Selection:
-    """The selection of ``rule`` from scores ``[groups, pairs]``; no gradient flows to them."""
-    return get_sampler(rule.sampler).draw(
-        scores.detach(), rule.k, numbers, epsilon=rule.epsilon, static=torch.compiler.is_compiling()
-    )
+class SamplingKeywords(TypedDict, total=False):
+    """The fields of :class:`ProductSampling` as the keyword arguments of an op."""
+
+    selection: Selection | None
+    grad_input: Choice
+    grad_weight: Choice
+    straight_through: bool
 
 
-def pick(source: Tensor, dim: int, indices: Tensor) -> Tensor:
-    """The entries ``indices`` of ``source`` along ``dim``, differentiable.
-
-    Args:
-        source: Any shape if ``indices`` has one group, else ``[groups, ...]``.
-        dim: The axis, negative; -1 or -2 if there are several groups.
-        indices: ``[groups, k]``, unique in each group.
-    """
-    if indices.shape[0] == 1:
-        return gather(source, dim, indices[0])
-    if dim == -1:
-        return pick(source.mT, -2, indices).mT
-    return gather(source, -2, indices)
+_Op = TypeVar("_Op", bound=Callable[..., Tensor])
 
 
-def spread(scale: Tensor, dim: int) -> Tensor:
-    """A scale ``[groups, k]`` in the shape that multiplies along axis ``dim`` (-1 or -2) of a matrix or a batch."""
-    column = scale.unsqueeze(-1) if dim == -2 else scale.unsqueeze(-2)
-    return column[0] if scale.shape[0] == 1 else column
-
-
-def amp(*tensors: Any) -> list[Any]:
-    """The operands as autocast would hand them to a product; themselves where it is off. None stays None."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
-
-
-def for_backward(part: Callable[[], Tensor]) -> Tensor:
-    """What is kept of an operand, made outside of the autograd function so that it can be differentiated twice.
-
-    Compiled code has no second derivative, and would pay for the zeros that the first one sends here.
-    """
-    if torch.compiler.is_compiling():
-        with torch.no_grad():
-            return part()
-    return part()
+def sampled_op(function: _Op) -> _Op:
+    """Marks a function that takes :class:`SamplingKeywords`: its signature lists them, with their defaults."""
+    signature, types = inspect.signature(function), get_type_hints(ProductSampling)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    keywords = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[name])
+        for name, default in ProductSampling._field_defaults.items()
+    ]
+    function.__dict__["__signature__"] = signature.replace(parameters=[*own, *keywords])
+    return function

@@ -9,6 +9,6 @@ from torch import nn
 from fx_approx.ops.base import OPS
 
 
-def static_of(module: nn.Module, kind: str) -> dict[str, Any]:
-    """The plain arguments of a layer that its op's ``static`` names."""
-    return {name: getattr(module, name) for name in OPS[kind].static}
+def op_kwargs_of(module: nn.Module, kind: str) -> dict[str, Any]:
+    """The plain arguments of a layer that its op names."""
+    return {name: getattr(module, name) for name in OPS[kind].kwarg_names}

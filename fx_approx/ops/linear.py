@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fx_approx.core.candidates import GemmShape
-from fx_approx.ops.base import ProductOp, norm, ones_like_scores, register_op, single
+from fx_approx.ops.base import OpKwargs, ProductOp, norm, ones_like_scores, register_op, single
 from fx_approx.ops.gather import gather, scaled
-from fx_approx.ops.gradient_selection import Choice, How
+from fx_approx.ops.gradient_selection import ProductSampling, SamplingKeywords, sampled_op
 from fx_approx.ops.matmul_gradients import MatrixPairs, product
-from fx_approx.sampling.base import Selection
 from fx_approx.sampling.scores import ScoreKind
 
 
-def linear(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    selection: Selection | None = None,
-    grad_input: Choice = None,
-    grad_weight: Choice = None,
-    straight_through: bool = False,
-) -> Tensor:
+@sampled_op
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, **keywords: Unpack[SamplingKeywords]) -> Tensor:
     """A linear layer, each of whose three products can be computed from a selection (paper, section 2).
 
     Args:
@@ -43,38 +33,36 @@ def linear(
     Returns:
         ``[..., n]``. Unless ``straight_through``, both gradients are zero outside ``selection``.
     """
-    how = How(selection, grad_input, grad_weight, straight_through)
-    if not _fits(input, weight, {}):
-        return F.linear(input, weight, bias)
-    if how.gradients_apart:
-        rows = product(*_view(input, weight, {}), bias, how)
-        return rows.view(*input.shape[:-1], weight.shape[0])
-    if selection is None:
-        return F.linear(input, weight, bias)
-    index, scale = single(selection)
-    columns = gather(weight, 1, index)
-    if scale is not None:
-        columns = scaled(columns, scale)
-    return F.linear(gather(input, -1, index), columns, bias)
+    sampling = ProductSampling(**keywords)
+    if _fits(input, weight, {}):
+        if sampling.gradients_apart:
+            rows = product(*_view(input, weight, {}), bias, sampling)
+            return rows.view(*input.shape[:-1], weight.shape[0])
+        if sampling.selection is not None:
+            index, scale = single(sampling.selection)
+            weight = gather(weight, 1, index)
+            weight = weight if scale is None else scaled(weight, scale)
+            input = gather(input, -1, index)
+    return F.linear(input, weight, bias)
 
 
-def _view(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _view(lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs) -> tuple[Tensor, Tensor]:
     return lhs.reshape(-1, lhs.shape[-1]), rhs
 
 
-def _fits(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> bool:
+def _fits(lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs) -> bool:
     return isinstance(lhs, Tensor) and lhs.dim() > 0 and lhs.shape[-1] == rhs.shape[-1]
 
 
-def _geometry(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]) -> GemmShape:
+def _geometry(lhs: torch.Size, rhs: torch.Size, op_kwargs: OpKwargs) -> GemmShape:
     return GemmShape(m=math.prod(lhs[:-1]), n=math.prod(rhs[:-1]), k=lhs[-1])
 
 
-def _pairs(lhs: Tensor | None, rhs: Tensor, static: Mapping[str, Any]) -> int:
+def _pairs(lhs: Tensor | None, rhs: Tensor, op_kwargs: OpKwargs) -> int:
     return rhs.shape[-1] if rhs.dim() > 1 and (lhs is None or lhs.dim() > 1) else 0
 
 
-def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, static: Mapping[str, Any]) -> Tensor:
+def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, op_kwargs: OpKwargs) -> Tensor:
     """‖A[:,j]‖·‖B[j,:]‖ (paper, equation for the optimal sampling probabilities)."""
     scores = ones_like_scores(rhs, 1, rhs.shape[-1])
     if "input" in kind.reads and lhs is not None:

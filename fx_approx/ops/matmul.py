@@ -8,33 +8,31 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from fx_approx.core.candidates import GemmShape
-from fx_approx.ops.base import ProductOp, Unsupported, norm, ones_like_scores, register_op, single
+from fx_approx.ops.base import OpKwargs, ProductOp, Unsupported, register_op, single
 from fx_approx.ops.gather import gather, scaled
-from fx_approx.ops.gradient_selection import Choice, How
-from fx_approx.ops.matmul_gradients import MatrixPairs, product
-from fx_approx.sampling.base import Selection
+from fx_approx.ops.gradient_selection import ProductSampling, SamplingKeywords, sampled_op
+from fx_approx.ops.matmul_gradients import MatrixPairs, product, slice_scores
 from fx_approx.sampling.scores import ScoreKind
 
 
-def _multiply(exact: Callable[[Tensor, Tensor], Tensor], lhs: Tensor, rhs: Tensor, how: How) -> Tensor:
-    """``exact(lhs, rhs)``, a product, each of its products from its own selection; exact if one operand is sparse."""
+def _multiply(exact: Callable[[Tensor, Tensor], Tensor], lhs: Tensor, rhs: Tensor, sampling: ProductSampling) -> Tensor:
+    """``exact(lhs, rhs)``, each of its three products from its own selection; exact if one operand is sparse."""
     strided = lhs.layout is torch.strided and rhs.layout is torch.strided
     if not strided or not _fits(lhs, rhs, {}):
         return exact(lhs, rhs)
-    selection = how.selection
-    if how.gradients_apart or (selection is not None and selection.indices.shape[0] > 1):
-        result = product(*_view(lhs, rhs, {}), None, how)
+    if sampling.gradients_apart or sampling.per_batch:
+        result = product(*_view(lhs, rhs, {}), None, sampling)
         lead = torch.broadcast_shapes(lhs.shape[:-2], rhs.shape[:-2])
         return result.view(*lead, lhs.shape[-2], rhs.shape[-1])
-    if selection is not None:
-        index, scale = single(selection)
+    if sampling.selection is not None:
+        index, scale = single(sampling.selection)
         rhs = gather(rhs, -2, index)
         if scale is not None:
             rhs = scaled(rhs, scale.unsqueeze(-1))
@@ -42,11 +40,11 @@ def _multiply(exact: Callable[[Tensor, Tensor], Tensor], lhs: Tensor, rhs: Tenso
     return exact(lhs, rhs)
 
 
-def _fits(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> bool:
+def _fits(lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs) -> bool:
     return lhs.dim() < 2 or rhs.dim() < 2 or lhs.shape[-1] == rhs.shape[-2]
 
 
-def _view(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _view(lhs: Tensor, rhs: Tensor, op_kwargs: OpKwargs) -> tuple[Tensor, Tensor]:
     """``x [m, K]`` and ``w [n, K]`` if the right operand is one matrix, else batches of such."""
     if rhs.dim() == 2:
         return lhs.reshape(-1, lhs.shape[-1]), rhs.mT
@@ -56,15 +54,8 @@ def _view(lhs: Tensor, rhs: Tensor, static: Mapping[str, Any]) -> tuple[Tensor, 
     return x, w
 
 
-def matmul(
-    input: Tensor,
-    other: Tensor,
-    *,
-    selection: Selection | None = None,
-    grad_input: Choice = None,
-    grad_weight: Choice = None,
-    straight_through: bool = False,
-) -> Tensor:
+@sampled_op
+def matmul(input: Tensor, other: Tensor, **keywords: Unpack[SamplingKeywords]) -> Tensor:
     """``input @ other``, each of its three products from its own selection; with None the exact product.
 
     Args:
@@ -80,35 +71,22 @@ def matmul(
     Returns:
         ``[..., m, n]``.
     """
-    return _multiply(torch.matmul, input, other, How(selection, grad_input, grad_weight, straight_through))
+    return _multiply(torch.matmul, input, other, ProductSampling(**keywords))
 
 
-def mm(
-    input: Tensor,
-    mat2: Tensor,
-    *,
-    selection: Selection | None = None,
-    grad_input: Choice = None,
-    grad_weight: Choice = None,
-    straight_through: bool = False,
-) -> Tensor:
+@sampled_op
+def mm(input: Tensor, mat2: Tensor, **keywords: Unpack[SamplingKeywords]) -> Tensor:
     """As :func:`matmul` for two matrices ``[m, K]`` and ``[K, n]``."""
-    return _multiply(torch.mm, input, mat2, How(selection, grad_input, grad_weight, straight_through))
+    return _multiply(torch.mm, input, mat2, ProductSampling(**keywords))
 
 
-def bmm(
-    input: Tensor,
-    mat2: Tensor,
-    *,
-    selection: Selection | None = None,
-    grad_input: Choice = None,
-    grad_weight: Choice = None,
-    straight_through: bool = False,
-) -> Tensor:
+@sampled_op
+def bmm(input: Tensor, mat2: Tensor, **keywords: Unpack[SamplingKeywords]) -> Tensor:
     """As :func:`matmul` for two batches ``[b, m, K]`` and ``[b, K, n]``."""
-    return _multiply(torch.bmm, input, mat2, How(selection, grad_input, grad_weight, straight_through))
+    return _multiply(torch.bmm, input, mat2, ProductSampling(**keywords))
 
 
+@sampled_op
 def addmm(
     input: Tensor,
     mat1: Tensor,
@@ -116,18 +94,13 @@ def addmm(
     *,
     beta: float = 1,
     alpha: float = 1,
-    selection: Selection | None = None,
-    grad_input: Choice = None,
-    grad_weight: Choice = None,
-    straight_through: bool = False,
+    **keywords: Unpack[SamplingKeywords],
 ) -> Tensor:
     """``beta * input + alpha * (mat1 @ mat2)``, the product as :func:`mm`; the gradient of ``input`` is exact."""
-    how = How(selection, grad_input, grad_weight, straight_through)
-    if how.gradients_apart:
-        return _added(input, _multiply(torch.mm, mat1, mat2, how), beta, alpha)
-    return _multiply(lambda lhs, rhs: torch.addmm(input, lhs, rhs, beta=beta, alpha=alpha), mat1, mat2, how)
+    return _multiply_and_add(torch.mm, torch.addmm, input, mat1, mat2, beta, alpha, ProductSampling(**keywords))
 
 
+@sampled_op
 def baddbmm(
     input: Tensor,
     batch1: Tensor,
@@ -135,27 +108,36 @@ def baddbmm(
     *,
     beta: float = 1,
     alpha: float = 1,
-    selection: Selection | None = None,
-    grad_input: Choice = None,
-    grad_weight: Choice = None,
-    straight_through: bool = False,
+    **keywords: Unpack[SamplingKeywords],
 ) -> Tensor:
     """``beta * input + alpha * (batch1 @ batch2)``, the product as :func:`bmm`; the gradient of ``input`` is exact."""
-    how = How(selection, grad_input, grad_weight, straight_through)
-    if how.gradients_apart or (selection is not None and selection.indices.shape[0] > 1):
-        return _added(input, _multiply(torch.bmm, batch1, batch2, how), beta, alpha)
-    return _multiply(lambda lhs, rhs: torch.baddbmm(input, lhs, rhs, beta=beta, alpha=alpha), batch1, batch2, how)
+    return _multiply_and_add(torch.bmm, torch.baddbmm, input, batch1, batch2, beta, alpha, ProductSampling(**keywords))
 
 
-def _added(input: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
-    """``beta * input + alpha * product`` in the product's dtype; a ``beta`` of 0 ignores ``input``, NaN and all."""
-    total = product if alpha == 1 else alpha * product
+def _multiply_and_add(
+    multiply: Callable[[Tensor, Tensor], Tensor],
+    fused: Callable[..., Tensor],
+    input: Tensor,
+    lhs: Tensor,
+    rhs: Tensor,
+    beta: float,
+    alpha: float,
+    sampling: ProductSampling,
+) -> Tensor:
+    """``beta * input + alpha * multiply(lhs, rhs)``, by ``fused`` where the product is one exact call on slices.
+
+    Otherwise the sum is in the product's dtype, and a ``beta`` of 0 ignores ``input``, NaN and all.
+    """
+    if not (sampling.gradients_apart or sampling.per_batch):
+        return _multiply(lambda x, w: fused(input, x, w, beta=beta, alpha=alpha), lhs, rhs, sampling)
+    total = _multiply(multiply, lhs, rhs, sampling)
+    total = total if alpha == 1 else alpha * total
     if beta == 0:
         return total
     return total + (input if beta == 1 else beta * input).to(total.dtype)
 
 
-def _geometry(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]) -> GemmShape:
+def _geometry(lhs: torch.Size, rhs: torch.Size, op_kwargs: OpKwargs) -> GemmShape:
     if len(lhs) < 2 or len(rhs) < 2:
         raise Unsupported("a product with a vector: bound by memory, nothing to gain")
     if len(rhs) == 2:
@@ -164,20 +146,13 @@ def _geometry(lhs: torch.Size, rhs: torch.Size, static: Mapping[str, Any]) -> Ge
     return GemmShape(m=lhs[-2], n=rhs[-1], k=lhs[-1], batch=batch)
 
 
-def _pairs(lhs: Tensor | None, rhs: Tensor, static: Mapping[str, Any]) -> int:
+def _pairs(lhs: Tensor | None, rhs: Tensor, op_kwargs: OpKwargs) -> int:
     return rhs.shape[-2] if rhs.dim() > 1 and (lhs is None or lhs.dim() > 1) else 0
 
 
-def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, static: Mapping[str, Any]) -> Tensor:
-    if not ({"input", "weight"} & kind.reads):
-        return ones_like_scores(rhs, 1, rhs.shape[-2])
-    factors = [norm(lhs, (-2,))] if "input" in kind.reads and lhs is not None else []
-    factors += [norm(rhs, (-1,))] if "weight" in kind.reads else []
-    products = math.prod(factors[1:], start=factors[0])
-    if products.dim() == 1:
-        return products.unsqueeze(0)
-    # In float64: the squares of products of norms leave the range of float32 long before the norms do.
-    return norm(products.double(), tuple(range(products.dim() - 1))).unsqueeze(0).to(products.dtype)
+def _scores(lhs: Tensor | None, rhs: Tensor, kind: ScoreKind, op_kwargs: OpKwargs) -> Tensor:
+    left = lhs if "input" in kind.reads else None
+    return slice_scores(left, -1, rhs if "weight" in kind.reads else None, rhs, per_batch=False)
 
 
 def _register(kind: str, function: Any, lhs: str, rhs: str, targets: tuple[Any, ...], methods: tuple[str, ...]) -> None:

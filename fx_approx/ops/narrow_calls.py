@@ -34,6 +34,27 @@ def _write(buffer: Tensor | None, part: Tensor | None, chosen: Selection) -> Non
             buffer.index_copy_(0, chosen.indices[0], part)
 
 
+def _with_statistics(
+    exact: Callable[..., Tensor],
+    chosen: Selection | None,
+    input: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *settings: Any,
+) -> Tensor:
+    """A norm with running statistics; the first of ``settings`` says whether it updates them."""
+    if chosen is None:
+        return exact(input, mean, variance, weight, bias, *settings)
+    own_mean, own_variance = _read(mean, chosen), _read(variance, chosen)
+    result = exact(input, own_mean, own_variance, _part(weight, chosen), _part(bias, chosen), *settings)
+    if settings[0]:
+        _write(mean, own_mean, chosen)
+        _write(variance, own_variance, chosen)
+    return result
+
+
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -48,15 +69,8 @@ def batch_norm(
     channels: int,
 ) -> Tensor:
     """``F.batch_norm``; the running statistics of the other channels stay as they are."""
-    if chosen is None:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    mean, variance = _read(running_mean, chosen), _read(running_var, chosen)
-    weight, bias = _part(weight, chosen), _part(bias, chosen)
-    result = F.batch_norm(input, mean, variance, weight, bias, training, momentum, eps)
-    if training:
-        _write(running_mean, mean, chosen)
-        _write(running_var, variance, chosen)
-    return result
+    settings = training, momentum, eps
+    return _with_statistics(F.batch_norm, chosen, input, running_mean, running_var, weight, bias, *settings)
 
 
 def instance_norm(
@@ -73,15 +87,8 @@ def instance_norm(
     channels: int,
 ) -> Tensor:
     """``F.instance_norm``; the running statistics of the other channels stay as they are."""
-    if chosen is None:
-        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    mean, variance = _read(running_mean, chosen), _read(running_var, chosen)
-    weight, bias = _part(weight, chosen), _part(bias, chosen)
-    result = F.instance_norm(input, mean, variance, weight, bias, use_input_stats, momentum, eps)
-    if use_input_stats:
-        _write(running_mean, mean, chosen)
-        _write(running_var, variance, chosen)
-    return result
+    settings = use_input_stats, momentum, eps
+    return _with_statistics(F.instance_norm, chosen, input, running_mean, running_var, weight, bias, *settings)
 
 
 def group_norm(
@@ -147,9 +154,9 @@ def _sliced(exact: Callable[..., Tensor]) -> Callable[..., Tensor]:
         weight: The whole weight ``[O, C / groups, ...]``.
         bias: The whole bias ``[O]`` or None.
         slices: Of both; see :func:`fx_approx.ops.channel_slices.slice_weights`.
-        stride: As there.
-        padding: As there.
-        dilation: As there.
+        stride: Steps between output positions.
+        padding: Zeros on both sides of each axis, or ``"valid"`` or ``"same"``.
+        dilation: Steps between the entries of the kernel.
         groups: Of the whole convolution.
     """
     return sliced_conv

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fx_approx.ops.channel_slices import Slices, check_width
 from fx_approx.ops.gather import gather, is_batched, is_opaque, scaled
+from fx_approx.ops.sampled_function import gradients
 
 
 class _SlicedLinear(torch.autograd.Function):
@@ -34,12 +35,14 @@ class _SlicedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, whole, inputs, scale, outputs = ctx.saved_tensors
         to_input, to_weight, to_bias = ctx.needs_input_grad[:3]
-        grad_input = grad_weight = None
+        grad_input = grad_weight = grad_bias = None
         if to_input:
             grad_input = grad @ _slice(whole, inputs, scale, outputs, grad)
         if to_weight:
             grad_weight = grad.t() @ input
-        return grad_input, grad_weight, grad.sum(0) if to_bias else None, None, None, None, None
+        if to_bias:
+            grad_bias = grad.sum(0)
+        return gradients(ctx, grad_input, grad_weight, grad_bias)
 
 
 def sliced_linear(input: Tensor, weight: Tensor, bias: Tensor | None, slices: Slices | None) -> Tensor:

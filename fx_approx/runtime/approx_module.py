@@ -13,7 +13,6 @@ from fx_approx._compat import Moved
 from fx_approx.capture.records import Section
 from fx_approx.core.layer_types import EXACT_CLASS, HELD
 from fx_approx.errors import CaptureError
-from fx_approx.runtime.batchnorm import averages, note_fresh, warn_if_stale
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.utils.graph_diff import passes_text
 
@@ -27,11 +26,8 @@ class ApproxModule(Moved):
     def train(self, mode: bool = True) -> ApproxModule:
         """As ``nn.Module.train``; warns once if BatchNorm statistics do not fit the exact evaluation that follows."""
         runtime = vars(self).get("_fx_approx")
-        if runtime is not None and runtime.gathered:
-            note_fresh(self, runtime)
-            runtime.gathered = False
-        if runtime is not None and not mode and self.training:
-            warn_if_stale(self, runtime)
+        if runtime is not None:
+            runtime.batchnorm.before_mode(self, mode, runtime.samples)
         super().train(mode)
         return self
 
@@ -41,7 +37,7 @@ class ApproxModule(Moved):
         Args:
             whole: Print the lines that a pass left alone, too.
         """
-        print(passes_text(self._fx_approx.stages, whole))
+        print(passes_text(self._fx_approx.program.stages, whole))
 
     def _fx_approx_move(self, fn: Callable[[Tensor], Tensor], usual: Callable[[], object]) -> None:
         usual()
@@ -92,11 +88,10 @@ def adopt(root: nn.Module, runtime: Runtime, reduce: Callable[[ApproxModule], tu
     }
     root.__class__ = type(f"Approx{cls.__name__}", (ApproxModule, cls), namespace)
     root.__dict__["_fx_approx"] = runtime
-    for section in runtime.capture.sections:
+    for section in runtime.program.capture.sections:
         if section.path:
             _adopt_section(root, section)
-    runtime.averages = averages(root)
-    note_fresh(root, runtime)
+    runtime.batchnorm.begin(root, runtime.samples)
     return cast(ApproxModule, root)
 
 

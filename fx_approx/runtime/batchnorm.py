@@ -6,38 +6,17 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fx_approx._compat import BatchNormBase
+from fx_approx.capture.module_snapshot import TensorSnapshot, kept_training_flags
 from fx_approx.errors import BatchNormWarning
 
 EXACT_SHARE = 0.88
 """Share of exact values from which running statistics fit exact evaluation: 20 batches at the default momentum, 0.1."""
-
-
-_TAIL = ", or end training with some exact steps: fx_approx.set_sampling(model, enabled=False) for at least {} batches"
-
-
-class SamplingState(Protocol):
-    """What the warning needs to know of a transformed model.
-
-    Attributes:
-        warned: What was warned of.
-        stale_from: :func:`batches_seen` when the statistics last fitted exact evaluation.
-        exact_since: The same when sampling was switched off, None while it is on.
-    """
-
-    warned: set[str]
-    stale_from: int
-    exact_since: int | None
-
-    @property
-    def samples(self) -> bool:
-        """Whether some layer is sampled."""
-        ...
 
 
 def tracked(model: nn.Module) -> list[BatchNormBase]:
@@ -75,50 +54,6 @@ def enough_exact_batches(layers: Iterable[BatchNormBase]) -> int | None:
             most = max(most, round(math.log(1 - EXACT_SHARE) / math.log(1 - layer.momentum)))
         most = max(most, layer.momentum > 0)
     return most
-
-
-def _stale(model: nn.Module, seen: int, state: SamplingState) -> bool:
-    sampled_until = seen if state.exact_since is None else state.exact_since
-    if sampled_until <= state.stale_from:
-        return False
-    enough = enough_exact_batches(tracked(model))
-    return enough is None or seen - sampled_until < enough
-
-
-def note_switch(model: nn.Module, state: SamplingState) -> None:
-    """Writes down when sampling of ``model`` went on or off; to be called after every such change."""
-    if state.samples == (state.exact_since is None):
-        return
-    seen = batches_seen(model)
-    if not state.samples:
-        state.exact_since = seen
-        return
-    if not _stale(model, seen, state):
-        state.stale_from = seen
-    state.exact_since = None
-
-
-def note_fresh(model: nn.Module, state: SamplingState) -> None:
-    """Writes down that the statistics of ``model`` fit exact evaluation now."""
-    state.stale_from = batches_seen(model)
-    state.exact_since = None if state.samples else state.stale_from
-
-
-def warn_if_stale(model: nn.Module, state: SamplingState) -> None:
-    """Warns once when ``model`` is about to be evaluated with statistics gathered while sampling."""
-    if "batchnorm" in state.warned or not tracked(model):
-        return
-    if not _stale(model, batches_seen(model), state):
-        return
-    state.warned.add("batchnorm")
-    enough = enough_exact_batches(tracked(model))
-    warnings.warn(
-        "BatchNorm statistics were gathered while sampling and do not fit exact evaluation, which can cost many points "
-        "of accuracy. Call fx_approx.recalibrate_batchnorm(model, batches) first (of an averaged model, "
-        f"torch.optim.swa_utils.update_bn does the same){'' if enough is None else _TAIL.format(enough)}.",
-        BatchNormWarning,
-        stacklevel=4,
-    )
 
 
 def warn_of_short_tail(model: nn.Module, steps: int) -> None:
@@ -173,30 +108,25 @@ def reestimate(model: nn.Module, batches: Iterable[Any]) -> int:
 
 @contextlib.contextmanager
 def _restored_on_error(layers: list[BatchNormBase]) -> Iterator[None]:
-    saved: list[tuple[Tensor, Tensor]] = [
-        (buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)
-    ]
+    before = TensorSnapshot(buffer for layer in layers for buffer in layer.buffers(recurse=False))
     try:
         yield
     except BaseException:
-        for buffer, value in saved:
-            buffer.copy_(value)
+        before.restore()
         raise
 
 
 @contextlib.contextmanager
 def _only_training(model: nn.Module, layers: list[BatchNormBase]) -> Iterator[None]:
     """Training mode for ``layers`` alone; flags and momenta come back at the end."""
-    flags = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum) for layer in layers]
-    for module, _ in flags:
-        module.training = False
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-        for layer, momentum in momenta:
-            layer.momentum = momentum
+    with kept_training_flags(model.modules()):
+        for module in model.modules():
+            module.training = False
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer, momentum in momenta:
+                layer.momentum = momentum

@@ -14,7 +14,7 @@ from fx_approx._compat import RECOMPILE_LIMIT, compilations_of, recompile_limit
 from fx_approx.core.candidates import Role, matches
 from fx_approx.errors import RecompilationWarning
 from fx_approx.runtime.approx_module import ApproxModule, find
-from fx_approx.runtime.batchnorm import note_fresh, note_switch, reestimate
+from fx_approx.runtime.batchnorm import reestimate
 from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.rng import INCREMENT, SEED, SELECTION_INTERVAL, STEP
 from fx_approx.runtime.selector import Selector
@@ -30,7 +30,7 @@ def _selected(
     used: set[str] = set()
     names: dict[str, None] = {}
     for runtime in (approx._fx_approx for approx in pieces):
-        candidates = {candidate.name: candidate for candidate in runtime.candidates}
+        candidates = {candidate.name: candidate for candidate in runtime.record.candidates}
         for (name, _), selector in runtime.selectors.items():
             if role is not None and selector.role is not role:
                 continue
@@ -146,7 +146,7 @@ def apply_settings(handle: GraphHandle, approx: ApproxModule) -> None:
 
 def layers_of(approx: ApproxModule) -> list[str]:
     """What tells a graph of a backend from others, in another process too: the names of all that multiplies in it."""
-    return sorted(candidate.name for candidate in approx._fx_approx.candidates)
+    return sorted(candidate.name for candidate in approx._fx_approx.record.candidates)
 
 
 def set_each(model: nn.Module | GraphHandle, settings: Mapping[Selector, tuple[float, bool]]) -> None:
@@ -168,7 +168,7 @@ def _put(approx: ApproxModule, settings: Mapping[Selector, tuple[float, bool]]) 
             selector.set_spec(spec)
         selector.enabled = enabled
     runtime.lay_out()
-    note_switch(approx, runtime)
+    runtime.batchnorm.note_switch(approx, runtime.samples)
 
 
 @contextlib.contextmanager
@@ -359,5 +359,5 @@ def recalibrate_batchnorm(model: nn.Module | GraphHandle, batches: Iterable[Any]
     count = reestimate(module, batches)
     for one in (*module.modules(), *pieces):
         if isinstance(one, ApproxModule):
-            note_fresh(one, one._fx_approx)
+            one._fx_approx.batchnorm.note_fresh(one, one._fx_approx.samples)
     return count

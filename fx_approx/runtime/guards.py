@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +13,20 @@ from fx_approx._compat import children_of
 from fx_approx.capture.records import Held
 from fx_approx.core.hooks import hook_count, is_hooked
 from fx_approx.runtime.sharding import UNREGISTERED, is_sharded
+
+
+class GraphMatch(NamedTuple):
+    """Whether a graph may serve a call. A tuple, since ``torch.compile`` traces how it is made.
+
+    Attributes:
+        ok: It may.
+        reason: Why not, in words for the user; None where that is nothing to warn of, such as a call in another mode.
+        values: The inputs of the graph for the call, where it may.
+    """
+
+    ok: bool
+    reason: str | None = None
+    values: Sequence[Any] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,24 +49,24 @@ class Guards:
     held: Held = dataclasses.field(default_factory=Held)
     structure: tuple[tuple[nn.Module, tuple[tuple[str, nn.Module | None], ...]], ...] = ()
 
-    def broken(self, sharded: Mapping[nn.Module, int]) -> str | None:
-        """Why the graph cannot serve: None if it can, "" if that is nothing to warn of. Plain Python: it traces.
+    def check(self, sharded: Mapping[nn.Module, int]) -> GraphMatch:
+        """Whether all of that still holds. Plain Python: it traces.
 
         Args:
             sharded: Modules that the graph calls by ``fully_shard``'s hooks, and how many hooks those are.
         """
         flags = [module.training for module in self.readers]
         if not all(flags) and (any(flags) or self.branching):
-            return ""
+            return GraphMatch(False)
         for module, name, value in self.frozen:
             now = getattr(module, name, None)
             # Identity first: NaN is not equal to itself. The type next: a tensor is not to be compared.
             if now is not value and (type(now) is not type(value) or now != value):
-                return f"attribute {name} of a {type(module).__name__} was changed"
+                return GraphMatch(False, f"attribute {name} of a {type(module).__name__} was changed")
         changed = self.held.changed()
         if changed is None and not torch.compiler.is_compiling():
             changed = self._rebuilt(sharded) or self.held.rearranged()
-        return changed
+        return GraphMatch(changed is None, changed)
 
     def _rebuilt(self, sharded: Mapping[nn.Module, int]) -> str | None:
         """Which module has got other children or hooks, if any."""

@@ -73,7 +73,7 @@ class GraphHandle(abc.ABC):
         self._followers.append(follower)
 
     def leave(self, follower: Follower) -> None:
-        """Ends that."""
+        """No longer tells ``follower`` of new graphs."""
         self._followers.remove(follower)
 
     def appeared(self, approx: ApproxModule, new: bool) -> None:

@@ -14,8 +14,8 @@ from fx_approx.core.layer_types import EXACT_CLASS, HELD, layer_type, with_forwa
 from fx_approx.ops.channel_slices import Slices, check_width
 from fx_approx.ops.conv_gradients import sampled_convolution
 from fx_approx.ops.gather import has_channels, select_channels
-from fx_approx.ops.gradient_selection import How
-from fx_approx.ops.layer_arguments import static_of
+from fx_approx.ops.gradient_selection import ProductSampling
+from fx_approx.ops.layer_arguments import op_kwargs_of
 from fx_approx.ops.linear import linear
 from fx_approx.ops.sliced_linear import sliced_linear
 from fx_approx.runtime.selector import Site
@@ -31,19 +31,19 @@ class SampledLayer(nn.Module):
     site: Site | None = None
     weight: Tensor
 
-    def how(self, input: Tensor, given: tuple[Any, ...]) -> How:
-        """What the graph says (the fields of :class:`How` in order, the last may be left out), or the layer's own."""
+    def how(self, input: Tensor, given: tuple[Any, ...]) -> ProductSampling:
+        """What the graph gives (leading fields of :class:`ProductSampling`), or else the layer's own selections."""
         if given:
-            return How(*given) if len(given) == len(How._fields) else How(given[0], None, None, False)
+            return ProductSampling(*given)
         if self.site is None:
-            return How(None, None, None, False)
+            return ProductSampling()
         chosen: dict[Role, Any] = {}
         for role, selector in self.site.selectors.items():
             if selector.active and not selector.exact:
                 lhs = None if selector.ahead else input
                 chosen[role] = selector(lhs, self.weight, self.site.source.draw_for(selector, [input]))
         roles = chosen.get(Role.OUTPUT), chosen.get(Role.GRAD_INPUT), chosen.get(Role.GRAD_WEIGHT)
-        return How(*roles, self.site.straight_through)
+        return ProductSampling(*roles, self.site.straight_through)
 
 
 class SampledLinear(SampledLayer, nn.Linear):
@@ -88,10 +88,10 @@ class _SampledConv(SampledLayer):
         how = self.how(input, given)
         weight = self.weight
         if not has_channels(input, weight, self.groups):
-            how = How(None, None, None, False)  # the exact call tells what is wrong
+            how = ProductSampling()  # the exact call tells what is wrong
         if how.gradients_apart:
-            input, static = self._padded(input)
-            return sampled_convolution(input, weight, self.bias, static, how)
+            input, op_kwargs = self._padded(input)
+            return sampled_convolution(input, weight, self.bias, op_kwargs, how)
         if how.selection is not None:
             input, weight = select_channels(input, weight, self.groups, how.selection)
         # The layer's own call, since it knows its padding mode.
@@ -99,17 +99,17 @@ class _SampledConv(SampledLayer):
 
     def _padded(self, input: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """The input and the plain arguments of a convolution that pads with zeros only."""
-        static = static_of(self, self.kind)
+        op_kwargs = op_kwargs_of(self, self.kind)
         if self.padding_mode != "zeros":
             input = F.pad(input, padding_of(self), mode=self.padding_mode)
-            static["padding"] = 0
-        return input, static
+            op_kwargs["padding"] = 0
+        return input, op_kwargs
 
     def _sliced(self, input: Tensor, slices: Slices) -> Tensor:
         check_width(input, 1 - self.weight.dim(), slices.weight.shape[1] * slices.groups)
-        input, static = self._padded(input)
+        input, op_kwargs = self._padded(input)
         exact: Callable[..., Tensor] = getattr(F, self.kind)
-        return exact(input, slices.weight, slices.bias, **{**static, "groups": slices.groups})
+        return exact(input, slices.weight, slices.bias, **{**op_kwargs, "groups": slices.groups})
 
 
 class SampledConv1d(_SampledConv, nn.Conv1d):

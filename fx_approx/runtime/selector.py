@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fx_approx.core.candidates import Role
 from fx_approx.ops.base import OPS, ProductOp
 from fx_approx.ops.grad_norm_ema import new_running
-from fx_approx.ops.gradient_selection import Choice, Early, Late, Rule
+from fx_approx.ops.gradient_selection import BackwardDrawn, Choice, ForwardDrawn, Rule
 from fx_approx.runtime.rng import Draw, draw
 from fx_approx.runtime.sharding import refuse_shard
 from fx_approx.sampling.base import get_sampler
@@ -43,7 +43,7 @@ class Selector(nn.Module):
     def __init__(
         self,
         kind: str,
-        static: Mapping[str, Any],
+        op_kwargs: Mapping[str, Any],
         spec: SamplerConfig,
         site: int,
         pairs: int | None,
@@ -52,7 +52,7 @@ class Selector(nn.Module):
         role: Role = Role.OUTPUT,
     ) -> None:
         super().__init__()
-        self.kind, self.static, self.site, self.role = kind, dict(static), site, role
+        self.kind, self.op_kwargs, self.site, self.role = kind, dict(op_kwargs), site, role
         self.pairs, self.groups = pairs, groups
         self.enabled = True
         self.last_count: int | None = None
@@ -124,34 +124,34 @@ class Selector(nn.Module):
         refuse_shard(rhs)
         if not self.active or not rhs.is_floating_point() or rhs.layout is not torch.strided:
             return None
-        if lhs is not None and (lhs.layout is not torch.strided or not op.fits(lhs, rhs, self.static)):
+        if lhs is not None and (lhs.layout is not torch.strided or not op.fits(lhs, rhs, self.op_kwargs)):
             return None
         apart = self.role is not Role.OUTPUT or self.spec.per_batch
         if lhs is None or not apart:
-            groups, pairs = self.groups, op.pairs(lhs, rhs, self.static)
-        elif op.pairs(lhs, rhs, self.static) == 0 or not self._runs(lhs, rhs):
+            groups, pairs = self.groups, op.pairs(lhs, rhs, self.op_kwargs)
+        elif op.pairs(lhs, rhs, self.op_kwargs) == 0 or not self._runs(lhs, rhs):
             return None
         else:
-            groups, pairs = op.roles.count(self.role, lhs, rhs, self.static, self.spec)
+            groups, pairs = op.roles.count(self.role, lhs, rhs, self.op_kwargs, self.spec)
         k = self.k if self.k and pairs == self.pairs else self._count(pairs)
         if k >= pairs or groups == 0:
             return None
         with torch.no_grad(), torch.autocast(rhs.device.type, enabled=False):
             numbers = self._numbers(pairs, k, groups, given)
             if self.role is not Role.OUTPUT and not self.score.early:
-                return Late(self._rule(k), numbers)
+                return BackwardDrawn(self._rule(k), numbers)
             if lhs is None or not apart:
                 # Without a graph there are no running norms of inputs: the weight's alone decide.
                 kind = get_score("weight") if self.score.learns else self.score
-                scores = op.scores(lhs, rhs, kind, self.static)
+                scores = op.scores(lhs, rhs, kind, self.op_kwargs)
             else:
                 self._learn(op, lhs, rhs)
-                scores = op.roles.scores(self.role, lhs, rhs, self.static, self.spec, self.running)
-            static = torch.compiler.is_compiling()
-            selection = self.sampler.draw(scores, k, numbers, epsilon=self.epsilon, static=static)
-        if not static:
+                scores = op.roles.scores(self.role, lhs, rhs, self.op_kwargs, self.spec, self.running)
+            fixed_shape = torch.compiler.is_compiling()
+            selection = self.sampler.draw(scores, k, numbers, epsilon=self.epsilon, fixed_shape=fixed_shape)
+        if not fixed_shape:
             self.last_count = selection.indices.shape[1]
-        return selection if self.role is Role.OUTPUT else Early(selection, self.spec.positions, self.running)
+        return selection if self.role is Role.OUTPUT else ForwardDrawn(selection, self.spec.positions, self.running)
 
     def _runs(self, lhs: Tensor, rhs: Tensor) -> bool:
         """Whether autograd will run this product."""
@@ -169,7 +169,7 @@ class Selector(nn.Module):
         """Makes room for the running norms, anew where the number of positions has changed."""
         if not self.score.learns:
             return
-        positions = op.roles.positions(lhs, rhs, self.static, self.spec)
+        positions = op.roles.positions(lhs, rhs, self.op_kwargs, self.spec)
         if self.running is not None and self.running.shape[0] == positions:
             return
         if torch.compiler.is_compiling():
@@ -198,7 +198,7 @@ class DrawSource(Protocol):
 
 
 class Site(NamedTuple):
-    """How one layer is sampled: a selector for each of its products, None for an exact one."""
+    """ProductSampling one layer is sampled: a selector for each of its products, None for an exact one."""
 
     selectors: Mapping[Role, Selector]
     straight_through: bool

@@ -116,7 +116,7 @@ class SharedSelection(nn.Module):
         for place, (member, weight) in enumerate(zip(self.members, weights, strict=True)):
             selector = member.selector
             kind = get_score("weight") if self.learns else selector.score
-            own = weight_scores(selector.kind, weight, kind, selector.static)
+            own = weight_scores(selector.kind, weight, kind, selector.op_kwargs)
             own = own[member.offset : member.offset + self.units * member.block]
             if member.block > 1:
                 own = own.view(self.units, member.block)
@@ -255,7 +255,7 @@ class SharedSelections(nn.Module):
         return tuple(result)
 
     def _choose(
-        self, result: list[Selection | None], given: Draw | None, weights: Sequence[Tensor | Scored], static: bool
+        self, result: list[Selection | None], given: Draw | None, weights: Sequence[Tensor | Scored], fixed_shape: bool
     ) -> None:
         buckets: dict[Any, list[tuple[int, SharedSelection, Tensor]]] = {}
         start = 0
@@ -276,14 +276,14 @@ class SharedSelections(nn.Module):
             if sampler.random:
                 assert given is not None
                 numbers = torch.cat([self._numbers(one, given) for _, one, _ in together])
-            chosen = sampler.draw(scores, k, numbers, epsilon=epsilon, static=static)
+            chosen = sampler.draw(scores, k, numbers, epsilon=epsilon, fixed_shape=fixed_shape)
             row = 0
             for place, one, _ in together:
                 rows = slice(row, row + one.groups)
                 scale = None if chosen.scale is None else chosen.scale[rows]
                 result[place] = Selection(chosen.indices[rows], scale)
                 row += one.groups
-                if not static and one.active:
+                if not fixed_shape and one.active:
                     for selector in one.selectors:
                         selector.last_count = chosen.indices.shape[1]
 

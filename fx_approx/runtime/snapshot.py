@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from fx_approx._compat import DropoutBase
+from fx_approx.capture.module_snapshot import TensorSnapshot
 from fx_approx.capture.trace import kept_random_state
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict
@@ -34,7 +34,8 @@ def undone(model: ApproxModule | GraphHandle) -> Iterator[None]:
 @contextlib.contextmanager
 def _undone(approx: ApproxModule) -> Iterator[None]:
     runtime = approx._fx_approx
-    state, function, pieces = sampler_state_dict(approx), runtime.function, runtime.pieces
+    program = runtime.program
+    state, function, pieces = sampler_state_dict(approx), program.function, program.pieces
     modules = list(approx.modules())
     dropouts: list[tuple[nn.Module, str, float]] = [(m, "p", m.p) for m in modules if isinstance(m, DropoutBase)]
     dropouts += [(m, "dropout", m.dropout) for m in modules if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))]
@@ -45,7 +46,7 @@ def _undone(approx: ApproxModule) -> Iterator[None]:
                 setattr(module, name, 0.0)
             yield
         finally:
-            runtime.function, runtime.pieces = function, pieces
+            program.function, program.pieces = function, pieces
             for module, name, share in dropouts:
                 setattr(module, name, share)
             for selector, on in switches:
@@ -56,7 +57,7 @@ def _undone(approx: ApproxModule) -> Iterator[None]:
 @contextlib.contextmanager
 def _kept(model: nn.Module) -> Iterator[None]:
     """Puts buffers and plain attributes back, such as a count of calls."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = TensorSnapshot(model.buffers())
     plain = [
         (vars(m), {name: value for name, value in vars(m).items() if isinstance(value, _PLAIN)})
         for m in model.modules()
@@ -66,9 +67,7 @@ def _kept(model: nn.Module) -> Iterator[None]:
     finally:
         for attributes, before in plain:
             attributes.update(before)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        buffers.restore()
 
 
 @contextlib.contextmanager

@@ -24,18 +24,18 @@ class Scored(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Of the values."""
+        """The device of the scores."""
         return self.values.device
 
 
-def weight_scores(op: str, weight: Tensor | Scored, kind: ScoreKind, static: Mapping[str, Any]) -> Tensor:
+def weight_scores(op: str, weight: Tensor | Scored, kind: ScoreKind, op_kwargs: Mapping[str, Any]) -> Tensor:
     """``[groups * pairs]``: scores that read the weight only, or nothing.
 
     Args:
         op: Which product.
         weight: Its weight, or what stands in for it.
         kind: The scores.
-        static: The product's plain arguments.
+        op_kwargs: The product's plain arguments.
 
     Raises:
         RuntimeError: The weight is a DTensor.
@@ -43,4 +43,4 @@ def weight_scores(op: str, weight: Tensor | Scored, kind: ScoreKind, static: Map
     if isinstance(weight, Scored):
         return weight.values
     refuse_shard(weight)
-    return OPS[op].scores(None, weight, kind, static).flatten()
+    return OPS[op].scores(None, weight, kind, op_kwargs).flatten()

@@ -37,7 +37,7 @@ class Sampler(ABC):
     Attributes:
         name: the key in ``SAMPLERS``.
         unbiased: whether the expectation of the sampled product is the exact product.
-        fixed_size: whether the number of entries is known before the draw, without ``static``.
+        fixed_size: whether the number of entries is known before the draw, without ``fixed_shape``.
         random: whether the draw reads uniforms; only then can probabilities be mixed with ``epsilon``.
         default_epsilon: the share of uniform probability mixed in unless the user says otherwise.
     """
@@ -53,11 +53,11 @@ class Sampler(ABC):
         """Return how many uniforms per group a draw of ``k`` out of ``pairs`` reads."""
 
     @abstractmethod
-    def _draw(self, scores: Tensor, k: int, uniforms: Tensor, epsilon: float, static: bool) -> Selection:
+    def _draw(self, scores: Tensor, k: int, uniforms: Tensor, epsilon: float, fixed_shape: bool) -> Selection:
         """Draw with checked arguments and 1 <= k < K."""
 
     def draw(
-        self, scores: Tensor, k: int, uniforms: Tensor | None, *, epsilon: float, static: bool = False
+        self, scores: Tensor, k: int, uniforms: Tensor | None, *, epsilon: float, fixed_shape: bool = False
     ) -> Selection:
         """Draw a Selection. Deterministic given the arguments.
 
@@ -68,7 +68,7 @@ class Sampler(ABC):
             uniforms: ``[G, self.uniforms(K, k)]`` in (0, 1), float32 or float64; not read, and may be
                 None, if the sampler is not random or ``k >= K``.
             epsilon: share of uniform probability mixed in, in [0, 1); 0 for a sampler that is not random.
-            static: the shape of the result must depend on the shapes of the arguments only.
+            fixed_shape: the shape of the result must depend on the shapes of the arguments only.
 
         Returns:
             Selection with ``indices`` and ``scale`` ``[G, k]``; a sampler with ``fixed_size`` False has
@@ -98,7 +98,7 @@ class Sampler(ABC):
         if uniforms is None or tuple(uniforms.shape) != wanted:
             got = None if uniforms is None else tuple(uniforms.shape)
             raise ValueError(f"uniforms: {self.name} needs shape {wanted}, got {got}")
-        return self._draw(scores.detach(), k, uniforms, epsilon, static)
+        return self._draw(scores.detach(), k, uniforms, epsilon, fixed_shape)
 
 
 _REGISTRY: dict[str, Sampler] = {}

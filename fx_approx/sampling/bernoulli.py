@@ -17,7 +17,7 @@ _OVERFLOW = 1e-9
 
 
 def capacity(pairs: int, k: int) -> int:
-    """Return how many entries a static draw of expected size ``k`` reserves: min(K, k + ceil(t)).
+    """Return how many entries a draw of fixed shape and expected size ``k`` reserves: min(K, k + ceil(t)).
 
     The count N is a sum of K independent Bernoulli variables with mean k and variance
     v = sum p_j (1 - p_j) <= k (1 - k / K), by concavity at equal p_j. Bernstein's inequality,
@@ -39,9 +39,9 @@ class Bernoulli(Sampler):
 
     The scale is 1 / p_j; the expected squared error is sum_j (1 - p_j) / p_j s_j**2.
 
-    The count is random. Eager (``static=False``) the Selection has as many columns as the fullest
+    The count is random. Eager (``fixed_shape=False``) the Selection has as many columns as the fullest
     group, which is read on the host, and at least one: an empty draw is one entry of scale 0, so it stays
-    unbiased and a convolution still has a channel. With ``static=True`` it has ``capacity(K, k)``
+    unbiased and a convolution still has a channel. With ``fixed_shape=True`` it has ``capacity(K, k)``
     columns. Either way other rows are padded with pairs that were not drawn, at scale 0.
 
     Source: Adelman, Levy, Hakimi, Silberstein, NeurIPS 2021.
@@ -57,8 +57,8 @@ class Bernoulli(Sampler):
         """Return ``pairs``: one uniform per pair."""
         return pairs
 
-    def _draw(self, scores: Tensor, k: int, uniforms: Tensor, epsilon: float, static: bool) -> Selection:
+    def _draw(self, scores: Tensor, k: int, uniforms: Tensor, epsilon: float, fixed_shape: bool) -> Selection:
         p = inclusion_probabilities(scores, k, epsilon)
         drawn = uniforms.double() < p
-        count = capacity(scores.shape[1], k) if static else max(1, int(drawn.sum(-1).max()))
+        count = capacity(scores.shape[1], k) if fixed_shape else max(1, int(drawn.sum(-1).max()))
         return select(torch.where(drawn, 1.0 / p, 0.0), count, scores.dtype)

@@ -54,7 +54,7 @@ class Crs(Sampler):
         """Return ``k``: one uniform per draw."""
         return k
 
-    def _draw(self, scores: Tensor, k: int, uniforms: Tensor, epsilon: float, static: bool) -> Selection:
+    def _draw(self, scores: Tensor, k: int, uniforms: Tensor, epsilon: float, fixed_shape: bool) -> Selection:
         p = draw_probabilities(scores, epsilon)
         # k independent draws from the non-finite pairs could miss one of them; an even grid of k points
         # cannot, since each of at most k such pairs owns an interval of length >= 1 / k.

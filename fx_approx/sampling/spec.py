@@ -63,7 +63,6 @@ class SamplerConfig:
     per_batch: bool = False
 
     def __post_init__(self) -> None:
-        """Check every field."""
         _require_name("name", self.name)
         sampler = get_sampler(self.name)
         _require_name("scores", self.scores)

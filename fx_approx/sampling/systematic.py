@@ -58,5 +58,5 @@ class Systematic(Sampler):
         """Return ``pairs + 1``: the first ``pairs`` order the pairs, the last is the offset."""
         return pairs + 1
 
-    def _draw(self, scores: Tensor, k: int, uniforms: Tensor, epsilon: float, static: bool) -> Selection:
+    def _draw(self, scores: Tensor, k: int, uniforms: Tensor, epsilon: float, fixed_shape: bool) -> Selection:
         return systematic_draw(inclusion_probabilities(scores, k, epsilon), k, uniforms, scores.dtype)

@@ -33,7 +33,7 @@ class TopK(Sampler):
         """Return 0: nothing is random."""
         return 0
 
-    def _draw(self, scores: Tensor, k: int, uniforms: Tensor, epsilon: float, static: bool) -> Selection:
+    def _draw(self, scores: Tensor, k: int, uniforms: Tensor, epsilon: float, fixed_shape: bool) -> Selection:
         safe = guard_nonfinite(scores, epsilon).scores
         largest = safe.sort(dim=-1, descending=True, stable=True).indices[:, :k]
         return Selection(largest.sort(-1).values, None)

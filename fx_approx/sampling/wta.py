@@ -45,7 +45,7 @@ class Wta(Sampler):
         """Return ``k``: one uniform per draw if no pair is kept; of a group that keeps c, the last c are unread."""
         return k
 
-    def _draw(self, scores: Tensor, k: int, uniforms: Tensor, epsilon: float, static: bool) -> Selection:
+    def _draw(self, scores: Tensor, k: int, uniforms: Tensor, epsilon: float, fixed_shape: bool) -> Selection:
         p = draw_probabilities(scores, epsilon)
         ranked = p.sort(dim=-1, descending=True, stable=True)
         kept, _ = water_level(ranked.values, k)
@@ -87,6 +87,6 @@ class WtaUnique(Sampler):
         """Return ``pairs + 1``: the first ``pairs`` order the pairs, the last is the offset."""
         return pairs + 1
 
-    def _draw(self, scores: Tensor, k: int, uniforms: Tensor, epsilon: float, static: bool) -> Selection:
+    def _draw(self, scores: Tensor, k: int, uniforms: Tensor, epsilon: float, fixed_shape: bool) -> Selection:
         pi = inclusion_probabilities(draw_probabilities(scores, epsilon), k, 0.0)
         return systematic_draw(pi, k, uniforms, scores.dtype)

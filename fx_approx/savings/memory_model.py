@@ -181,7 +181,7 @@ class _Walk:
         }
 
     def step(self, one: Operation) -> None:
-        """The next operation."""
+        """Counts the next operation of the graph."""
         now, whole = entries(one.axis, self.kept), entries(one.axis)
         now, whole = (now, whole) if whole else (1, 1)
         seen: dict[int, Piece] = {}

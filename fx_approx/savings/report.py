@@ -124,7 +124,6 @@ class SavingsReport:
         return {"model": self.model, "rows": rows, "totals": totals, **parts}
 
     def to_json(self, indent: int | None = 2) -> str:
-        """:meth:`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=indent)
 
     def to_csv(self) -> str:

@@ -151,11 +151,10 @@ class SelectionTime:
 
     @property
     def share(self) -> float:
-        """Of the step."""
+        """The time for selections as a share of the whole step's."""
         return self.seconds / self.step
 
     def __str__(self) -> str:
-        """One line."""
         low, high = (100 * share for share in self.quartiles)
         how = "compiled" if self.compiled else "eager"
         return (

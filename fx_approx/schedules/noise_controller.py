@@ -165,7 +165,7 @@ class NoiseController:
 
     @property
     def last(self) -> int:
-        """The last rung."""
+        """The highest rung of the ladder."""
         return len(self._groups) * (len(self.ladder) - 1)
 
     def ratios(self, position: int) -> dict[str, float]:
@@ -334,7 +334,7 @@ def cut(batch: Any, parts: int) -> list[Any]:
 def _groups(approx: ApproxModule) -> list[tuple[str, ...]]:
     """Sampled layers, those with one selection together, in the order of the model."""
     runtime = approx._fx_approx
-    return tied(runtime.effects, list(dict.fromkeys(name for name, _ in runtime.selectors)))
+    return tied(runtime.record.effects, list(dict.fromkeys(name for name, _ in runtime.selectors)))
 
 
 def _slope(known: Sequence[tuple[float, float, float]], expected: float) -> float:

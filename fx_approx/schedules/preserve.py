@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import operator
 import warnings
-from collections.abc import Iterator, Set
+from collections.abc import Set
 
 import torch
 from torch import nn
@@ -18,6 +16,7 @@ from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.selection_tracker import SelectionTracker
 from fx_approx.runtime.sharding import is_shard
+from fx_approx.runtime.upcoming import next_selections
 
 _KINDS = ("linear", "conv")  # whose weight is [outputs, inputs of a group, ...]
 
@@ -64,7 +63,7 @@ def zero_unread_weights(model: nn.Module | GraphHandle, layers: str = "*") -> di
     for approx in pieces:
         check_preservable(approx)
         runtime = approx._fx_approx
-        candidates = {one.name: one for one in runtime.candidates}
+        candidates = {one.name: one for one in runtime.record.candidates}
         names = [name for name, role in runtime.selectors if role is Role.OUTPUT]
         there += names
         matching.append((approx, {name for name in names if matches(layers, candidates[name])}))
@@ -81,7 +80,7 @@ def zero_unread_weights(model: nn.Module | GraphHandle, layers: str = "*") -> di
 def check_preservable(approx: ApproxModule, argument: str = "model") -> None:
     """ValueError that names ``argument`` unless an exact network can compute what ``approx`` does when sampled."""
     runtime = approx._fx_approx
-    if not runtime.effects.operations:
+    if not runtime.record.effects.operations:
         raise ShapesRequiredError(
             f"{argument}: expected a model transformed with example_inputs, they tell who reads what"
         )
@@ -98,9 +97,9 @@ def check_preservable(approx: ApproxModule, argument: str = "model") -> None:
 def preserve(approx: ApproxModule, names: Set[str]) -> dict[str, int]:
     """Does so for the layers of these names that are sampled now, and for those that share a selection with them."""
     runtime = approx._fx_approx
-    candidates = {one.name: one for one in runtime.candidates}
+    candidates = {one.name: one for one in runtime.record.candidates}
     on = {n for (n, role), s in runtime.selectors.items() if role is Role.OUTPUT and s.enabled and not s.exact}
-    read = [{reading.name for reading in one.readings} for one in runtime.effects.classes]
+    read = [{reading.name for reading in one.readings} for one in runtime.record.effects.classes]
     places = {place for place, readers in enumerate(read) if readers & names}
     wanted = (names | {name for place in places for name in read[place]}) & on
     weights = _weights(approx, wanted)
@@ -129,9 +128,10 @@ def preserve(approx: ApproxModule, names: Set[str]) -> dict[str, int]:
 
 def _weights(approx: ApproxModule, wanted: Set[str]) -> dict[str, tuple[str, Axis]]:
     """Path of the weight and the axis that it contracts over, of the layers whose selection is made ahead."""
-    effects = approx._fx_approx.effects
+    record = approx._fx_approx.record
+    effects = record.effects
     ahead = {reading.name for one in effects.classes for reading in one.readings}
-    kinds = {one.name: one.kind for one in approx._fx_approx.candidates}
+    kinds = {one.name: one.kind for one in record.candidates}
     parameters = dict(approx.named_parameters(remove_duplicate=False))
     uses = weight_uses(approx)
     by_path: dict[str, list[str]] = {}
@@ -149,29 +149,9 @@ def _weights(approx: ApproxModule, wanted: Set[str]) -> dict[str, tuple[str, Axi
 
 def _published(approx: ApproxModule, places: Set[int]) -> SelectionTracker:
     """Which units the selections of these places have; all units of the others, and where they are exact."""
-    runtime = approx._fx_approx
-    resample, graph = runtime.resample, runtime.graph
-    assert resample is not None and graph is not None
-    node = next(node for node in graph.nodes if node.op == "call_module" and str(node.target).endswith(".resample"))
-    weights = [operator.attrgetter(str(argument.target))(approx) for argument in node.args[1:]]
-    kept = resample.held and bool(resample.held_key[0] >= 0)
-    resample.note_known()
-    with torch.no_grad(), _training(approx):
-        chosen = resample(runtime.upcoming(resample.held_key.clone() if kept else None), *weights)
+    resample = approx._fx_approx.resample
+    assert resample is not None
     published = resample.tracker()
     with torch.enable_grad():
-        published([one if place in places else None for place, one in enumerate(chosen)])
+        published([one if place in places else None for place, one in enumerate(next_selections(approx))])
     return published
-
-
-@contextlib.contextmanager
-def _training(approx: ApproxModule) -> Iterator[None]:
-    """Layers as in training, where they sample."""
-    owners = {selector.owner[0]: selector.owner[0].training for selector in approx._fx_approx.selectors.values()}
-    try:
-        for owner in owners:
-            owner.training = True
-        yield
-    finally:
-        for owner, before in owners.items():
-            owner.training = before

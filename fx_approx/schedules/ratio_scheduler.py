@@ -75,7 +75,7 @@ class RatioScheduler:
         if preserve:
             for approx in pieces:
                 check_preservable(approx, "preserve")
-            if pieces and not any(approx._fx_approx.effects.classes for approx in pieces):
+            if pieces and not any(approx._fx_approx.record.effects.classes for approx in pieces):
                 message = "preserve: no selection is made ahead, so nothing is known to be left out"
                 warnings.warn(message, NoEffectWarning, stacklevel=2)
         self._model, self._log, self._preserve = model, log, preserve
@@ -111,7 +111,7 @@ class RatioScheduler:
         """Layer -> its pattern; ``strict``: an error where a pattern decides about none."""
         found: dict[str, str] = {}
         for runtime in (approx._fx_approx for approx in pieces_of(self._model)):
-            candidates = {candidate.name: candidate for candidate in runtime.candidates}
+            candidates = {candidate.name: candidate for candidate in runtime.record.candidates}
             for name, _ in runtime.selectors:
                 fit = next((pattern for pattern in self.schedules if matches(pattern, candidates[name])), None)
                 if fit is not None:
@@ -139,7 +139,7 @@ class RatioScheduler:
                 warn_of_short_tail(model, min(found))
 
     def step(self) -> None:
-        """Goes on to the next step."""
+        """Goes on to the next step, and sets its ratios."""
         self._set(self.last_step + 1, self._preserve)
 
     def get_last_ratio(self) -> dict[str, float]:
@@ -210,7 +210,7 @@ def _rising(approx: ApproxModule, settings: Mapping[Selector, tuple[float, bool]
     """Layers that will read more. Of those that share a selection the largest ratio decides, or one that is off."""
     rising: set[str] = set()
     runtime = approx._fx_approx
-    for one in runtime.effects.classes:
+    for one in runtime.record.effects.classes:
         readers = [runtime.selectors[reading.name, Role.OUTPUT] for reading in one.readings]
         now = [(selector.spec.ratio, selector.enabled) for selector in readers]
         then = [settings.get(selector, own) for selector, own in zip(readers, now, strict=True)]

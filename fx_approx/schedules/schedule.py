@@ -40,8 +40,7 @@ class Schedule(abc.ABC):
             _KINDS[cls.__name__] = cls
 
     @abc.abstractmethod
-    def ratio(self, step: int) -> float | None:
-        """At ``step``, counted from 0."""
+    def ratio(self, step: int) -> float | None: ...
 
     @property
     @abc.abstractmethod
@@ -49,7 +48,6 @@ class Schedule(abc.ABC):
         """All that it can take: so many graphs a compiled model will have at most."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         plain: dict[str, Any] = {"kind": type(self).__name__}
         for name, value in fields.items():
@@ -81,12 +79,10 @@ class Schedule(abc.ABC):
         return _KINDS[kind](**values)
 
     def to_json(self) -> str:
-        """As JSON text."""
         return json.dumps(self.to_dict())
 
     @staticmethod
     def from_json(text: str) -> Schedule:
-        """The inverse of :meth:`to_json`."""
         return Schedule.from_dict(json.loads(text))
 
 
@@ -95,12 +91,10 @@ class PlanRatios(Schedule):
     """The ratios of the plan, each layer its own."""
 
     def ratio(self, step: int) -> float | None:
-        """None."""
         return None
 
     @property
     def ratios(self) -> frozenset[float | None]:
-        """One setting."""
         return frozenset({None})
 
 
@@ -115,16 +109,13 @@ class Constant(Schedule):
     value: float
 
     def __post_init__(self) -> None:
-        """Checks the ratio."""
         check_ratio("value", self.value)
 
     def ratio(self, step: int) -> float | None:
-        """The one."""
         return self.value
 
     @property
     def ratios(self) -> frozenset[float | None]:
-        """The one."""
         return frozenset({float(self.value)})
 
 
@@ -146,7 +137,6 @@ class _Moving(Schedule):
     levels: tuple[float, ...] | int = EIGHTHS
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
         check_ratio("start", self.start)
         check_ratio("end", self.end)
         check_step("steps", self.steps, 1)
@@ -161,7 +151,6 @@ class _Moving(Schedule):
     _share: ClassVar[Any]
 
     def ratio(self, step: int) -> float | None:
-        """The rung nearest to the curve."""
         if step >= self.steps:
             return self.end
         share = type(self)._share(step / self.steps)
@@ -215,7 +204,6 @@ class PiecewiseConstant(Schedule):
     ratios_by_step: Mapping[int, float | None]
 
     def __post_init__(self) -> None:
-        """Checks the steps."""
         if not isinstance(self.ratios_by_step, Mapping) or not self.ratios_by_step:
             raise TypeError(f"ratios_by_step: expected steps with ratios, got {self.ratios_by_step!r}")
         steps = list(self.ratios_by_step)
@@ -233,7 +221,6 @@ class PiecewiseConstant(Schedule):
 
     @property
     def ratios(self) -> frozenset[float | None]:
-        """Of all steps."""
         return frozenset(self.ratios_by_step.values())
 
 
@@ -242,13 +229,11 @@ class _Around(Schedule):
     schedule: Schedule
 
     def __post_init__(self) -> None:
-        """Checks the schedule."""
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule: expected a schedule such as Constant(0.5), got {self.schedule!r}")
 
     @property
     def ratios(self) -> frozenset[float | None]:
-        """Those of the schedule inside, and exact."""
         return self.schedule.ratios | {1.0}
 
 
@@ -264,12 +249,10 @@ class ExactWarmup(_Around):
     steps: int
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
         super().__post_init__()
         check_step("steps", self.steps)
 
     def ratio(self, step: int) -> float | None:
-        """Exact, then that of the schedule."""
         return 1.0 if step < self.steps else self.schedule.ratio(step - self.steps)
 
 
@@ -287,7 +270,6 @@ class ExactTail(_Around):
     steps: int
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
         super().__post_init__()
         check_step("total", self.total, 1)
         check_step("steps", self.steps)
@@ -295,7 +277,6 @@ class ExactTail(_Around):
             raise ValueError(f"steps: expected at most total={self.total}, got {self.steps}")
 
     def ratio(self, step: int) -> float | None:
-        """That of the schedule, then exact."""
         return self.schedule.ratio(step) if step < self.total - self.steps else 1.0
 
 
@@ -320,7 +301,6 @@ class PeriodicExact(_Around):
     every: int
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
         super().__post_init__()
         check_step("every", self.every, 2)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -11,6 +10,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import platformdirs
 
 from fx_approx.errors import CacheWarning
 
@@ -25,11 +26,11 @@ def cache_folder() -> Path | None:
     chosen = os.environ.get(VARIABLE)
     if chosen is not None:
         return Path(chosen) if chosen else None
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
     try:
-        return (Path(base) if base else Path.home() / ".cache") / "fx_approx"
+        found = platformdirs.user_cache_path("fx_approx", appauthor=False)
     except RuntimeError:  # no home
         return None
+    return found if found.is_absolute() else None
 
 
 class DiskCache:
@@ -70,14 +71,13 @@ class DiskCache:
             return None
         path = self.folder / f"{name}.json"
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if found["key"] != text or "value" not in found:
+                raise ValueError("it holds something else")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            _warn("read", f"cache: {path} cannot be read and is made anew ({error})")
-            return None
-        if not isinstance(found, dict) or found.get("key") != text or "value" not in found:
-            _warn("read", f"cache: {path} holds something else and is made anew")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            _warn("read", f"cache: {path} cannot be read and is made anew ({error!r})")
             return None
         return found
 
@@ -86,15 +86,10 @@ class DiskCache:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, draft = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-            try:
-                with open(handle, "w", encoding="utf-8") as file:
-                    json.dump(value, file)
+            with tempfile.TemporaryDirectory(dir=self.folder, suffix=".tmp") as drafts:
+                draft = Path(drafts, name)
+                draft.write_text(json.dumps(value), encoding="utf-8")
                 os.replace(draft, self.folder / f"{name}.json")
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(draft)
-                raise
         except OSError as error:
             _warn("write", f"cache: {self.folder} cannot be written to, so measurements are not kept ({error})")
 

@@ -27,7 +27,7 @@ def passes_text(stages: list[tuple[str, fx.Graph]], whole: bool = False) -> str:
     """Each stage's graph: the first in full, the others as what was taken out (-) and put in (+).
 
     Args:
-        stages: Name and graph of each, as :attr:`fx_approx.runtime.graph_runtime.Runtime.stages`.
+        stages: Name and graph of each, as :attr:`fx_approx.runtime.graph_program.GraphProgram.stages`.
         whole: Show the lines that stay, too.
     """
     parts = []

@@ -39,14 +39,13 @@ def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device) -> list
         call()
         once = min(seconds(call, device) for _ in range(2))
         counts.append(max(1, min(1000, int(_BLOCK / max(once, 1e-7)))))
-    taken: list[list[float]] = [[] for _ in calls]
+    taken = in_turn(calls, device, _FEW, counts=counts)
     while True:
-        for call, count, own in zip(calls, counts, taken, strict=True):
-            own.append(seconds(call, device, count))
-        if len(taken[0]) >= _FEW:
-            found = [_timing(own) for own in taken]
-            if len(taken[0]) >= _MANY or all(one.spread < _SPREAD for one in found):
-                return found
+        found = [_timing(own) for own in taken]
+        if len(taken[0]) >= _MANY or all(one.spread < _SPREAD for one in found):
+            return found
+        for own, (more,) in zip(taken, in_turn(calls, device, 1, counts=counts), strict=True):
+            own.append(more)
 
 
 def _timing(values: Sequence[float]) -> Timing:
@@ -54,16 +53,61 @@ def _timing(values: Sequence[float]) -> Timing:
     return Timing(middle, (high - low) / (2 * middle))
 
 
-def seconds(call: Callable[[], Any], device: torch.device, count: int = 1) -> float:
+def in_turn(
+    calls: Sequence[Callable[[], Any]],
+    device: torch.device,
+    rounds: int,
+    *,
+    warmup: int = 0,
+    counts: Sequence[int] | None = None,
+    before: int = 0,
+    back_and_forth: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
+    """Times ``calls`` in turn, round by round, so that all have the same neighbours.
+
+    Args:
+        calls: What is timed.
+        device: What they run on.
+        rounds: How many count.
+        warmup: Rounds before these.
+        counts: How often each call is repeated within a measurement, which is then the mean; once by default.
+        before: Calls in each turn before the measurement. They bring back what the others have driven out of caches.
+        back_and_forth: Every second round goes backwards.
+        clock: Reads the seconds.
+
+    Returns:
+        For each of ``calls`` its seconds, one for each round.
+    """
+    counts = [1] * len(calls) if counts is None else counts
+    taken: list[list[float]] = [[] for _ in calls]
+    turns = list(zip(calls, counts, taken, strict=True))
+    for number in range(warmup + rounds):
+        for call, count, own in reversed(turns) if back_and_forth and number % 2 else turns:
+            for _ in range(before):
+                call()
+            spent = seconds(call, device, count, clock)
+            if number >= warmup:
+                own.append(spent)
+    return taken
+
+
+def seconds(
+    call: Callable[[], Any], device: torch.device, count: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """How long ``call`` takes, on ``device`` to its end; the mean of ``count`` calls in a row."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    start = time.perf_counter()
+    synchronise(device)
+    start = clock()
     for _ in range(count):
         call()
+    synchronise(device)
+    return (clock() - start) / count
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for what ``device`` was told to do."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-    return (time.perf_counter() - start) / count
 
 
 def device_key(device: torch.device) -> dict[str, Any]:

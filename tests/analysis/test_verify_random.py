@@ -95,7 +95,7 @@ def test_graphs_of_the_backend_too() -> None:
     torch.compile(model, backend=backend)(x).sum().backward()
     (piece,) = backend.pieces
     inputs = [p for p in (x, *model.parameters())]
-    called = piece._fx_approx.called[0]
+    called = piece._fx_approx.record.called[0]
     given = [next(t for t in inputs if tuple(t.shape) == tuple(spec.shape)) for spec in called]
     found = fx_approx.analysis.verify(piece, tuple(given))
     assert found.incomparable is None and found.passed, str(found)
@@ -106,11 +106,11 @@ def test_other_random_numbers_cannot_be_compared() -> None:
     torch.manual_seed(0)
     model, x = Between(lambda module, x: x * (1 + torch.rand_like(x[0]))), torch.randn(8, 8)
     approx = fx_approx.transform(model, VALUE, x)
-    graph = approx._fx_approx.stages[-1][1]
+    graph = approx._fx_approx.program.stages[-1][1]
     draw = next(node for node in graph.nodes if node.target is torch.rand_like)
     with graph.inserting_before(draw):
         graph.call_function(torch.rand, (1,))
-    approx._fx_approx.compile_graph(graph)
+    approx._fx_approx.program.compile_graph(graph)
     found = fx_approx.analysis.verify(approx, x)
     assert not found.passed and found.incomparable is not None
     assert "rand_like of shape (32,) without demand, rand of (1,) with it" in found.incomparable
@@ -168,9 +168,9 @@ def test_none_in_place_of_a_tensor_fails(what: str, kind: str, name: str, stage:
     torch.manual_seed(0)
     approx = fx_approx.transform(Two(), VALUE, x := torch.randn(8, 8))
     runtime = approx._fx_approx
-    without(dict(runtime.stages)[stage], what)
+    without(dict(runtime.program.stages)[stage], what)
     if stage == "demand":
-        runtime.compile_graph(runtime.stages[-1][1])
+        runtime.program.compile_graph(runtime.program.stages[-1][1])
     found = fx_approx.analysis.verify(approx, x)
     worst = next(one for one in found.differences if one.missing)
     assert (worst.kind, worst.name) == (kind, name) and not found.passed

@@ -98,7 +98,7 @@ def loses_some_gradient(model: nn.Module) -> None:
 
 def calls_a_layer_twice(model: nn.Module) -> None:
     runtime = model._fx_approx
-    runtime.candidates = (*runtime.candidates, runtime.candidates[-1])
+    runtime.record.candidates = (*runtime.record.candidates, runtime.record.candidates[-1])
 
 
 @pytest.mark.parametrize("broken", [reads_other_channels, loses_some_gradient, calls_a_layer_twice])

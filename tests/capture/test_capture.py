@@ -428,7 +428,7 @@ def test_further_arguments_are_inputs_like_any_other(count: int, named: dict[str
         return module(*given) if count else module(given["x"], **{name: v for name, v in given.items() if name != "x"})
 
     approx = fx_approx.transform(model, Uniform(0.5), example())
-    assert approx._fx_approx.stages[-1][0] == "demand"
+    assert approx._fx_approx.program.stages[-1][0] == "demand"
     given = example()
     assert not torch.equal(called(approx, given), called(model, given))
     assert torch.equal(called(approx.eval(), given), called(model, given))

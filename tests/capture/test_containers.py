@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx.capture.containers import tensors
+from fx_approx.capture.containers import leaves, tensors
 from fx_approx.policies import Uniform
 from tests.helpers.models import same
 
@@ -104,7 +104,7 @@ def test_the_container_of_an_untraced_part_can_be_read(kind: str) -> None:
     model = Segmenter(kind, hooked=True)
     with pytest.warns(fx_approx.errors.CaptureWarning, match=r"backbone: has hooks"):
         approx = fx_approx.transform(model, VALUE, x)
-    assert approx._fx_approx.graph is not None
+    assert approx._fx_approx.program.graph is not None
     fx_approx.set_sampling(approx, enabled=False)
     assert same(tensors(approx(x)), tensors(model(x)))
 
@@ -177,7 +177,7 @@ class Detector(nn.Module):
 def test_a_container_may_differ_between_the_modes(form: str, example: Any) -> None:
     model = Detector(form)
     approx = fx_approx.transform(model, Uniform(0.5, scope="layer"), example)
-    assert approx._fx_approx.graph is not None
+    assert approx._fx_approx.program.graph is not None
     for enabled in (True, False):
         fx_approx.set_sampling(approx, enabled=enabled)
         for mode in (False, True):
@@ -226,3 +226,29 @@ def test_records_are_verified_leaf_by_leaf() -> None:
     found = fx_approx.analysis.verify(fx_approx.transform(Recorded(), VALUE, x), x)
     assert found.passed
     assert [one.name for one in found.differences if one.kind == "output"] == ["0", "1"]
+
+
+@dataclasses.dataclass
+class Output(OrderedDict):  # type: ignore[type-arg]
+    """A record that is a dict, with its fields as items, as outputs of Hugging Face models are."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.update({name: one for name, one in vars(self).items() if one is not None})
+
+
+def test_one_rule_says_what_a_container_holds() -> None:
+    a, b, c, d = (torch.ones(size) for size in range(1, 5))
+    output = Output(logits=a)
+    output["more"] = b
+    nested = [Features(low=c), collections.deque([{d}]), output, Pair(a), torch.Size([2]), None]
+    assert [str(type(one).__name__) for one in leaves(nested)] == [
+        *["Tensor"] * 2,
+        *["NoneType", "Tensor", "Tensor"],
+        *["Tensor", "NoneType"],
+        *["int", "NoneType"],
+    ]
+    found = [c, d, a, b, a]
+    assert all(one is other for one, other in zip(tensors(nested), found, strict=True))

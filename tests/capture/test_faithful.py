@@ -223,7 +223,7 @@ def test_what_can_stay_in_the_graph_does(body: Forward) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         approx = fx_approx.transform(made(body), HALF, torch.randn(8, 16))
-    assert approx._fx_approx.graph is not None and approx._fx_approx.capture.branching == ()
+    assert approx._fx_approx.program.graph is not None and approx._fx_approx.program.capture.branching == ()
 
 
 def test_a_returned_constant_is_not_shared_between_calls() -> None:
@@ -351,7 +351,7 @@ def test_nothing_is_left_of_a_model_that_is_gone() -> None:
     lines = len(linecache.cache)
     approx = fx_approx.transform(made(scaled), HALF)
     approx(x)
-    number = approx._fx_approx.number
+    number = approx._fx_approx.randomness.number
     assert any(call[0] == number for call in state._calls)
     del approx
     gc.collect()

@@ -108,7 +108,7 @@ def inputs(batch: int = 4, length: int = 6) -> Tensor:
 def test_it_is_traced_and_exact_where_sampling_is_off(body: Any) -> None:
     model = Net(body)
     approx = fx_approx.transform(model, VALUE, inputs())  # a CaptureWarning would be an error here
-    assert approx._fx_approx.graph is not None
+    assert approx._fx_approx.program.graph is not None
     fx_approx.set_sampling(approx, enabled=False)
     for batch in (4, 3, 1, 7):  # no batch size is in the graph
         x = inputs(batch)

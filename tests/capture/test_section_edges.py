@@ -202,7 +202,7 @@ def test_a_forward_that_failed_leaves_nothing_behind() -> None:
     approx.bad = True
     with pytest.raises(RuntimeError, match="no"):
         approx(x)
-    assert approx._fx_approx.head is None and approx._fx_approx.drawn is None
+    assert approx._fx_approx.randomness.head is None and approx._fx_approx.randomness.drawn is None
 
 
 def test_a_copy_of_a_module_alone_computes_with_its_own_parameters() -> None:

@@ -76,7 +76,7 @@ def made(seed: int = 0) -> tuple[nn.Module, tuple[Tensor, list[Tensor]]]:
 
 
 def sections(approx: nn.Module) -> list[str]:
-    return [section.path for section in approx._fx_approx.capture.sections]
+    return [section.path for section in approx._fx_approx.program.capture.sections]
 
 
 def gradients(model: nn.Module, call: Any, inputs: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -246,7 +246,7 @@ def test_each_call_of_a_section_draws_for_itself() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 8)
     approx = fx_approx.transform(Twice(), RANDOM, x)
-    assert sections(approx) == ["block"] and len(approx._fx_approx.capture.sections[0].called.calls) == 3
+    assert sections(approx) == ["block"] and len(approx._fx_approx.program.capture.sections[0].called.calls) == 3
     found = approx(x)
     assert not same(found[0], found[1]) and not same(found[1], found[2])
     with fx_approx.reuse_selection(approx):  # what is held is one selection
@@ -312,10 +312,39 @@ def test_below_a_part_of_a_traced_model() -> None:
     assert same(approx.eval()(*inputs), model.eval()(*inputs))
 
 
+def test_sizes_that_the_graph_around_relies_on_count() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.block(x)
+            return y if y.detach().sum() < 1e9 else x
+
+    class Unrolled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.last = Inner(), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            for place in range(y.shape[1]):
+                x = x + y[:, place : place + 1]
+            return self.last(self.inner(x))
+
+    model, x = Unrolled(), torch.randn(3, 8)
+    approx = fx_approx.transform(model, RANDOM, (x, torch.randn(3, 2)))
+    assert sections(approx) == ["", "inner.block"]
+    y = torch.randn(3, 5)
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="axis 1 of input y is not 2 long"):
+        approx(x, y)
+    assert torch.equal(approx.eval()(x, y), model.eval()(x, y))
+
+
 def test_ends_are_those_of_the_whole_model() -> None:
     """The first layer reads no other's output, the last feeds no other, though each is in a graph of its own."""
     model, inputs = made()
-    ends = {c.name: (c.first, c.last) for c in fx_approx.transform(model, AHEAD, inputs)._fx_approx.candidates}
+    ends = {c.name: (c.first, c.last) for c in fx_approx.transform(model, AHEAD, inputs)._fx_approx.record.candidates}
     assert [name for name, (first, _) in ends.items() if first] == ["backbone.stem.0"]
     assert [name for name, (_, last) in ends.items() if last] == ["last"]
 

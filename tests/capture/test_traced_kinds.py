@@ -35,7 +35,7 @@ def test_the_class_of_a_traced_value_is_told_to_the_model_only() -> None:
     torch.manual_seed(0)
     model, x = Asks().double(), torch.randn(4, 6, dtype=torch.float64)
     approx = fx_approx.transform(model, Uniform(1.0), x)
-    assert approx._fx_approx.graph is not None
+    assert approx._fx_approx.program.graph is not None
     assert torch.equal(approx(x), model(x))
 
 

@@ -48,7 +48,7 @@ def test_sizes_are_traced(name: str) -> None:
     model = Prompted(USES[name]).double()
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     approx = fx_approx.transform(model, Uniform(1.0, scores="online"), x)
-    assert approx._fx_approx.graph is not None
+    assert approx._fx_approx.program.graph is not None
     batches = [x] if "numbers" in name or "second" in name else [x, torch.randn(5, 3, 8, dtype=torch.float64)]
     for batch in batches:
         result, expected = approx(batch), model(batch)

@@ -190,12 +190,12 @@ def test_verify_finds_a_wrong_number() -> None:
     approx = fx_approx.transform(model, Layers(scope="group"), x)
     assert fx_approx.analysis.verify(approx, x).passed
     runtime = approx._fx_approx
-    exact = runtime.function
-    runtime.function = lambda root, *args: exact(root, *args) * (1 + 1e-8)
+    exact = runtime.program.function
+    runtime.program.function = lambda root, *args: exact(root, *args) * (1 + 1e-8)
     result = fx_approx.analysis.verify(approx, x)
     assert not result.passed
     assert result.worst.kind in ("output", "loss", "gradient")
-    runtime.function = exact
+    runtime.program.function = exact
 
 
 def test_verify_finds_wrong_statistics_beside_a_large_buffer() -> None:
@@ -203,14 +203,14 @@ def test_verify_finds_wrong_statistics_beside_a_large_buffer() -> None:
     model.register_buffer("mask", torch.full((2,), float("-inf")))
     approx = fx_approx.transform(model, Layers(scope="group"), x)
     runtime = approx._fx_approx
-    exact = runtime.function
+    exact = runtime.program.function
 
     def wrong(root: Any, *args: Any) -> Any:
         result = exact(root, *args)
         root.get_submodule("1").running_mean.mul_(1.01)
         return result
 
-    runtime.function = wrong
+    runtime.program.function = wrong
     result = fx_approx.analysis.verify(approx, x)
     assert not result.passed
     assert result.worst.kind == "statistics"
@@ -236,7 +236,7 @@ def test_verify_takes_indices_masks_and_complex_numbers_for_what_they_are() -> N
     assert result.hoisted
     assert result.passed, str(result)
     runtime = approx._fx_approx
-    exact = runtime.function
+    exact = runtime.program.function
     for place, wrong in ((0, lambda y: y * (1 + 1e-8)), (1, lambda y: y + 1), (2, torch.logical_not)):
 
         def other(root: Any, *args: Any, place: int = place, wrong: Any = wrong) -> Any:
@@ -244,11 +244,11 @@ def test_verify_takes_indices_masks_and_complex_numbers_for_what_they_are() -> N
             made[place] = wrong(made[place])
             return tuple(made)
 
-        runtime.function = other
+        runtime.program.function = other
         result = fx_approx.analysis.verify(approx, x)
         assert not result.passed
         assert max(result.differences, key=lambda one: one.relative * (one.kind == "output")).name == str(place)
-    runtime.function = exact
+    runtime.program.function = exact
 
 
 def test_verify_leaves_everything_as_it_was() -> None:
@@ -258,10 +258,10 @@ def test_verify_leaves_everything_as_it_was() -> None:
         training_step(approx, x)
     before = {name: t.clone() for name, t in approx.state_dict().items()}
     state, random = fx_approx.sampler_state_dict(approx), torch.get_rng_state()
-    graph = approx._fx_approx.function
+    graph = approx._fx_approx.program.function
     assert fx_approx.analysis.verify(approx, x).passed
     assert all(torch.equal(t, before[name]) for name, t in approx.state_dict().items())
     assert fx_approx.sampler_state_dict(approx) == state
     assert torch.equal(torch.get_rng_state(), random)
-    assert approx._fx_approx.function is graph
+    assert approx._fx_approx.program.function is graph
     assert all(p.grad is None for p in approx.parameters())

@@ -246,4 +246,4 @@ def test_the_programs_hoist() -> None:
     steps = [Step(_call, (0,), layer=first), Step(_call, (1,), layer=norm), Step(_call, (2,), layer=second)]
     model = Program(steps, (3,), nn.Linear(4 * SIZE * SIZE, 3), None)
     approx = fx_approx.transform(model, Layers(scope="value"), torch.randn(2, 3, SIZE, SIZE))
-    assert [name for name, _ in approx._fx_approx.stages] == ["capture", "share", "demand"]
+    assert [name for name, _ in approx._fx_approx.program.stages] == ["capture", "share", "demand"]

@@ -186,5 +186,5 @@ def test_video_network_of_subclasses_is_hoisted() -> None:
     block = approx.layer2[0]
     assert isinstance(block.conv1[0], type(model.layer2[0].conv1[0]))
     assert block.conv1[0].get_downsample_stride(2) == (2, 2, 2)
-    narrowed = [node for node in approx._fx_approx.graph.nodes if "slice_weights" in str(node.target)]
+    narrowed = [node for node in approx._fx_approx.program.graph.nodes if "slice_weights" in str(node.target)]
     assert len(narrowed) >= 20

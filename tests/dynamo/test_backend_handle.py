@@ -164,8 +164,8 @@ def test_a_wrong_demand_is_found_through_a_backend(monkeypatch: pytest.MonkeyPat
     (_, _), (model, backend) = both()
     trained(model, steps=1)
     (piece,) = backend.pieces
-    run = piece._fx_approx.function
-    monkeypatch.setattr(piece._fx_approx, "function", lambda *args: tuple(1.01 * value for value in run(*args)))
+    run = piece._fx_approx.program.function
+    monkeypatch.setattr(piece._fx_approx.program, "function", lambda *args: tuple(1.01 * value for value in run(*args)))
     assert not analysis.verify(backend, X).passed
 
 

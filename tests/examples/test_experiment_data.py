@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 def test_crops_are_cut_from_the_padded_image(scripts: SimpleNamespace) -> None:
     pixels = np.arange(1, 65, dtype=np.uint8).reshape(1, 8, 8, 1).repeat(64, 0)
     labels = np.arange(64, dtype=np.uint8)
-    settings = scripts.config.Data("images", "x", augment="crop-flip")
+    settings = scripts.config.Data(kind="images", folder="x", augment="crop-flip")
     source = scripts.images.Images((pixels, labels, pixels[:2], labels[:2]), settings, torch.device("cpu"), "x")
     (x, y), (again, _) = next(source.epoch(3, 1, 64)), next(source.epoch(3, 1, 64))
     assert torch.equal(x, again) and sorted(y.tolist()) == list(range(64))
@@ -67,7 +66,7 @@ def test_layouts_of_cifar(scripts: SimpleNamespace, tmp_path: Path) -> None:
 
 def test_texts(scripts: SimpleNamespace, tmp_path: Path) -> None:
     text = "".join(f"KING:\nWord {place} and\nmore.\n\nFOOL:\nNo {place}.\n\n" for place in range(20))
-    settings = scripts.config.Data("speakers", "x", length=12)
+    settings = scripts.config.Data(kind="speakers", folder="x", length=12)
 
     def source(name: str, pairs: list[tuple[str, str]]) -> Any:
         return scripts.texts.Labelled(name, pairs, settings, torch.device("cpu"), scripts.texts.characters_of)
@@ -134,13 +133,13 @@ def test_minilm_is_the_published_encoder(scripts: SimpleNamespace) -> None:
 
 
 def test_a_schedule_stretches_over_the_training(scripts: SimpleNamespace) -> None:
-    training = scripts.config.Training(1, epochs=1, schedule="stairs", milestones=(0.3, 0.6, 0.8), factor=0.2)
+    training = scripts.config.Training(batch=1, epochs=1, schedule="stairs", milestones=(0.3, 0.6, 0.8), factor=0.2)
     rates = [scripts.costs.rate_at(training, step, 10) for step in range(10)]
     assert rates == pytest.approx([1] * 3 + [0.2] * 3 + [0.04] * 2 + [0.008] * 2)
-    cycle = dataclasses.replace(training, schedule="onecycle", warmup=0.25)
+    cycle = training.model_copy(update={"schedule": "onecycle", "warmup": 0.25})
     rates = [scripts.costs.rate_at(cycle, step, 100) for step in (0, 25, 99)]
     assert rates == pytest.approx([0.04, 1.0, 0.0], abs=1e-3)
-    falling = dataclasses.replace(training, schedule="trapezoid", warmup=0.2, milestones=(0.6,))
+    falling = training.model_copy(update={"schedule": "trapezoid", "warmup": 0.2, "milestones": (0.6,)})
     rates = [scripts.costs.rate_at(falling, step, 10) for step in range(10)]
     assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
 

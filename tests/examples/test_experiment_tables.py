@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -95,23 +96,44 @@ def by_hand() -> list[Any]:
 
 
 def test_summaries_of_runs(summaries: ModuleType) -> None:
-    exact, tail, sampled, fewer, narrow = found = summaries.summarised(by_hand())
-    assert [one.kind for one in found] == ["exact", "sampled", "sampled", "epochs", "width"]
-    assert (exact.mean, tail.mean, fewer.mean) == (91, 91.5, 89)
-    assert tail.deviation == pytest.approx(0.5**0.5) and narrow.deviation is None
-    assert tail.accuracies == {0: 91, 1: 92} and tail.flops == 0.5 and tail.seconds == 5.0 and tail.speedup == 2.5
+    results = summaries.summarised(by_hand())
+    exact, tail, sampled, fewer, narrow = results.found.itertuples()
+    assert results.found.kind.tolist() == ["exact", "sampled", "sampled", "epochs", "width"]
+    assert (exact.accuracy, tail.accuracy, fewer.accuracy) == (91, 91.5, 89)
+    assert tail.deviation == pytest.approx(0.5**0.5) and math.isnan(narrow.deviation)
+    assert accuracies(results, "tail") == {0: 91, 1: 92}
+    assert (tail.runs, tail.flops, tail.seconds, tail.speedup) == (2, 0.5, 5.0, 2.5)
     # It ends sampled: the accuracy after re-estimating statistics, and what that takes.
-    assert sampled.mean == 70 and sampled.as_trained == (60,) and sampled.flops == pytest.approx(0.3)
-    assert tail.curve == ((0.25, 2.5, 81), (0.5, 5.0, 91.5)) and sampled.curve[-1][2] == 70
-    assert summaries.time_to(tail, 91) == 5.0 and summaries.time_to(tail, 81) == 2.5
-    assert summaries.time_to(fewer, 91) is None
+    assert (sampled.accuracy, sampled.trained) == (70, 60) and sampled.flops == pytest.approx(0.3)
+    assert results.curves.loc["tail"].to_numpy().tolist() == [[0.25, 2.5, 81], [0.5, 5.0, 91.5]]
+    assert results.curves.accuracy["sampled"].iloc[-1] == 70
+    assert summaries.time_to(results, "tail", 91) == 5.0 and summaries.time_to(results, "tail", 81) == 2.5
+    assert math.isnan(summaries.time_to(results, "fewer", 91))
+
+
+def accuracies(results: Any, variant: str) -> dict[int, float]:
+    """By seed, of the runs that did not diverge."""
+    return results.accuracies[variant].dropna().to_dict()
+
+
+def test_a_run_that_diverged_is_counted_and_has_no_accuracy(tables: ModuleType, summaries: ModuleType) -> None:
+    runs = by_hand()
+    for run in (runs[1], runs[2]):  # one of two, and the only one
+        run.update(diverged=True, final={"accuracy": None, "test_loss": None}, seconds=0.5)
+    results = summaries.summarised(runs)
+    tail, sampled = results.found.loc["tail"], results.found.loc["sampled"]
+    assert (tail.runs, tail.diverged, tail.accuracy, tail.seconds) == (1, 1, 91, 6.0)
+    assert (sampled.runs, sampled.diverged, sampled.flops) == (0, 1, 0.25) and "sampled" not in results.curves.index
+    cells = {line.split()[0]: line.split()[1:] for line in lines_of(tables.table(summaries.evaluated(runs), 0.5))}
+    assert cells["tail"][:4] == ["1_(1_diverged)", "91.00", "+0.00", "91.00"]
+    assert cells["sampled"][:5] == ["0_(1_diverged)", "diverged", "–", "diverged", "25.0"]
 
 
 def test_runs_of_an_earlier_configuration_do_not_count(summaries: ModuleType) -> None:
     runs = [record("a", seed, (80.0, 90.0), 0.5, 2.0, tail=0.1) for seed in (0, 1)]
     runs.append(record("a", 0, (85.0, 95.0), 0.5, 2.0, tail=0.2))
-    (found,) = summaries.summarised(runs)
-    assert found.accuracies == {0: 95.0}
+    results = summaries.summarised(runs)
+    assert len(results.found) == 1 and accuracies(results, "a") == {0: 95.0}
 
 
 def test_times_of_two_machines_are_told_by_exact_training_on_each(tables: ModuleType, summaries: ModuleType) -> None:
@@ -121,18 +143,15 @@ def test_times_of_two_machines_are_told_by_exact_training_on_each(tables: Module
     for run, place in ((slow[0], "Q"), (slow[1], "Q"), (unknown, "R")):
         run["environment"] = {**run["environment"], "accelerator": None, "processor": place}
     fast = [record("exact", 0, (90, 90), 1.0, 10.0), record("tail", 0, (80, 91), 0.5, 4.0, **part)]
-    exact, tail = summaries.summarised([*fast, *slow])
-    assert exact.seconds == pytest.approx(10.0) and tail.seconds == pytest.approx((4.0 + 5.0) / 2)
-    assert tail.curve[0][1] == pytest.approx((4.0 + 5.0) / 4)
+    both = summaries.summarised([*fast, *slow])
+    assert both.found.seconds.to_dict() == pytest.approx({"exact": 10.0, "tail": (4.0 + 5.0) / 2})
+    assert both.curves.seconds["tail", 0] == pytest.approx((4.0 + 5.0) / 4)
     # A machine without an exact run has times that nothing can be compared with.
-    mixed, alone = (summaries.summarised([*runs, unknown])[1] for runs in (fast, fast[:1]))
-    assert (mixed.time, mixed.curve[0][1]) == (4.0, 2.0) and mixed.accuracies.keys() == {0, 2}
-    assert alone.time is None and alone.accuracies == {2: 92} and summaries.time_to(alone, 80) is None
-    (row,) = [
-        line
-        for line in tables.table(summaries.summarised([*fast[:1], unknown]), 0.5, {}).splitlines()
-        if "tail" in line
-    ]
+    mixed, alone = (summaries.evaluated([*runs, unknown]) for runs in (fast, fast[:1]))
+    assert mixed.found.timed["tail"] and mixed.found.seconds["tail"] == 4.0 and mixed.curves.seconds["tail", 0] == 2.0
+    assert accuracies(mixed, "tail").keys() == {0, 2} and accuracies(alone, "tail") == {2: 92}
+    assert not alone.found.timed["tail"] and math.isnan(summaries.time_to(alone, "tail", 80))
+    (row,) = [line for line in tables.table(alone, 0.5).splitlines() if "tail" in line]
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         "tail",
         "1",
@@ -173,19 +192,19 @@ def test_costs_of_steps_belong_to_a_variant_as_it_was_trained(tables: ModuleType
     assert summaries.sections([*runs, elsewhere]) == {"x": runs}
     (records,) = summaries.sections([*runs, measured]).values()
     assert summaries.trained(records) == runs
-    found = summaries.costs_of([measured], summaries.summarised(runs))
-    assert set(found) == {"tail", "moving", "narrow"}
-    assert (found["tail"].memory, found["tail"].traffic) == (0.6, pytest.approx(0.5 * 0.3 + 0.5))
-    assert (found["moving"].memory, found["moving"].traffic) == (0.7, pytest.approx(0.5 * 0.1 + 0.5 * 0.3))
-    assert (found["narrow"].memory, found["narrow"].traffic) == (0.8, 0.6)
-    assert found["tail"].time == pytest.approx(0.5 / 2 + 0.5) and found["moving"].time == pytest.approx(0.5 / 3 + 0.2)
+    found = summaries.costs_of([measured], summaries.summarised(runs).found)
+    assert found.peak.to_dict() == {"tail": 0.6, "moving": 0.7, "narrow": 0.8}
+    shares = {"tail": 0.5 * 0.3 + 0.5, "moving": 0.5 * 0.1 + 0.5 * 0.3, "narrow": 0.6}
+    assert found.traffic.to_dict() == pytest.approx(shares)
+    assert found.time.to_dict() == pytest.approx({"tail": 0.5 / 2 + 0.5, "moving": 0.5 / 3 + 0.2, "narrow": 1 / 1.5})
     exact = record("exact", 0, (80, 90), 1.0, 8.0)
-    timed = {one.variant: one for one in summaries.evaluated([*runs, exact, measured])[0]}
-    assert timed["tail"].seconds == pytest.approx(0.75 * 8) and timed["changed"].seconds == 6.0
-    assert [seconds for _, seconds, _ in timed["tail"].curve] == pytest.approx([3.0, 6.0])
-    assert timed["narrow"].seconds == pytest.approx(8 / 1.5) and timed["exact"].seconds == 8.0
-    assert tables.quicker(found["moving"], None) == "3.00 [2.90, 3.20]; 2.50 [2.40, 2.70]"
-    assert tables.quicker(None, 1.234) == "1.23" and tables.quicker(None, None) == "–"
+    timed = summaries.evaluated([*runs, exact, measured])
+    seconds = timed.found.seconds.to_dict()
+    assert seconds["tail"] == pytest.approx(0.75 * 8) and seconds["changed"] == 6.0
+    assert timed.curves.seconds["tail"].tolist() == pytest.approx([3.0, 6.0])
+    assert seconds["narrow"] == pytest.approx(8 / 1.5) and seconds["exact"] == 8.0
+    assert tables.quicker(found.quicker["moving"], math.nan) == "3.00 [2.90, 3.20]; 2.50 [2.40, 2.70]"
+    assert tables.quicker(math.nan, 1.234) == "1.23" and tables.quicker(math.nan, math.nan) == "–"
 
 
 def test_what_is_compared_has_the_same_learning_rate(tables: ModuleType, summaries: ModuleType) -> None:
@@ -215,24 +234,25 @@ def test_what_is_compared_has_the_same_learning_rate(tables: ModuleType, summari
     for run in runs:
         if run["options"]["policy"]:
             run["phases"] = {"sampled": 2}
-    found, measured = summaries.evaluated([*runs, cost])
-    assert [line.split() for line in lines_of(tables.rivals(found))] == [
+    results = summaries.evaluated([*runs, cost])
+    found = results.found
+    assert [line.split() for line in lines_of(tables.rivals(results))] == [
         ["tail", "88.00", "exact,_fewer_epochs", "FLOPs", "80.00", "8.00"],
         ["tail,_fast", "91.50_±_0.71", "exact,_fewer_epochs", "FLOPs", "87.00", "5.00"],
     ]
     # Exact training takes as long at each rate, and so does what was measured at one of them.
-    assert {"tail", "tail, fast", "tail, slow"} <= measured.keys()
-    assert {one.variant: one.time for one in found if one.kind != "epochs"} == {
+    assert found.quicker.notna()[["tail", "tail, fast", "tail, slow"]].all() and found.timed.all()
+    assert found.seconds[found.kind != "epochs"].to_dict() == {
         "exact": 10.0,
         "exact, fast": 10.0,
         "tail": 5.0,
         "tail, fast": 5.0,
         "tail, slow": 5.0,
     }
-    differences = {line.split()[0]: line.split()[3] for line in lines_of(tables.table(found, 0.5, measured))}
+    differences = {line.split()[0]: line.split()[3] for line in lines_of(tables.table(results, 0.5))}
     assert differences["tail"] == "-2.00" and differences["tail,_fast"] == "-1.50"
     assert differences["tail,_slow"] == "-30.00" and differences["fewer,_faster"] == "-4.00"
-    assert [line.split() for line in lines_of(tables.rates(found))] == [
+    assert [line.split() for line in lines_of(tables.rates(results))] == [
         ["exact", "100.0", "–", "90.00_(1)", "93.00_(1)", "–"],
         ["tail,_slow", "50.0", "60.00_(1)", "88.00_(1)", "91.50_±_0.71_(2)", "–"],
         ["fewer", "50.0", "–", "80.00_(1)", "87.00_(1)", "86.00_(1)"],
@@ -253,10 +273,10 @@ def test_sampled_gradients_leave_the_statistics_exact(summaries: ModuleType) -> 
     ]
     for run in runs:
         run["epochs"][0]["recalibrated"] = 55.0
-    found = {one.variant: one for one in summaries.summarised(runs)}
-    assert {name: one.mean for name, one in found.items()} == {"backward": 60, "weight_gradient": 60, "straight": 70}
-    assert [found[kind].curve[0][2] for kind in ("backward", "straight")] == [50, 55]
-    assert found["backward"].flops == pytest.approx(0.7) and found["straight"].flops == pytest.approx(0.75)
+    results = summaries.summarised(runs)
+    assert results.found.accuracy.to_dict() == {"backward": 60, "weight_gradient": 60, "straight": 70}
+    assert [results.curves.accuracy[kind, 0] for kind in ("backward", "straight")] == [50, 55]
+    assert results.found.flops.to_dict() == pytest.approx({"backward": 0.7, "weight_gradient": 0.7, "straight": 0.75})
 
 
 def test_a_training_too_short_to_learn_has_its_losses_in_the_table_and_no_figures(
@@ -325,9 +345,9 @@ def test_a_frozen_network_is_a_rival_and_not_what_all_are_compared_with(
     tables: ModuleType, summaries: ModuleType
 ) -> None:
     frozen = record("head alone", 0, [40, 50], 0.4, 4.0, frozen=["0.*"])
-    found = summaries.summarised([frozen, record("exact", 0, [60, 70], 1.0, 10.0)])
-    assert [(one.variant, one.kind) for one in found] == [("exact", "exact"), ("head alone", "frozen")]
-    (row,) = [line for line in tables.table(found, 0.5, {}).splitlines() if "head alone" in line]
+    results = summaries.evaluated([frozen, record("exact", 0, [60, 70], 1.0, 10.0)])
+    assert list(results.found.kind.items()) == [("exact", "exact"), ("head alone", "frozen")]
+    (row,) = [line for line in tables.table(results, 0.5).splitlines() if "head alone" in line]
     assert "-20.00" in row
 
 
@@ -341,10 +361,10 @@ def test_figures_of_many_variants_name_those_on_the_fronts_and_have_room_for_the
     best = [record(f"{long}, {n}", 0, [10, 60 + n], 0.3 + n / 50, 3 + n / 9) for n in range(20)]
     worse = [record(f"worse {n}", 0, [10, 20 + n], 0.9, 12.0, policy=policy) for n in range(18)]
     fewer = record("fewer", 0, [10, 30], 0.9, 12.0, by="epochs", equal="flops", to="worse 1")
-    found = summaries.summarised([record("exact", 0, [50, 90], 1.0, 10.0), *best, *worse, fewer])
+    results = summaries.summarised([record("exact", 0, [50, 90], 1.0, 10.0), *best, *worse, fewer])
     drawn: list[Any] = []
     monkeypatch.setattr(plt, "close", drawn.append)
-    pictures.draw(found, "X", tmp_path, "x")
+    pictures.draw(results, "X", tmp_path, "x")
     monkeypatch.undo()
     assert len(drawn) == 3
     for figure in drawn:

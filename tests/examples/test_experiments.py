@@ -265,7 +265,7 @@ def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
         trained.append(x)
         return step(run, x, *rest)
 
-    monkeypatch.setattr(fx_approx, "sensitivity", measured)
+    monkeypatch.setattr(fx_approx.analysis, "sensitivity", measured)
     monkeypatch.setattr(scripts.variants, "approximate", approximate)
     monkeypatch.setattr(scripts.training.Run, "step", trains)
     policy = "{kind='flops', budget=0.7, min_k=4, round_to=4}"
@@ -285,21 +285,33 @@ def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
     ("change", "message"),
     [
         ("training.rat=0.1", "training.rat: no such key, got 0.1; expected one of batch, epochs"),
-        ("training.batch=0", "training.batch: expected 1 or more, got 0"),
-        ("training.batch='x'", "training.batch: expected a value of type int, got 'x'"),
+        ("training.batch=0", "training.batch: expected greater than or equal to 1, got 0"),
+        ("training.batch='x'", "training.batch: expected a valid integer, got 'x'"),
         ("training.batch=97", "training.batch: expected at most the 96 training examples, got 97"),
         (
             "training.schedule=up",
-            "training.schedule: expected one of onecycle, cosine, stairs, trapezoid, constant, got 'up'",
+            "training.schedule: expected 'onecycle', 'cosine', 'stairs', 'trapezoid' or 'constant', got 'up'",
         ),
         (
             "training.schedule=trapezoid",
             "training.milestones: expected one share, not before warmup, from which a trapezoid falls, got ()",
         ),
-        ("data.kind=sounds", "data.kind: expected one of images, folder, characters, speakers, labelled, got 'sounds'"),
+        (
+            "data.kind=sounds",
+            "data.kind: expected 'images', 'folder', 'characters', 'speakers' or 'labelled', got 'sounds'",
+        ),
+        ("data.limit=true", "data.limit: expected a valid integer, got True"),
+        ("training.milestones=0.5", "training.milestones: expected a valid list, got 0.5"),
+        ("training.milestones=[0.5, 'x']", "training.milestones.1: expected a valid number, got 'x'"),
+        ("variants={}", "variants: table should have at least 1 item"),
+        ("data={}", "data.folder: missing"),
+        ("colour=1", "tiny.toml: colour: no such key, got 1; expected one of name, title, data"),
+        ("variants.exact.tial=1", "variants.'exact'.tial: no such key, got 1; expected one of policy, exact"),
+        ("variants.exact.by=size", "variants.'exact'.by: expected '', 'epochs' or 'width', got 'size'"),
+        ("variants.fewer.by=''", "variants.'fewer'.by: expected epochs or width beside equal, got ''"),
         ("data.folder=cifar10", "no cifar10 is there: expected cifar10/ with"),
         ("network.kind=rnn", "network.kind: expected one of mlp, cnn, wrn, torchvision, gpt, vit, minilm, got 'rnn'"),
-        ("network.hidden=0", "network.hidden: expected 1 or more, got 0"),
+        ("network.hidden=0", "network.hidden: expected greater than or equal to 1, got 0"),
         ("variants.moving.tail=0.9", "variants.'moving'.tail: expected less than what warmup = 0.25 leaves, got 0.9"),
         ("variants.moving.policy.kind=best", "variants.'moving'.policy: kind: expected one of paper, uniform"),
         ("variants.moving.policy.ratio=2", "variants.'moving'.policy: ratio: expected a number in (0, 1], got 2"),
@@ -310,7 +322,7 @@ def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
             "variants.value, tail.policy={kind='flops', budget=0.001}",
             "variants.'value, tail': budget: 0.001 of the exact step cannot be met",
         ),
-        ("variants.moving.distill=2", "variants.'moving'.distill: expected a share in [0, 1], got 2"),
+        ("variants.moving.distill=2", "variants.'moving'.distill: expected less than or equal to 1, got 2"),
         (
             "variants.exact.distill=0.5",
             "variants.'exact'.distill: expected 0 without interleave, whose exact steps teach",
@@ -322,7 +334,7 @@ def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
         ),
         ("variants.exact.frozen=['x.*']", "variants.'exact': frozen: expected a glob on parameters such as"),
         ("variants.fewer.frozen=['fc1.*']", "variants.'fewer'.frozen: expected none beside equal, got"),
-        ("seeds=[1, 1]", "seeds: expected different integers of 0 or more, got [1, 1]"),
+        ("seeds=[1, 1]", "seeds: expected one or more different integers, got [1, 1]"),
         ("training", "--set training: expected KEY=VALUE"),
     ],
 )
@@ -332,6 +344,15 @@ def test_a_bad_configuration_is_named(
     with pytest.raises(SystemExit) as ended:
         runner(more=["--set", change])
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_all_that_is_wrong_is_told_at_once(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        runner(more=["--set", "training.batch=0", "--set", "seeds=[-1]"])
+    assert capsys.readouterr().err.splitlines() == [
+        "tiny.toml: training.batch: expected greater than or equal to 1, got 0",
+        "tiny.toml: seeds.0: expected greater than or equal to 0, got -1",
+    ]
 
 
 def test_the_configurations_that_are_here_are_read(scripts: SimpleNamespace) -> None:

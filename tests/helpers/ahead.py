@@ -58,7 +58,7 @@ def shared(model: nn.Module) -> list[SharedSelection]:
 
 
 def names(model: nn.Module) -> list[list[str]]:
-    return [[r.name for r in one.readings] for one in find(model)._fx_approx.analysis.sharing.classes]
+    return [[r.name for r in one.readings] for one in find(model)._fx_approx.record.analysis.sharing.classes]
 
 
 def shuffle(model: nn.Module) -> None:

@@ -123,7 +123,7 @@ def pair(model: nn.Module, policy: Policy, x: Any, **options: Any) -> tuple[nn.M
     """The same model transformed with and without demand."""
     hoisted = fx_approx.transform(copy.deepcopy(model), policy, x, **options)
     whole = fx_approx.transform(copy.deepcopy(model), policy, x, prune_unread=False, **options)
-    assert [name for name, _ in whole._fx_approx.stages] == ["capture", "share"]
+    assert [name for name, _ in whole._fx_approx.program.stages] == ["capture", "share"]
     return hoisted, whole
 
 
@@ -142,7 +142,7 @@ def assert_hoisting_changes_nothing(
 def narrow_producers(model: nn.Module) -> set[str]:
     """The layers that compute some of their outputs only."""
     found = set()
-    for node in model._fx_approx.graph.nodes:
+    for node in model._fx_approx.program.graph.nodes:
         given = [*node.args, *node.kwargs.values()]
         slices = [a for a in given if isinstance(a, torch.fx.Node) and a.target is ops.slice_weights]
         if slices and slices[0].args[3] is not None and node.op == "call_module":
@@ -152,5 +152,5 @@ def narrow_producers(model: nn.Module) -> set[str]:
 
 def narrow_values(model: nn.Module) -> set[str]:
     """The values of the captured graph of which some channels are not computed."""
-    demand = model._fx_approx.analysis.demand
+    demand = model._fx_approx.record.analysis.demand
     return {node.name for node, have in demand.have.items() if any(place != -1 for place in have)}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fx_approx.core.candidates import Role
-from fx_approx.ops import Early
+from fx_approx.ops import ForwardDrawn
 from fx_approx.sampling import Selection
 from tests.families import OP_CASES, OpCase, Operands
 from tests.op_case import conv_case, einsum_case, linear_case, product_case
@@ -187,7 +187,7 @@ class RoleCase:
         """The op's argument for ``selection``."""
         if self.role is Role.OUTPUT:
             return {"selection": selection}
-        return {self.role.value: Early(selection, positions=True) if self.positions else selection}
+        return {self.role.value: ForwardDrawn(selection, positions=True) if self.positions else selection}
 
     def oracle(self, output: Tensor, operand: Tensor, towards: Tensor, selection: Selection) -> Tensor:
         """The sampled gradient of ``operand`` as an explicit sum over the chosen pairs.
@@ -215,8 +215,8 @@ class RoleCase:
         batch = numbered(self.case.labels[2], self.sizes, self._batch)
         total: Any = 0
         for j in range(self.pairs):
-            total = total + self.case.term(operands, self.case.static, 0, j) * dense[:, j][batch]
-        return self.case.finish(operands, self.case.static, total)
+            total = total + self.case.term(operands, self.case.op_kwargs, 0, j) * dense[:, j][batch]
+        return self.case.finish(operands, self.case.op_kwargs, total)
 
     def scores(
         self, operands: Operands, towards: Tensor | None, kind: str, running: Sequence[float] | None = None
@@ -248,7 +248,7 @@ class RoleCase:
         """Norms of the rows of the gradient of the product: all that is no column, batch and rows first."""
         batch, rows, columns = self.case.parts
         rest = "".join(label for label in self.case.labels[2] if label not in batch + rows + columns)
-        factor = float(self.case.static.get("alpha", 1))  # what is added to the product has no part in it
+        factor = float(self.case.op_kwargs.get("alpha", 1))  # what is added to the product has no part in it
         return _norms(towards * factor, self.case.labels[2], self.sizes, batch + rows + rest)
 
     def _factor(self, operand: Tensor, labels: str) -> Tensor:

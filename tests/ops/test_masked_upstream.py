@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx.core.candidates import Role
-from fx_approx.ops import Early, Late, Rule
+from fx_approx.ops import BackwardDrawn, ForwardDrawn, Rule
 from fx_approx.runtime.rng import Draw, draw
 from fx_approx.runtime.selector import Selector
 from fx_approx.sampling import SAMPLERS, SamplerConfig, Selection, get_sampler
@@ -84,7 +84,7 @@ def upstream(output: Tensor) -> Tensor:
 
 
 def arguments(role: Role, choice: Selection, positions: bool) -> dict[str, object]:
-    return {role.value: Early(choice, positions) if positions else choice}
+    return {role.value: ForwardDrawn(choice, positions) if positions else choice}
 
 
 def expected(case: OpCase, operands: Operands, role: Role, factor: Tensor, grad: Tensor) -> dict[str, Tensor]:
@@ -181,7 +181,7 @@ def test_a_late_selection_is_that_of_the_formula(
     grad = upstream(output)
     scores = hand_scores(case, operands, role, grad, groups, pairs, reads)
     choice = drawer.draw(scores, k, numbers, epsilon=drawer.default_epsilon)
-    late = Late(Rule(sampler, k, drawer.default_epsilon, *reads), numbers)
+    late = BackwardDrawn(Rule(sampler, k, drawer.default_epsilon, *reads), numbers)
     target = case.op.lhs if role is Role.GRAD_INPUT else case.op.rhs
     found = torch.autograd.grad(case.call(case.op.function, operands, **{role.value: late}), operands[target], grad)
     wanted = expected(case, operands, role, mask(case, output, role, choice, False), grad)[target]

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fx_approx.core.candidates import Candidate, GemmShape, Role, RoleFlops
 from fx_approx.core.flops import Kept, executed_flops, kept_bytes, role_flops, selection_flops
-from fx_approx.ops import Late, Rule
+from fx_approx.ops import BackwardDrawn, Rule
 from fx_approx.sampling import SamplerConfig, get_sampler, get_score
 from tests.families import OpCase, SamplerCase
 from tests.op_case import conv_case
@@ -165,7 +165,7 @@ def choices(
         reads = READS[one.role][scores[one.role]].split()
         rule = Rule(name, k, 0.0, "gradient" in reads, len(reads) > 1, one.positions, one.per_batch)
         numbers = torch.full((one.groups, sampler.uniforms(one.pairs, k)), 0.5) if sampler.random else None
-        given[one.role.value] = Late(rule, numbers)
+        given[one.role.value] = BackwardDrawn(rule, numbers)
     return given
 
 

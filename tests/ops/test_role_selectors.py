@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fx_approx import ops
 from fx_approx.core.candidates import Role
-from fx_approx.ops import Early, Late
+from fx_approx.ops import BackwardDrawn, ForwardDrawn
 from fx_approx.runtime.layers import SampledConv2d, SampledLinear, swap
 from fx_approx.runtime.rng import Draw, draw
 from fx_approx.runtime.selector import Selector, Site
@@ -54,8 +54,8 @@ def by_hand(selector: Selector, one: RoleCase, scores: Tensor, step: int = 0) ->
 
 
 def selection_in(choice: Any) -> Selection:
-    assert isinstance(choice, Early | Selection)
-    return choice.selection if isinstance(choice, Early) else choice
+    assert isinstance(choice, ForwardDrawn | Selection)
+    return choice.selection if isinstance(choice, ForwardDrawn) else choice
 
 
 @sampled
@@ -67,7 +67,7 @@ def test_the_selection_is_that_of_the_formula(one: RoleCase, sampler: SamplerCas
     towards = upstream(source)
     expected = by_hand(selector, one, one.scores(operands, towards, sampler.scores))
     if one.role is not Role.OUTPUT and "gradient" in READS[one.role][sampler.scores]:
-        assert isinstance(choice, Late)
+        assert isinstance(choice, BackwardDrawn)
         assert choice.rule.k == selector.spec.count(one.pairs)
         assert selector.last_count is None
     else:
@@ -253,7 +253,7 @@ class Draws:
         return randomness(selector, 3)
 
 
-def layer_with(layer: Any, kind: str, static: dict[str, Any], groups: int, through: bool) -> dict[Role, Selector]:
+def layer_with(layer: Any, kind: str, op_kwargs: dict[str, Any], groups: int, through: bool) -> dict[Role, Selector]:
     """Samples all three products of a layer in place."""
     specs = {
         Role.OUTPUT: SamplerConfig("systematic", 0.5),
@@ -261,7 +261,7 @@ def layer_with(layer: Any, kind: str, static: dict[str, Any], groups: int, throu
         Role.GRAD_WEIGHT: SamplerConfig("wta", 0.5, scores="input"),
     }
     selectors = {
-        role: Selector(kind, static, spec, site, None, layer, groups, role)
+        role: Selector(kind, op_kwargs, spec, site, None, layer, groups, role)
         for site, (role, spec) in enumerate(specs.items())
     }
     swap(layer, Site(selectors, through, Draws()))
@@ -271,10 +271,10 @@ def layer_with(layer: Any, kind: str, static: dict[str, Any], groups: int, throu
 @pytest.mark.parametrize("through", [False, True], ids=["forward", "straight-through"])
 def test_a_layer_samples_all_its_products(through: bool) -> None:
     linear, conv = nn.Linear(6, 4).double(), nn.Conv2d(4, 6, 3, padding=1, groups=2).double()
-    static = {"stride": 1, "padding": 1, "dilation": 1, "groups": 2}
+    op_kwargs = {"stride": 1, "padding": 1, "dilation": 1, "groups": 2}
     todo: list[tuple[Any, str, dict[str, Any], Tensor]] = [
         (linear, "linear", {}, torch.randn(5, 6, dtype=torch.float64, requires_grad=True)),
-        (conv, "conv2d", static, torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True)),
+        (conv, "conv2d", op_kwargs, torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True)),
     ]
     for layer, kind, plain, x in todo:
         selectors = layer_with(layer, kind, plain, plain.get("groups", 1), through)
@@ -285,7 +285,7 @@ def test_a_layer_samples_all_its_products(through: bool) -> None:
         how |= {role.value: given[role] for role in (Role.GRAD_INPUT, Role.GRAD_WEIGHT)}
         expected, output = function(x, layer.weight, layer.bias, **plain, **how), layer(x)
         assert torch.equal(output, expected)
-        # What a graph hands in is taken instead: four fields of How, or the selection alone.
+        # What a graph hands in is taken instead: four fields of ProductSampling, or the selection alone.
         assert torch.equal(
             layer(x, given[Role.OUTPUT]), function(x, layer.weight, layer.bias, **plain, selection=given[Role.OUTPUT])
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fx_approx.core.candidates import Role
-from fx_approx.ops import Early, linear
+from fx_approx.ops import ForwardDrawn, linear
 from fx_approx.sampling import Selection
 from tests.families import OpCase, Operands, gradients, upstream
 from tests.ops.roles import EACH_OUTPUT, EVEN, ROLE_CASES, ROWS, RoleCase
@@ -213,7 +213,7 @@ def test_sampled_gradients_of_a_linear_layer_by_hand() -> None:
     leaves = [x.requires_grad_(), w.requires_grad_(), b.requires_grad_()]
     features = Selection(torch.tensor([[0, 3]]), torch.tensor([[2.0, 0.5]]))
     rows = Selection(torch.tensor([[1, 2, 5]]), torch.tensor([[1.0, 3.0, 0.0]]))
-    output = linear(x, w, b, grad_input=features, grad_weight=Early(rows))
+    output = linear(x, w, b, grad_input=features, grad_weight=ForwardDrawn(rows))
     grad_x, grad_w, grad_b = torch.autograd.grad(output, leaves, g)
     close(grad_x, 2.0 * g[..., 0, None] * w[0] + 0.5 * g[..., 3, None] * w[3])
     # Rows 1 and 2 are [0, 1] and [0, 2]; row 5 has scale 0.

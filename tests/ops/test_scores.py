@@ -88,8 +88,8 @@ def test_batched_scores_are_no_product_of_norms() -> None:
     expected = torch.tensor([[0.0, 24.0**0.5]])
     for kind in ("bmm", "matmul"):
         torch.testing.assert_close(OPS[kind].scores(lhs, rhs, get_score("online"), {}), expected)
-    static = {"equation": "bmk,bkn->bmn"}
-    torch.testing.assert_close(OPS["einsum"].scores(lhs, rhs, get_score("online"), static), expected)
+    op_kwargs = {"equation": "bmk,bkn->bmn"}
+    torch.testing.assert_close(OPS["einsum"].scores(lhs, rhs, get_score("online"), op_kwargs), expected)
 
 
 def test_groups_are_scored_apart() -> None:
@@ -98,8 +98,8 @@ def test_groups_are_scored_apart() -> None:
     for channel in range(4):
         input[0, channel] = channel + 1
     weight[3:] = 10.0
-    static = {"stride": 1, "padding": 0, "dilation": 1, "groups": 2}
-    actual = OPS["conv2d"].scores(input, weight, get_score("online"), static)
+    op_kwargs = {"stride": 1, "padding": 0, "dilation": 1, "groups": 2}
+    actual = OPS["conv2d"].scores(input, weight, get_score("online"), op_kwargs)
     torch.testing.assert_close(actual, 12.0**0.5 * torch.tensor([[1.0, 2.0], [30.0, 40.0]]))
 
 

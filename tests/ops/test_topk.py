@@ -28,10 +28,10 @@ def reference_linear(input: Tensor, weight: Tensor, bias: Tensor, k: int) -> Ten
     return F.linear(input[..., best], weight[:, best], bias)
 
 
-def reference_conv2d(input: Tensor, weight: Tensor, bias: Tensor, k: int, **static: int) -> Tensor:
+def reference_conv2d(input: Tensor, weight: Tensor, bias: Tensor, k: int, **op_kwargs: int) -> Tensor:
     norms = [(input[:, j].norm() * weight[:, j].norm()).item() for j in range(weight.shape[1])]
     best = sorted(range(len(norms)), key=lambda j: -norms[j])[:k]
-    return F.conv2d(input[:, best], weight[:, best], bias, **static)
+    return F.conv2d(input[:, best], weight[:, best], bias, **op_kwargs)
 
 
 class NoDraws:
@@ -69,18 +69,18 @@ def test_topk_linear_equals_the_papers_reference(ratio: float, shape: tuple[int,
 
 
 @ratios
-@pytest.mark.parametrize("static", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "padding": 2}], ids=str)
-def test_topk_conv2d_equals_the_papers_reference(ratio: float, static: dict[str, int]) -> None:
-    layer, input = nn.Conv2d(20, 8, 3, **static), torch.randn(3, 20, 8, 7, requires_grad=True)
+@pytest.mark.parametrize("op_kwargs", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "padding": 2}], ids=str)
+def test_topk_conv2d_equals_the_papers_reference(ratio: float, op_kwargs: dict[str, int]) -> None:
+    layer, input = nn.Conv2d(20, 8, 3, **op_kwargs), torch.randn(3, 20, 8, 7, requires_grad=True)
     leaves = [input, layer.weight, layer.bias]
-    plain = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **static}
+    plain = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **op_kwargs}
     selector = Selector("conv2d", plain, SamplerConfig("topk", ratio), 0, 20, layer)
-    expected = reference_conv2d(input, layer.weight, layer.bias, selector.k, **static)
+    expected = reference_conv2d(input, layer.weight, layer.bias, selector.k, **op_kwargs)
     selection = selector(input, layer.weight, None)
-    compare(ops.conv2d(input, layer.weight, layer.bias, **static, selection=selection), expected, leaves)
+    compare(ops.conv2d(input, layer.weight, layer.bias, **op_kwargs, selection=selection), expected, leaves)
     swap(layer, Site({Role.OUTPUT: selector}, False, NoDraws()))
     assert isinstance(layer, SampledConv2d)
-    expected = reference_conv2d(input, layer.weight, layer.bias, selector.k, **static)
+    expected = reference_conv2d(input, layer.weight, layer.bias, selector.k, **op_kwargs)
     compare(layer(input), expected, leaves)
 
 

@@ -42,6 +42,6 @@ class Reshaping(nn.Module):
 def test_an_unflatten_that_names_the_number_of_channels_keeps_them_all(how: str, narrowed: bool) -> None:
     model, x = Reshaping(how).double(), torch.randn(5, 8, dtype=torch.float64)
     approx = fx_approx.transform(model, AHEAD, x)
-    have = {node.name: classes for node, classes in approx._fx_approx.analysis.demand.have.items()}
+    have = {node.name: classes for node, classes in approx._fx_approx.record.analysis.demand.have.items()}
     assert (FULL not in have["first"]) == narrowed
     assert approx(x).isfinite().all() and fx_approx.analysis.verify(approx, x).passed

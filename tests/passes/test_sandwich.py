@@ -100,7 +100,7 @@ def test_every_family_of_the_registry_is_tried() -> None:
     used: set[str] = set()
     for row in ROWS:
         model, x = built(row)
-        for node in fx_approx.transform(copy.deepcopy(model), AHEAD, x)._fx_approx.stages[0][1].nodes:
+        for node in fx_approx.transform(copy.deepcopy(model), AHEAD, x)._fx_approx.program.stages[0][1].nodes:
             kind = type(model.get_submodule(node.target)) if node.op == "call_module" else None
             target = node.target if node.op in ("call_function", "call_method") else None
             used |= {rule.name for rule in RULES if _calls(rule, kind, target)}

@@ -86,7 +86,7 @@ def test_demand_reaches_the_projections(name: str) -> None:
         approx(x)
     ((*_, heads, length, each),) = watch.attended
     assert (heads, length, each) == (HEADS // 2, LENGTH, SIZE // HEADS)
-    have = {node.name: classes for node, classes in approx._fx_approx.analysis.demand.have.items()}
+    have = {node.name: classes for node, classes in approx._fx_approx.record.analysis.demand.have.items()}
     projected = {kept for node, classes in have.items() if node.startswith("linear") for kept in classes}
     assert FULL not in projected and projected == set(have["scaled_dot_product_attention"])
     if model.attn.in_proj_weight is not None:
@@ -125,7 +125,7 @@ def test_the_encoder_of_a_vision_transformer() -> None:
 
     approx = transformed(model, AHEAD, x)
     assert fx_approx.analysis.verify(approx, x).passed
-    analysis = approx._fx_approx.analysis
+    analysis = approx._fx_approx.record.analysis
     have = {node.name: classes for node, classes in analysis.demand.have.items()}
     (heads,) = set(have["linear"])
     assert heads != FULL and have["scaled_dot_product_attention"] == (heads,)

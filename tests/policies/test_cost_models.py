@@ -221,11 +221,11 @@ def test_a_calibration() -> None:
 def test_timing_goes_on_until_the_clock_is_sure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise is repeated 25 times, a quiet clock 5 times; the spread is told."""
     values = iter([1.0] * 2 + [1.0, 2.0] * 13)
-    monkeypatch.setattr(timing, "seconds", lambda call, device, count=1: next(values))
+    monkeypatch.setattr(timing, "seconds", lambda call, device, count=1, *_: next(values))
     (noisy,) = time_calls([lambda: None], torch.device("cpu"))
     assert noisy.spread > 0.3 and len(list(values)) == 1
     taken: list[int] = []
-    monkeypatch.setattr(timing, "seconds", lambda call, device, count=1: taken.append(count) or 1e-3)
+    monkeypatch.setattr(timing, "seconds", lambda call, device, count=1, *_: taken.append(count) or 1e-3)
     (quiet,) = time_calls([lambda: None], torch.device("cpu"))
     assert quiet == Timing(1e-3, 0.0) and taken == [1, 1, *[2] * 5]
 

@@ -100,6 +100,14 @@ def test_pickling_keeps_ratios_switches_and_flags() -> None:
     assert fx_approx.report(twin)["2"].reason == "switched off"
 
 
+def test_copies_share_what_the_passes_found_and_a_pickled_part_leaves_it_behind() -> None:
+    approx = fx_approx.transform(mlp(), Uniform(0.5, scores="weight"), torch.randn(6, 12))
+    found = approx._fx_approx.record.analysis
+    assert found is not None and copy.deepcopy(approx)._fx_approx.record.analysis is found
+    layer = pickle.loads(pickle.dumps(approx[0]))
+    assert layer.site.source.record.analysis is None
+
+
 @every_model
 def test_state_dicts_load_in_both_directions(name: str) -> None:
     build, _ = ZOO[name]

@@ -57,7 +57,9 @@ def test_heads_are_scored_by_the_norm_of_their_block() -> None:
     model = build().double()
     approx = fx_approx.transform(model, Layers(scope="value"), torch.randn(shape).double())
     places = {
-        r.name: (i, r.block) for i, c in enumerate(approx._fx_approx.analysis.sharing.classes) for r in c.readings
+        r.name: (i, r.block)
+        for i, c in enumerate(approx._fx_approx.record.analysis.sharing.classes)
+        for r in c.readings
     }
     place, block = places["proj"]
     assert block == 3

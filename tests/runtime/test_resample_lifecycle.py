@@ -154,7 +154,7 @@ def test_a_reader_in_evaluation_makes_all_that_share_with_it_exact() -> None:
         hoisted, whole = pair(perturbed(NETS["post-activation"][0]()).double(), policy, x)
         for model in (hoisted, whole):
             model.get_submodule("6.conv1").eval()
-        classes = find(hoisted)._fx_approx.analysis.sharing.classes
+        classes = find(hoisted)._fx_approx.record.analysis.sharing.classes
         readings = [{r.name for r in one.readings} for one in classes]
         for own, chosen in zip(readings, selections(hoisted, x), strict=True):
             assert (chosen is None) == ("6.conv1" in own)

@@ -66,12 +66,12 @@ def moments(
     k: int,
     epsilon: float,
     outcomes: Outcomes,
-    static: bool,
+    fixed_shape: bool,
 ) -> tuple[Tensor, float]:
     """Exact mean of the sampled product, and exact expected squared error, over all outcomes."""
     assert abs(float(outcomes.probability.sum()) - 1.0) < 1e-12, "the enumeration is incomplete"
     rows = scores.expand(len(outcomes.probability), -1)
-    selection = sampler.draw(rows, k, outcomes.uniforms, epsilon=epsilon, static=static)
+    selection = sampler.draw(rows, k, outcomes.uniforms, epsilon=epsilon, fixed_shape=fixed_shape)
     products = sampled_products(product, selection)
     weight = outcomes.probability[:, None, None]
     error = (products - product.exact).square().flatten(1).sum(1)

@@ -33,7 +33,7 @@ def test_compiled_draw_equals_eager(name: str, backend: str) -> None:
 
     def step_selection(seed: Tensor, step: Tensor, scores: Tensor) -> Selection:
         u = uniforms(derive_key(seed, step), 7, 2, sampler.uniforms(scores.shape[1], k))
-        return sampler.draw(scores, k, u, epsilon=sampler.default_epsilon, static=True)
+        return sampler.draw(scores, k, u, epsilon=sampler.default_epsilon, fixed_shape=True)
 
     torch._dynamo.reset()
     compiled = torch.compile(step_selection, fullgraph=True, backend=backend)

@@ -28,7 +28,7 @@ from tests.sampling.oracles import magnitudes
 NAN, INF = float("nan"), float("inf")
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=list(SAMPLERS))
 random_samplers = pytest.mark.parametrize("sampler", [s for s in SAMPLERS.values() if s.random], ids=lambda s: s.name)
-both_forms = pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+both_forms = pytest.mark.parametrize("fixed_shape", [False, True], ids=["eager", "fixed"])
 
 
 def numbers(sampler: Sampler, scores: Tensor, k: int, step: int = 0) -> Tensor:
@@ -37,16 +37,16 @@ def numbers(sampler: Sampler, scores: Tensor, k: int, step: int = 0) -> Tensor:
     return uniforms(key, 2, groups, sampler.uniforms(pairs, k))
 
 
-def draw(sampler: Sampler, scores: Tensor, k: int, step: int = 0, static: bool = False) -> Selection:
+def draw(sampler: Sampler, scores: Tensor, k: int, step: int = 0, fixed_shape: bool = False) -> Selection:
     u = numbers(sampler, scores, k, step)
-    return sampler.draw(scores, k, u, epsilon=sampler.default_epsilon, static=static)
+    return sampler.draw(scores, k, u, epsilon=sampler.default_epsilon, fixed_shape=fixed_shape)
 
 
 def row(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.tensor([values], dtype=dtype)
 
 
-def check_invariants(sampler: Sampler, scores: Tensor, k: int, static: bool, selection: Selection) -> None:
+def check_invariants(sampler: Sampler, scores: Tensor, k: int, fixed_shape: bool, selection: Selection) -> None:
     groups, pairs = scores.shape
     indices, scale = selection
     assert indices.dtype == torch.int64 and indices.dim() == 2 and indices.shape[0] == groups
@@ -54,7 +54,7 @@ def check_invariants(sampler: Sampler, scores: Tensor, k: int, static: bool, sel
     assert bool((indices.diff(dim=1) > 0).all()), "ascending and without repeats"
     if sampler.fixed_size or k >= pairs:
         assert indices.shape[1] == min(k, pairs)
-    elif static:
+    elif fixed_shape:
         assert indices.shape[1] == capacity(pairs, k)
     if scale is None:
         assert not sampler.random or k >= pairs
@@ -70,7 +70,7 @@ def check_invariants(sampler: Sampler, scores: Tensor, k: int, static: bool, sel
     pairs=st.integers(1, 16),
     k=st.integers(1, 18),
     step=st.integers(0, 2**40),
-    static=st.booleans(),
+    fixed_shape=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     data=st.data(),
 )
@@ -80,16 +80,16 @@ def test_invariants(
     pairs: int,
     k: int,
     step: int,
-    static: bool,
+    fixed_shape: bool,
     dtype: torch.dtype,
     data: st.DataObject,
 ) -> None:
     values = data.draw(st.lists(magnitudes, min_size=groups * pairs, max_size=groups * pairs))
     scores = torch.tensor(values, dtype=torch.float64).view(groups, pairs).to(dtype)
     sampler = SAMPLERS[name]
-    selection = draw(sampler, scores, k, step, static)
-    check_invariants(sampler, scores, k, static, selection)
-    again = draw(sampler, scores, k, step, static)
+    selection = draw(sampler, scores, k, step, fixed_shape)
+    check_invariants(sampler, scores, k, fixed_shape, selection)
+    again = draw(sampler, scores, k, step, fixed_shape)
     assert torch.equal(selection.indices, again.indices)
     # A non-finite pair is always selected, with a scale that does not hide it.
     for g in range(groups):
@@ -103,9 +103,9 @@ def test_invariants(
 
 @random_samplers
 @both_forms
-def test_all_zero_scores_are_uniform_scores(sampler: Sampler, static: bool) -> None:
+def test_all_zero_scores_are_uniform_scores(sampler: Sampler, fixed_shape: bool) -> None:
     zero, one = torch.zeros(3, 12), torch.full((3, 12), 0.7)
-    a, b = draw(sampler, zero, 4, static=static), draw(sampler, one, 4, static=static)
+    a, b = draw(sampler, zero, 4, fixed_shape=fixed_shape), draw(sampler, one, 4, fixed_shape=fixed_shape)
     assert torch.equal(a.indices, b.indices) and torch.equal(a.scale, b.scale)
     assert a.scale.max() > 0
 
@@ -113,9 +113,9 @@ def test_all_zero_scores_are_uniform_scores(sampler: Sampler, static: bool) -> N
 @every_sampler
 @both_forms
 @pytest.mark.parametrize("k", [5, 6, 100])
-def test_k_at_least_pairs_is_exact(sampler: Sampler, static: bool, k: int) -> None:
+def test_k_at_least_pairs_is_exact(sampler: Sampler, fixed_shape: bool, k: int) -> None:
     scores = torch.tensor([[1.0, 0.0, 3.0, 2.0, 5.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
-    selection = sampler.draw(scores, k, None, epsilon=0.0, static=static)
+    selection = sampler.draw(scores, k, None, epsilon=0.0, fixed_shape=fixed_shape)
     assert selection.scale is None
     assert selection.indices.tolist() == [[0, 1, 2, 3, 4]] * 2
 
@@ -131,12 +131,14 @@ def test_one_pair(sampler: Sampler) -> None:
 @both_forms
 @pytest.mark.parametrize("bad", [(0,), (7,), (2, 3), (0, 4, 7)])
 @pytest.mark.parametrize("k", [3, 5])
-def test_non_finite_pairs_are_always_selected(sampler: Sampler, static: bool, bad: tuple[int, ...], k: int) -> None:
+def test_non_finite_pairs_are_always_selected(
+    sampler: Sampler, fixed_shape: bool, bad: tuple[int, ...], k: int
+) -> None:
     for step in range(40):
         scores = torch.full((1, 8), 1e30)
         for i, j in enumerate(bad):
             scores[0, j] = (NAN, INF)[i % 2]
-        selection = draw(sampler, scores, k, step, static)
+        selection = draw(sampler, scores, k, step, fixed_shape)
         chosen = selection.indices[0].tolist()
         assert set(bad) <= set(chosen)
         assert selection.scale is None or all(selection.scale[0, chosen.index(j)] > 0 for j in bad)
@@ -147,7 +149,7 @@ def test_non_finite_row_leaves_other_rows_alone(sampler: Sampler) -> None:
     clean = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) + 0.1
     spoiled = clean.clone()
     spoiled[1, 3] = NAN
-    a, b = draw(sampler, clean, 4, static=True), draw(sampler, spoiled, 4, static=True)
+    a, b = draw(sampler, clean, 4, fixed_shape=True), draw(sampler, spoiled, 4, fixed_shape=True)
     assert torch.equal(a.indices[0], b.indices[0])
     assert a.scale is None or torch.equal(a.scale[0], b.scale[0])
 
@@ -156,8 +158,8 @@ def test_empty_bernoulli_draw() -> None:
     scores, u = row(1.0, 2.0, 3.0, 4.0), row(0.9999, 0.9999, 0.9999, 0.9999)
     eager = Bernoulli().draw(scores, 1, u, epsilon=0.1)
     assert eager.indices.tolist() == [[0]] and eager.scale.tolist() == [[0.0]]
-    static = Bernoulli().draw(scores, 1, u, epsilon=0.1, static=True)
-    assert static.indices.shape[1] == capacity(4, 1) and not static.scale.any()
+    fixed = Bernoulli().draw(scores, 1, u, epsilon=0.1, fixed_shape=True)
+    assert fixed.indices.shape[1] == capacity(4, 1) and not fixed.scale.any()
 
 
 def test_bernoulli_rows_of_different_counts_are_padded() -> None:
@@ -170,9 +172,9 @@ def test_bernoulli_rows_of_different_counts_are_padded() -> None:
 
 def test_bernoulli_static_and_eager_are_the_same_sample() -> None:
     scores = torch.rand(4, 200, generator=torch.Generator().manual_seed(1))
-    eager, static = draw(Bernoulli(), scores, 20), draw(Bernoulli(), scores, 20, static=True)
-    assert static.indices.shape[1] == capacity(200, 20) < 200
-    dense = [torch.zeros(4, 200).scatter(1, s.indices, s.scale) for s in (eager, static)]
+    eager, fixed = draw(Bernoulli(), scores, 20), draw(Bernoulli(), scores, 20, fixed_shape=True)
+    assert fixed.indices.shape[1] == capacity(200, 20) < 200
+    dense = [torch.zeros(4, 200).scatter(1, s.indices, s.scale) for s in (eager, fixed)]
     assert torch.equal(*dense)
 
 
@@ -294,12 +296,12 @@ def test_topk_ties_go_to_the_lowest_index() -> None:
 
 @random_samplers
 @both_forms
-def test_huge_dynamic_range(sampler: Sampler, static: bool) -> None:
+def test_huge_dynamic_range(sampler: Sampler, fixed_shape: bool) -> None:
     scores = torch.logspace(-30, 30, 61).roll(17)[None]
     for step in range(20):
         u = numbers(sampler, scores, 6, step)
-        selection = sampler.draw(scores, 6, u, epsilon=0.0, static=static)
-        check_invariants(sampler, scores, 6, static, selection)
+        selection = sampler.draw(scores, 6, u, epsilon=0.0, fixed_shape=fixed_shape)
+        check_invariants(sampler, scores, 6, fixed_shape, selection)
         largest = int(scores.argmax())
         assert largest in selection.indices[0].tolist()
 
@@ -321,9 +323,9 @@ def test_groups_are_drawn_separately(sampler: Sampler) -> None:
     scores = torch.rand(4, 30, generator=torch.Generator().manual_seed(3))
     u = numbers(sampler, scores, 8)
     epsilon = sampler.default_epsilon
-    together = sampler.draw(scores, 8, u, epsilon=epsilon, static=True)
+    together = sampler.draw(scores, 8, u, epsilon=epsilon, fixed_shape=True)
     for g in range(4):
-        alone = sampler.draw(scores[g : g + 1], 8, u[g : g + 1], epsilon=epsilon, static=True)
+        alone = sampler.draw(scores[g : g + 1], 8, u[g : g + 1], epsilon=epsilon, fixed_shape=True)
         assert torch.equal(together.indices[g], alone.indices[0])
         assert alone.scale is None or torch.equal(together.scale[g], alone.scale[0])
     if sampler.random:

@@ -43,7 +43,7 @@ def test_crs(kind: str, epsilon: float, pairs: int, k: int) -> None:
     scores = scores_of(kind, product)
     p = oracles.draw_p(scores, epsilon)
     outcomes = oracles.crs_outcomes(p, k)
-    mean, error = oracles.moments(Crs(), product, scores, k, epsilon, outcomes, static=False)
+    mean, error = oracles.moments(Crs(), product, scores, k, epsilon, outcomes, fixed_shape=False)
     check(mean, error, product, oracles.crs_error(product, p, k))
 
 
@@ -56,19 +56,19 @@ def test_crs_formulas_of_the_paper(pairs: int, k: int) -> None:
         (torch.ones_like(s), (pairs * float(s.square().sum()) - exact) / k),
     ):
         outcomes = oracles.crs_outcomes(oracles.draw_p(scores, 0.0), k)
-        mean, error = oracles.moments(Crs(), product, scores, k, 0.0, outcomes, static=False)
+        mean, error = oracles.moments(Crs(), product, scores, k, 0.0, outcomes, fixed_shape=False)
         check(mean, error, product, formula)
 
 
 @mixes
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("fixed_shape", [False, True])
 @pytest.mark.parametrize(("pairs", "k"), [(2, 1), (5, 3), (8, 1), (8, 5), (8, 7)])
-def test_bernoulli(kind: str, epsilon: float, pairs: int, k: int, static: bool) -> None:
+def test_bernoulli(kind: str, epsilon: float, pairs: int, k: int, fixed_shape: bool) -> None:
     product = oracles.make_product(pairs, seed=pairs + k)
     scores = scores_of(kind, product)
     p = oracles.inclusion_p(scores, k, epsilon)
     outcomes = oracles.bernoulli_outcomes(p)
-    mean, error = oracles.moments(Bernoulli(), product, scores, k, epsilon, outcomes, static)
+    mean, error = oracles.moments(Bernoulli(), product, scores, k, epsilon, outcomes, fixed_shape)
     check(mean, error, product, oracles.bernoulli_error(product, p))
 
 
@@ -79,7 +79,7 @@ def test_systematic(kind: str, epsilon: float, pairs: int, k: int) -> None:
     scores = scores_of(kind, product)
     p = oracles.inclusion_p(scores, k, epsilon)
     outcomes = oracles.systematic_outcomes(p)
-    mean, error = oracles.moments(Systematic(), product, scores, k, epsilon, outcomes, static=False)
+    mean, error = oracles.moments(Systematic(), product, scores, k, epsilon, outcomes, fixed_shape=False)
     check(mean, error, product, oracles.systematic_error(product, p))
     # A sample of fixed size k: the joint probabilities of a row add up to k pi_j. This checks the oracle.
     torch.testing.assert_close(oracles.systematic_joint(p).sum(1), k * p, rtol=0, atol=1e-12)
@@ -103,7 +103,7 @@ def test_wta(kind: str, epsilon: float, pairs: int, k: int) -> None:
     scores = scores_of(kind, product)
     p = oracles.draw_p(scores, epsilon)
     outcomes, c = oracles.wta_outcomes(p, k), len(oracles.wta_kept(p, k))
-    mean, error = oracles.moments(Wta(), product, scores, k, epsilon, outcomes, static=False)
+    mean, error = oracles.moments(Wta(), product, scores, k, epsilon, outcomes, fixed_shape=False)
     check(mean, error, product, oracles.wta_error(product, p, k, c))
     assert error <= oracles.crs_error(product, p, k) * (1 + 1e-12)
 
@@ -115,7 +115,7 @@ def test_wta_unique(kind: str, epsilon: float, pairs: int, k: int) -> None:
     scores = scores_of(kind, product)
     p = oracles.draw_p(scores, epsilon)
     outcomes = oracles.wta_unique_outcomes(p, k)
-    mean, error = oracles.moments(WtaUnique(), product, scores, k, epsilon, outcomes, static=False)
+    mean, error = oracles.moments(WtaUnique(), product, scores, k, epsilon, outcomes, fixed_shape=False)
     check(mean, error, product, oracles.wta_unique_error(product, p, k))
 
 
@@ -143,11 +143,11 @@ def test_the_criterion_does_not_find_the_least_error() -> None:
     product = oracles.Product(unit, unit, unit, torch.einsum("mk,kn->kmn", unit, unit), torch.ones(3).double())
     p = oracles.draw_p(product.norms, 0.0)
     assert oracles.wta_kept(p, 2) == []
-    mean, error = oracles.moments(Wta(), product, product.norms, 2, 0.0, oracles.wta_outcomes(p, 2), static=False)
+    mean, error = oracles.moments(Wta(), product, product.norms, 2, 0.0, oracles.wta_outcomes(p, 2), fixed_shape=False)
     check(mean, error, product, 3.0)
     rest = oracles.part(product, [1, 2])
     outcomes = oracles.crs_outcomes(oracles.draw_p(rest.norms, 0.0), 1)
-    mean, error = oracles.moments(Crs(), rest, rest.norms, 1, 0.0, outcomes, static=False)
+    mean, error = oracles.moments(Crs(), rest, rest.norms, 1, 0.0, outcomes, fixed_shape=False)
     check(mean, error, rest, 2.0)
     assert oracles.wta_error(product, p, 2, 1) == pytest.approx(2.0)
 

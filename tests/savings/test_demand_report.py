@@ -111,7 +111,7 @@ class Shapes(fx.Interpreter):
     """Sizes of all values of a run."""
 
     def __init__(self, model: Any) -> None:
-        super().__init__(model, graph=model._fx_approx.graph)
+        super().__init__(model, graph=model._fx_approx.program.graph)
         self.sizes: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -127,9 +127,9 @@ def test_sizes_of_values_are_those_of_the_running_graph(name: str) -> None:
     approx: Any = fx_approx.transform(model, policy("group"), x)
     run = Shapes(approx)
     run.run(x)
-    effects = approx._fx_approx.effects
+    effects = approx._fx_approx.record.effects
     specs = {key[0]: selector.spec for key, selector in approx._fx_approx.selectors.items()}
-    groups = {candidate.name: candidate.groups for candidate in approx._fx_approx.candidates}
+    groups = {candidate.name: candidate.groups for candidate in approx._fx_approx.record.candidates}
     units = [one.kept(specs, groups) for one in effects.classes]
     smaller = checked = 0
     for one in effects.operations:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 from fx_approx.errors import CacheWarning
@@ -85,12 +86,31 @@ def test_processes_at_the_same_time(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.json"))) == 3 and not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_value_that_json_cannot_hold_leaves_no_draft(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        DiskCache(tmp_path).get(KEY, lambda: {1, 2})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FX_APPROX_CACHE", raising=False)
-    assert cache_folder() == tmp_path / "fx_approx"
+    assert cache_folder() == platformdirs.user_cache_path("fx_approx", appauthor=False)
+    if sys.platform == "linux":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert cache_folder() == tmp_path / "fx_approx"
     monkeypatch.setenv("FX_APPROX_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
     monkeypatch.setenv("FX_APPROX_CACHE", "")
     assert cache_folder() is None
     assert DiskCache(None).get(KEY, lambda: 1) == 1
+
+
+def test_without_a_home_there_is_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(*_: object, **__: object) -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.delenv("FX_APPROX_CACHE", raising=False)
+    monkeypatch.setattr(platformdirs, "user_cache_path", homeless)
+    assert cache_folder() is None
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda *_, **__: Path("~/.cache/fx_approx"))
+    assert cache_folder() is None

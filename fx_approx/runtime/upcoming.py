@@ -1,0 +1,34 @@
+"""The selections of the step that comes next, made without making the step."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+
+from fx_approx.capture.module_snapshot import kept_training_flags
+from fx_approx.runtime.approx_module import ApproxModule
+from fx_approx.sampling.base import Selection
+
+
+def next_selections(approx: ApproxModule) -> tuple[Selection | None, ...]:
+    """The selections that the next training step of ``approx`` makes ahead, or those that are kept.
+
+    Nothing changes: the step that follows makes the same.
+    """
+    runtime = approx._fx_approx
+    resample, graph = runtime.resample, runtime.program.graph
+    if resample is None or graph is None:
+        return ()
+    node = next(node for node in graph.nodes if node.op == "call_module" and str(node.target).endswith(".resample"))
+    weights = [operator.attrgetter(str(argument.target))(approx) for argument in node.args[1:]]
+    kept = resample.held and bool(resample.held_key[0] >= 0)
+    resample.note_known()
+    owners = {selector.owner[0] for selector in runtime.selectors.values()}
+    with torch.no_grad(), kept_training_flags(owners):
+        for owner in owners:  # layers as in training, where they sample
+            owner.training = True
+        draws = runtime.randomness
+        drawn = draws.of(resample.held_key.clone()) if kept else draws.upcoming(runtime.state)
+        result: tuple[Selection | None, ...] = resample(drawn, *weights)
+    return result

@@ -1,0 +1,180 @@
+"""Makes a subnetwork: the model at the selections of the moment, as ordinary narrow layers with compact parameters."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fx_approx._compat import parameters_of, tree_leaves
+from fx_approx.capture.trace import skeleton
+from fx_approx.compiler.transform import restore
+from fx_approx.errors import UnsupportedError
+from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.runtime.upcoming import next_selections
+from fx_approx.sampling.base import Selection
+from fx_approx.subnetworks.cuts import Cut
+from fx_approx.subnetworks.record import RECORD, Subnetwork, identity_of, record_of, tensors_of, versions_of
+from fx_approx.subnetworks.specialize import Specializer
+
+
+def extract(
+    model: nn.Module, selections: Sequence[Selection | None] | None = None, *, example_inputs: Any = None
+) -> nn.Module:
+    """The subnetwork of a transformed model: ordinary layers of torch with compact parameters of their own.
+
+    It computes in training what ``model`` computes with these selections kept, and in evaluation the same: it is a
+    narrower network, which any optimiser, DDP, FSDP, ``torch.compile`` and ``torch.export`` take as they take any
+    other. :func:`fx_approx.subnetworks.merge` writes it back.
+
+    Args:
+        model: A transformed model, or what wraps it, all of whose selections are made ahead (scores ``weight``, ``ema``
+            or ``uniform``).
+        selections: One for each selection that the model makes, in its order; by default those of its next step.
+        example_inputs: A batch as the model is called with it. With it, the model's own Python runs the subnetwork
+            where it gives the same numbers as the graph; without it the graph does.
+
+    Returns:
+        An instance of the model's own class where its forward serves, else a ``torch.fx.GraphModule``;
+        ``subnetworks.record_of(sub).reason`` says why.
+
+    Raises:
+        ValueError: ``model`` is not transformed, samples nothing, or ``selections`` are of another model.
+        UnsupportedError: A selection follows the activations, the forward could not be traced whole, or one layer is
+            called with several selections.
+    """
+    approx = find(model)
+    runtime = approx._fx_approx
+    graph = runtime.program.graph
+    if graph is None or runtime.program.capture.sections:
+        raise UnsupportedError(
+            "model: its forward could not be traced as one graph, so that no subnetwork follows from it"
+        )
+    if runtime.resample is None:
+        raise ValueError("model: no selection is made ahead, so that there is nothing to cut out")
+    chosen = next_selections(approx) if selections is None else tuple(selections)
+    _check(approx, chosen)
+    exact = restore(approx)
+    root = skeleton(exact, shared=False)
+    maker = Specializer(root, approx, chosen)
+    made = maker.run(graph)
+    return _finished(approx, maker, made, chosen, example_inputs)
+
+
+def reselect(
+    sub: nn.Module, model: nn.Module, selections: Sequence[Selection | None] | None = None
+) -> tuple[Selection | None, ...]:
+    """Cuts ``sub`` out of ``model`` anew, by other selections of the same sizes, into the same tensors.
+
+    Parameters stay the same objects, so that optimisers, compiled code and the buckets of data-parallel training go on.
+    Write it back first: what ``sub`` holds is overwritten.
+
+    Args:
+        sub: What :func:`fx_approx.subnetworks.extract` returned.
+        model: The model that it was cut out of.
+        selections: As in ``extract``; by default those of the model's next step.
+
+    Returns:
+        The selections.
+
+    Raises:
+        ValueError: ``sub`` is of another model, has not been written back, or the sizes differ. Nothing is changed
+            then.
+    """
+    record, approx = record_of(sub), find(model)
+    if record.identity != identity_of(approx):
+        raise ValueError("sub: it was cut out of another model: names or shapes of the parameters differ")
+    if not record.merged:
+        raise ValueError("sub: what it has learnt would be lost; call fx_approx.subnetworks.merge(sub, model) first")
+    fresh = extract(approx, selections)
+    new, old = tensors_of(fresh), tensors_of(sub)
+    for name in dict.fromkeys((*old, *new)):
+        mine, other = (None if name not in one else tuple(one[name].shape) for one in (old, new))
+        if mine != other:
+            raise ValueError(
+                f"selections: {name} would have the shape {other}, expected {mine}, which it has in sub: another ratio "
+                "needs another subnetwork"
+            )
+    with torch.no_grad():
+        for name, tensor in old.items():
+            tensor.copy_(new[name])
+    again = record_of(fresh)
+    record.cuts, record.selections, record.versions, record.merged = again.cuts, again.selections, again.versions, False
+    return record.selections
+
+
+def _check(approx: ApproxModule, chosen: tuple[Selection | None, ...]) -> None:
+    shared = list(approx._fx_approx.resample.each()) if approx._fx_approx.resample is not None else []
+    if len(chosen) != len(shared):
+        raise ValueError(f"selections: expected {len(shared)}, one for each that the model makes, got {len(chosen)}")
+    for place, (one, given) in enumerate(zip(shared, chosen, strict=True)):
+        if given is None:
+            continue
+        index = given.indices
+        if index.dim() != 2 or index.shape[0] != one.groups or int(index.max()) >= one.pairs or int(index.min()) < 0:
+            raise ValueError(
+                f"selections[{place}]: expected indices [{one.groups}, k] below {one.pairs}, got shape "
+                f"{tuple(index.shape)} with values from {int(index.min())} to {int(index.max())}"
+            )
+        if any(len(row.unique()) != row.numel() for row in index):
+            raise ValueError(f"selections[{place}]: expected units once each, got some of them twice")
+
+
+def _finished(
+    approx: ApproxModule, maker: Specializer, graph: fx.Graph, chosen: tuple[Selection | None, ...], example: Any
+) -> nn.Module:
+    root, reason = maker.root, "; ".join(dict.fromkeys(maker.reasons))
+    _tie(approx, root, maker.cuts)
+    module = fx.GraphModule(root, graph, f"{type(root).__name__}Subnetwork")
+    module.train(approx.training)
+    own = False
+    if not reason and example is None:
+        reason = "no example_inputs were given, to see whether the model's own Python serves"
+    if not reason:
+        reason = _differs(root, module, example)
+        own = not reason
+    sub: nn.Module = root if own else module
+    vars(sub)[RECORD] = Subnetwork(maker.cuts, chosen, identity_of(approx), own, reason, versions_of(approx))
+    return sub
+
+
+def _tie(approx: ApproxModule, root: nn.Module, cuts: Mapping[str, Cut]) -> None:
+    """Parameters that are one in the full model are one here, where both are cut alike."""
+    places: dict[int, str] = {}
+    for name, parameter in approx.named_parameters(remove_duplicate=False):
+        first = places.setdefault(id(parameter), name)
+        if first == name:
+            continue
+        one, other = cuts.get(first), cuts.get(name)
+        if (one is None) is not (other is None):
+            raise UnsupportedError(f"model: {first} and {name} are one parameter, and only one of them is narrowed")
+        holder, _, attribute = name.rpartition(".")
+        parameters_of(root.get_submodule(holder))[attribute] = operator.attrgetter(first)(root)
+
+
+def _differs(root: nn.Module, graph: nn.Module, example: Any) -> str:
+    """Why the forward of ``root`` does not compute what the graph does; empty if it does."""
+    args = (example,) if isinstance(example, Tensor) else example
+    args, kwargs = ((), dict(args)) if isinstance(args, Mapping) else (tuple(args), {})
+    try:
+        results = []
+        for module in (root, graph):
+            states = {name: buffer.clone() for name, buffer in module.named_buffers()}
+            training = module.training
+            module.eval()
+            with torch.no_grad():
+                results.append(module(*args, **kwargs))
+            module.train(training)
+            for name, buffer in module.named_buffers():
+                buffer.copy_(states[name])
+    except Exception as error:  # whatever a forward says of narrow layers
+        return f"the model's own Python does not run on narrow layers: {type(error).__name__}: {error}"
+    one, other = (tree_leaves(result) for result in results)
+    same = len(one) == len(other) and all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-5) if isinstance(a, Tensor) else a == b
+        for a, b in zip(one, other, strict=True)
+    )
+    return "" if same else "the model's own Python gives other numbers on narrow layers"
