@@ -25,9 +25,9 @@ from fx_approx.passes.apply_policy import decide
 from fx_approx.policies.uniform import DEFAULT_POLICY
 from fx_approx.runtime.approx_module import ApproxModule, adopt, find
 from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict
+from fx_approx.runtime.exact import exact_copy
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.handle import GraphHandle
-from fx_approx.runtime.layers import unswap
 from fx_approx.runtime.shared_selection import coverages
 from fx_approx.runtime.validation import check_inputs, check_model, check_seed
 from fx_approx.savings.report import Explanation, SavingsReport, build_report
@@ -219,20 +219,10 @@ def report(model: nn.Module | GraphHandle) -> SavingsReport:
 def _learn(approx: ApproxModule, runtime: Runtime) -> None:
     record = runtime.record
     assert record.called is not None
-    made = prepare(_plain(approx), runtime.program.capture, record.called)
+    made = prepare(exact_copy(approx), runtime.program.capture, record.called)
     record.candidates = made.candidates
     record.effects = made.effects(record.plan, record.analysis, False)
     record.learnt = True
-
-
-def _plain(approx: ApproxModule) -> nn.Module:
-    """The original structure with exact layers, on the same parameters."""
-    root = skeleton(approx)
-    root.__dict__.pop("_fx_approx", None)
-    root.__class__ = approx.exact_class
-    for module in root.modules():
-        unswap(module)
-    return root
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -241,14 +231,14 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: ``model`` is not transformed.
     """
-    return _plain(find(model))
+    return exact_copy(find(model))
 
 
 def _reduce(approx: ApproxModule) -> tuple[Any, ...]:
     runtime = approx._fx_approx
     record, captured = runtime.record, runtime.program.capture
     switches = {key: (s.spec, s.enabled) for key, s in runtime.selectors.items()}
-    parts = _plain(approx), record.plan.to_dict(), captured.form, sampler_state_dict(approx), switches
+    parts = exact_copy(approx), record.plan.to_dict(), captured.form, sampler_state_dict(approx), switches
     known = captured.sections, dict(captured.strays)
     return _rebuild, (*parts, record.called, record.prunes, record.shaped, known)
 

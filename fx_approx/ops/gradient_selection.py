@@ -110,7 +110,7 @@ def sampled_op(function: _Op) -> _Op:
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     keywords = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[name])
-        for name, default in ProductSampling._field_defaults.items()
+        for name, default in ProductSampling()._asdict().items()
     ]
     function.__dict__["__signature__"] = signature.replace(parameters=[*own, *keywords])
     return function

@@ -6,7 +6,7 @@ import copy
 import itertools
 import linecache
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -14,7 +14,7 @@ from torch import fx, nn
 from fx_approx.capture.records import Called, Capture, Section
 from fx_approx.capture.split_sections import split
 from fx_approx.runtime.checkpoints import is_checkpointed, outlined
-from fx_approx.runtime.guards import GraphMatch, Guards
+from fx_approx.runtime.guards import NO_GRAPH, GraphMatch, Guards
 
 PROLOGUE = "_fx_approx"
 """Where the runtime hangs in a model, and so its name in graphs."""
@@ -62,7 +62,7 @@ class GraphProgram:
         function: Callable[..., Any] | None,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-    ) -> GraphMatch:
+    ) -> tuple[GraphMatch, Sequence[Any]]:
         """Whether ``function`` may serve a call of ``module``, and its inputs for that. Plain Python: it traces.
 
         Args:
@@ -73,16 +73,15 @@ class GraphProgram:
             kwargs: Keyword arguments of the call.
         """
         if function is None:
-            return GraphMatch(False)
+            return NO_GRAPH, ()
         values = section.form.bind(args, kwargs)
         if values is None:
             dynamic = ", ".join(section.form.dynamic)
-            return GraphMatch(False, f"it is called in another way than it was captured ({dynamic})")
+            return GraphMatch(False, f"it is called in another way than it was captured ({dynamic})"), ()
         misfit = None if section.guard is None else section.guard.misfit(values, next(module.parameters(), None))
         if misfit is not None:
-            return GraphMatch(False, misfit)
-        found = self.guards[section.path].check(self.sharded)
-        return GraphMatch(True, None, values) if found.ok else found
+            return GraphMatch(False, misfit), ()
+        return self.guards[section.path].check(self.sharded), values
 
     def compile_graph(self, graph: fx.Graph) -> None:
         """Makes ``graph`` the one that runs."""

@@ -150,11 +150,11 @@ class Runtime(Moved):
             refuse_transforms()
         program = self.program
         function = program.function
-        match = program.match(program.whole, root, function, args, kwargs)
+        match, values = program.match(program.whole, root, function, args, kwargs)
         if not match.ok or function is None:
             return self._run_python(root, exact, args, kwargs, match.reason)
         try:
-            result = self._run_graph(root, function, match.values)
+            result = self._run_graph(root, function, values)
         except WidthError:  # the model's own layers say what does not fit
             return self._run_python(root, exact, args, kwargs, _WIDTH)
         if self.resample is not None and root.training and not torch.compiler.is_compiling():
@@ -204,11 +204,11 @@ class Runtime(Moved):
         function = program.pieces.get(section.path)
         if module is not program.guards[section.path].top:  # a copy of this module alone, such as a replica's
             function = None
-        match = program.match(section, module, function, args, kwargs)
+        match, values = program.match(section, module, function, args, kwargs)
         reason = match.reason
         if match.ok and function is not None:
             try:
-                result = function(root, self._head_of_call(root, section, (args, kwargs)), *match.values)
+                result = function(root, self._head_of_call(root, section, (args, kwargs)), *values)
                 if module.training and not torch.compiler.is_compiling():
                     self.randomness.served = True
                 return result

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -15,18 +14,22 @@ from fx_approx.core.hooks import hook_count, is_hooked
 from fx_approx.runtime.sharding import UNREGISTERED, is_sharded
 
 
-class GraphMatch(NamedTuple):
-    """Whether a graph may serve a call. A tuple, since ``torch.compile`` traces how it is made.
+@dataclasses.dataclass(frozen=True)
+class GraphMatch:
+    """Whether a graph may serve a call.
 
     Attributes:
         ok: It may.
         reason: Why not, in words for the user; None where that is nothing to warn of, such as a call in another mode.
-        values: The inputs of the graph for the call, where it may.
     """
 
     ok: bool
     reason: str | None = None
-    values: Sequence[Any] = ()
+
+
+FITS = GraphMatch(True)
+NO_GRAPH = GraphMatch(False)
+"""It may not, which is nothing to warn of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Guards:
         """
         flags = [module.training for module in self.readers]
         if not all(flags) and (any(flags) or self.branching):
-            return GraphMatch(False)
+            return NO_GRAPH
         for module, name, value in self.frozen:
             now = getattr(module, name, None)
             # Identity first: NaN is not equal to itself. The type next: a tensor is not to be compared.
@@ -66,7 +69,7 @@ class Guards:
         changed = self.held.changed()
         if changed is None and not torch.compiler.is_compiling():
             changed = self._rebuilt(sharded) or self.held.rearranged()
-        return GraphMatch(changed is None, changed)
+        return FITS if changed is None else GraphMatch(False, changed)
 
     def _rebuilt(self, sharded: Mapping[nn.Module, int]) -> str | None:
         """Which module has got other children or hooks, if any."""

@@ -3,9 +3,11 @@
 from fx_approx.subnetworks.extract import extract, reselect
 from fx_approx.subnetworks.merge import merge
 from fx_approx.subnetworks.optimizers import narrow_optimizer, widen_optimizer
+from fx_approx.subnetworks.phases import Phases
 from fx_approx.subnetworks.record import Subnetwork, record_of
 
 __all__ = [
+    "Phases",
     "Subnetwork",
     "extract",
     "merge",

@@ -9,16 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fx_approx._compat import parameters_of, tree_leaves
-from fx_approx.capture.trace import skeleton
-from fx_approx.compiler.transform import restore
+from fx_approx._compat import parameters_of
+from fx_approx.capture.containers import leaves
+from fx_approx.capture.error_text import describe
+from fx_approx.capture.module_snapshot import kept_training_flags
+from fx_approx.capture.trace import kept_random_state, skeleton
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.runtime.exact import exact_copy
 from fx_approx.runtime.upcoming import next_selections
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.record import RECORD, Subnetwork, identity_of, record_of, tensors_of, versions_of
 from fx_approx.subnetworks.specialize import Specializer
+
+_NO_EXAMPLE = "no example_inputs were given, to see whether the model's own Python serves"
 
 
 def extract(
@@ -57,8 +62,7 @@ def extract(
         raise ValueError("model: no selection is made ahead, so that there is nothing to cut out")
     chosen = next_selections(approx) if selections is None else tuple(selections)
     _check(approx, chosen)
-    exact = restore(approx)
-    root = skeleton(exact, shared=False)
+    root = skeleton(exact_copy(approx), shared=False)
     maker = Specializer(root, approx, chosen)
     made = maker.run(graph)
     return _finished(approx, maker, made, chosen, example_inputs)
@@ -130,15 +134,26 @@ def _finished(
     _tie(approx, root, maker.cuts)
     module = fx.GraphModule(root, graph, f"{type(root).__name__}Subnetwork")
     module.train(approx.training)
-    own = False
-    if not reason and example is None:
-        reason = "no example_inputs were given, to see whether the model's own Python serves"
     if not reason:
-        reason = _differs(root, module, example)
-        own = not reason
-    sub: nn.Module = root if own else module
-    vars(sub)[RECORD] = Subnetwork(maker.cuts, chosen, identity_of(approx), own, reason, versions_of(approx))
+        reason = _NO_EXAMPLE if example is None else _differs(root, module, example)
+    if reason and approx._fx_approx.program.capture.branching:
+        module.register_forward_pre_hook(_refuse_evaluation)
+    sub: nn.Module = module if reason else root
+    vars(sub)[RECORD] = Subnetwork(maker.cuts, chosen, identity_of(approx), not reason, reason, versions_of(approx))
     return sub
+
+
+def _refuse_evaluation(module: nn.Module, args: Any) -> None:
+    """A hook of a graph that serves training only.
+
+    Raises:
+        RuntimeError: The subnetwork is in evaluation mode.
+    """
+    if not module.training:
+        raise RuntimeError(
+            "sub: its graph serves training only, since the model's Python does something else in eval(): write it "
+            "back with fx_approx.subnetworks.merge and evaluate the model"
+        )
 
 
 def _tie(approx: ApproxModule, root: nn.Module, cuts: Mapping[str, Cut]) -> None:
@@ -156,23 +171,21 @@ def _tie(approx: ApproxModule, root: nn.Module, cuts: Mapping[str, Cut]) -> None
 
 
 def _differs(root: nn.Module, graph: nn.Module, example: Any) -> str:
-    """Why the forward of ``root`` does not compute what the graph does; empty if it does."""
-    args = (example,) if isinstance(example, Tensor) else example
-    args, kwargs = ((), dict(args)) if isinstance(args, Mapping) else (tuple(args), {})
-    try:
-        results = []
-        for module in (root, graph):
-            states = {name: buffer.clone() for name, buffer in module.named_buffers()}
-            training = module.training
-            module.eval()
-            with torch.no_grad():
-                results.append(module(*args, **kwargs))
-            module.train(training)
-            for name, buffer in module.named_buffers():
-                buffer.copy_(states[name])
-    except Exception as error:  # whatever a forward says of narrow layers
-        return f"the model's own Python does not run on narrow layers: {type(error).__name__}: {error}"
-    one, other = (tree_leaves(result) for result in results)
+    """Why the forward of ``root`` does not compute what the graph does, in training; empty if it does."""
+    given = (example,) if isinstance(example, Tensor) else example
+    args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else (tuple(given), {})
+    results = []
+    for module in (root, graph):
+        states = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        with kept_random_state(), torch.no_grad(), kept_training_flags(module.modules()):
+            try:
+                results.append(module.train()(*args, **kwargs))
+            except Exception as error:  # whatever a forward says of narrow layers
+                return f"the model's own Python does not run on narrow layers: {describe(error)}"
+            finally:
+                for name, buffer in module.named_buffers():
+                    buffer.copy_(states[name])
+    one, other = (leaves(result) for result in results)
     same = len(one) == len(other) and all(
         torch.allclose(a, b, rtol=1e-4, atol=1e-5) if isinstance(a, Tensor) else a == b
         for a, b in zip(one, other, strict=True)

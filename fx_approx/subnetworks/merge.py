@@ -35,6 +35,8 @@ def merge(sub: nn.Module, model: nn.Module, *, preserve: bool = False) -> None:
             if preserve and cut.inputs is not None and tensor.dim() > 1:
                 _zero_unread(tensor, record, name)
             cut.put(tensor, own[name])
+    if preserve:  # the statistics of what is read were gathered by the network that the exact model is now
+        approx._fx_approx.batchnorm.note_fresh(approx, approx._fx_approx.samples)
     record.merged = True
     record.versions = versions_of(approx)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -117,6 +118,19 @@ def widen_optimizer(optimizer: Optimizer, sub: nn.Module) -> None:
                 }
             compact.grad = None
     del _moved[optimizer]
+
+
+def full_moments(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """By name, the full moments that wait while an optimiser works on a subnetwork; to store in a checkpoint."""
+    moved = _moved.get(optimizer)
+    return {} if moved is None else {name: before for _, name, before in moved.full.values()}
+
+
+def restore_moments(optimizer: Optimizer, moments: Mapping[str, dict[str, Any]]) -> None:
+    """Puts what :func:`full_moments` gave in the place of the moments that wait."""
+    moved = _moved[optimizer]
+    for compact, (parameter, name, _) in list(moved.full.items()):
+        moved.full[compact] = parameter, name, _put_away(moments.get(name, {}), moved.rest)
 
 
 def _cut(value: Any, cut: Cut, parameter: Tensor, key: str, optimizer: Optimizer) -> Any:

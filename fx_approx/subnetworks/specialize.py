@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fx_approx._compat import buffers_of, parameters_of
+from fx_approx.core.layer_types import PRODUCT_LAYERS, layer_type
 from fx_approx.errors import UnsupportedError
 from fx_approx.ops import channel_slices
 from fx_approx.ops.channel_slices import width
@@ -160,15 +161,29 @@ class Specializer:
         if len(args) == 3 and isinstance(args[2], Known):  # a ReLU of which a part is read as well
             whole = self._copied(node, args[:1], {})
             return whole, self._select(whole, args[1], args[2])
+        if any(isinstance(one, Known) and one.value is not None for one in args[2:]) or args[4:] == (True,):
+            raise UnsupportedError("its gradients are sampled apart from its output")
         if isinstance(given, Known):
+            if isinstance(given.value, Selection) and layer_type(self.root.get_submodule(path)) in PRODUCT_LAYERS:
+                return self._copied(node, (self._read_part(path, args[0], given),), {})
             if isinstance(given.value, Selection):
                 self._narrow_channels(path, given.value)
-            if any(isinstance(one, Known) and one.value is not None for one in args[2:]):
-                raise UnsupportedError("its gradients are sampled apart from its output")
             return self._copied(node, args[:1], {})
         if given is None and len(args) == 2:  # another call of a sampled layer, which says that it is exact
             return self._copied(node, args[:1], {})
         return self._copied(node, args, kwargs)
+
+    def _read_part(self, path: str, input: Any, given: Known) -> Any:
+        """The part of the input of a layer that it reads, where all of its outputs are computed."""
+        layer: Any = self.root.get_submodule(path)
+        groups = getattr(layer, "groups", 1)
+        axis = -1 if isinstance(layer, nn.Linear) else 1
+        flat = Known(channel_slices.spread(given.value, layer.weight.shape[1])) if groups > 1 else given
+        bias = None if layer.bias is None else Cut(f"{path}.bias")
+        if not self._seen(path, Cut(f"{path}.weight", given.value, None, groups)):
+            self._narrowed.pop(path)
+            self._narrow_product(path, Sliced(Cut(f"{path}.weight", given.value, None, groups), bias, groups))
+        return self._select(input, axis, flat)
 
     def _special(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A function of this package, as functions of torch; None for any other."""
@@ -292,7 +307,7 @@ class Specializer:
             return
         layer: Any = self.root.get_submodule(path)
         self._replace(sliced.weight)
-        if sliced.bias is not None:
+        if sliced.bias is not None and not sliced.bias.whole:
             self._replace(sliced.bias)
         shape, groups = layer.weight.shape, sliced.groups
         if isinstance(layer, nn.Linear):

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,12 @@ def test_every_pass_reads_only_what_was_found_before() -> None:
 
 def _found(passes: tuple[Pass[Any], ...]) -> tuple[str, ...]:
     return tuple(name for one in passes for name in one.writes)
+
+
+def test_every_folder_of_the_package_is_in_the_wheel() -> None:
+    listed = set(
+        tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    )
+    there = {"fx_approx", "fx_approx.passes", "fx_approx.policies"}
+    there |= {f"fx_approx.{path.parent.name}" for path in (REPOSITORY / "fx_approx").glob("*/__init__.py")}
+    assert listed == there
