@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
+
+from tests.helpers.modules import made_of
 
 MODEL_FILE = __file__
 
@@ -41,18 +42,11 @@ class Cnn(nn.Module):
         return self.fc(self.drop(x.mean((2, 3))))
 
 
-class PlainCnn(nn.Module):
+@made_of(lambda: {"conv1": nn.Conv2d(3, 8, 3, padding=1), "conv2": nn.Conv2d(8, 8, 3, stride=2), "fc": nn.Linear(8, 4)})
+def PlainCnn(self: Any, x: Tensor) -> Tensor:
     """Nothing random, no grouped convolution: torch's FLOP counter can be trusted with it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
-        self.conv2 = nn.Conv2d(8, 8, 3, stride=2)
-        self.fc = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.conv2(F.relu(self.conv1(x))))
-        return self.fc(x.mean((2, 3)))
+    x = F.relu(self.conv2(F.relu(self.conv1(x))))
+    return self.fc(x.mean((2, 3)))
 
 
 class Attention(nn.Module):
@@ -70,59 +64,37 @@ class Attention(nn.Module):
         return self.out(first + second)
 
 
-class FunctionalDropout(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(12, 16), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.dropout(self.fc1(x).relu(), p=0.5, training=self.training))
+@made_of(lambda: {"fc1": nn.Linear(12, 16), "fc2": nn.Linear(16, 4)})
+def FunctionalDropout(self: Any, x: Tensor) -> Tensor:
+    return self.fc2(F.dropout(self.fc1(x).relu(), p=0.5, training=self.training))
 
 
-class NestedDropout(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer1, self.layer2 = FunctionalDropout(), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.layer2(self.layer1(x)), 0.5, self.training)
+@made_of(lambda: {"layer1": FunctionalDropout(), "layer2": nn.Linear(4, 4)})
+def NestedDropout(self: Any, x: Tensor) -> Tensor:
+    return F.dropout(self.layer2(self.layer1(x)), 0.5, self.training)
 
 
-class AuxiliaryHead(nn.Module):
+@made_of(lambda: {"body": nn.Linear(12, 16), "head": nn.Linear(16, 4), "aux": nn.Linear(16, 4)})
+def AuxiliaryHead(self: Any, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     """Returns another structure in training, as GoogLeNet does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head, self.aux = nn.Linear(12, 16), nn.Linear(16, 4), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        x = self.body(x).relu()
-        if self.training:
-            return self.head(x), self.aux(x)
-        return self.head(x)
+    x = self.body(x).relu()
+    if self.training:
+        return self.head(x), self.aux(x)
+    return self.head(x)
 
 
-class NestedAuxiliary(nn.Module):
+@made_of(lambda: {"first": nn.Linear(12, 12), "branch": _Branch(), "last": nn.Linear(12, 4)})
+def NestedAuxiliary(self: Any, x: Tensor) -> Tensor:
     """The submodule that branches can be put in eval() alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.branch, self.last = nn.Linear(12, 12), _Branch(), nn.Linear(12, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.branch(self.first(x)))
+    return self.last(self.branch(self.first(x)))
 
 
-class _Branch(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.a(x)
-        if self.training:
-            x = x + self.b(x).relu()
-        return x
+@made_of(lambda: {"a": nn.Linear(12, 12), "b": nn.Linear(12, 12)})
+def _Branch(self: Any, x: Tensor) -> Tensor:
+    x = self.a(x)
+    if self.training:
+        x = x + self.b(x).relu()
+    return x
 
 
 class DataDependent(nn.Module):
@@ -139,26 +111,16 @@ class DataDependent(nn.Module):
         return x.tanh()
 
 
-class WithDataDependent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.middle, self.fc2 = nn.Linear(12, 16), DataDependent(), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.middle(self.fc1(x)).relu())
+@made_of(lambda: {"fc1": nn.Linear(12, 16), "middle": DataDependent(), "fc2": nn.Linear(16, 4)})
+def WithDataDependent(self: Any, x: Tensor) -> Tensor:
+    return self.fc2(self.middle(self.fc1(x)).relu())
 
 
-class Block(nn.Module):
+@made_of(lambda: {"fc1": nn.Linear(16, 16), "fc2": nn.Linear(16, 16), "calls": []})
+def Block(self: Any, x: Tensor) -> Tensor:
     """Counts how often its forward runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(16, 16), nn.Linear(16, 16)
-        self.calls: list[int] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls.append(1)
-        return x + self.fc2(self.fc1(x).relu())
+    self.calls.append(1)
+    return x + self.fc2(self.fc1(x).relu())
 
 
 class Checkpointed(nn.Module):
@@ -186,13 +148,9 @@ class Tied(nn.Module):
         return self.decoder(self.body(self.embedding(x)).relu())
 
 
-class CalledTwice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.fc(self.fc(x).relu()).relu())
+@made_of(lambda: {"fc": nn.Linear(16, 16), "head": nn.Linear(16, 4)})
+def CalledTwice(self: Any, x: Tensor) -> Tensor:
+    return self.head(self.fc(self.fc(x).relu()).relu())
 
 
 class OwnParameters(nn.Module):
@@ -225,15 +183,9 @@ class Counting(nn.Module):
         return self.fc(x)
 
 
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(8, 8)
-        self.lstm = nn.LSTM(8, 8, batch_first=True)
-        self.fc2 = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.lstm(self.fc1(x))[0])
+@made_of(lambda: {"fc1": nn.Linear(8, 8), "lstm": nn.LSTM(8, 8, batch_first=True), "fc2": nn.Linear(8, 4)})
+def Recurrent(self: Any, x: Tensor) -> Tensor:
+    return self.fc2(self.lstm(self.fc1(x))[0])
 
 
 class FusedAttention(nn.Module):
@@ -250,33 +202,24 @@ class FusedAttention(nn.Module):
         return self.fc2(x)
 
 
-class Optional(nn.Module):
+@made_of(lambda: {"fc1": nn.Linear(12, 16), "fc2": nn.Linear(16, 4)})
+def Optional(
+    self: Any, x: Tensor, mask: Tensor | None = None, *, gain: Tensor | None = None, double: bool = False
+) -> Tensor:
     """An optional tensor, a keyword-only tensor and a keyword-only flag."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(12, 16), nn.Linear(16, 4)
-
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, *, gain: Tensor | None = None, double: bool = False
-    ) -> Tensor:
-        x = self.fc1(x).relu()
-        if mask is not None:
-            x = x * mask
-        if gain is not None:
-            x = x * gain
-        if double:
-            x = x + x
-        return self.fc2(x)
+    x = self.fc1(x).relu()
+    if mask is not None:
+        x = x * mask
+    if gain is not None:
+        x = x * gain
+    if double:
+        x = x + x
+    return self.fc2(x)
 
 
-class DictInput(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(12, 16), nn.Linear(16, 4)
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"logits": self.fc2(self.fc1(batch["x"]).relu() + batch["y"])}
+@made_of(lambda: {"fc1": nn.Linear(12, 16), "fc2": nn.Linear(16, 4)})
+def DictInput(self: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"logits": self.fc2(self.fc1(batch["x"]).relu() + batch["y"])}
 
 
 def encoder_layer() -> nn.Module:
@@ -350,8 +293,3 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
         return len(left) == len(right) and all(map(same, left, right))
     return bool(left == right)
-
-
-def frozen_copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state_dict that later training cannot change."""
-    return copy.deepcopy(state)
