@@ -15,6 +15,7 @@ import fx_approx
 from fx_approx.capture.containers import leaves, tensors
 from fx_approx.policies import Uniform
 from tests.helpers.models import same
+from tests.helpers.modules import made_of
 
 VALUE = Uniform(0.5)
 
@@ -101,20 +102,13 @@ def test_a_container_keeps_its_type_and_is_traced(kind: str, example: Any) -> No
 
 @pytest.mark.parametrize("kind", ["ordered", "pair"])
 def test_the_container_of_an_untraced_part_can_be_read(kind: str) -> None:
-    model = Segmenter(kind, hooked=True)
-    with pytest.warns(fx_approx.errors.CaptureWarning, match=r"backbone: has hooks"):
-        approx = fx_approx.transform(model, VALUE, x)
-    assert approx._fx_approx.program.graph is not None
-    fx_approx.set_sampling(approx, enabled=False)
-    assert same(tensors(approx(x)), tensors(model(x)))
-
-
-def test_hooks_see_nothing_of_the_questions() -> None:
-    model, seen = Segmenter("ordered"), []
+    model, seen = Segmenter(kind, hooked=True), []
     model.backbone.register_forward_hook(lambda *args: seen.append(args))
     with pytest.warns(fx_approx.errors.CaptureWarning, match=r"backbone: has hooks"):
-        fx_approx.transform(model, VALUE, x)
-    assert seen == []
+        approx = fx_approx.transform(model, VALUE, x)
+    assert approx._fx_approx.program.graph is not None and seen == []
+    fx_approx.set_sampling(approx, enabled=False)
+    assert same(tensors(approx(x)), tensors(model(x)))
 
 
 def test_outputs_of_hugging_face_keep_their_type() -> None:
@@ -190,16 +184,11 @@ def test_a_container_may_differ_between_the_modes(form: str, example: Any) -> No
 
 
 def test_a_graph_that_does_not_do_what_the_model_does_is_not_the_example_inputs_fault() -> None:
-    class Odd(nn.Module):
+    @made_of(lambda: {"a": nn.Linear(12, 16), "b": nn.Linear(16, 4)})
+    def Odd(self: Any, x: Tensor) -> Tensor:
         """Its list is another each time; tracing sees the first form."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            width = 7 if isinstance(x, torch.fx.Proxy) else 16
-            return self.b(self.a(x)[..., :width])
+        width = 7 if isinstance(x, torch.fx.Proxy) else 16
+        return self.b(self.a(x)[..., :width])
 
     with pytest.warns(fx_approx.errors.CaptureWarning, match="its graph does not compute what its Python does"):
         approx = fx_approx.transform(Odd(), VALUE, torch.randn(3, 12))
@@ -213,14 +202,10 @@ def test_nested_containers_are_looked_through() -> None:
 
 
 def test_records_are_verified_leaf_by_leaf() -> None:
-    class Recorded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 4)
-
-        def forward(self, x: Tensor) -> Record:
-            hidden = self.a(x).relu()
-            return Record(self.b(hidden), [hidden.sum()])
+    @made_of(lambda: {"a": nn.Linear(12, 16), "b": nn.Linear(16, 4)})
+    def Recorded(self: Any, x: Tensor) -> Record:
+        hidden = self.a(x).relu()
+        return Record(self.b(hidden), [hidden.sum()])
 
     x = torch.randn(3, 12)
     found = fx_approx.analysis.verify(fx_approx.transform(Recorded(), VALUE, x), x)

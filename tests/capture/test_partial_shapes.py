@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import fx_approx
 from fx_approx import Plan
 from fx_approx.core.plan import Policy
 from fx_approx.policies import Exact, FlopBudget, MemoryBudget, Override, Paper, Uniform
+from tests.helpers.modules import made_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::fx_approx.errors.CaptureWarning")
 
@@ -19,31 +21,21 @@ VALUE = Uniform(0.5)
 X = torch.randn(8, 16)
 
 
-class Branching(nn.Module):
+@made_of(lambda: {"first": nn.Linear(32, 32), "second": nn.Linear(32, 32)})
+def Branching(self: Any, x: Tensor) -> Tensor:
     """Python goes another way for some values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.isinf(x).any():
-            x = x.nan_to_num()
-        return self.second(self.first(x).relu())
+    if torch.isinf(x).any():
+        x = x.nan_to_num()
+    return self.second(self.first(x).relu())
 
 
-class Dropping(nn.Module):
+@made_of(lambda: {"layers": nn.ModuleList(nn.Linear(32, 32) for _ in range(3))})
+def Dropping(self: Any, x: Tensor) -> Tensor:
     """LayerDrop: each layer runs or not, by chance."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            if not self.training or torch.rand(()) > 0.3:
-                x = layer(x).relu()
-        return x
+    for layer in self.layers:
+        if not self.training or torch.rand(()) > 0.3:
+            x = layer(x).relu()
+    return x
 
 
 class Routed(nn.Module):
@@ -62,14 +54,10 @@ class Routed(nn.Module):
         return out
 
 
-class Body(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(16, 64), nn.Linear(64, 64), nn.Linear(64, 32)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        kept = self.a(x).relu()
-        return self.c(self.b(kept).relu()), kept
+@made_of(lambda: {"a": nn.Linear(16, 64), "b": nn.Linear(64, 64), "c": nn.Linear(64, 32)})
+def Body(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    kept = self.a(x).relu()
+    return self.c(self.b(kept).relu()), kept
 
 
 class Around(nn.Module):
@@ -95,38 +83,27 @@ class BodyAlone(nn.Module):
         return out.sum() + kept.sum()
 
 
-class Uncalled(nn.Module):
+@made_of(
+    lambda: {"a": nn.Linear(16, 32), "b": nn.Linear(32, 16), "pooler": nn.Linear(16, 16), "tied": nn.Linear(16, 4)}
+)
+def Uncalled(self: Any, x: Tensor) -> Tensor:
     """A pooler that the forward leaves out, and a layer of which only the weight is read, beside untraced Python."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.pooler = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 16)
-        self.tied = nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = [self.b(self.a(row).relu()) @ self.tied.weight.T for row in x]
-        return torch.stack(rows)
+    rows = [self.b(self.a(row).relu()) @ self.tied.weight.T for row in x]
+    return torch.stack(rows)
 
 
-class Translate(nn.Module):
+@made_of(lambda: {"enter": nn.Linear(16, 16), "t": nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True)})
+def Translate(self: Any, x: Tensor) -> Tensor:
     """``nn.Transformer``, whose decoder asks whether the values of the mask are those of a causal one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter = nn.Linear(16, 16)
-        self.t = nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(x[None])
-        return self.t(x, x, tgt_mask=nn.Transformer.generate_square_subsequent_mask(x.shape[1]))  # type: ignore[no-any-return]
+    x = self.enter(x[None])
+    return self.t(x, x, tgt_mask=nn.Transformer.generate_square_subsequent_mask(x.shape[1]))  # type: ignore[no-any-return]
 
 
 PARTS = [Branching, Dropping, Routed]
 UNKNOWN = "not shared: its shapes are not known"
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("scope", ["value", "group"])
+@pytest.mark.parametrize(("part", "scope"), [(Branching, "value"), (Dropping, "group"), (Routed, "value")])
 def test_what_is_known_is_shared_as_without_the_rest(part: type[nn.Module], scope: str) -> None:
     torch.manual_seed(0)
     model = Around(part())
@@ -161,9 +138,12 @@ def test_the_numbers_are_those_of_the_same_selections_without_demand(part: type[
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("model", [Branching, Uncalled, Translate])
 @pytest.mark.parametrize(
-    "policy", [VALUE, Paper(0.5, scores="ema", scope="group"), Override({"*": VALUE}, Exact())], ids=type
+    ("model", "policy"),
+    [
+        (Branching, Paper(0.5, scores="ema", scope="group")),
+        *((Uncalled, VALUE), (Uncalled, Override({"*": VALUE}, Exact())), (Translate, VALUE)),
+    ],
 )
 def test_no_layer_refuses_the_model(model: type[nn.Module], policy: Policy) -> None:
     x = torch.randn(4, 32) if model is Branching else torch.randn(4, 16)
@@ -181,8 +161,7 @@ def test_no_layer_refuses_the_model(model: type[nn.Module], policy: Policy) -> N
     assert fx_approx.transform(made, again, x) is not None
 
 
-@pytest.mark.parametrize("policy", [FlopBudget(0.7), MemoryBudget(0.8)])
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(("policy", "part"), [(FlopBudget(0.7), Routed), (MemoryBudget(0.8), Dropping)])
 def test_budgets_decide_about_what_is_known(policy: Policy, part: type[nn.Module]) -> None:
     torch.manual_seed(0)
     report = fx_approx.report(fx_approx.transform(Around(part()), policy, X))

@@ -16,6 +16,7 @@ import fx_approx
 from fx_approx.policies import Uniform
 from tests.capture.test_sections import AHEAD, RANDOM, gradients, sections
 from tests.helpers.models import same
+from tests.helpers.modules import made_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:not traced:fx_approx.errors.CaptureWarning")
 
@@ -161,10 +162,9 @@ class Repeats(Base):
         return x
 
 
-@pytest.mark.parametrize("demand", [True, False])
-def test_a_checkpoint_of_an_earlier_forward_knows_how_often_it_called(demand: bool) -> None:
+def test_a_checkpoint_of_an_earlier_forward_knows_how_often_it_called() -> None:
     x = torch.randn(4, 8)
-    approx = fx_approx.transform(Repeats(), RANDOM, x, prune_unread=demand)
+    approx = fx_approx.transform(Repeats(), RANDOM, x)
     first = approx(x)
     approx.times = 1
     second = approx(2 * x)
@@ -172,8 +172,7 @@ def test_a_checkpoint_of_an_earlier_forward_knows_how_often_it_called(demand: bo
         (first.square().sum() + second.square().sum()).backward()
 
 
-@pytest.mark.parametrize("demand", [True, False])
-@pytest.mark.parametrize("policy", [AHEAD, RANDOM])
+@pytest.mark.parametrize(("policy", "demand"), [(AHEAD, True), (RANDOM, False), (RANDOM, True)])
 def test_a_direct_call_is_recomputed_with_its_own_selections(policy: Any, demand: bool) -> None:
     torch.manual_seed(0)
     x, z = torch.randn(4, 8), torch.randn(3, 8)
@@ -242,15 +241,11 @@ def test_scores_that_learn_sample_from_the_second_step_on() -> None:
 
 
 def test_the_order_of_further_arguments_counts() -> None:
-    class Ordered(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
-
-        def forward(self, x: Tensor, **more: Tensor) -> Tensor:
-            for one in more.values():
-                x = self.a(x) * one + self.b(one)
-            return self.c(x)
+    @made_of(lambda: {"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 4)})
+    def Ordered(self: Any, x: Tensor, **more: Tensor) -> Tensor:
+        for one in more.values():
+            x = self.a(x) * one + self.b(one)
+        return self.c(x)
 
     model, x, p, q = Ordered(), *(torch.randn(4, 8) for _ in range(3))
     approx = exactly(model, {"x": x, "p": p, "q": q}, [])  # type: ignore[arg-type]
