@@ -1,39 +1,22 @@
-"""Gradient roles on whole models: modes, memory, checkpoints, AMP, torch.func, compilation, unbiasedness."""
+"""Gradients: the memory that sampled ones save, that they are unbiased, and those that a forward asks for."""
 
 from __future__ import annotations
 
-import copy
 import itertools
-import pickle
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
 
 import fx_approx
-from fx_approx import Plan, SamplerConfig
+from fx_approx import SamplerConfig
 from fx_approx.core.plan import Policy
-from fx_approx.policies import Exact, GradientSampling, Override, Paper, Uniform
+from fx_approx.policies import Exact, GradientSampling, Override, Uniform
 from fx_approx.sampling import SAMPLERS
-from tests.helpers.modes import BACKENDS
-
-MODES: dict[str, Policy] = {
-    "backward": GradientSampling.backward(0.5),
-    "weight-gradient": GradientSampling.weight_gradient(0.3),
-    "straight-through": GradientSampling.straight(0.5),
-    "all": GradientSampling(
-        output=SamplerConfig("systematic", 0.5, min_k=2),
-        grad_input=SamplerConfig("bernoulli", 0.75, scores="weight"),
-        grad_weight=SamplerConfig("wta", 0.4, scores="gradient"),
-    ),
-    "positions": GradientSampling(grad_weight=SamplerConfig("systematic", 0.5, positions=True)),
-    "ema": GradientSampling(grad_weight=SamplerConfig("systematic", 0.5, scores="ema", positions=True)),
-}
-modes = pytest.mark.parametrize("mode", MODES)
 
 
 def cnn() -> nn.Sequential:
@@ -77,175 +60,6 @@ def step(model: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor] | None = N
     model.zero_grad(set_to_none=True)
     (run or model)(x).square().mean().backward()
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-
-
-@pytest.mark.parametrize("mode", ["backward", "weight-gradient", "positions", "ema"])
-def test_gradient_modes_leave_the_forward_exact(mode: str) -> None:
-    model, x = cnn(), images()
-    approx = fx_approx.transform(copy.deepcopy(model), MODES[mode])
-    assert torch.equal(approx(x), model(x))
-    exact = step(model, x)
-    sampled = step(approx, x)
-    assert any(not torch.allclose(one, two) for one, two in zip(sampled, exact, strict=True))
-    assert torch.allclose(sampled[-1], exact[-1]), "the bias gradient is exact"
-
-
-@modes
-def test_a_ratio_of_one_and_evaluation_are_bitwise_exact(mode: str) -> None:
-    model, x = cnn(), images()
-    approx = fx_approx.transform(copy.deepcopy(model), MODES[mode])
-    fx_approx.set_sampling(approx, 1.0)
-    exact = step(model, x)
-    assert all(torch.equal(one, two) for one, two in zip(step(approx, x), exact, strict=True))
-    fx_approx.set_sampling(approx, 0.5)
-    assert torch.equal(approx.eval()(x), model.eval()(x))
-
-
-@modes
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpoints_change_nothing(mode: str, use_reentrant: bool) -> None:
-    model, x = cnn(), images().requires_grad_()
-    plain, checked = (fx_approx.transform(copy.deepcopy(model), MODES[mode]) for _ in range(2))
-    for _ in range(2):
-        wanted = step(plain, x)
-        found = step(checked, x, lambda value: checkpoint(checked, value, use_reentrant=use_reentrant))
-        assert all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))
-
-
-@modes
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_steps_are_the_eager_ones_in_one_graph(backend: str, mode: str) -> None:
-    model, x = cnn(), images()
-    eager, compiled = (fx_approx.transform(copy.deepcopy(model), MODES[mode], x) for _ in range(2))
-    for approx in (eager, compiled):
-        step(approx, x)  # room for running norms
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend(backend)
-    run = torch.compile(compiled, backend=counter, fullgraph=True)
-    for _ in range(3):
-        for one, two in zip(step(compiled, x, run), step(eager, x), strict=True):
-            torch.testing.assert_close(one, two)
-    assert counter.frame_count == 1
-
-
-@modes
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_and_gradient_scaling(mode: str, dtype: torch.dtype) -> None:
-    model, x = cnn().float(), images().float()
-    approx = fx_approx.transform(model, MODES[mode])
-    optimizer = torch.optim.SGD(approx.parameters(), 0.05)
-    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", dtype):
-            loss = F.mse_loss(approx(x).float(), torch.ones(8, 4))
-        scaler.scale(loss).backward()
-        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in approx.parameters())
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-
-
-@modes
-def test_functional_call_and_grad(mode: str) -> None:
-    model, x = cnn(), images()
-    one, two = (fx_approx.transform(copy.deepcopy(model), MODES[mode]) for _ in range(2))
-    wanted = step(one, x)
-
-    def loss(parameters: dict[str, Tensor]) -> Tensor:
-        buffers = {name: buffer.clone() for name, buffer in two.named_buffers()}
-        return torch.func.functional_call(two, {**parameters, **buffers}, x).square().mean()
-
-    found = torch.func.grad(loss)(dict(two.named_parameters()))
-    for gradient, value in zip(found.values(), wanted, strict=True):
-        torch.testing.assert_close(gradient, value)
-
-
-@modes
-def test_vmap_and_jvp_are_clear_errors_while_sampling(mode: str) -> None:
-    approx, x = fx_approx.transform(cnn(), MODES[mode]), images(4)
-    with pytest.raises(fx_approx.errors.UnsupportedError, match=r"vmap .*model\.eval\(\)"):
-        torch.func.vmap(approx)(x.unsqueeze(1))
-    with pytest.raises(fx_approx.errors.UnsupportedError, match="jvp"):
-        torch.func.jvp(approx, (x,), (x,))
-    approx.eval()
-    torch.testing.assert_close(torch.func.vmap(approx)(x.unsqueeze(1)).squeeze(1), approx(x))
-
-
-def test_a_gradient_penalty_is_differentiated_through_the_sample() -> None:
-    """Finite differences of the penalty, the sample held by scores that the step does not move."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-    spec = SamplerConfig("systematic", 0.5, scores="uniform")
-    approx = fx_approx.transform(model, GradientSampling(grad_input=spec, grad_weight=spec))
-    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-
-    def penalty(weight: Tensor) -> Tensor:
-        parameters = {**dict(approx.named_parameters()), "0.weight": weight}
-        output = torch.func.functional_call(approx, parameters, x)
-        (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
-        return gradient.square().sum()
-
-    with fx_approx.reuse_selection(approx):
-        assert torch.autograd.gradcheck(
-            lambda g: grad_of_sample(approx, g), torch.randn(4, 3, dtype=torch.float64).requires_grad_()
-        )
-        weight = model[0].weight.detach().clone().requires_grad_()
-        (found,) = torch.autograd.grad(penalty(weight), weight)
-    assert found.isfinite().all() and found.any()
-
-
-def grad_of_sample(approx: nn.Module, upstream: Tensor) -> Tensor:
-    x = torch.linspace(-1, 1, 20, dtype=torch.float64).view(4, 5).requires_grad_()
-    (gradient,) = torch.autograd.grad(approx(x), x, upstream, create_graph=True)
-    return gradient
-
-
-def test_registered_operators_pass_opcheck() -> None:
-    key, state = torch.tensor([3, 1]), torch.tensor([0, 1, 1, 3])
-    ops = torch.ops.fx_approx
-    torch.library.opcheck(ops.draw.default, (key, [0, 2], [3, 5]))
-    torch.library.opcheck(ops.refresh.default, (torch.rand(4), torch.rand(8)))
-    names = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(ops.next_key.default, (state, [torch.rand(3)], 10**6), test_utils=names)
-
-
-def test_roles_in_plans_controls_and_copies() -> None:
-    model, x = cnn(), images()
-    explained = fx_approx.explain(model, Override({"0": Paper()}, MODES["all"]), x)
-    plan = Plan.from_json(explained.plan.to_json())
-    assert plan == explained.plan and set(plan["6"].roles) == {"output", "grad_input", "grad_weight"}
-    edited = plan.edit("6", {"grad_weight": SamplerConfig("wta", 0.25, scores="input")})
-    approx = fx_approx.transform(model, edited, x)
-    row = fx_approx.report(approx)["6"]
-    assert [(s.role.value, s.k, s.pairs) for s in row.samples] == [("grad_weight", 2, 8)]
-    fx_approx.set_sampling(approx, {"3": 1.0}, role="grad_input")
-    fx_approx.set_sampling(approx, enabled={"3": False}, role="output")
-    for twin in (approx, copy.deepcopy(approx), pickle.loads(pickle.dumps(approx))):
-        assert [s.role.value for s in fx_approx.report(twin)["3"].samples] == ["grad_weight"]
-    with pytest.raises(ValueError, match="straight_through"):
-        plan.edit("6", {"grad_weight": SamplerConfig()}, straight_through=True)
-    with pytest.raises(ValueError, match="grad_weight: scores 'weight' say nothing of it; expected one of"):
-        GradientSampling(grad_weight=SamplerConfig(scores="weight"))
-    with pytest.raises(ValueError, match="'bias'"):
-        plan.edit("6", {"bias": SamplerConfig()})
-
-
-def test_running_norms_are_part_of_an_exact_resume() -> None:
-    model, x = cnn(), images()
-    approx = fx_approx.transform(copy.deepcopy(model), MODES["ema"], x)
-    for _ in range(3):
-        step(approx, x)
-    saved = fx_approx.sampler_state_dict(approx)
-    assert len(saved["running"]["0/grad_weight"]) == 64
-    resumed = fx_approx.transform(copy.deepcopy(model), MODES["ema"], x)
-    fx_approx.load_sampler_state_dict(resumed, saved)
-    resumed.load_state_dict(approx.state_dict())
-    assert all(torch.equal(one, two) for one, two in zip(step(approx, x), step(resumed, x), strict=True))
-    with pytest.raises(ValueError, match="no running norms are kept at 9/grad_weight"):
-        fx_approx.load_sampler_state_dict(resumed, {**saved, "running": {"9/grad_weight": [1.0]}})
 
 
 def saved_by_linears(model: nn.Module, x: Tensor) -> int:
@@ -329,10 +143,8 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 }
 
 
-# The smallest in CI, the others where time is no matter: some hundred steps each.
-networks = pytest.mark.parametrize(
-    "network", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cnn", "transformer"))]
-)
+# The others where time is no matter: some hundred steps each.
+QUICK = {("mlp", "systematic"), ("mlp", "bernoulli")}
 
 
 def projections(network: str, policy: Policy, steps: int) -> Tensor:
@@ -348,20 +160,36 @@ def projections(network: str, policy: Policy, steps: int) -> Tensor:
     return errors.mean(0) / (errors.std(0) / steps**0.5).clamp(min=1e-300)
 
 
-@networks
-@pytest.mark.parametrize("sampler", [name for name in sorted(SAMPLERS) if SAMPLERS[name].unbiased])
+@pytest.mark.parametrize(
+    ("network", "sampler"),
+    [
+        pytest.param(network, name, marks=() if (network, name) in QUICK else pytest.mark.slow)
+        for network in NETWORKS
+        for name in sorted(SAMPLERS)
+        if SAMPLERS[name].unbiased
+    ],
+)
 def test_backward_mode_is_unbiased_through_a_network(network: str, sampler: str) -> None:
     """|z| < 5 in 10 directions: false alarms below 1e-5 for each case, if means of 200 steps are normal."""
     assert projections(network, GradientSampling.backward(0.5, sampler), 200).abs().max() < 5
 
 
-@networks
-def test_the_test_of_unbiasedness_finds_a_bias(network: str) -> None:
+BIASED: dict[str, Policy] = {
+    "topk": GradientSampling(grad_input=SamplerConfig("topk", 0.5), grad_weight=SamplerConfig("crs", 0.5)),
+    "forward mode": Uniform(0.5, "systematic", scores="online", scope="layer"),
+}
+
+
+@pytest.mark.parametrize(
+    ("network", "kind", "steps"),
+    [
+        ("mlp", "topk", 200),
+        *(pytest.param(one, kind, 700, marks=pytest.mark.slow) for one in NETWORKS for kind in BIASED),
+    ],
+)
+def test_the_test_of_unbiasedness_finds_a_bias(network: str, kind: str, steps: int) -> None:
     """TopK of the input gradients; unbiased products in forward mode, through a non-linearity."""
-    spec = SamplerConfig("crs", 0.5)
-    biased = GradientSampling(grad_input=SamplerConfig("topk", 0.5), grad_weight=spec)
-    assert projections(network, biased, 700).abs().max() > 5
-    assert projections(network, Uniform(0.5, "systematic", scores="online"), 700).abs().max() > 5
+    assert projections(network, BIASED[kind], steps).abs().max() > 5
 
 
 def test_a_selection_shared_along_a_chain_is_biased() -> None:
@@ -384,3 +212,211 @@ def test_a_selection_shared_along_a_chain_is_biased() -> None:
     shared = torch.stack([gradient(both, both) for both in samples]).mean(0)
     torch.testing.assert_close(independent, exact, rtol=1e-10, atol=1e-10)
     assert (shared - exact).norm() > 0.05 * exact.norm()
+
+
+# ---- gradients that a forward asks for, of its input or of a value inside: those of the sampled function
+
+
+Ask = Callable[[Tensor, Tensor], Tensor]
+
+
+def _grad(energy: Tensor, value: Tensor) -> Tensor:
+    return torch.autograd.grad(energy, value, create_graph=True)[0]
+
+
+def _lenient(energy: Tensor, value: Tensor) -> Tensor:
+    return torch.autograd.grad([energy], [value], create_graph=True, allow_unused=True, materialize_grads=True)[0]
+
+
+ASKS: dict[str, Ask] = {"grad": _grad, "lenient": _lenient}
+
+
+class Dense(nn.Module):
+    """An energy with its gradient at the input, or at a hidden value that two layers read, moved by ``delta``."""
+
+    features = 6
+
+    def __init__(self, inside: bool, mark: str, ask: str) -> None:
+        super().__init__()
+        self.first, self.second, self.aside = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.last = nn.Linear(16, 1)
+        self.inside, self.mark, self.ask = inside, mark, ask
+
+    def marked(self, value: Tensor) -> Tensor:
+        """``value``, of which a gradient can be asked for."""
+        if self.mark == "new name":
+            return value.detach().requires_grad_(True)
+        if self.mark == "same name":
+            value = value.detach()
+            value.requires_grad_()
+            return value
+        if self.mark == "retained":
+            value.retain_grad()
+        return value
+
+    def forward(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.inside:
+            x = value = self.marked(x + delta)
+        hidden = self.first(x).tanh()
+        if self.inside:
+            hidden = value = self.marked(F.relu(hidden) + delta)
+        hidden = self.second(hidden).tanh() + self.aside(hidden)
+        energy = self.last(hidden).sum()
+        return energy, ASKS[self.ask](energy, value)
+
+
+class Convolved(Dense):
+    """The same with convolutions, normalisation, and a value that is read whole and in part."""
+
+    features = 4
+
+    def __init__(self, inside: bool, mark: str, ask: str) -> None:
+        super().__init__(inside, mark, ask)
+        self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.aside, self.last = nn.Conv2d(8, 8, 1), nn.Linear(8, 1)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.inside:
+            x = value = self.marked(x + delta)
+        hidden = self.norm(self.first(x)).relu()
+        if self.inside:
+            hidden = value = self.marked(hidden + delta)
+        hidden = self.second(hidden).tanh() + self.aside(hidden) + hidden
+        energy = self.last(hidden.mean((2, 3))).square().sum()
+        return energy, ASKS[self.ask](energy, value)
+
+
+def energies(model: nn.Module, x: Tensor, delta: Tensor, direction: Tensor) -> tuple[float, float]:
+    """How the energy moves along ``direction`` under one sample, by differences and by the gradient."""
+    step = 1e-6
+    with fx_approx.reuse_selection(model):
+        up, down = (model(x, delta + sign * step * direction)[0].item() for sign in (1, -1))
+        gradient = model(x, delta)[1]
+    return (up - down) / (2 * step), (gradient * direction).sum().item()
+
+
+def prepared(kind: type[Dense], inside: bool, mark: str, ask: str) -> tuple[Dense, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = kind(inside, mark, ask).double()
+    size = (5, 5) if kind is Convolved else ()
+    x = torch.randn(3, kind.features, *size, dtype=torch.float64)
+    width = kind.features if not inside else 16 if kind is Dense else 8
+    delta = torch.randn(3, width, *size, dtype=torch.float64)
+    return model, x, delta, torch.randn_like(delta)
+
+
+@pytest.mark.parametrize("kind", [Dense, Convolved])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("scope", ["layer", "value", "group"])
+def test_the_gradient_is_that_of_the_sampled_function(kind: type[Dense], inside: bool, scope: str) -> None:
+    for mark, ask, demand in (
+        *(("new name", "grad", True), ("same name", "lenient", True)),
+        *(("retained", "grad", False), ("retained", "lenient", True)),
+    ):
+        model, x, delta, direction = prepared(kind, inside, mark, ask)
+        delta.requires_grad_(mark == "retained")
+        policy = Uniform(0.5, scope=scope)
+        approx = fx_approx.transform(model, policy, (x, delta), prune_unread=demand)
+        moved, predicted = energies(approx, x, delta, direction)
+        assert predicted == pytest.approx(moved, rel=1e-5, abs=1e-7), (mark, ask, demand)
+        exact = model(x, delta)[1]
+        assert not torch.allclose(approx(x, delta)[1], exact)
+
+
+@pytest.mark.parametrize("kind", [Dense, Convolved])
+@pytest.mark.parametrize("inside", [False, True])
+def test_second_derivatives_are_those_of_the_sampled_function(kind: type[Dense], inside: bool) -> None:
+    """A loss of the gradient moves with the parameters as its gradient says."""
+    model, x, delta, _ = prepared(kind, inside, "new name", "grad")
+    approx = fx_approx.transform(model, Uniform(0.5, scores="uniform", scope="group"), (x, delta))
+    weight = approx.second.weight
+    direction, step = torch.randn_like(weight), 1e-6
+    with fx_approx.reuse_selection(approx):
+        (gradient,) = torch.autograd.grad(approx(x, delta)[1].square().sum(), weight)
+        losses = []
+        for sign in (1, -2):
+            with torch.no_grad():
+                weight.add_(direction, alpha=sign * step)
+            losses.append(approx(x, delta)[1].square().sum().item())
+    assert (gradient * direction).sum().item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-4)
+
+
+class Handing(nn.Module):
+    """Gives a hidden value away that its own layers read as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.first(x).relu()
+        return self.last(self.second(hidden).relu() + hidden), hidden.contiguous()
+
+
+@pytest.mark.parametrize("scope", ["layer", "value", "group"])
+def test_the_gradient_of_an_output_that_is_read_on(scope: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    found = []
+    for demand in (True, False):
+        policy = Uniform(0.5, scope=scope)
+        torch.manual_seed(1)
+        approx = fx_approx.transform(Handing(), policy, x, prune_unread=demand)
+        output, hidden = approx(x)
+        found.append(torch.autograd.grad(output.square().sum(), hidden)[0])
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[0], found[1])
+
+
+class Watched(Handing):
+    """Keeps what a hook tells of a gradient."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.first(x).relu()
+        hidden.register_hook(lambda gradient: 2 * gradient)
+        return self.last(self.second(hidden) + hidden), hidden
+
+
+def test_a_hook_inside_changes_the_whole_gradient() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    found = []
+    for demand in (True, False):
+        torch.manual_seed(1)
+        policy = Uniform(0.5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fx_approx.errors.CaptureWarning)
+            approx = fx_approx.transform(Watched(), policy, x, prune_unread=demand)
+        found.append(torch.autograd.grad(approx(x)[0].square().sum(), approx.first.weight)[0])
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[0], found[1])
+
+
+class Functional(nn.Module):
+    """Asks for the gradient by ``torch.func``."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.last, self.how = nn.Linear(6, 16), nn.Linear(16, 1), how
+
+    def energy(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).tanh()).sum()
+
+    def forward(self, x: Tensor, delta: Tensor) -> Any:
+        x = x + delta
+        if self.how == "grad":
+            return self.energy(x), torch.func.grad(self.energy)(x)
+        energy, pull = torch.func.vjp(self.energy, x)
+        return energy, pull(torch.ones_like(energy))[0]
+
+
+@pytest.mark.parametrize("how", ["grad", "vjp"])
+def test_functional_gradients_stay_untraced_with_a_warning(how: str) -> None:
+    torch.manual_seed(0)
+    model = Functional(how).double()
+    x, delta, direction = (torch.randn(3, 6, dtype=torch.float64) for _ in range(3))
+    with pytest.warns(fx_approx.errors.CaptureWarning):
+        approx = fx_approx.transform(model, Uniform(0.5), (x, delta))
+    moved, predicted = energies(approx, x, delta, direction)
+    assert predicted == pytest.approx(moved, rel=1e-5)

@@ -6,6 +6,7 @@ Mixed precision, activation checkpoints, torch.func, second derivatives, the dis
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,9 +25,10 @@ from fx_approx.runtime.rng import new_state
 from fx_approx.sampling import Sampler, Selection
 from tests.helpers.models import Attention, CalledTwice, Checkpointed, WithDataDependent, loss_of, mlp, same, tensors
 from tests.helpers.modes import BACKENDS, MODES
+from tests.helpers.modules import made_of
 
 modes = pytest.mark.parametrize("mode", MODES)
-reentrant = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+alternating = pytest.mark.parametrize(("mode", "reentrant"), list(zip(MODES, itertools.cycle([True, False]))))
 
 
 class Mixed(nn.Module):
@@ -49,7 +51,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "called_twice": (CalledTwice, lambda: torch.randn(6, 16)),
     "untraced_part": (WithDataDependent, lambda: torch.randn(6, 12)),
 }
-models = pytest.mark.parametrize("name", MODELS)
+# Every mode with four models, every pair of a model and a kind of checkpoint.
+each_once = pytest.mark.parametrize(
+    ("mode", "name", "reentrant"),
+    list(zip([*MODES, *MODES], itertools.cycle(MODELS), itertools.cycle([True, True, False]))),
+)
 
 
 def transformed(model: nn.Module, policy: Any, **options: Any) -> Any:
@@ -74,9 +80,16 @@ def even(policy: GradientSampling) -> GradientSampling:
     return GradientSampling(**roles, straight_through=policy.straight_through)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["mlp", "mixed", "attention", "untraced_part"])
-@modes
+@pytest.mark.parametrize(
+    ("mode", "name", "dtype"),
+    list(
+        zip(
+            [*MODES, *MODES],
+            itertools.cycle(["mlp", "mixed", "attention", "untraced_part"]),
+            itertools.cycle([torch.bfloat16, torch.bfloat16, torch.float16]),
+        )
+    ),
+)
 def test_autocast_and_gradient_scaling(mode: str, name: str, dtype: torch.dtype) -> None:
     build, inputs = MODELS[name]
     model, x = build(), inputs()
@@ -121,9 +134,7 @@ def test_an_overflow_skips_the_step_and_leaves_the_running_norms() -> None:
     assert fx_approx.sampler_state_dict(approx)["running"] == norms
 
 
-@reentrant
-@models
-@modes
+@each_once
 def test_a_checkpoint_around_the_model_changes_nothing(mode: str, name: str, reentrant: bool) -> None:
     build, inputs = MODELS[name]
     approx = transformed(build(), MODES[mode](0.5))
@@ -134,8 +145,7 @@ def test_a_checkpoint_around_the_model_changes_nothing(mode: str, name: str, ree
     assert fx_approx.sampler_state_dict(approx) == fx_approx.sampler_state_dict(twin)
 
 
-@reentrant
-@modes
+@alternating
 def test_a_checkpoint_inside_the_model_changes_nothing(mode: str, reentrant: bool) -> None:
     model, x = Checkpointed(reentrant), torch.randn(6, 12)
     plain = copy.deepcopy(model)
@@ -146,8 +156,7 @@ def test_a_checkpoint_inside_the_model_changes_nothing(mode: str, reentrant: boo
     assert len(approx.block.calls) == 2 * len(twin.block.calls), "it does recompute"
 
 
-@reentrant
-@modes
+@alternating
 def test_checkpointed_forwards_may_wait_for_their_backward(mode: str, reentrant: bool) -> None:
     """The running norms of ``ema`` move between a forward and its recomputation; a random count may too."""
     approx = fx_approx.transform(mlp(), MODES[mode](0.5))
@@ -163,9 +172,8 @@ def test_checkpointed_forwards_may_wait_for_their_backward(mode: str, reentrant:
     torch.testing.assert_close(*results)
 
 
-@models
-@modes
-def test_torch_func_gives_the_gradients_of_autograd(mode: str, name: str) -> None:
+@each_once
+def test_torch_func_gives_the_gradients_of_autograd(mode: str, name: str, reentrant: bool) -> None:
     build, inputs = MODELS[name]
     approx, x = transformed(build(), MODES[mode](0.5)), inputs()
     twin = copy.deepcopy(approx)
@@ -195,9 +203,10 @@ def dual(model: nn.Module, x: Tensor) -> Any:
         return tuple(torch.autograd.forward_ad.unpack_dual(model(made)))
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("sampler", ["systematic", "topk"])
-@modes
+@pytest.mark.parametrize(
+    ("mode", "sampler", "transform"),
+    list(zip([*MODES, *MODES], itertools.cycle(["systematic", "topk"]), itertools.cycle(TRANSFORMS))),
+)
 def test_what_is_not_supported_while_sampling_says_so(mode: str, sampler: str, transform: str) -> None:
     policy = MODES[mode](0.5)
     roles = {role.value: spec.replace(name=sampler) for role, spec in policy.roles.items()}
@@ -223,8 +232,7 @@ def rows(model: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("how", ["torch.func.jacrev", "is_grads_batched"])
-@modes
+@pytest.mark.parametrize(("mode", "how"), list(zip(MODES, itertools.cycle(["torch.func.jacrev", "is_grads_batched"]))))
 def test_a_vectorised_backward_is_right_or_says_that_it_is_not_supported(mode: str, how: str) -> None:
     approx, x = fx_approx.transform(mlp(), MODES[mode](0.5)), torch.randn(4, 12)
     wanted = rows(copy.deepcopy(approx), x)
@@ -262,8 +270,10 @@ def weights(selection: Selection, pairs: int) -> Tensor:
     return torch.zeros(pairs, dtype=torch.float64).scatter(0, selection.indices[0], scale[0].double())
 
 
-@pytest.mark.parametrize("sampler", ["systematic", "bernoulli", "topk"])
-@pytest.mark.parametrize("scores", [("weight", "input"), ("uniform", "uniform")], ids=["norms", "uniform"])
+@pytest.mark.parametrize(
+    ("sampler", "scores"),
+    [("systematic", ("weight", "input")), ("bernoulli", ("uniform", "uniform")), ("topk", ("weight", "input"))],
+)
 def test_a_gradient_penalty_in_backward_mode(
     sampler: str, scores: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,20 +363,13 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-class WithCheckpoint(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[no-any-return]
+@made_of(lambda: {"inner": nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 4))})
+def WithCheckpoint(self: Any, x: Tensor) -> Tensor:
+    return checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[no-any-return]
 
 
-COMPILED = [
-    *(("linear", mode) for mode in MODES),
-    *(("mixed", mode) for mode in ("backward", "positions", "combined_straight")),
-    *(("checkpoint", mode) for mode in ("backward", "ema")),
-]
+_MIXED = ("positions",)
+COMPILED = [*(("mixed" if mode in _MIXED else "linear", mode) for mode in MODES), ("checkpoint", "ema")]
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
