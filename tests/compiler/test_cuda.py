@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fx_approx
 from fx_approx.policies import GradientSampling, Uniform
-from tests.distributed.reduction_ranks import MODELS
+from tests.distributed.ranks import MODELS
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -16,6 +16,7 @@ import fx_approx
 from fx_approx.core.flops import attention_backward_flops, attention_flops
 from fx_approx.policies import Exact, FlopBudget, RooflineModel, Uniform
 from fx_approx.policies.cost_roofline import Device
+from tests.helpers.modules import made_of
 
 VALUE = Uniform(0.5)
 WIDTH, HEADS = 32, 4
@@ -116,16 +117,11 @@ def test_the_dynamo_frontend_counts_the_same() -> None:
     assert rows[0] == rows[1] and rows[0] is not None and rows[0].output > 0
 
 
-class Fused(nn.Module):
+@made_of(lambda: {"enter": nn.Linear(WIDTH, WIDTH), "a": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)})
+def Fused(self: Any, x: Tensor) -> Tensor:
     """Attention inside Python that is not traced, so that it stays one module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter, self.a = nn.Linear(WIDTH, WIDTH), nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.stack([row for row in self.enter(x)])
-        return self.a(x, x, x, need_weights=False)[0]  # type: ignore[no-any-return]
+    x = torch.stack([row for row in self.enter(x)])
+    return self.a(x, x, x, need_weights=False)[0]  # type: ignore[no-any-return]
 
 
 @pytest.mark.filterwarnings("ignore::fx_approx.errors.CaptureWarning")

@@ -175,6 +175,7 @@ def test_a_method_replaced_on_the_layer_itself_makes_it_another() -> None:
     assert layer_type(conv) is None
 
 
+@pytest.mark.slow
 def test_video_network_of_subclasses_is_hoisted() -> None:
     import_torchvision()
     from torchvision.models.video import r3d_18
