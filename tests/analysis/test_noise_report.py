@@ -24,6 +24,7 @@ from fx_approx.core.candidates import Role
 from fx_approx.core.plan import Policy
 from fx_approx.policies import GradientSampling, Override, Uniform
 from tests.helpers.models import Checkpointed, Cnn, WithDataDependent, loss_of, mlp, same
+from tests.helpers.modules import made_of
 
 
 def transform(model: nn.Module, policy: Policy) -> nn.Module:
@@ -197,14 +198,10 @@ def test_bfloat16_autocast() -> None:
     assert one_step.cosine == pytest.approx(torch.cosine_similarity(*taken, dim=0).item(), rel=1e-4)
 
 
-class LeavesAutocast(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(12, 12), nn.Linear(12, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return self.fc2(self.fc1(x).relu())
+@made_of(lambda: {"fc1": nn.Linear(12, 12), "fc2": nn.Linear(12, 4)})
+def LeavesAutocast(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return self.fc2(self.fc1(x).relu())
 
 
 def test_a_part_without_autocast_is_measured_without() -> None:
@@ -299,6 +296,7 @@ def test_the_figure_marks_each_error(tmp_path: Path) -> None:
     assert f"{report.step.cosine:.3f}" in figure.get_suptitle()
 
 
+@pytest.mark.slow
 def test_the_code_in_the_docs_runs(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     text = (Path(__file__).resolve().parents[2] / "docs" / "noise.md").read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ from fx_approx.policies import Uniform
 from fx_approx.schedules import ExactTail, PiecewiseConstant, PlanRatios
 from tests.helpers.demand_nets import NETS
 from tests.helpers.hoisting import Layers, loss_of
+from tests.helpers.modules import made_of
 
 
 def trained(name: str, scope: str, scores: str, steps: int = 3) -> tuple[nn.Module, Tensor]:
@@ -32,8 +33,10 @@ def trained(name: str, scope: str, scores: str, steps: int = 3) -> tuple[nn.Modu
     return model, x
 
 
-@pytest.mark.parametrize(("scope", "scores"), [("value", "ema"), ("group", "weight")])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    ("name", "scope", "scores"),
+    [(name, *(("value", "ema"), ("group", "weight"))[i % 2]) for i, name in enumerate(NETS)],
+)
 def test_the_exact_network_computes_what_the_sampled_one_did(name: str, scope: str, scores: str) -> None:
     model, x = trained(name, scope, scores)
     jumping = copy.deepcopy(model)
@@ -79,8 +82,7 @@ def test_with_scores_of_weights_what_was_read_is_read_on() -> None:
     torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("every", [3, 4, 1000])
+@pytest.mark.parametrize(("every", "compiled"), [(3, False), (3, True), (4, False), (1000, False)])
 def test_a_kept_selection_counts_also_where_its_period_has_just_ended(every: int, compiled: bool) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2)).double()
@@ -163,16 +165,11 @@ def test_a_scheduler_does_it_where_ratios_rise(compiled: bool) -> None:
     assert not torch.allclose(plain(x), before)
 
 
-class Sum(nn.Module):
+@made_of(lambda: {"h": nn.Linear(8, 16), "a": nn.Linear(16, 4), "b": nn.Linear(16, 4)})
+def Sum(self: Any, x: Tensor) -> Tensor:
     """Two layers that read one value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.h, self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.relu(self.h(x))
-        return self.a(h) + self.b(h)
+    h = torch.relu(self.h(x))
+    return self.a(h) + self.b(h)
 
 
 def test_a_shared_selection_ends_for_all_its_readers() -> None:
