@@ -33,7 +33,7 @@ def transformers() -> Any:
     return library
 
 
-_SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+_SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
 
 
 def tokens() -> Tensor:
@@ -49,7 +49,7 @@ def bert() -> Made:
 
 def gpt2() -> Made:
     library = transformers()
-    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 1}
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 1}
     inputs = tokens()
     return library.GPT2LMHeadModel(library.GPT2Config(vocab_size=100, **sizes)), {"input_ids": inputs, "labels": inputs}
 
@@ -87,7 +87,12 @@ CASES: list[tuple[Callable[[], Made], str, str | None]] = [
     (timm_resnet, "layer2.0.conv2", "layer2.0.conv1"),
     (timm_vit, "blocks.0.attn.proj", "blocks.0.attn.qkv"),
 ]
-_NAMES = [make.__name__ for make, _, _ in CASES]
+
+
+def quick(cases: list[Any], *makers: Callable[[], Made]) -> list[Any]:
+    """The cases by name, those of other makers with ``-m slow``."""
+    marks = [() if case[0] in makers else pytest.mark.slow for case in cases]
+    return [pytest.param(*case, id=case[0].__name__, marks=mark) for case, mark in zip(cases, marks, strict=True)]
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -110,7 +115,7 @@ def step(model: nn.Module, call: Callable[..., Any], inputs: dict[str, Tensor]) 
     return loss.detach(), [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize(("make", "sampled", "narrowed"), CASES, ids=_NAMES)
+@pytest.mark.parametrize(("make", "sampled", "narrowed"), quick(CASES, gpt2, llama, timm_resnet))
 def test_training_samples_by_module_path_and_hoisting_changes_no_number(
     make: Callable[[], Made], sampled: str, narrowed: str | None
 ) -> None:
@@ -122,7 +127,7 @@ def test_training_samples_by_module_path_and_hoisting_changes_no_number(
     for demand in (True, False):
         torch._dynamo.reset()
         model.load_state_dict(state)
-        backend = fx_approx.backend(VALUE, inner="aot_eager", prune_unread=demand)
+        backend = fx_approx.backend(VALUE, inner="eager", prune_unread=demand)
         compiled = torch.compile(model, backend=backend)
         found.append([step(model, compiled, inputs) for _ in range(2)])
         report = backend.report()
@@ -138,7 +143,7 @@ def test_training_samples_by_module_path_and_hoisting_changes_no_number(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=rounding * largest)
 
 
-@pytest.mark.parametrize("make", [make for make, _, _ in CASES], ids=_NAMES)
+@pytest.mark.parametrize("make", quick([(make,) for make, _, _ in CASES], bert, timm_vit))
 def test_ratio_one_is_bitwise_the_inner_backend_and_evaluation_is_exact(make: Callable[[], Made]) -> None:
     model, inputs = make()
     twin = copy.deepcopy(model)
@@ -159,7 +164,7 @@ def test_ratio_one_is_bitwise_the_inner_backend_and_evaluation_is_exact(make: Ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [make for make, _, _ in CASES], ids=_NAMES)
+@pytest.mark.parametrize("make", [make for make, _, _ in CASES])
 def test_training_with_inductor_gives_finite_gradients(make: Callable[[], Made]) -> None:
     model, inputs = make()
     backend = fx_approx.backend(VALUE)
@@ -201,7 +206,7 @@ def _checkpointing(model: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize(
-    "make", [llama, timm_vit, *(pytest.param(one, marks=pytest.mark.slow) for one in (bert, gpt2, vit, timm_resnet))]
+    "make", [timm_vit, *(pytest.param(one, marks=pytest.mark.slow) for one in (llama, bert, gpt2, vit, timm_resnet))]
 )
 def test_checkpointing_of_the_library_changes_no_gradient(make: Callable[[], Made]) -> None:
     model, inputs = make()
@@ -216,5 +221,5 @@ def test_checkpointing_of_the_library_changes_no_gradient(make: Callable[[], Mad
         backend = fx_approx.backend(VALUE, inner="eager")
         found.append(step(model, torch.compile(model, backend=backend), inputs))
         sampled.append(sum(1 for row in backend.report().rows if row.samples))
-    assert sampled[0] == sampled[1] > 5
+    assert sampled[0] == sampled[1] > 4
     torch.testing.assert_close(found[1], found[0])
