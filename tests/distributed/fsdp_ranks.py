@@ -1,22 +1,19 @@
-"""What two or four ranks do in tests/distributed/test_fsdp.py, one process each."""
+"""What two or four ranks do with shards of a model; run as a script, all that ranks do, one process each."""
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
-import warnings
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import ranks
 import reduction_ranks
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,8 +22,11 @@ from fx_approx import distributed
 from fx_approx.distributed import norms, segments
 from fx_approx.policies import Exact, Override, Uniform
 
-STEPS = 50
-SHORT = 6
+STEPS = 6
+DOUBLE = torch.float64
+"""So that norms which are added up in another order choose the same."""
+made = partial(ranks.made, dtype=DOUBLE)
+train = partial(ranks.train, clip=1.0)
 
 
 class Grouped(nn.Module):
@@ -65,28 +65,14 @@ class Pair(nn.Module):
         return self.outer(F.relu(self.inner(x.flatten(1))))
 
 
-reduction_ranks.MODELS.update({"grouped": Grouped, "turns": Turns})
-
-
-def made(name: str, sampler: str = "topk", scores: str = "weight", scope: str = "value", **options: Any) -> nn.Module:
-    """In float64, so that norms which are added up in another order choose the same."""
-    torch.manual_seed(0)
-    policy = Uniform(0.5, sampler, min_k=4, scores=scores, scope="layer" if scores == "online" else scope)
-    return fx_approx.transform(reduction_ranks.MODELS[name]().double(), policy, batch(0, 0)[0], **options)
-
-
-def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
-    """As in the other tests of ranks, in float64."""
-    x, y = reduction_ranks.batch(rank, step)
-    return x.double(), y
-
+ranks.MODELS.update({"grouped": Grouped, "turns": Turns})
 
 LAYERS = nn.Linear, nn.Conv2d, nn.BatchNorm2d
 SHARDED: dict[str, tuple[type[nn.Module], ...]] = {
     "root": (),
     "layers": LAYERS,
-    "blocks": (reduction_ranks.Block,),
-    "nested": (reduction_ranks.Block, nn.MultiheadAttention),
+    "blocks": (ranks.Block,),
+    "nested": (ranks.Block, nn.MultiheadAttention),
 }
 
 
@@ -97,31 +83,6 @@ def shard(model: nn.Module, how: str, mesh: Any = None, **options: Any) -> nn.Mo
         if isinstance(module, SHARDED[how]):
             fully_shard(module, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
-
-
-def train(
-    model: nn.Module, rank: int, steps: int, first: int = 0, micro: int = 1, optimizer: Any = None, after: Any = None
-) -> list[float]:
-    """Losses of SGD with momentum and clipped gradients."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9) if optimizer is None else optimizer
-    losses = []
-    for step in range(first, first + steps):
-        optimizer.zero_grad()
-        for place in range(micro):
-            x, y = batch(rank, step * micro + place)
-            last = place == micro - 1
-            if isinstance(model, FSDPModule):
-                model.set_requires_gradient_sync(last)
-            elif isinstance(model, DistributedDataParallel):
-                model.require_backward_grad_sync = last
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        losses.append(loss.item())
-        optimizer.step()
-        if after is not None:
-            after()
-    return losses
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -139,7 +100,7 @@ def both(
     rank: int,
     name: str,
     how: str,
-    steps: int = SHORT,
+    steps: int = STEPS,
     micro: int = 1,
     mesh: Any = None,
     placed: Any = None,
@@ -166,7 +127,7 @@ def both(
         found["state"].append(state(model))
         model.eval()
         with torch.no_grad():
-            found["output"].append(model(batch(0, 0)[0]))
+            found["output"].append(model(ranks.batch(0, 0, DOUBLE)[0]))
     return found
 
 
@@ -187,7 +148,7 @@ def gradients(rank: int) -> dict[str, Any]:
         segments._run = spy  # type: ignore[assignment]
         distributed.enable_fsdp(model)
         norms.dist.all_reduce = lambda tensor, **given: (reduced.append(tensor.numel()), all_reduce(tensor, **given))
-        x, y = batch(rank, 0)
+        x, y = ranks.batch(rank, 0, DOUBLE)
         loss = F.cross_entropy(model(x), y)
         norms.dist.all_reduce = all_reduce
         loss.backward()
@@ -201,40 +162,31 @@ def mixed(rank: int) -> dict[str, Any]:
     """Parameters are gathered in bfloat16, and chosen by in float32."""
     found: dict[str, Any] = {}
     for sampler in ("topk", "systematic"):
-        model = reduction_ranks.made("vit", sampler)
-        plain = reduction_ranks.made("vit", sampler)
+        model = ranks.made("vit", sampler)
+        plain = ranks.made("vit", sampler)
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         shard(model, "blocks", mp_policy=policy)
         distributed.enable_fsdp(model)
-        losses = reduction_ranks.train(model, rank, SHORT)
-        expected = reduction_ranks.train(DistributedDataParallel(plain), rank, SHORT)
+        losses = ranks.train(model, rank, STEPS)
+        expected = ranks.train(DistributedDataParallel(plain), rank, STEPS)
         found[sampler] = losses, expected, state(model)
     return found
 
 
-def resumed(rank: int, folder: str) -> dict[str, Any]:
-    """Six steps at once, and three, a checkpoint, and three by new objects."""
+def resumed(rank: int, folder: str) -> Any:
+    """Weights and momenta are gathered, and divided again."""
 
-    def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
+    def fresh() -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
         model = made("vit", sampler="systematic", scores="ema")
         shard(model, "blocks")
         distributed.enable_fsdp(model)
-        return model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        return model, model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+
+    def load(model: nn.Module, optimizer: torch.optim.Optimizer, weights: Any, moments: Any) -> None:
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
 
     options = StateDictOptions(full_state_dict=True)
-    model, optimizer = fresh()
-    at_once = train(model, rank, 6, optimizer=optimizer)
-    model, optimizer = fresh()
-    train(model, rank, 3, optimizer=optimizer)
-    weights, moments = get_state_dict(model, optimizer, options=options)
-    if rank == 0:
-        torch.save((weights, moments, fx_approx.sampler_state_dict(model)), f"{folder}/checkpoint")
-    torch.distributed.barrier()
-    weights, moments, sampling = torch.load(f"{folder}/checkpoint")
-    model, optimizer = fresh()
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
-    fx_approx.load_sampler_state_dict(model, sampling)
-    return {"losses": (at_once[3:], train(model, rank, 3, first=3, optimizer=optimizer))}
+    return ranks.resumed(rank, folder, fresh, partial(get_state_dict, options=options), load)
 
 
 def compiled(rank: int) -> dict[str, Any]:
@@ -259,7 +211,7 @@ def frontend(rank: int) -> dict[str, Any]:
         if sharded:
             fully_shard(model[0])
         outer = fully_shard(model) if sharded else DistributedDataParallel(model)
-        found["losses"].append(train(outer, rank, SHORT))
+        found["losses"].append(train(outer, rank, STEPS))
         found["state"].append(state(model))
         found["columns"] = int((whole(model[0].outer.weight.grad) != 0).any(0).sum())
     return found
@@ -275,45 +227,36 @@ def python(rank: int) -> dict[str, Any]:
     return {"losses": train(model, rank, 2), "state": state(model)}
 
 
-def failing(call: Callable[[], Any]) -> str:
-    """The error that ``call`` must end with."""
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
 def refused(rank: int) -> dict[str, str]:
     """Wrong uses."""
-    x = batch(rank, 0)[0]
-    found = {"not sharded": failing(lambda: distributed.enable_fsdp(made("vit")))}
-    found["no module"] = failing(lambda: distributed.enable_fsdp("vit"))
-    found["not transformed"] = failing(lambda: distributed.enable_fsdp(shard(reduction_ranks.Vit(), "blocks")))
+    x = ranks.batch(rank, 0, DOUBLE)[0]
+    found = {"not sharded": ranks.failing(lambda: distributed.enable_fsdp(made("vit")))}
+    found["no module"] = ranks.failing(lambda: distributed.enable_fsdp("vit"))
+    found["not transformed"] = ranks.failing(lambda: distributed.enable_fsdp(shard(ranks.Vit(), "blocks")))
     for how, name, scores in (("blocks", "vit", "weight"), ("layers", "mlp", "weight"), ("layers", "mlp", "online")):
-        model = shard(made(name, scores=scores), how)
-        found[f"unregistered {how} {scores}"] = failing(lambda model=model: model(x))
+        model = shard(made(name, scores=scores, scope="layer" if scores == "online" else "value"), how)
+        found[f"unregistered {how} {scores}"] = ranks.failing(lambda model=model: model(x))
     turns = made("turns")
     for part in (turns.one, turns.two, turns):
         fully_shard(part)  # type: ignore[arg-type]
-    found["turns"] = failing(lambda: distributed.enable_fsdp(turns))
+    found["turns"] = ranks.failing(lambda: distributed.enable_fsdp(turns))
     hooked = shard(made("vit"), "blocks")
     hooked.blocks[1].register_forward_hook(lambda *given: None)  # type: ignore[index, union-attr, operator]
-    found["hooked"] = failing(lambda: distributed.enable_fsdp(hooked))
+    found["hooked"] = ranks.failing(lambda: distributed.enable_fsdp(hooked))
     odd = shard(made("vit", seed=rank), "blocks")
-    found["other seed"] = failing(lambda: distributed.enable_fsdp(odd))
+    found["other seed"] = ranks.failing(lambda: distributed.enable_fsdp(odd))
     divided = made("mlp")
     weight = divided.get_parameter("3.weight")
     mesh = init_device_mesh("cpu", (2,))
     divided[3].weight = nn.Parameter(torch.distributed.tensor.distribute_tensor(weight, mesh))  # type: ignore[index]
     divided[5] = fully_shard(divided[5])  # type: ignore[index, operator]
-    found["placed"] = failing(lambda: distributed.enable_fsdp(divided))
-    late = shard(reduction_ranks.Vit(), "blocks")
-    found["late"] = failing(lambda: fx_approx.transform(late, Uniform(0.5, scores="online")))
+    found["placed"] = ranks.failing(lambda: distributed.enable_fsdp(divided))
+    late = shard(ranks.Vit(), "blocks")
+    found["late"] = ranks.failing(lambda: fx_approx.transform(late, Uniform(0.5, scores="online")))
     model = shard(made("vit"), "blocks")
     distributed.enable_fsdp(model)
-    found["verify"] = failing(lambda: fx_approx.analysis.verify(model, x))
-    found["restore"] = failing(lambda: fx_approx.restore(model))
+    found["verify"] = ranks.failing(lambda: fx_approx.analysis.verify(model, x))
+    found["restore"] = ranks.failing(lambda: fx_approx.restore(model))
     return found
 
 
@@ -325,11 +268,11 @@ def partly(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": [], "state": []}
     for sharded in (False, True):
         torch.manual_seed(0)
-        model = fx_approx.transform(reduction_ranks.Vit().double(), policy, batch(0, 0)[0])
+        model = fx_approx.transform(ranks.Vit().double(), policy, ranks.batch(0, 0, DOUBLE)[0])
         outer = shard(model, "nested") if sharded else DistributedDataParallel(model)
         for _ in range(2 * sharded):
             distributed.enable_fsdp(model)
-        found["losses"].append(train(outer, rank, SHORT))
+        found["losses"].append(train(outer, rank, STEPS))
         found["state"].append(state(model))
     return found
 
@@ -344,50 +287,30 @@ def copies(count: int) -> Any:
     return init_device_mesh("cpu", (count, 2), mesh_dim_names=("copies", "shards"))
 
 
-SCENARIOS: dict[str, Callable[[int], Any]] = {
-    "vit blocks weight value": lambda rank: both(rank, "vit", "blocks", STEPS),
-    "vit blocks weight group": lambda rank: both(rank, "vit", "blocks", scope="group"),
-    "vit nested stale value": lambda rank: both(rank, "vit", "nested", scores="ema"),
-    "vit root weight value": lambda rank: both(rank, "vit", "root"),
-    "vit blocks online": lambda rank: both(rank, "vit", "blocks", scores="online", scope="layer"),
-    "vit blocks weight micro": lambda rank: both(rank, "vit", "blocks", 3, micro=2),
-    "cnn layers weight value": lambda rank: both(rank, "cnn", "layers", 12),
-    "cnn layers stale group": lambda rank: both(rank, "cnn", "layers", scores="ema", scope="group"),
-    "cnn layers uniform bernoulli": lambda rank: both(rank, "cnn", "layers", scores="uniform", sampler="bernoulli"),
-    "mlp layers uniform systematic": lambda rank: both(rank, "mlp", "layers", scores="uniform", sampler="systematic"),
-    "mlp layers weight systematic": lambda rank: both(rank, "mlp", "layers", sampler="systematic"),
-    "grouped layers weight value": lambda rank: both(rank, "grouped", "layers"),
-    "mlp layers weight columns": lambda rank: both(rank, "mlp", "layers", placed=columns),
-    "mlp layers weight copies": lambda rank: both(rank, "mlp", "layers", mesh=lambda: copies(1)),
-    "vit partly": partly,
-    "gradients": gradients,
-    "mixed": mixed,
-    "compiled": compiled,
-    "frontend": frontend,
-    "python": python,
-    "refused": refused,
-    "four copies": lambda rank: both(rank, "mlp", "layers", mesh=lambda: copies(2)),
-    "four shards": lambda rank: both(rank, "cnn", "layers"),
+def _both(*given: Any, **options: Any) -> Callable[[int, str], Any]:
+    return lambda rank, folder: both(rank, *given, **options)
+
+
+SCENARIOS: dict[str, Callable[[int, str], Any]] = {
+    "vit blocks weight value": _both("vit", "blocks", 12),
+    "vit nested stale group": _both("vit", "nested", scores="ema", scope="group"),
+    "vit root weight value": _both("vit", "root"),
+    "vit blocks online": _both("vit", "blocks", scores="online", scope="layer"),
+    "vit blocks weight micro": _both("vit", "blocks", 3, micro=2),
+    "cnn layers stale group": _both("cnn", "layers", scores="ema", scope="group"),
+    "cnn layers uniform bernoulli": _both("cnn", "layers", scores="uniform", sampler="bernoulli"),
+    "mlp layers weight systematic": _both("mlp", "layers", sampler="systematic"),
+    "grouped layers weight value": _both("grouped", "layers"),
+    "mlp layers weight columns": _both("mlp", "layers", placed=columns),
+    "mlp layers weight copies": _both("mlp", "layers", mesh=lambda: copies(1)),
+    **{
+        scenario.__name__: lambda rank, folder, scenario=scenario: scenario(rank)
+        for scenario in (partly, gradients, mixed, compiled, frontend, python, refused)
+    },
+    "resumed": resumed,
+    "four copies": _both("mlp", "layers", mesh=lambda: copies(2)),
+    "four shards": _both("cnn", "layers"),
 }
 
-
-def main(rank: int, size: int, folder: str, names: list[str]) -> None:
-    """Runs the scenarios and leaves their results."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-    for name in names:
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            result = resumed(rank, folder) if name == "resumed" else SCENARIOS[name](rank)
-        torch.save((result, [str(one.message) for one in warned]), f"{folder}/{name}.{rank}.pt")
-        torch.distributed.barrier()
-
-
 if __name__ == "__main__":
-    try:
-        main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
-    except BaseException:
-        traceback.print_exc()
-        Path(sys.argv[3], f"failed.{sys.argv[1]}").write_text(traceback.format_exc(), encoding="utf-8")
-        os._exit(1)
-    os._exit(0)
+    ranks.main({**reduction_ranks.SCENARIOS, **{f"sharded {name}": scenario for name, scenario in SCENARIOS.items()}})
