@@ -16,14 +16,8 @@ from torch import nn
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 MODULES = (
-    "_device",
-    "_header",
-    "_models",
-    "_namespaces",
-    "_network_model",
-    "_replay",
-    "_multinode_report",
-    "multinode",
+    *("_device", "_header", "_models", "_namespaces"),
+    *("_network_model", "_replay", "_multinode_report", "multinode"),
 )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
-import runpy
 import struct
 import sys
 from collections.abc import Iterator
@@ -192,11 +191,6 @@ def test_bad_folder(demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
     assert said.out == ""
     assert "nowhere is no folder" in said.err
     assert "neither train-images-idx3-ubyte nor train-images-idx3-ubyte.gz" in said.err
-
-
-def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(REPOSITORY / "examples" / "quickstart.py"), run_name="__main__")
-    assert "multiplies sampled" in capsys.readouterr().out
 
 
 # ---- benchmarks

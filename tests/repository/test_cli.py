@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import importlib.machinery
+import importlib.util
 import io
 import json
 import subprocess
@@ -104,7 +106,7 @@ def test_csv(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("form", "begin"), [("md", "| layer"), ("html", "<table>")])
 def test_columns(form: str, begin: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["explain", "climodels:ready", "--format", form, "--columns", "layer,k,reason"]) == 0
+    assert main(["explain", "climodels:ready", "--input", "4x8", "--format", form, "--columns", "layer,k,reason"]) == 0
     said = capsys.readouterr().out
     assert said.startswith(begin)
     assert "sampler" not in said
@@ -232,3 +234,44 @@ def test_the_table_gets_narrower() -> None:
     for wrong in ([], ["layers"], "layer"):
         with pytest.raises(ValueError, match=f"columns: expected a list of names from {', '.join(COLUMNS)}"):
             report.to_text(wrong)
+
+
+# ---- the helper that makes torchvision importable
+
+
+class Machine:
+    """A torchvision with libraries of these names, of which ``good`` loads and has the operators."""
+
+    def __init__(self, folder: Path, good: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        spec = importlib.machinery.ModuleSpec("torchvision", None, is_package=True)
+        spec.submodule_search_locations = [str(folder)]
+        self.good, self.tried, self.defined = good, list[str](), list[str]()
+        self.loaded = False
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+        monkeypatch.setattr(torch.ops, "load_library", self.load)
+        monkeypatch.setattr(torch.library, "Library", lambda name, kind: self)
+        monkeypatch.setattr(torchvision_compat, "_are_defined", lambda: self.loaded)
+        monkeypatch.setattr(torch.ops.torchvision, "fx_approx_schemas", None, raising=False)
+        for name in ("_C_renamed.so", "image.so", "extension.py"):
+            (folder / name).touch()
+
+    def load(self, path: str) -> None:
+        self.tried.append(Path(path).name)
+        if Path(path).name != self.good:
+            raise OSError("libcudart.so: cannot open shared object file")
+        self.loaded = True
+
+    def define(self, schema: str) -> None:
+        self.defined.append(schema.partition("(")[0])
+
+
+def test_no_schema_beside_a_library_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(tmp_path, "_C_renamed.so", monkeypatch)
+    torchvision_compat.define_missing_schemas()
+    assert machine.tried == ["_C_renamed.so"] and machine.defined == []
+
+
+def test_schemas_where_no_library_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(tmp_path, None, monkeypatch)
+    torchvision_compat.define_missing_schemas()
+    assert machine.tried == ["_C_renamed.so", "image.so"] and machine.defined == ["nms", "qnms"]

@@ -1,22 +1,117 @@
-"""The rules of the repository itself: length, paths, packaging, public names."""
+"""The rules of the repository: length, paths, packaging, names; its pages run, and a clone works."""
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.machinery
 import importlib.resources
 import importlib.util
 import inspect
+import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import fx, nn
 
 import fx_approx
 from fx_approx.compiler.pipeline import ANALYSIS, GIVEN, REWRITING, Pass
-from tests.repository.private_names import own_names, private_names
+
+# ---- private names of torch in Python sources, read from the syntax tree
+
+
+_CLASSES = (
+    *(nn.Module, nn.Conv2d, nn.BatchNorm2d, nn.LSTM, nn.MultiheadAttention, torch.Tensor, torch.UntypedStorage),
+    *(fx.Graph, fx.Node, fx.GraphModule, fx.Tracer, fx.Proxy, fx.Interpreter, torch.autograd.Function),
+    *(torch.optim.Optimizer, torch.utils.data.DataLoader, torch.nn.parallel.DistributedDataParallel),
+)
+_OBJECTS = (nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.MultiheadAttention(2, 1))
+_PYTHON = {"_getframe", "_exit", "_replace", "_asdict", "_fields", "_make"}
+"""Of sys, os and named tuples."""
+_PATH = re.compile(r"\btorch(?:\.\w+)*?\._[a-zA-Z][\w.]*")
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+_TORCH = {name for place in _CLASSES for name in dir(place) if is_private(name)}
+_TORCH |= {name for one in _OBJECTS for name in vars(one) if is_private(name)}
+
+
+def own_names(sources: Iterable[str]) -> set[str]:
+    """Private names that these sources define themselves, those left out that objects of torch have as well."""
+    found = set()
+    for source in sources:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is_self(node.value):
+                found.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("_fx_approx"):
+                found.add(node.value)  # an attribute that is set through vars()
+    return found - _TORCH
+
+
+def private_names(source: str, own: Set[str]) -> Iterator[tuple[int, str]]:
+    """Line and name of each private name that is not ``own``: imports, attributes, definitions, keywords, strings."""
+    tree = ast.parse(source)
+    prose = _docstrings(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, a.name) for a in node.names if _of_torch(a.name) and _has_private(a.name))
+        elif isinstance(node, ast.ImportFrom) and _of_torch(node.module or ""):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from ((node.lineno, name) for name in names if _has_private(name))
+        elif isinstance(node, ast.Attribute):
+            if is_private(node.attr) and node.attr not in own | _PYTHON:
+                yield node.lineno, node.attr
+        elif isinstance(node, (ast.FunctionDef, ast.AnnAssign, ast.keyword)):
+            name = _defined(node)
+            if name in _TORCH:
+                yield node.lineno, name
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            paths = _PATH.findall(node.value)
+            words = [word for word in re.findall(r"(?<!\w)_[a-zA-Z]\w*", node.value) if word in _TORCH]
+            yield from ((node.lineno, name) for name in paths or words)
+
+
+def _defined(node: ast.FunctionDef | ast.AnnAssign | ast.keyword) -> str:
+    if isinstance(node, ast.FunctionDef):
+        return node.name
+    if isinstance(node, ast.keyword):
+        return node.arg or ""
+    return node.target.id if isinstance(node.target, ast.Name) else ""
+
+
+def _docstrings(tree: ast.Module) -> set[int]:
+    return {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+
+
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def _of_torch(module: str) -> bool:
+    return module.partition(".")[0] == "torch"
+
+
+def _has_private(path: str) -> bool:
+    return any(is_private(part) for part in path.split("."))
+
+
+# ---- length, paths, names
+
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_LINES = 600
@@ -158,3 +253,122 @@ def test_every_folder_of_the_package_is_in_the_wheel() -> None:
     there = {"fx_approx", "fx_approx.passes", "fx_approx.policies"}
     there |= {f"fx_approx.{path.parent.name}" for path in (REPOSITORY / "fx_approx").glob("*/__init__.py")}
     assert listed == there
+
+
+# ---- code on pages
+
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_schedules(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (DOCS / "schedules.md").read_text(encoding="utf-8")
+    blocks = [(text[: match.start()].count("\n") + 2, match[1]) for match in BLOCK.finditer(text)]
+    assert len(blocks) == 3
+    namespace = {"__name__": "__main__"}
+    for line, code in blocks:  # blank lines before it make the numbers in a traceback those of the page
+        exec(compile("\n" * (line - 1) + code, "schedules.md", "exec"), namespace)
+    written = capsys.readouterr()
+    measured = [int(line.split()[0]) for line in written.out.splitlines() if "->" in line]
+    assert measured == [10, 20, 30, 40] and written.err == ""
+    named = {
+        re.sub(r"fx_approx/([a-z_]+)(/.*)?", r"\1", tag) for tag in re.findall(r"\d+ (fx_approx/\S+)", written.out)
+    }
+    assert named == {"ratio", "mean_ratio", "saved_flops", "saved_memory", "saved", "error"}
+
+
+def test_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = BLOCK.findall((DOCS / "advice.md").read_text(encoding="utf-8"))
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(first, "advice.md", "exec"), namespace)
+    written = capsys.readouterr()
+    assert "topk" in written.out and written.err == ""
+    exec(compile(second, "advice.md", "exec"), namespace)
+    approx, scheduler = namespace["approx"], namespace["scheduler"]
+    ratios = []
+    for _ in range(namespace["steps"]):
+        ratios.append(max(scheduler.get_last_ratio().values()))
+        scheduler.step()
+    assert ratios == [1.0] * 50 + [0.5] * 930 + [1.0] * 20
+    assert sum(bool(row.samples) for row in fx_approx.report(approx).rows) == 0  # the tail is exact
+
+
+# ---- README
+
+
+README = REPOSITORY / "README.md"
+
+
+def blocks() -> list[tuple[int, str]]:
+    """Line and code of each ```python block."""
+    text = README.read_text(encoding="utf-8")
+    return [(text[: match.start()].count("\n") + 2, match[1]) for match in BLOCK.finditer(text)]
+
+
+def test_there_is_code() -> None:
+    assert blocks()
+
+
+@pytest.mark.parametrize(("line", "code"), [pytest.param(*block, id=f"line{block[0]}") for block in blocks()])
+def test_block_runs(
+    line: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # Blank lines before it make the numbers in a traceback those of the README.
+    program = compile("\n" * (line - 1) + code, str(README), "exec")
+    exec(program, {"__name__": "__main__"})
+    assert capsys.readouterr().err == ""
+
+
+def statements(code: str) -> list[str]:
+    """What a program does, its imports aside."""
+    body = ast.parse(code).body
+    program = [node for node in body if not isinstance(node, (ast.Import, ast.ImportFrom))]
+    program = [node for node in program if not ast.unparse(node).startswith("sys.path.append(")]
+    is_docstring = isinstance(program[0], ast.Expr) and isinstance(program[0].value, ast.Constant)
+    return [ast.dump(node) for node in program[is_docstring:]]
+
+
+def test_quickstart_is_the_first_block() -> None:
+    quickstart = (REPOSITORY / "examples" / "quickstart.py").read_text(encoding="utf-8")
+    assert statements(quickstart) == statements(blocks()[0][1])
+
+
+# ---- a clone
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources at another place than the environment knows."""
+    place = tmp_path_factory.mktemp("clone")
+    for folder in ("fx_approx", "passes", "policies", "tests", "examples"):
+        shutil.copytree(REPOSITORY / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "pyproject.toml", place)
+    return place
+
+
+PROGRAM = """
+import runpy, sys
+for _ in range(2):  # the helper may run twice
+    runpy.run_path("tests/helpers/torchvision_compat.py", run_name="__main__")
+import torchvision
+import fx_approx, fx_approx.passes, fx_approx.policies
+print(*(one.__file__ for one in (fx_approx, fx_approx.passes, fx_approx.policies)))
+from fx_approx.__main__ import main
+assert main(["explain", "tests.helpers.models:mlp", "--input", "2x12", "--policy", "topk:0.5"]) == 0
+sys.argv = ["examples/quickstart.py"]
+runpy.run_path("examples/quickstart.py", run_name="__main__")
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/utils/test_disk_cache.py", "-k", "not processes"]))
+"""
+
+
+def test_a_source_checkout_works_as_it_lies(checkout: Path) -> None:
+    """Imported, as a command, in the quickstart and in the tests."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FX_APPROX_TEST_INSTALLED")}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=checkout, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(Path(place).is_relative_to(checkout) for place in done.stdout.splitlines()[0].split())
