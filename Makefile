@@ -12,12 +12,13 @@ PYTEST_ARGS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --constraint $(CONSTRAINTS)
 unexport PYTHONDONTWRITEBYTECODE
 DEPENDENCIES := pyproject.toml $(CONSTRAINTS)
-# One thread a worker: the test processes share the cores.
-PYTEST := OMP_NUM_THREADS=1 FX_APPROX_TEST_INSTALLED=1 $(TEST_VENV)/bin/pytest --numprocesses $(JOBS)
+# One thread a worker: the test processes share the cores. A file stays with one worker, so that what its fixtures
+# compile, and the ranks that they start, are there once.
+PYTEST := OMP_NUM_THREADS=1 FX_APPROX_TEST_INSTALLED=1 $(TEST_VENV)/bin/pytest --numprocesses $(JOBS) --dist loadfile
 # The fast half: what rests on torch's internals. Left out is what rests on the rest of the package.
-LATEST_FAST := $(foreach name,sampling policies,--ignore=tests/$(name)) \
-  $(foreach name,benchmark* controller* distributed docs example* experiment* fsdp growth noise* prediction readme \
-    reference* repository scalars schedule* sensitivity source* sweep* synchronize theory whole,'--ignore-glob=tests/test_$(name).py')
+LATEST_FAST := $(foreach name,sampling policies benchmarks examples,--ignore=tests/$(name)) \
+  $(foreach name,analysis/test_noise* compiler/test_reference_defects distributed/test_slices \
+    repository/test_repository schedules/test_controller schedules/test_growth,'--ignore-glob=tests/$(name).py')
 # multinode.py needs root, and an hour.
 BENCHMARKS := $(filter-out benchmarks/multinode.py, $(wildcard benchmarks/[!_]*.py))
 

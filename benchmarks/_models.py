@@ -51,7 +51,7 @@ def _wrn() -> Built:
 
 def torchvision_models() -> ModuleType:
     """torchvision.models, also beside a torch for which torchvision was not built."""
-    compat = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "torchvision_compat.py"))
+    compat = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "helpers" / "torchvision_compat.py"))
     models: ModuleType = compat["import_torchvision"]().models
     return models
 

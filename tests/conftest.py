@@ -7,13 +7,12 @@ import os
 import site
 import sysconfig
 from pathlib import Path
-from types import ModuleType
 
 import hypothesis
 import pytest
 import torch
 
-from .torchvision_compat import define_missing_schemas, import_torchvision
+from tests.helpers.torchvision_compat import define_missing_schemas
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -23,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
     define_missing_schemas()
-    if "FX_APPROX_TEST_DEVICE" in os.environ:  # tests/kernels and tests/ops run on it as they are
+    if "FX_APPROX_TEST_DEVICE" in os.environ:  # tests/ops run on it as they are
         torch.set_default_device(os.environ["FX_APPROX_TEST_DEVICE"])
     os.environ["FX_APPROX_CACHE"] = ""  # tests read and leave nothing in the user's cache
     if not torch.cuda.is_available():
@@ -39,11 +38,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.manual_seed(0)  # no test depends on those before it
-
-
-@pytest.fixture(scope="session")
-def torchvision() -> ModuleType:
-    return import_torchvision()
 
 
 def _require_one_source() -> None:

@@ -18,8 +18,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fx_approx.policies import Uniform
-
-from .hoisting import loss_of, perturbed
+from tests.helpers.hoisting import loss_of, perturbed
 
 AHEAD = Uniform(0.5)
 WIDTH = 16

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sandwich import WIDTH, Fn, Row
+from tests.sandwich import WIDTH, Fn, Row
 
 
 def _fn(name: str, call: Callable[..., Any], goes: str = "passes", **options: Any) -> Row:

@@ -198,7 +198,7 @@ def torchvision() -> Any:
     Raises:
         ConfigError: It is not installed.
     """
-    compat = runpy.run_path(str(Path(__file__).parents[2] / "tests" / "torchvision_compat.py"))
+    compat = runpy.run_path(str(Path(__file__).parents[2] / "tests" / "helpers" / "torchvision_compat.py"))
     with needs("torchvision"):
         return compat["import_torchvision"]()
 

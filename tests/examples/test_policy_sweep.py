@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from policy_sweep.result import SweepResult
 from policy_sweep.sweep import sweep
 
-from ..models import Cnn
+from tests.helpers.models import Cnn
 
 VALUE = Uniform(0.5)
 DATA = [(torch.randn(8, 3, 8, 8), torch.randint(4, (8,))) for _ in range(3)]

@@ -18,8 +18,8 @@ from fx_approx.core.plan_effects import FULL
 from fx_approx.passes.channel_spaces import Layout, Restart, Segment, Spaces, regroup, stretch
 from fx_approx.passes.share_selections import coupling_graph
 from fx_approx.policies import Uniform
-from tests.demand_nets import NETS
-from tests.hoisting import Layers
+from tests.helpers.demand_nets import NETS
+from tests.helpers.hoisting import Layers
 from tests.sandwich import Fn
 
 REGROUPED = [

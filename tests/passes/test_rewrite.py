@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import fx_approx
 from fx_approx.policies import Exact, Override, Uniform
 from fx_approx.sampling import SAMPLERS
-
-from ..models import (
+from tests.helpers.models import (
     ZOO,
     AuxiliaryHead,
     CalledTwice,

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import fx_approx
 from fx_approx.passes.operations import RULES, Rule
 from fx_approx.passes.operations_page import page
-from tests.hoisting import narrow_producers
+from tests.helpers.hoisting import narrow_producers
+from tests.repository.test_repository import REPOSITORY
 from tests.sandwich import AHEAD, WIDTH, Compiled, Row, built, outcome
 from tests.sandwich_rows import NETWORKS, ROWS
-from tests.test_repository import REPOSITORY
 
 TOLERANCE = 1e-10
 BY_NAME = {row.name: row for row in (*ROWS, *NETWORKS)}

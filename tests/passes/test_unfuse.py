@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import fx_approx
 from fx_approx.core.plan_effects import FULL
 from fx_approx.policies import Exact, Override
+from tests.helpers.torchvision_compat import import_torchvision
 
-from ..torchvision_compat import import_torchvision
 from .attention import AHEAD, HEADS, LENGTH, ONLINE, SIZE, Block, Calls, Watch, names, transformed
 
 

@@ -26,8 +26,7 @@ from fx_approx.policies import (
     Uniform,
 )
 from fx_approx.policies.cost_roofline import Device
-
-from ..demand_nets import BasicBlock
+from tests.helpers.demand_nets import BasicBlock
 
 IMAGES = torch.randn(4, 3, 16, 16)
 DEVICE = Device("made up", "torch.float32", 1e11, 1e10, 1e10, 1e-6, 0.8, 0.7, 0.5, 0.1)

@@ -20,9 +20,8 @@ from fx_approx.policies import cost_roofline as roofline
 from fx_approx.policies.cost_roofline import Device
 from fx_approx.utils import timing
 from fx_approx.utils.timing import Timing, time_calls
-
-from ..demand_nets import post_activation
-from ..models import Attention, Cnn
+from tests.helpers.demand_nets import post_activation
+from tests.helpers.models import Attention, Cnn
 
 DEVICE = Device("made up", "torch.float32", 1e9, 1e8, 1e8, 1e-5, 0.5, 0.25, 0.2, 0.1)
 VALUE = Uniform(0.5)

@@ -33,8 +33,7 @@ from fx_approx.policies import (
 )
 from fx_approx.policies.cost_roofline import Device
 from fx_approx.policies.uniform import DEFAULT_POLICY
-
-from ..models import Attention, CalledTwice, Cnn, NestedDropout, PlainCnn, mlp, same, train_step
+from tests.helpers.models import Attention, CalledTwice, Cnn, NestedDropout, PlainCnn, mlp, same, train_step
 
 HALF = Uniform(0.5, scores="online")
 

@@ -27,9 +27,8 @@ from fx_approx.subnetworks import (
     reselect,
     widen_optimizer,
 )
-
-from ..helpers.demand_nets import NETS
-from ..helpers.hoisting import Layers, loss_of, perturbed
+from tests.helpers.demand_nets import NETS
+from tests.helpers.hoisting import Layers, loss_of, perturbed
 
 TWICE = "plain-residual"  # a layer that is called with two selections
 

