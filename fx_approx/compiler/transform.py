@@ -21,7 +21,7 @@ from fx_approx.compiler.pipeline import install, prepare
 from fx_approx.core.candidates import Role
 from fx_approx.core.plan import Decision, Plan, Policy, make_plan
 from fx_approx.errors import CaptureWarning, NoEffectWarning
-from fx_approx.passes.apply_policy import decide
+from fx_approx.passes.apply_policy import check_policy, decide
 from fx_approx.policies.uniform import DEFAULT_POLICY
 from fx_approx.runtime.approx_module import ApproxModule, adopt, find
 from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict
@@ -83,6 +83,8 @@ def transform(
     check_seed(seed, selection_interval)
     if not isinstance(prune_unread, bool):
         raise TypeError(f"prune_unread: expected True or False, got {prune_unread!r}")
+    policy = DEFAULT_POLICY if policy is None else policy
+    check_policy(policy)
     made = _prepare(model, example_inputs)
     view = functools.partial(_view, model, example_inputs, made, prune_unread)
     return _transform(model, policy, made, seed, selection_interval, prune_unread, view)
@@ -90,14 +92,14 @@ def transform(
 
 def _transform(
     model: M,
-    policy: Policy | None,
+    policy: Policy,
     made: Compilation,
     seed: int,
     selection_interval: int,
     prune_unread: bool,
     view: Callable[[], GraphView] | None = None,
 ) -> M:
-    plan = decide(made.candidates, DEFAULT_POLICY if policy is None else policy, view, made.called is not None)
+    plan = decide(made.candidates, policy, view, made.called is not None)
     runtime = install(made, plan, seed, selection_interval, prune_unread)
     for part in made.captured.opaque:
         hint = ". Where torch.compile can capture it: backend=fx_approx.backend(policy)" if part.elsewhere else ""
@@ -122,10 +124,12 @@ def explain(
     Returns:
         An explanation whose ``plan`` can be edited and given to :func:`transform`.
     """
+    policy = DEFAULT_POLICY if policy is None else policy
     check_model(model)
+    check_policy(policy)
     made = _prepare(model, example_inputs)
     view = functools.partial(_view, model, example_inputs, made, prune_unread)
-    plan = decide(made.candidates, DEFAULT_POLICY if policy is None else policy, view, made.called is not None)
+    plan = decide(made.candidates, policy, view, made.called is not None)
     return Explanation(plan, made.predicted(type(model).__name__, plan, prune_unread))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fx_approx
 from fx_approx import SamplerConfig
 from fx_approx.policies import Exact, Override, Paper, Uniform
+from fx_approx.sampling import SAMPLERS
 from tests.helpers.models import Cnn, Optional, mlp, same, train_step
 
 HALF = Uniform(0.5, scores="online")
@@ -46,7 +47,7 @@ def test_fields_are_checked_at_construction(make: Any) -> None:
     for field, message in BAD_FIELDS:
         with pytest.raises(WRONG, match=message):
             make(**field)
-    known = "bernoulli, crs, systematic, topk, wta, wta_unique"
+    known = ", ".join(sorted(SAMPLERS))
     sampler = "name" if make is SamplerConfig else "sampler"
     with pytest.raises(ValueError, match=f"unknown sampler 'top-k'; known: {known}"):
         make(**{sampler: "top-k"})

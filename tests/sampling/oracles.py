@@ -204,9 +204,9 @@ def outcomes_of(name: str, scores: Tensor, k: int, epsilon: float) -> Outcomes:
     if name in ("bernoulli", "systematic"):
         p = inclusion_p(scores, k, epsilon)
         return bernoulli_outcomes(p) if name == "bernoulli" else systematic_outcomes(p)
-    return {"crs": crs_outcomes, "wta": wta_outcomes, "wta_unique": wta_unique_outcomes}[name](
-        draw_p(scores, epsilon), k
-    )
+    by_draws = {"crs": crs_outcomes, "wta": wta_outcomes, "wta_unique": wta_unique_outcomes}
+    assert name in by_draws, f"the outcomes of the sampler {name!r} are missing here"
+    return by_draws[name](draw_p(scores, epsilon), k)
 
 
 def crs_error(product: Product, p: Tensor, k: int) -> float:

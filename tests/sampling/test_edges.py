@@ -48,6 +48,13 @@ def row(*values: float) -> Tensor:
     return torch.tensor([values], dtype=torch.float32)
 
 
+def reads_scores(sampler: Sampler) -> bool:
+    """Whether finite scores make a difference to it; the contract does not ask for that."""
+    steep, flat = row(1, 2, 4, 8, 16, 32), row(1, 1, 1, 1, 1, 1)
+    drawn = [draw(sampler, steep, 2, step).indices.tolist() for step in range(10)]
+    return drawn != [draw(sampler, flat, 2, step).indices.tolist() for step in range(10)]
+
+
 def check_invariants(sampler: Sampler, scores: Tensor, k: int, fixed_shape: bool, selection: Selection) -> None:
     groups, pairs = scores.shape
     indices, scale = selection
@@ -127,7 +134,7 @@ def test_extreme_scores(sampler: Sampler, fixed_shape: bool) -> None:
     for step in range(20):
         selection = sampler.draw(scores, 6, numbers(sampler, scores, 6, step), epsilon=0.0, fixed_shape=fixed_shape)
         check_invariants(sampler, scores, 6, fixed_shape, selection)
-        assert int(scores.argmax()) in selection.indices[0].tolist()
+        assert int(scores.argmax()) in selection.indices[0].tolist() or not reads_scores(sampler)
 
 
 @every_sampler
@@ -149,7 +156,7 @@ def test_groups_are_drawn_separately_and_no_gradient_flows(sampler: Sampler) -> 
         for other in [together] + [beside] * (g != 1):
             assert torch.equal(other.indices[g], alone.indices[0])
             assert alone.scale is None or torch.equal(other.scale[g], alone.scale[0])
-    if sampler.random:
+    if sampler.random and reads_scores(sampler):
         assert together.scale.unique(dim=0).shape[0] == 4
 
 

@@ -19,7 +19,7 @@ DRAWS, PAIRS, K = 20_000, 48, 12
 EPSILON = 0.1
 # Two-sided false alarm rate per statistic 5.7e-7; the largest test looks at 48 of them: 2.8e-5.
 Z = 5.0
-RANDOM = ["bernoulli", "crs", "systematic", "wta", "wta_unique"]
+RANDOM = [name for name, sampler in SAMPLERS.items() if sampler.random]
 
 
 @functools.cache
