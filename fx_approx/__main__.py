@@ -287,3 +287,7 @@ def _rendered(report: SavingsReport, options: argparse.Namespace) -> str:
     if options.format == "html":
         return report.to_html(options.columns)
     return (report.to_csv() if options.format == "csv" else report.to_json()).rstrip("\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
