@@ -1,7 +1,8 @@
 """Flow: which values hold the same channels, found by one walk over the graph (again wherever a space turns out finer).
 
 Facts only: nothing is decided and nothing is rewritten. What an operation does to its channels is said by the tables of
-``channelwise.py`` and ``reshapes.py``; an operation in no table mixes channels as far as anyone knows.
+``elementwise_rules.py``, ``layer_rules.py`` and ``reshape_rules.py``; an operation in no table mixes channels as far as
+anyone knows.
 """
 
 from __future__ import annotations

@@ -374,7 +374,7 @@ RULES: tuple[Rule, ...] = (
         "concatenation",
         torch.cat,
         passes="each value is asked for its own part; scope `value` or `group`",
-        stops="the same value twice; scope `site` along the channels",
+        stops="the same value twice; scope `layer` along the channels",
     ),
     _reshaping("stacking", torch.stack, passes="always"),
     _reshaping(

@@ -39,7 +39,7 @@ _WARM = 3
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """All that the runs of a sweep have in common; the fields are those of :func:`fx_approx.sweep`."""
+    """All that the runs of a sweep have in common; the fields are those of ``sweep``."""
 
     model: nn.Module | Callable[[], nn.Module]
     data: Any

@@ -67,7 +67,7 @@ class Decision:
         source: Which policy said so.
         cost: Estimated cost, where known.
         straight_through: OUTPUT is sampled, but gradients are those of the exact product.
-        share: With whom the selection of OUTPUT is shared, if it is made ahead: ``site``, with no one; ``value``, with
+        scope: With whom the selection of OUTPUT is shared, if it is made ahead: ``layer``, with no one; ``value``, with
             all that read the same channels; ``group``, also with those that read what additions make of them.
 
     Raises:
