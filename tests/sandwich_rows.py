@@ -123,6 +123,9 @@ MATHEMATICS: tuple[Row, ...] = (
     ),
     _with("a scale for each position", lambda self, x: x * self.w, tensors=lambda: {"w": _channel(8, 6)}),
     _with(
+        "a scale for each position of one channel", lambda self, x: x * self.w, tensors=lambda: {"w": _channel(1, 8, 6)}
+    ),
+    _with(
         "torch.where by a mask of channels",
         lambda self, x: torch.where(self.w > 1, x, -x),
         tensors=lambda: {"w": _channel(WIDTH, 1, 1)},
