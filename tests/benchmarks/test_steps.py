@@ -67,6 +67,7 @@ def test_other_numbers_stop_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> No
         train_step.main(["--models", "wrn_10_2", "--minimal-k", "4", "--scopes", "value", "--runs", "2", "--no-swap"])
 
 
+@pytest.mark.slow
 def test_steps_under_autocast_and_in_another_layout(tmp_path: Path) -> None:
     train_step, steps = (importlib.import_module(name) for name in ("train_step", "_steps"))
     seen = []

@@ -89,6 +89,17 @@ def test_groups_give_as_many_each() -> None:
     assert chosen[2].indices.shape == (3, 2)
 
 
+def test_running_norms_of_groups_are_those_of_their_own_channels() -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 12, 1), nn.ReLU(), nn.Conv2d(12, 9, 1, groups=3), nn.ReLU(), nn.Conv2d(9, 4, 1)
+    x = torch.randn(2, 3, 4, 4).double()
+    approx = fx_approx.transform(nn.Sequential(*layers).double(), Layers(scores="ema", scope="value"), x)
+    approx(x)  # the first step is exact
+    chosen = selections(approx, x)[1]
+    places = chosen.indices + 4 * torch.arange(3).unsqueeze(1)
+    assert (shared(approx)[1].age == 0).nonzero().flatten().tolist() == sorted(places.flatten().tolist())
+
+
 @pytest.mark.parametrize(
     ("options", "units", "block", "groups", "reader_groups", "expected"),
     [

@@ -87,7 +87,8 @@ def test_processes_at_the_same_time(tmp_path: Path) -> None:
             assert DiskCache(tmp_path).get({"number": place}, lambda p=place: [p] * 1000) == [place] * 1000
             DiskCache(tmp_path).get({"number": place}, lambda p=place: [p] * 1000, again=True)
         time.sleep(0 if (tmp_path / "begun").exists() else 0.05)
-    assert other.returncode == 0, other.communicate()[1]
+    errors = other.communicate()[1]
+    assert other.returncode == 0, errors
     assert len(list(tmp_path.glob("*.json"))) == 3 and not list(tmp_path.glob("*.tmp"))
 
 
