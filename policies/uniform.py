@@ -53,6 +53,8 @@ class Uniform:
     epsilon: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sampler, str):
+            raise TypeError(f"sampler: expected a name such as 'topk', behind the ratio, got {self.sampler!r}")
         spec = self.spec
         if self.scope == "":
             object.__setattr__(self, "scope", "value" if get_score(self.scores).ahead else "layer")

@@ -56,7 +56,7 @@ def estimate_step_time(
     check: bool = False,
     compiled: bool = False,
     repeats: int = 9,
-    demand: bool = True,
+    prune_unread: bool = True,
 ) -> StepTimeEstimate:
     """What a policy or plan will do to the time of a training step, without transforming the model.
 
@@ -68,7 +68,7 @@ def estimate_step_time(
         check: Time steps, too, in turn with the exact one, with the mean of the squares of the outputs as the loss.
         compiled: The step will be compiled. With ``check`` both are, which takes the time of two compilations.
         repeats: Steps that are timed, of each.
-        demand: As in ``transform``.
+        prune_unread: As in ``transform``.
 
     Raises:
         ValueError: ``repeats`` is below 1; and as ``transform``.
@@ -77,7 +77,7 @@ def estimate_step_time(
         raise ValueError(f"repeats: expected an integer of at least 1, got {repeats!r}")
     if example_inputs is None:
         raise ValueError("example_inputs: expected a training batch, since times depend on shapes, got None")
-    view, plan = view_of(model, policy, example_inputs, demand)
+    view, plan = view_of(model, policy, example_inputs, prune_unread)
     decisions = {decision.name: decision for decision in plan.sampled}
     chosen = RooflineModel(compiled) if cost is None else cost
     exact, now = chosen.step(view.work({}), view), chosen.step(view.work(decisions), view)

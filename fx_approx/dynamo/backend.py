@@ -46,7 +46,7 @@ from fx_approx.policies.override import Override
 from fx_approx.policies.uniform import DEFAULT_POLICY
 from fx_approx.runtime.approx_module import ApproxModule, adopt
 from fx_approx.runtime.batchnorm import averages
-from fx_approx.runtime.controls import apply_settings, load_sampler_state_dict, sampler_state_dict
+from fx_approx.runtime.controls import apply_settings, load_sampler_state_dict, sampler_state_dict, unmatched
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.validation import check_model, check_seed
 from fx_approx.savings.report import Explanation, SavingsReport, merged_reports
@@ -141,6 +141,9 @@ class Backend(GraphHandle):
         self._known: Known = weakref.WeakKeyDictionary()
         self._unmatched = list(policy.rules) if isinstance(policy, Override) else []
 
+    def __repr__(self) -> str:
+        return f"fx_approx.backend({self.policy!r})"
+
     @property
     def __name__(self) -> str:
         """``fx_approx``; torch.compile asks for it when it is given the backend, before any frame runs.
@@ -203,7 +206,8 @@ class Backend(GraphHandle):
             if not any((code, roots) == other.key[:2] and names & other.key[2] for other in taken):
                 taken.append(graph)
         merged = whole_report(taken[::-1], self._steps, report)
-        notes = [f"No layer of any graph so far matches the rule {rule!r}." for rule in self._unmatched]
+        rules = dict.fromkeys((*self._unmatched, *unmatched(self)))
+        notes = [f"No layer of any graph so far matches the rule {rule!r}." for rule in rules]
         return dataclasses.replace(merged, notes=(*merged.notes, *notes))
 
     def explain(self, model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:

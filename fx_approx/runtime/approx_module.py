@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from fx_approx._compat import Moved
+from fx_approx._compat import Moved, is_compiled
 from fx_approx.capture.records import Section
 from fx_approx.core.layer_types import EXACT_CLASS, HELD
 from fx_approx.errors import CaptureError
@@ -144,9 +144,11 @@ def find(model: nn.Module) -> ApproxModule:
         ValueError: There is none, or more than one.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected what fx_approx.transform returned, got {model!r}")
+        hint = "; this takes no backend, whose graphs appear while the model runs" if hasattr(model, "pieces") else ""
+        raise TypeError(f"model: expected what fx_approx.transform returned, got {model!r}{hint}")
     found = [module for module in model.modules() if isinstance(module, ApproxModule) and "_fx_approx" in vars(module)]
     if len(found) != 1:
         what = "is not a transformed model" if not found else f"holds {len(found)} transformed models"
-        raise ValueError(f"model: {type(model).__name__} {what}; expected what fx_approx.transform returned")
+        hint = ", or the backend that compiles it" if any(is_compiled(module) for module in model.modules()) else ""
+        raise ValueError(f"model: {type(model).__name__} {what}; expected what fx_approx.transform returned{hint}")
     return found[0]

@@ -89,15 +89,20 @@ def set_sampling(
         RecompilationWarning: The model is compiled, and this is the last setting that ``torch.compile`` will compile.
 
     Raises:
-        ValueError: A ratio outside (0, 1], a glob that matches no sampled layer, or nothing to change; nothing is
-            changed then.
-        TypeError: A ratio that is no number, or a switch that is no bool.
+        ValueError: A ratio outside (0, 1], a glob that matches no sampled layer, an unknown role, or nothing to change;
+            nothing is changed then. Of a backend without graphs nobody knows the layers yet: its report has a note of
+            each glob that has matched none.
+        TypeError: A ratio that is no number, a switch that is no bool, or a glob that is no string.
     """
     if ratio is None and enabled is None:
         raise ValueError("ratio, enabled: expected one of them at least, got None for both")
-    pieces, only = pieces_of(model), None if role is None else Role(role)
+    pieces, only = pieces_of(model), None if role is None else _role(role)
     ratios = {} if ratio is None else dict(ratio) if isinstance(ratio, Mapping) else {"*": ratio}
     switches = {} if enabled is None else dict(enabled) if isinstance(enabled, Mapping) else {"*": enabled}
+    for name, patterns in (("ratio", ratios), ("enabled", switches)):
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(f"{name}: expected globs such as 'layer1.*', got the key {pattern!r}")
     for value in ratios.values():
         SamplerConfig(ratio=value)
     for pattern, on in switches.items():
@@ -112,6 +117,14 @@ def set_sampling(
                 model.settings[key] = rules
     if settings:
         set_each(model, settings)
+
+
+def _role(role: Role | str) -> Role:
+    try:
+        return Role(role)
+    except ValueError:
+        known = ", ".join(repr(one.value) for one in Role)
+        raise ValueError(f"role: expected one of {known}, or None for all, got {role!r}") from None
 
 
 def _settings(
@@ -142,6 +155,22 @@ def apply_settings(handle: GraphHandle, approx: ApproxModule) -> None:
             handle.states.remove(state)
             load_sampler_state_dict(approx, state["state"])
             break
+
+
+def unmatched(handle: GraphHandle) -> list[str]:
+    """The globs that were set and match no sampled layer of any graph so far."""
+    there = [
+        (candidates[name], selector.role)
+        for runtime in (approx._fx_approx for approx in handle.pieces)
+        for candidates in ({candidate.name: candidate for candidate in runtime.record.candidates},)
+        for (name, _), selector in runtime.selectors.items()
+    ]
+    asked = {(pattern, role): None for patterns, role, _ in handle.settings for pattern in patterns}
+    return [
+        pattern
+        for pattern, role in asked
+        if not any(role in (None, own) and matches(pattern, candidate) for candidate, own in there)
+    ]
 
 
 def layers_of(approx: ApproxModule) -> list[str]:
@@ -260,6 +289,8 @@ def load_sampler_state_dict(model: nn.Module | GraphHandle, values: Mapping[str,
             a value out of range, or running norms of a site that is not there; nothing is changed then.
         TypeError: A value of the wrong type.
     """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"values: expected what sampler_state_dict gave, a dict, got {values!r}")
     if isinstance(model, GraphHandle):
         _load_graphs(model, values)
         return
@@ -269,6 +300,9 @@ def load_sampler_state_dict(model: nn.Module | GraphHandle, values: Mapping[str,
         raise ValueError(f"values: expected the keys {sorted(places)}, running and resample, got {sorted(values)}")
     check_seed(values["seed"], values["selection_interval"], values["step"])
     sites = {f"{name}/{role.value}": selector for (name, role), selector in runtime.selectors.items()}
+    for name in ("running", "resample"):
+        if not isinstance(values.get(name, {}), Mapping):
+            raise TypeError(f"{name}: expected what sampler_state_dict gave, a dict, got {values[name]!r}")
     running = values.get("running", {})
     learning = [s for s, selector in sites.items() if selector.score.learns and selector.role is not Role.OUTPUT]
     unknown = sorted(set(running) - set(learning))
@@ -293,8 +327,11 @@ def load_sampler_state_dict(model: nn.Module | GraphHandle, values: Mapping[str,
 
 
 def _load_graphs(handle: GraphHandle, values: Mapping[str, Any]) -> None:
-    if set(values) != {"graphs"} or any(set(one) != {"layers", "state"} for one in values["graphs"]):
+    if set(values) != {"graphs"}:
         raise ValueError(f"values: expected what sampler_state_dict gives of a backend, got the keys {sorted(values)}")
+    for one in values["graphs"]:
+        if set(one) != {"layers", "state"} or not isinstance(one["state"], Mapping):
+            raise ValueError(f"graphs: expected the layers and the state of each graph, got {one!r}")
     waiting = list(values["graphs"])
     made: dict[int, ApproxModule] = {}
     for approx in handle.pieces:
@@ -352,8 +389,13 @@ def recalibrate_batchnorm(model: nn.Module | GraphHandle, batches: Iterable[Any]
         How many batches were used.
 
     Raises:
+        TypeError: ``model`` is no module, or ``batches`` one tensor.
         ValueError: No batch; the statistics are then as before.
     """
+    if not isinstance(model, (nn.Module, GraphHandle)):
+        raise TypeError(f"model: expected a module or a backend, got {model!r}")
+    if isinstance(batches, torch.Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches: expected an iterable of batches, such as a loader or a list, got {type(batches)}")
     pieces = model.pieces if isinstance(model, GraphHandle) else ()
     module = model.model("recalibrate_batchnorm") if isinstance(model, GraphHandle) else model
     count = reestimate(module, batches)

@@ -156,7 +156,7 @@ def test_operations_have_no_speedup() -> None:
 
 def test_demand_can_be_left_out() -> None:
     with_demand, without = (
-        fx_approx.analysis.estimate_step_time(network(), VALUE, IMAGES, cost=FlopModel(), demand=demand).now.flops
+        fx_approx.analysis.estimate_step_time(network(), VALUE, IMAGES, cost=FlopModel(), prune_unread=demand).now.flops
         for demand in (True, False)
     )
     assert with_demand is not None and without is not None and with_demand < without

@@ -49,6 +49,9 @@ def test_fields_are_checked_at_construction(make: Any) -> None:
             make(**field)
     known = ", ".join(sorted(SAMPLERS))
     sampler = "name" if make is SamplerConfig else "sampler"
+    if make is Uniform:
+        with pytest.raises(TypeError, match=r"sampler: expected a name .* behind the ratio, got 0.5"):
+            Uniform("topk", 0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"unknown sampler 'top-k'; known: {known}"):
         make(**{sampler: "top-k"})
     with pytest.raises(WRONG, match=r"name|sampler"):
@@ -63,6 +66,8 @@ def test_fields_are_checked_at_construction(make: Any) -> None:
         (({"0": 0.25, "fc*": 0.25},), ValueError, r"no sampled layer matches 'fc\*'; there are: 0, 2, 4"),
         ({"enabled": {"0": False, "fc*": False}}, ValueError, r"no sampled layer matches 'fc\*'; there are: 0, 2, 4"),
         *(({"enabled": enabled}, TypeError, "enabled") for enabled in (1, "on", {"0": 0})),
+        (({3: 0.5},), TypeError, "ratio: expected globs .* got the key 3"),
+        ({"ratio": 0.5, "role": "weight"}, ValueError, "role: expected one of 'output', .* got 'weight'"),
         ((), WRONG, "ratio|enabled"),
     ],
 )
@@ -323,6 +328,8 @@ def test_a_submodule_with_a_forward_of_its_own_is_respected() -> None:
 def test_verbs_that_need_a_transformed_model_say_so(verb: Any) -> None:
     with pytest.raises(ValueError, match="model: Sequential is not a transformed model"):
         verb(mlp())
+    with pytest.raises(ValueError, match="or the backend that compiles it"):
+        verb(torch.compile(mlp(), backend="eager"))
     two = nn.Sequential(fx_approx.transform(mlp(), HALF), fx_approx.transform(nn.Linear(4, 4), HALF))
     with pytest.raises(ValueError, match="model: Sequential holds 2 transformed models"):
         verb(two)
@@ -336,10 +343,21 @@ def test_verbs_that_need_a_transformed_model_say_so(verb: Any) -> None:
         {"step": 1, "selection_interval": 0, "seed": 0},
         {"step": 1.5, "selection_interval": 1, "seed": 0},
         {"step": -1, "selection_interval": 1, "seed": 0},
+        {"step": 1, "selection_interval": 1, "seed": 0, "running": 3},
+        {"step": 1, "selection_interval": 1, "seed": 0, "resample": 3},
+        3,
     ],
 )
 def test_sampler_states_are_checked(values: Any) -> None:
     approx = fx_approx.transform(mlp(), Uniform(sampler="systematic", scores="online"), seed=5)
-    with pytest.raises((TypeError, ValueError), match=r"values|selection_interval|step"):
+    with pytest.raises((TypeError, ValueError), match=r"^(values|selection_interval|step|running|resample): expected"):
         fx_approx.load_sampler_state_dict(approx, values)
     assert fx_approx.sampler_state_dict(approx) == {"step": 0, "selection_interval": 1, "seed": 5}
+
+
+def test_statistics_need_a_module_and_batches() -> None:
+    with pytest.raises(TypeError, match="model: expected a module or a backend, got 3"):
+        fx_approx.recalibrate_batchnorm(3, [X])  # type: ignore[arg-type]
+    for batches in (3, X):
+        with pytest.raises(TypeError, match="batches: expected an iterable of batches"):
+            fx_approx.recalibrate_batchnorm(mlp(), batches)  # type: ignore[arg-type]

@@ -368,6 +368,25 @@ def test_what_is_set_before_the_first_step_holds_from_it_on() -> None:
     assert results[0][1] == [(0.75, False), (0.75, True), (0.25, True)]
 
 
+def test_a_glob_that_matches_no_graph_is_told_by_the_report() -> None:
+    (_, _), (model, backend) = both()
+    fx_approx.set_sampling(backend, {"a": 0.5, "no*": 0.25})
+    fx_approx.set_sampling(backend, {"b": 0.5}, role="grad_weight")
+    trained(model, steps=1)
+    rules = [note for note in backend.report().notes if "matches the rule" in note]
+    assert rules == [f"No layer of any graph so far matches the rule {rule!r}." for rule in ("no*", "b")]
+
+
+def test_what_takes_no_backend_says_so() -> None:
+    backend = fx_approx.backend(VALUE, inner="eager")
+    assert repr(backend) == f"fx_approx.backend({VALUE!r})"
+    for verb in (fx_approx.restore, analysis.gradient_noise, fx_approx.distributed.estimate_traffic):
+        with pytest.raises(TypeError, match=r"got fx_approx.backend\(.*; this takes no backend"):
+            verb(backend, *([INPUT] if verb is analysis.gradient_noise else []))
+    with pytest.raises(ValueError, match="graphs: expected the layers and the state"):
+        fx_approx.load_sampler_state_dict(backend, {"graphs": [{"layers": ["a"], "state": 3}]})
+
+
 @pytest.mark.parametrize("compiled_before", [False, True])
 def test_the_recommended_recipe(compiled_before: bool) -> None:
     """Exact warm-up, sampling, an exact tail that preserves: losses and weights as those of the transformed model."""
