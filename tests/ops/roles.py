@@ -344,17 +344,19 @@ class Way:
         return result
 
 
-def way_of(
-    case: OpCase, names: Mapping[Role, str], scaled: bool = True, k: str = "half", straight_through: bool = False
-) -> Way:
-    """By the way of each product: ``exact``, ``shared``, ``each`` or ``positions``; ``k`` is one, half or all."""
+def way_of(case: OpCase, names: Mapping[Role, str], scaled: bool = True, k: str = "half") -> Way:
+    """By the way of each product: ``exact``, ``shared``, ``each`` or ``positions``; ``k`` is one, half or all.
+
+    The output's may be straight through.
+    """
     samples = []
-    for seed, (role, name) in enumerate(names.items()):
+    for seed, (role, words) in enumerate(names.items()):
+        name = words.split(",")[0]
         if name != "exact":
             one = RoleCase(case, role, per_batch=name == "each", positions=name == "positions")
             count = {"one": 1, "half": None, "all": one.pairs}[k]
             samples.append((one, one.selection(scaled, count, seed)))
-    return Way(case, tuple(samples), straight_through)
+    return Way(case, tuple(samples), names.get(Role.OUTPUT, "").endswith("straight through"))
 
 
 def ways(cases: Sequence[OpCase], **parameters: Sequence[Any]) -> list[dict[str, Any]]:
@@ -365,7 +367,8 @@ def ways(cases: Sequence[OpCase], **parameters: Sequence[Any]) -> list[dict[str,
         if of_class:
             every = ("shared", "exact", *("each",) * batched)
             rows = (*every, *("positions",) * spatial)
-            found += pairwise(case=of_class, output=every, grad_input=every, grad_weight=rows, **parameters)
+            outputs = (*every, *(f"{way}, straight through" for way in every if way != "exact"))
+            found += pairwise(case=of_class, output=outputs, grad_input=every, grad_weight=rows, **parameters)
     return found
 
 
