@@ -98,7 +98,8 @@ def backend(
     check_seed(seed, selection_interval)
     if not isinstance(prune_unread, bool):
         raise TypeError(f"prune_unread: expected True or False, got {prune_unread!r}")
-    check_policy(DEFAULT_POLICY if policy is None else policy)
+    policy = DEFAULT_POLICY if policy is None else policy
+    check_policy(policy)
     if isinstance(inner, str):
         known = backend_names()
         if inner not in known:
@@ -107,9 +108,7 @@ def backend(
             inductor(mode, options)
     elif not callable(inner):
         raise TypeError(f"inner: expected the name of a backend or a callable, got {inner!r}")
-    return Backend(
-        DEFAULT_POLICY if policy is None else policy, inner, mode, options, seed, selection_interval, prune_unread
-    )
+    return Backend(policy, inner, mode, options, seed, selection_interval, prune_unread)
 
 
 class Backend(GraphHandle):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fx_approx._compat import RECOMPILE_LIMIT, compilations_of, recompile_limit
-from fx_approx.core.candidates import Role, matches
+from fx_approx.core.candidates import Candidate, Role, matches
 from fx_approx.errors import RecompilationWarning
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.batchnorm import reestimate
@@ -22,6 +22,14 @@ from fx_approx.runtime.validation import check_seed
 from fx_approx.sampling.spec import SamplerConfig
 
 
+def _selectors(pieces: Iterable[ApproxModule]) -> Iterator[tuple[Candidate, Selector]]:
+    """All selectors of all graphs, each with the candidate that it serves."""
+    for runtime in (approx._fx_approx for approx in pieces):
+        candidates = {candidate.name: candidate for candidate in runtime.record.candidates}
+        for (name, _), selector in runtime.selectors.items():
+            yield candidates[name], selector
+
+
 def _selected(
     pieces: Iterable[ApproxModule], patterns: Iterable[str], role: Role | None, strict: bool = True
 ) -> dict[str, list[Selector]]:
@@ -29,16 +37,14 @@ def _selected(
     found: dict[str, list[Selector]] = {pattern: [] for pattern in patterns}
     used: set[str] = set()
     names: dict[str, None] = {}
-    for runtime in (approx._fx_approx for approx in pieces):
-        candidates = {candidate.name: candidate for candidate in runtime.record.candidates}
-        for (name, _), selector in runtime.selectors.items():
-            if role is not None and selector.role is not role:
-                continue
-            names[name] = None
-            matching = [pattern for pattern in found if matches(pattern, candidates[name])]
-            used.update(matching)
-            if matching:
-                found[matching[0]].append(selector)
+    for candidate, selector in _selectors(pieces):
+        if role is not None and selector.role is not role:
+            continue
+        names[candidate.name] = None
+        matching = [pattern for pattern in found if matches(pattern, candidate)]
+        used.update(matching)
+        if matching:
+            found[matching[0]].append(selector)
     unused = [pattern for pattern in found if pattern not in used]
     if unused and strict:
         there = ", ".join(names) or "none, nothing is sampled"
@@ -159,12 +165,7 @@ def apply_settings(handle: GraphHandle, approx: ApproxModule) -> None:
 
 def unmatched(handle: GraphHandle) -> list[str]:
     """The globs that were set and match no sampled layer of any graph so far."""
-    there = [
-        (candidates[name], selector.role)
-        for runtime in (approx._fx_approx for approx in handle.pieces)
-        for candidates in ({candidate.name: candidate for candidate in runtime.record.candidates},)
-        for (name, _), selector in runtime.selectors.items()
-    ]
+    there = [(candidate, selector.role) for candidate, selector in _selectors(handle.pieces)]
     asked = {(pattern, role): None for patterns, role, _ in handle.settings for pattern in patterns}
     return [
         pattern

@@ -20,7 +20,15 @@ from fx_approx.runtime.exact import exact_copy
 from fx_approx.runtime.upcoming import next_selections
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
-from fx_approx.subnetworks.record import RECORD, Subnetwork, identity_of, record_of, tensors_of, versions_of
+from fx_approx.subnetworks.record import (
+    RECORD,
+    Subnetwork,
+    check_origin,
+    identity_of,
+    record_of,
+    tensors_of,
+    versions_of,
+)
 from fx_approx.subnetworks.specialize import Specializer
 
 _NO_EXAMPLE = "no example_inputs were given, to see whether the model's own Python serves"
@@ -89,8 +97,7 @@ def reselect(
             then.
     """
     record, approx = record_of(sub), find(model)
-    if record.identity != identity_of(approx):
-        raise ValueError("sub: it was cut out of another model: names or shapes of the parameters differ")
+    check_origin(record, approx)
     if not record.merged:
         raise ValueError("sub: what it has learnt would be lost; call fx_approx.subnetworks.merge(sub, model) first")
     fresh = extract(approx, selections)

@@ -1,4 +1,4 @@
-"""Writes a subnetwork back into the model that it was cut out of, and cuts it out anew."""
+"""Writes a subnetwork back into the model that it was cut out of."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx.runtime.approx_module import ApproxModule, find
-from fx_approx.subnetworks.record import Subnetwork, identity_of, record_of, tensors_of, versions_of
+from fx_approx.subnetworks.record import Subnetwork, check_origin, record_of, tensors_of, versions_of
 
 
 def merge(sub: nn.Module, model: nn.Module, *, preserve: bool = False) -> None:
@@ -53,8 +53,7 @@ def _zero_unread(weight: Tensor, record: Subnetwork, name: str) -> None:
 
 
 def _check(record: Subnetwork, approx: ApproxModule) -> None:
-    if record.identity != identity_of(approx):
-        raise ValueError("sub: it was cut out of another model: names or shapes of the parameters differ")
+    check_origin(record, approx)
     if record.merged:
         raise ValueError("sub: it was written back before; call reselect or extract to go on")
     now = versions_of(approx)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import find
 from fx_approx.subnetworks.cuts import Cut
-from fx_approx.subnetworks.record import identity_of, record_of
+from fx_approx.subnetworks.record import check_origin, record_of
 
 Rest = Literal["cpu", "keep", "drop"]
 
@@ -63,8 +63,7 @@ def narrow_optimizer(optimizer: Optimizer, sub: nn.Module, model: nn.Module, *, 
     if rest not in ("cpu", "keep", "drop"):
         raise ValueError(f"rest: expected 'cpu', 'keep' or 'drop', got {rest!r}")
     record, approx = record_of(sub), find(model)
-    if record.identity != identity_of(approx):
-        raise ValueError("sub: it was cut out of another model: names or shapes of the parameters differ")
+    check_origin(record, approx)
     if optimizer in _moved:
         raise ValueError("optimizer: it works on a subnetwork already; call widen_optimizer first")
     names = {id(parameter): name for name, parameter in approx.named_parameters()}

@@ -54,6 +54,12 @@ def record_of(sub: nn.Module) -> Subnetwork:
     return found
 
 
+def check_origin(record: Subnetwork, model: nn.Module) -> None:
+    """ValueError unless ``model`` is like the one that the subnetwork of ``record`` was cut out of."""
+    if record.identity != identity_of(model):
+        raise ValueError("sub: it was cut out of another model: names or shapes of the parameters differ")
+
+
 def identity_of(model: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Names and shapes of all parameters: what tells one model from another."""
     return tuple((name, tuple(p.shape)) for name, p in model.named_parameters())

@@ -110,7 +110,7 @@ class Specializer:
             found = value[args[1]]
             return Known(found) if isinstance(args[0], Known) else found
         if node.target in _CONSTANT:
-            return Known(node.target(*_known_values(args), **_known_values(kwargs)))
+            return Known(node.target(*_revealed(args), **_revealed(kwargs)))
         if node.target is channel_slices.slice_weights:
             return self._slices(*args)
         if node.op == "call_module":
@@ -202,22 +202,18 @@ class Specializer:
                 raise UnsupportedError("its shape is a value of the step")
             if sizes[axis] != -1:
                 self.reasons.append(f"{node.name} names the number of channels")
-                sizes[axis] = width(_known_values(parts))
+                sizes[axis] = width(_revealed(parts))
             return self.graph.call_method(method, (input, tuple(sizes)))
         if target is channel_slices.whole_size:
             return self._whole_size(*args)
         if target is channel_slices.take_parts:
             input, dim, before, parts = args
             self.reasons.append(f"{node.name} takes a stretch of channels by number")
-            return self.graph.call_method(
-                "narrow", (input, dim, width(_known_values(before)), width(_known_values(parts)))
-            )
+            return self.graph.call_method("narrow", (input, dim, width(_revealed(before)), width(_revealed(parts))))
         if target is channel_slices.split_parts:
             input, sections, dim = args
             self.reasons.append(f"{node.name} splits channels by number")
-            return self.graph.call_function(
-                torch.split, (input, [width(_known_values(parts)) for parts in sections], dim)
-            )
+            return self.graph.call_function(torch.split, (input, [width(_revealed(parts)) for parts in sections], dim))
         if target is channel_slices.pad_parts:
             return self._padded(*args)
         if target is sliced_linear or target in _EXACT_CONVOLUTIONS:
@@ -231,7 +227,7 @@ class Specializer:
     def _padded(self, input: Any, pad: Sequence[int], value: float | None, dim: int, ends: Any) -> fx.Node:
         """Padding of channels, of which only the selected ones are made."""
         rank = len(pad) // 2
-        before, behind = (width(_known_values(parts)) for parts in ends)
+        before, behind = (width(_revealed(parts)) for parts in ends)
         self.reasons.append("a pad names numbers of channels")
         # Channels stand behind the batch: of the axes that ``pad`` counts from the last, the one that it counts last.
         sizes = [*pad[: 2 * (rank - 1)], before, behind]
@@ -378,20 +374,8 @@ class _Sizes(tuple[Any, ...]):
         return one.size if place == one.dim else one.graph.call_function(operator.getitem, (one.whole, place))
 
 
-def _known_values(value: Any) -> Any:
-    if isinstance(value, Known):
-        return value.value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_known_values(one) for one in value)
-    if isinstance(value, dict):
-        return {key: _known_values(one) for key, one in value.items()}
-    return value
-
-
 def _revealed(value: Any) -> Any:
-    """Arguments of a node: what is known must be plain."""
+    """A value, or what a node is called with, in which what is known is plain."""
     if isinstance(value, Known):
         return value.value
     if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
