@@ -136,6 +136,7 @@ def assert_hoisting_changes_nothing(
         one, other = training_step(hoisted, x), training_step(whole, x)
         assert_same_numbers(one, other, tolerance)
         move((hoisted, whole), other.grads)
+        del one, other  # else two steps' gradients are in memory at once
     return hoisted
 
 
