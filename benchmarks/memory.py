@@ -81,7 +81,7 @@ def saved_for_backward(model: nn.Module, x: Tensor) -> tuple[int, int]:
         if place not in parameters:
             every += tensor.nbytes if tensor.is_floating_point() or place not in found else 0
             found[place] = tensor
-        return tensor
+        return tensor.detach()  # itself, a result that its own backward keeps would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(x)

@@ -208,7 +208,7 @@ class _Storages:
             number = self.number(tensor)
             if number is not None:
                 kept.append(number)
-            return tensor
+            return tensor.detach()  # itself, a result that its own backward keeps would never be freed
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import warnings
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fx_approx
+from fx_approx._compat import FakeTensor
 from fx_approx.policies import Uniform
 from tests.helpers.models import ZOO, Cnn, Tied, loss_of, mlp, same, tensors, train_step
 from tests.helpers.modules import made_of
@@ -320,6 +322,18 @@ def test_shape_propagation_runs_no_hook_of_the_user() -> None:
     assert fx_approx.report(approx)["1.0"].exact is not None
     approx(torch.randn(2, 8))
     assert len(seen) == 1
+
+
+def test_shape_propagation_leaves_no_tensor_behind() -> None:
+    """Not even a result that autograd keeps for its own backward, which no garbage collection finds: that of a ReLU."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(one) is FakeTensor for one in gc.get_objects())
+
+    before = alive()
+    fx_approx.transform(mlp(), HALF, torch.randn(2, 12))
+    assert alive() <= before
 
 
 def test_a_model_that_needs_its_hooks_to_run_has_unknown_shapes() -> None:
