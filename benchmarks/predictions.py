@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--minimal-k", dest="min_k", type=int, default=16, help="layers with fewer pairs stay exact (16)"
     )
+    parser.add_argument("--batch", type=int, help="examples in a step")
     parser.add_argument("--scopes", nargs="+", default=["value"], choices=["value", "group"])
     parser.add_argument("--subnetwork", action="store_true", help="run as a subnetwork, and not in the graph")
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), help="its update is part of the step")
@@ -51,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.models:
         torch.manual_seed(0)
         model, inputs, _ = mlp() if name == "mlp" else MODELS[name]()
+        if options.batch is not None:
+            form = torch.channels_last if inputs.is_contiguous(memory_format=torch.channels_last) else None
+            shape, wanted = (options.batch, *inputs.shape[1:]), inputs.requires_grad
+            inputs = torch.randn(shape).contiguous(memory_format=form or torch.contiguous_format).requires_grad_(wanted)
         for scope, ratio in itertools.product(options.scopes, options.ratios):
             one: dict[str, object] = {"model": name, "scope": scope, "ratio": ratio, "compiled": options.compile}
             one["subnetwork"], one["optimizer"] = options.subnetwork, options.optimizer
@@ -59,9 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for label, cost in costs.items():
                     check = label == "measured"
                     made = fx_approx.analysis.estimate_step_time(
-                        *(model, policy(name, scope, ratio, options.min_k), inputs),
-                        **{"cost": cost, "check": check, "compiled": options.compile, "repeats": options.runs},
-                        **{"subnetwork": options.subnetwork, "optimizer": OPTIMIZERS.get(options.optimizer)},
+                        model,
+                        policy(name, scope, ratio, options.min_k),
+                        inputs,
+                        cost=cost,
+                        check=check,
+                        compiled=options.compile,
+                        repeats=options.runs,
+                        subnetwork=options.subnetwork,
+                        optimizer=OPTIMIZERS.get(options.optimizer),
                     )
                     one[f"{label}_ms"] = 1000 * made.exact.seconds, 1000 * made.now.seconds
                     one[label] = made.speedup

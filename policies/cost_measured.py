@@ -67,7 +67,7 @@ class MeasuredModel:
         device = self._rest.device_of(work)
         whole = self.exact_step(model)
         if whole is None:
-            unmeasured = dataclasses.replace(exact, products=())
+            unmeasured = dataclasses.replace(exact, products=(), update=None)
             rest = self._rest.step(dataclasses.replace(unmeasured, operations=work.operations), model).seconds or 0.0
         else:
             rest = max(0.0, whole - before)
