@@ -255,20 +255,20 @@ def _step_seconds(
     oneDNN keeps 1024 primitives; where eight variants of a DenseNet take turns, a first step is 1.4 times as long.
     """
 
-    def step(call: Any, model: nn.Module) -> None:
-        wanted = [p for p in model.parameters() if p.requires_grad]
-        torch.autograd.grad(mean_square(call(*args, **kwargs)), wanted, allow_unused=True)
-
-    def updated(call: Any, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad()
-        mean_square(call(*args, **kwargs)).backward()
+    def step(call: Any, wanted: list[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> None:
+        loss = mean_square(call(*args, **kwargs))
+        if optimizer is None:
+            torch.autograd.grad(loss, wanted, allow_unused=True)
+            return
+        loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     device = next((p.device for p in models[0].parameters()), torch.device("cpu"))
     steps: list[Callable[[], None]] = []
     for call, model in zip(calls, models, strict=True):
-        optimizer = None if make is None else at_rest(make, [p for p in model.parameters() if p.requires_grad])
-        steps.append(functools.partial(*((step, call, model) if optimizer is None else (updated, call, optimizer))))
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        steps.append(functools.partial(step, call, wanted, None if make is None else at_rest(make, wanted)))
     return in_turn(steps, device, repeats, warmup=1, before=1)
 
 

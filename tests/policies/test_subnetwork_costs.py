@@ -117,7 +117,9 @@ def test_a_roofline_of_the_network_written_narrow_by_hand(name: str, monkeypatch
     assert (now.flops, now.bytes, now.launches) == (expected.flops, expected.bytes, expected.launches)
     assert now.seconds == pytest.approx(expected.seconds, rel=1e-12)
     assert FlopModel().step(work, view) == FlopModel().step(wanted, other)
-    in_graph, exact = (ROOFLINE.step(one, view).seconds for one in (step(model, policy, x, optimizer=SGD)[1], work.exact))
+    in_graph, exact = (
+        ROOFLINE.step(one, view).seconds for one in (step(model, policy, x, optimizer=SGD)[1], work.exact)
+    )
     assert in_graph is not None and exact is not None and now.seconds is not None
     assert now.seconds < in_graph and now.seconds < exact
 
