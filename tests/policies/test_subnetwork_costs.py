@@ -277,7 +277,7 @@ class Untraced(nn.Module):
 
 
 def test_a_forward_that_is_not_traced_is_refused() -> None:
-    with warnings.catch_warnings(), pytest.raises(UnsupportedError, match="subnetwork: .* could not be traced"):
+    with warnings.catch_warnings(), pytest.raises(UnsupportedError, match=r"subnetwork: .* could not be traced"):
         warnings.simplefilter("ignore")
         fx_approx.explain(Untraced(), Auto(cost=ROOFLINE, subnetwork=True), DIGITS)
 
