@@ -19,21 +19,21 @@ _LARGEST = 2**24  # numbers: 64 MB in single precision, which is beyond caches
 def update_seconds(update: Update | None) -> float:
     """Seconds of the optimiser's step; 0 without one.
 
-    One large parameter, of about as many bytes as the exact model has, tells what a byte takes, and many small ones
-    what a tensor takes; both are timed once for an optimiser, device and dtype. Caches that the rest of the step leaves
-    cold are not modelled.
+    One large parameter tells what a byte takes, and many small ones what a tensor takes. The large one has as many
+    bytes as all of the step together, to a factor of 2, since what fits into caches is updated faster. Each is timed
+    once for an optimiser, device and dtype. Caches that the rest of the step leaves cold are not modelled.
     """
     if update is None:
         return 0.0
     itemsize = getattr(torch, update.dtype.removeprefix("torch.")).itemsize
-    numbers = min(_LARGEST, 2 ** round(math.log2(max(_FEW, update.bytes_exact // itemsize))))
+    numbers = min(_LARGEST, 2 ** round(math.log2(max(_FEW, update.bytes // itemsize))))
     each, byte = _constants(update.optimizer, update.dtype, update.device, numbers)
     return update.tensors * each + update.bytes * byte
 
 
 @functools.cache
 def _constants(make: MakeOptimizer, dtype: str, device: str, numbers: int) -> tuple[float, float]:
-    """Seconds for each tensor, and for each byte of it."""
+    """Seconds for each tensor, and for each byte of ``numbers`` numbers."""
     place, kind = torch.device(device), getattr(torch, dtype.removeprefix("torch."))
     steps = [_step(make, [count] * tensors, kind, place) for count, tensors in ((_FEW, _TENSORS), (numbers, 1))]
     few, large = (one.seconds for one in time_calls(steps, place))

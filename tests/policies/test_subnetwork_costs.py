@@ -182,11 +182,13 @@ def test_an_update_costs_a_time_for_each_tensor_and_for_each_byte(monkeypatch: p
         return [Timing(64e-6, 0.0), Timing(2e-6 + 4096 * 1e-9, 0.0)]
 
     monkeypatch.setattr(cost_update, "time_calls", fake)
-    update = Update(torch.optim.AdamW, 6, 4096, 1000, "torch.float32", "cpu")
+    update = Update(torch.optim.AdamW, 6, 9999, 4000, "torch.float32", "cpu")
     cost_update._constants.cache_clear()
-    assert update_seconds(update) == pytest.approx(6 * 2e-6 + 1000 * 1e-9)
-    assert update_seconds(dataclasses.replace(update, bytes=2000)) == pytest.approx(6 * 2e-6 + 2000 * 1e-9)
+    assert update_seconds(update) == pytest.approx(6 * 2e-6 + 4000 * 1e-9)
+    assert update_seconds(dataclasses.replace(update, bytes=5000)) == pytest.approx(6 * 2e-6 + 5000 * 1e-9)
     assert len(asked) == 2 and update_seconds(None) == 0
+    update_seconds(dataclasses.replace(update, bytes=9999))
+    assert len(asked) == 4, "what is much larger is timed by itself"
     cost_update._constants.cache_clear()
 
 
