@@ -106,11 +106,10 @@ class GraphView:
         products = {one.name: _product(one, decisions.get(one.name), counts) for one in self.candidates}
         update = self._update(trained_bytes(effects, counts, products) if self._subnetwork else {})
         moved = _moved(effects, counts, products, self._subnetwork) if memory else {}
-        operations = self._operations + (moved.pop("copies", 0) if self._subnetwork else 0)
-        moved.pop("copies", None)
+        operations, copies = self._operations, moved.pop("copies", 0)
         if self._subnetwork:  # exact layers at narrow sizes: nothing is chosen, and no weight is sliced
             narrow = tuple(ProductWork(one.candidate, one.kept, {}, hoisted=True) for one in products.values())
-            return StepWorkload(narrow, operations=operations, update=update, **moved)
+            return StepWorkload(narrow, operations=operations + copies, update=update, **moved)
         work = tuple(
             ProductWork(one.candidate, one.kept, one.roles, effects.hoisted and _hoisted(one, effects))
             for one in products.values()
