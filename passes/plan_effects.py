@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from torch import fx
+from torch import fx, nn
 
 from fx_approx.core.layer_types import CHANNEL_LAYERS
 from fx_approx.core.plan import Plan
 from fx_approx.core.plan_effects import FULL, Axis, ChannelSlice, Operation, PlanEffects
+from fx_approx.ops.narrow_calls import NARROW_CALLS
 from fx_approx.passes.aliasing import can_tap_relu, changes_in_place
 from fx_approx.passes.channel_flow import Flow
 from fx_approx.passes.channel_liveness import ChannelAnalysis, Demand
 from fx_approx.passes.channel_spaces import Layout
-from fx_approx.passes.find_candidates import CandidateSite
+from fx_approx.passes.find_candidates import CandidateSite, attribute
 from fx_approx.passes.reshape_rules import RESHAPES
 from fx_approx.passes.share_selections import Sharing, follows
 
@@ -41,7 +42,8 @@ def find_effects(
         return PlanEffects(tuple(sharing.classes), reads, notes=tuple(sharing.notes))
     reads.update({names[node.name]: _axis(flow.readers[node][1], own) for node, own in sharing.reads.items()})
     demand = facts.demand if hoisting and facts.narrows else None
-    operations = [_operation(node, by_node.get(node.name), flow, sharing, demand) for node in flow.graph.nodes]
+    trained = {id(p): name for name, p in flow.root.named_parameters() if p.requires_grad}
+    operations = [_operation(node, by_node.get(node.name), flow, sharing, demand, trained) for node in flow.graph.nodes]
     stops = () if demand is None else tuple(_stops(flow, sharing, demand, names, plan))
     hoisted, notes = demand is not None, tuple(sharing.notes)
     packs = all(parameter.device.type == "cpu" for parameter in flow.root.parameters())
@@ -60,7 +62,12 @@ def _axis(layout: Layout, classes: Sequence[int]) -> Axis:
 
 
 def _operation(
-    node: fx.Node, one: CandidateSite | None, flow: Flow, sharing: Sharing, demand: Demand | None
+    node: fx.Node,
+    one: CandidateSite | None,
+    flow: Flow,
+    sharing: Sharing,
+    demand: Demand | None,
+    trained: Mapping[int, str],
 ) -> Operation:
     module, step = flow.module(node), flow.steps[node]
     axis: Axis = ()
@@ -83,7 +90,23 @@ def _operation(
         moves=one is None and _moves(flow, node),
         own=own,
         rectified=can_tap_relu(flow, node),
+        trained={
+            trained[id(p)]: (tuple(p.shape), p.itemsize)
+            for p in _parameters(flow, node, one is not None)
+            if id(p) in trained
+        },
     )
+
+
+def _parameters(flow: Flow, node: fx.Node, multiplies: bool) -> Iterator[nn.Parameter]:
+    """What a layer has, or the function of a layer is given; in arithmetic a parameter is a value like any other."""
+    module = flow.module(node)
+    if module is not None:
+        yield from module.parameters()
+    for source in node.all_input_nodes if multiplies or node.target in NARROW_CALLS else ():
+        found = attribute(flow.root, source)
+        if isinstance(found, nn.Parameter):
+            yield found
 
 
 def _moves(flow: Flow, node: fx.Node) -> bool:

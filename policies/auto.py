@@ -78,6 +78,7 @@ class Auto(GraphPolicy):
 
     def decide_whole(self, model: Model) -> Sequence[Decision]:
         """The plan, with numbers in its reasons."""
+        model = self.seen(model)
         cost = RooflineModel(self.compiled) if self.cost is None else self.cost
         scopes = [drafts(variant, variant.ratio, model, cost) for variant in self._variants()]
         tried = worth_trying(scopes, self.tries)
@@ -92,7 +93,8 @@ class Auto(GraphPolicy):
 
     def _final(self, model: Model, best: Draft, measured: str, *, enough: bool) -> list[Decision]:
         """All decisions of the draft, or none if it does not save ``enough``."""
-        step = f"the step {best.speedup:.2f} times as fast, predicted"
+        realized = " as a subnetwork" if self.subnetwork else ""
+        step = f"the step{realized} {best.speedup:.2f} times as fast, predicted"
         saves = {name: f"saves {100 * gain:.1f} % of the step" for names, gain in best.gains.items() for name in names}
         sampled = {name: f"{own}; {step}{measured and ', ' + measured}" for name, own in saves.items()}
         left: Mapping[str, str] = {name: f"{own}, predicted" for name, own in saves.items()}

@@ -86,6 +86,7 @@ class _Budget(_Ladder, abc.ABC):
         Raises:
             ValueError: No plan meets it; the message says what is the least.
         """
+        model = self.seen(model)
         levels, limit = self._levels, float(self.budget)
         groups, refused = self.groups(model, levels[-1])
         whole = self._cost(model.work({}, self._moves), model)
@@ -181,7 +182,7 @@ class TimeBudget(_Budget):
     """At most ``budget`` of the exact step's time, as a cost model predicts it, at the least predicted error.
 
     Attributes:
-        budget: Share of the time of a training step without the optimiser, in (0, 1].
+        budget: Share of the time of a training step, the update by ``optimizer`` included, in (0, 1].
         cost: The model; with :class:`MeasuredModel` give few ``ratios``, since each layer is timed at each pair of its
             own ratio and of its readers'.
     """
@@ -223,6 +224,7 @@ class ErrorBudget(_Ladder):
     def decide_whole(self, model: Model) -> Sequence[Decision]:
         """The cheapest plan within the noise."""
         assert self.sensitivity is not None and self.sensitivity.sgd_noise is not None
+        model = self.seen(model)
         levels, allowed = self._levels, self.noise * self.sensitivity.sgd_noise
         groups, refused = self.groups(model, levels[-1])
 

@@ -18,6 +18,7 @@ from fx_approx.core.plan import Cost
 from fx_approx.core.step_cost import Model, ProductWork, StepWorkload
 from fx_approx.ops.base import OPS
 from fx_approx.policies.cost_roofline import RooflineModel, slicing_seconds
+from fx_approx.policies.cost_update import update_seconds
 from fx_approx.sampling.base import Selection
 from fx_approx.utils.disk_cache import DiskCache, cache_folder
 from fx_approx.utils.timing import device_key, time_calls
@@ -36,7 +37,7 @@ class MeasuredModel:
     number of threads, torch's version, sizes, dtype and memory format; models of other shapes are measured anew.
 
     Not modelled: what the compiler makes of a product together with its neighbours, caches that a whole step leaves
-    cold, gradients that are sampled apart (they are taken to shrink as their operations do), the optimiser.
+    cold, gradients that are sampled apart (they are taken to shrink as their operations do).
 
     Attributes:
         compiled: The step is to be compiled. The exact step is then compiled once to time it, which takes as long as
@@ -56,7 +57,7 @@ class MeasuredModel:
     @property
     def omits(self) -> str:
         """What it does not model."""
-        return "fusion across products, cold caches, gradients sampled apart, the optimiser"
+        return "fusion across products, cold caches, gradients sampled apart, an optimiser if none is given"
 
     def step(self, work: StepWorkload, model: Model) -> Cost:
         """Operations and seconds of a training step."""
@@ -66,7 +67,7 @@ class MeasuredModel:
         device = self._rest.device_of(work)
         whole = self.exact_step(model)
         if whole is None:
-            unmeasured = dataclasses.replace(exact, products=())
+            unmeasured = dataclasses.replace(exact, products=(), update=None)
             rest = self._rest.step(dataclasses.replace(unmeasured, operations=work.operations), model).seconds or 0.0
         else:
             rest = max(0.0, whole - before)
@@ -74,6 +75,7 @@ class MeasuredModel:
         chosen = sum(1 for product in work.products if product.roles)
         seconds = own + rest * share + chosen * _CHOICE[self.compiled]
         seconds += (4 * work.gathered + 2 * work.selection_flops) / device.bandwidth + slicing_seconds(work, device)
+        seconds += update_seconds(work.update)
         return Cost(flops=work.flops + work.selection_flops, seconds=seconds)
 
     def exact_step(self, model: Model) -> float | None:

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fx_approx.core.candidates import Candidate, GemmShape, Role
-from fx_approx.core.flops import Kept, executed_flops, sliced_bytes
+from fx_approx.core.flops import Kept, executed_flops
 from fx_approx.core.plan import Cost
 from fx_approx.core.step_cost import Model, ProductWork, StepWorkload
 from fx_approx.ops.gather import gather
+from fx_approx.policies.cost_update import update_seconds
 from fx_approx.utils.disk_cache import DiskCache, cache_folder
 from fx_approx.utils.timing import device_key, time_calls
 
@@ -138,8 +139,8 @@ class RooflineModel:
     is bytes at the bandwidth, and a launch for each operation. What demand spares of the neighbours is in the work that
     it is given, so that a decision changes their cost. Source: the roofline model, Williams et al. 2009.
 
-    Not modelled: how the rate depends on the sizes of a layer, caches, overlap of operations, the optimiser,
-    allocation, and what the compiler fuses beyond a constant.
+    Not modelled: how the rate depends on the sizes of a layer, caches, overlap of operations, allocation, and what the
+    compiler fuses beyond a constant.
 
     Attributes:
         compiled: The step is to be compiled: element-wise operations are fused, and cost fewer passes and launches.
@@ -152,7 +153,7 @@ class RooflineModel:
     @property
     def omits(self) -> str:
         """What it does not model."""
-        return "sizes of layers beyond operations and bytes, caches, overlap, the optimiser, allocation"
+        return "sizes of layers beyond operations and bytes, caches, overlap, allocation, an optimiser if none is given"
 
     def step(self, work: StepWorkload, model: Model) -> Cost:
         """Operations, bytes, launches and seconds of a training step."""
@@ -163,7 +164,7 @@ class RooflineModel:
             launches += 3 * (product.candidate.facts is not None)
         moved += _PASSES[self.compiled] * work.moved
         moved += 4 * work.gathered + 2 * work.selection_flops
-        seconds += slicing_seconds(work, device)
+        seconds += slicing_seconds(work, device) + update_seconds(work.update)
         others = max(0, work.operations - len(work.products))
         launches += (1 if self.compiled else 3) * others
         seconds += moved / device.bandwidth + launches * device.launch
@@ -190,13 +191,8 @@ class RooflineModel:
 
 
 def slicing_seconds(work: StepWorkload, device: Device) -> float:
-    """Slices of weights; those of hoisted linear layers are taken again in the backward pass."""
-    again = 0
-    for product in work.products:
-        facts = product.candidate.facts
-        if product.hoisted and product.candidate.kind == "linear" and facts is not None:
-            again += 2 * sliced_bytes(facts, product.kept)
-    return (work.slicing + again) / device.slicing
+    """Slices of weights."""
+    return (work.slicing + work.resliced) / device.slicing
 
 
 _devices: dict[tuple[str, str], Device] = {}

@@ -7,11 +7,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.flops import role_pairs
 from fx_approx.core.plan import Decision, check_roles, check_scope
-from fx_approx.core.step_cost import Model, StepWorkload, WholeCostModel
+from fx_approx.core.step_cost import MakeOptimizer, Model, StepWorkload, WholeCostModel
 from fx_approx.policies.base import decision, exact
 from fx_approx.policies.error_model import predicted_error
 from fx_approx.policies.sensitivity import Sensitivity
@@ -39,8 +40,12 @@ class GraphPolicy:
         scope: ``layer``, ``value`` or ``group``: which readers share a selection.
         min_k: Keep at least so many pairs; layers with no more stay exact.
         round_to: Round the number of pairs to a multiple of this, for the device's matrix units.
-        keep_first: The first convolution stays exact.
+        keep_first: The first convolution stays exact; in a subnetwork, which would never see the rest of the data, any
+            layer that no other one stands before.
         keep_last: Layers with no layer after them stay exact, such as the classifier.
+        subnetwork: The plan is to be run as a subnetwork (docs/subnetworks.md), and costs what that does. False: in the
+            graph, which selects in each step.
+        optimizer: Makes the optimiser whose update is part of the step, such as ``torch.optim.AdamW``; None: no update.
 
     Raises:
         TypeError: At construction, a field of the wrong type.
@@ -55,6 +60,8 @@ class GraphPolicy:
     keep_first: bool = True
     keep_last: bool | None = True
     mode: str = "forward"
+    subnetwork: bool = False
+    optimizer: MakeOptimizer | None = None
 
     def __post_init__(self) -> None:
         self.spec(0.5)
@@ -67,9 +74,13 @@ class GraphPolicy:
             raise ValueError(
                 f"scores: expected weight, ema or uniform, which are known before a layer runs, got {self.scores!r}"
             )
-        for name in ("keep_first", "keep_last"):
+        for name in ("keep_first", "keep_last", "subnetwork"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if self.subnetwork and self.mode != "forward":
+            raise ValueError(f"mode: expected forward, since a subnetwork has all of its gradients, got {self.mode!r}")
+        if self.optimizer is not None and (isinstance(self.optimizer, Optimizer) or not callable(self.optimizer)):
+            raise TypeError(f"optimizer: expected what makes one, such as torch.optim.AdamW, got {self.optimizer!r}")
 
     @property
     def needs_shapes(self) -> bool:
@@ -87,6 +98,10 @@ class GraphPolicy:
             "backend, by itself or in an Override"
         )
 
+    def seen(self, model: Model) -> Model:
+        """``model`` with the step that this policy decides about."""
+        return model.realized(self.subnetwork, self.optimizer)
+
     def refusal(self, candidate: Candidate, lowest: float) -> str | None:
         """Why ``candidate`` stays exact whatever it costs; None if it may be sampled."""
         if candidate.blocked is not None:
@@ -99,6 +114,8 @@ class GraphPolicy:
             return "no layer after it"
         if self.keep_first and candidate.first and candidate.kind.startswith("conv"):
             return "first convolution"
+        if self.keep_first and candidate.first and self.subnetwork:
+            return "first layer of a subnetwork"
         if self.mode == "backward":
             return None if self._gradients(candidate, lowest) else "its gradients have too few pairs"
         if candidate.pairs is None or self.spec(lowest).count(candidate.pairs) >= candidate.pairs:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fx_approx.core.candidates import Candidate
 from fx_approx.core.plan import Decision
-from fx_approx.core.step_cost import Model, StepTime, StepWorkload
+from fx_approx.core.step_cost import MakeOptimizer, Model, StepTime, StepWorkload
 
 
 class PartialView:
@@ -39,6 +39,10 @@ class PartialView:
     def runs(self) -> bool:
         """Whether there are example inputs to run."""
         return self._model.runs
+
+    def realized(self, subnetwork: bool = False, optimizer: MakeOptimizer | None = None) -> PartialView:
+        """The whole graph with another step, what was decided before included."""
+        return PartialView(self._model.realized(subnetwork, optimizer), self._candidates, self._decided)
 
     def work(self, decisions: Mapping[str, Decision], memory: bool = True) -> StepWorkload:
         """Of the whole graph, with what was decided before."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from fx_approx.compiler.transform import view_of
 from fx_approx.core.plan import Cost, Policy
-from fx_approx.core.step_cost import StepTime, WholeCostModel
+from fx_approx.core.step_cost import MakeOptimizer, StepTime, WholeCostModel
 from fx_approx.policies.cost_roofline import RooflineModel
 
 
@@ -57,6 +57,8 @@ def estimate_step_time(
     compiled: bool = False,
     repeats: int = 9,
     prune_unread: bool = True,
+    subnetwork: bool = False,
+    optimizer: MakeOptimizer | None = None,
 ) -> StepTimeEstimate:
     """What a policy or plan will do to the time of a training step, without transforming the model.
 
@@ -69,15 +71,19 @@ def estimate_step_time(
         compiled: The step will be compiled. With ``check`` both are, which takes the time of two compilations.
         repeats: Steps that are timed, of each.
         prune_unread: As in ``transform``.
+        subnetwork: The plan is run as a subnetwork, which :func:`fx_approx.subnetworks.extract` makes.
+        optimizer: Makes the optimiser whose update is part of the step, such as ``torch.optim.AdamW``; None: no update.
 
     Raises:
         ValueError: ``repeats`` is below 1; and as ``transform``.
+        UnsupportedError: The plan has no subnetwork.
     """
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"repeats: expected an integer of at least 1, got {repeats!r}")
     if example_inputs is None:
         raise ValueError("example_inputs: expected a training batch, since times depend on shapes, got None")
-    view, plan = view_of(model, policy, example_inputs, prune_unread)
+    seen, plan = view_of(model, policy, example_inputs, prune_unread)
+    view = seen.realized(subnetwork, optimizer)
     decisions = {decision.name: decision for decision in plan.sampled}
     chosen = RooflineModel(compiled) if cost is None else cost
     exact, now = chosen.step(view.work({}), view), chosen.step(view.work(decisions), view)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -17,17 +18,26 @@ from fx_approx.capture.containers import mean_square
 from fx_approx.capture.trace import kept_random_state
 from fx_approx.compiler.compilation import Compilation
 from fx_approx.core.candidates import Candidate, Role
-from fx_approx.core.flops import slicing_bytes
+from fx_approx.core.flops import sliced_bytes, slicing_bytes
 from fx_approx.core.plan import Decision, make_plan
 from fx_approx.core.plan_effects import PlanEffects, tied
-from fx_approx.core.step_cost import ProductWork, StepTime, StepWorkload
+from fx_approx.core.step_cost import MakeOptimizer, ProductWork, StepTime, StepWorkload, Update, at_rest
+from fx_approx.errors import UnsupportedError
 from fx_approx.ops.base import OPS
 from fx_approx.sampling.scores import get_score
 from fx_approx.sampling.spec import SamplerConfig
-from fx_approx.savings.memory_model import Counts, Product, memory
+from fx_approx.savings.memory_model import Counts, Product, memory, trained_bytes
 from fx_approx.utils.timing import in_turn
 
 _NO_OPERATION = ("placeholder", "output", "get_attr")
+_Extract = Callable[[nn.Module, Any], nn.Module]
+_extractors: list[_Extract] = []
+
+
+def extractor(function: _Extract) -> _Extract:
+    """Registers what makes a subnetwork of a transformed model and example inputs; it stands in a room above."""
+    _extractors[:] = [function]
+    return function
 
 
 class GraphView:
@@ -54,6 +64,8 @@ class GraphView:
         """
         self._compilation, self._prune_unread = compilation, prune_unread
         self._build, self._inputs = build, inputs
+        self._subnetwork = False
+        self._optimizer: MakeOptimizer | None = None
         self._effects: dict[Any, PlanEffects] = {}
         self._found = {one.candidate.name: one for one in compilation.sites}
 
@@ -75,19 +87,52 @@ class GraphView:
         """Whether there are example inputs to run."""
         return self._build is not None and self._inputs is not None
 
+    def realized(self, subnetwork: bool = False, optimizer: MakeOptimizer | None = None) -> GraphView:
+        """The same graph with another step; see :meth:`fx_approx.core.step_cost.Model.realized`."""
+        captured = self._compilation.captured
+        if subnetwork and (captured.graph is None or captured.sections):
+            raise UnsupportedError("subnetwork: the model's forward could not be traced as one graph; expected False")
+        other = copy.copy(self)
+        other._subnetwork, other._optimizer = subnetwork, optimizer
+        return other
+
     def work(self, decisions: Mapping[str, Decision], memory: bool = True) -> StepWorkload:
         """The step under ``decisions``; see :meth:`fx_approx.core.step_cost.Model.work`."""
+        if self._subnetwork:
+            _check_kept(decisions)
         effects = self._effects_of(decisions)
         specs = {name: spec for name, one in decisions.items() if (spec := one.spec) is not None}
         counts = Counts(effects, self.candidates, specs, {})
         products = {one.name: _product(one, decisions.get(one.name), counts) for one in self.candidates}
+        update = self._update(trained_bytes(effects, counts, products) if self._subnetwork else {})
+        moved = _moved(effects, counts, products, self._subnetwork) if memory else {}
+        operations, copies = self._operations, moved.pop("copies", 0)
+        if self._subnetwork:  # exact layers at narrow sizes: nothing is chosen, and no weight is sliced
+            narrow = tuple(ProductWork(one.candidate, one.kept, {}, hoisted=True) for one in products.values())
+            return StepWorkload(narrow, operations=operations + copies, update=update, **moved)
         work = tuple(
             ProductWork(one.candidate, one.kept, one.roles, effects.hoisted and _hoisted(one, effects))
             for one in products.values()
         )
-        slicing = sum(slicing_bytes(p.candidate.facts, p.kept) for p in work if p.candidate.facts is not None)
-        return StepWorkload(
-            work, slicing=slicing, operations=self._operations, **_moved(effects, counts, products, memory)
+        known = [(one, facts) for one in work if (facts := one.candidate.facts) is not None]
+        slicing = sum(slicing_bytes(facts, one.kept) for one, facts in known)
+        again = sum(
+            2 * sliced_bytes(facts, one.kept) for one, facts in known if one.hoisted and one.candidate.kind == "linear"
+        )
+        return StepWorkload(work, slicing=slicing, resliced=again, operations=operations, update=update, **moved)
+
+    def _update(self, narrow: Mapping[str, int]) -> Update | None:
+        """What the optimiser does where parameters have the bytes ``narrow``, the others all of theirs."""
+        if self._optimizer is None:
+            return None
+        trained = {name: p for name, p in self._compilation.root.named_parameters() if p.requires_grad}
+        if not trained:
+            return None
+        whole = {name: p.numel() * p.itemsize for name, p in trained.items()}
+        largest = max(trained.values(), key=lambda p: p.numel())
+        return Update(
+            *(self._optimizer, len(trained), sum(whole.values()), sum({**whole, **narrow}.values())),
+            *(str(largest.dtype), str(largest.device)),
         )
 
     def tied(self, decisions: Mapping[str, Decision]) -> list[tuple[str, ...]]:
@@ -116,11 +161,20 @@ class GraphView:
         args, kwargs = self._inputs
         with kept_random_state(), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            models = [self._build(plan).train() for plan in ({}, *plans)]
+            models = [self._made(self._build, plan).train() for plan in ({}, *plans)]
             calls = [torch.compile(model, dynamic=False) if compiled else model for model in models]
-            times = _step_seconds(calls, models, args, kwargs, repeats)
+            times = _step_seconds(calls, models, args, kwargs, repeats, self._optimizer)
         exact = times[0]
         return [StepTime(statistics.median(own), _quartiles(exact, own)) for own in times]
+
+    def _made(self, build: Callable[[Mapping[str, Decision]], nn.Module], plan: Mapping[str, Decision]) -> nn.Module:
+        """The model that is timed under ``plan``."""
+        made = build(plan)
+        if not self._subnetwork or not any(one.roles for one in plan.values()):
+            return made
+        assert self._inputs is not None
+        args, kwargs = self._inputs
+        return _extractors[0](made, kwargs or args)
 
     @property
     def _operations(self) -> int:
@@ -169,13 +223,30 @@ def _hoisted(product: Product, effects: PlanEffects) -> bool:
     return forward and not product.kept.straight_through
 
 
-def _moved(effects: PlanEffects, counts: Counts, products: Mapping[str, Product], wanted: bool) -> dict[str, int]:
-    found = memory(effects, counts, products) if wanted else None
+def _moved(effects: PlanEffects, counts: Counts, products: Mapping[str, Product], subnetwork: bool) -> dict[str, int]:
+    found = memory(effects, counts, products, subnetwork)
     return {} if found is None else dataclasses.asdict(found)
 
 
+def _check_kept(decisions: Mapping[str, Decision]) -> None:
+    """UnsupportedError for a decision that no fixed network follows from."""
+    for name, one in decisions.items():
+        if one.roles and (set(one.roles) != {Role.OUTPUT} or one.straight_through):
+            raise UnsupportedError(f"subnetwork: the gradients of {name} are sampled apart; expected its output only")
+        if one.spec is not None and not get_score(one.spec.scores).ahead:
+            raise UnsupportedError(
+                f"subnetwork: the selection of {name} follows the activations of the step; expected scores weight, "
+                f"ema or uniform, got {one.spec.scores!r}"
+            )
+
+
 def _step_seconds(
-    calls: Sequence[Any], models: Sequence[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any], repeats: int
+    calls: Sequence[Any],
+    models: Sequence[nn.Module],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    repeats: int,
+    make: MakeOptimizer | None,
 ) -> list[list[float]]:
     """Seconds of a training step of each, in turn, after one round that does not count.
 
@@ -183,12 +254,20 @@ def _step_seconds(
     oneDNN keeps 1024 primitives; where eight variants of a DenseNet take turns, a first step is 1.4 times as long.
     """
 
-    def step(call: Any, model: nn.Module) -> None:
-        wanted = [p for p in model.parameters() if p.requires_grad]
-        torch.autograd.grad(mean_square(call(*args, **kwargs)), wanted, allow_unused=True)
+    def step(call: Any, wanted: list[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> None:
+        loss = mean_square(call(*args, **kwargs))
+        if optimizer is None:
+            torch.autograd.grad(loss, wanted, allow_unused=True)
+            return
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
     device = next((p.device for p in models[0].parameters()), torch.device("cpu"))
-    steps = [functools.partial(step, call, model) for call, model in zip(calls, models, strict=True)]
+    steps: list[Callable[[], None]] = []
+    for call, model in zip(calls, models, strict=True):
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        steps.append(functools.partial(step, call, wanted, None if make is None else at_rest(make, wanted)))
     return in_turn(steps, device, repeats, warmup=1, before=1)
 
 

@@ -112,6 +112,7 @@ class Operation:
         moves: It writes new values and multiplies nothing: element-wise, normalisation, pooling, a copy.
         own: Bytes of parameters and statistics that it has for each channel.
         rectified: It is a ReLU that keeps only the signs, if parts of its value are taken.
+        trained: Shape, and bytes of an entry, of each trained parameter that it reads, by path.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Operation:
     moves: bool
     own: int
     rectified: bool
+    trained: Mapping[str, tuple[Shape, int]]
 
 
 @dataclasses.dataclass(frozen=True)

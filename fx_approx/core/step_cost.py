@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeGuard, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.flops import Kept, executed_flops, selection_flops
@@ -22,8 +24,8 @@ class ProductWork:
         candidate: The product.
         kept: How much of it is computed: its own sample, and the outputs that anyone reads.
         roles: The samplers at work.
-        hoisted: Its selection is known before its input is made, which holds the selected channels only; the weight is
-            sliced at the head of the graph.
+        hoisted: Its selection is known before its input is made, which holds the selected channels only, and its weight
+            is a slice made at the head of the graph, or is itself narrow in a subnetwork.
     """
 
     candidate: Candidate
@@ -43,6 +45,40 @@ class ProductWork:
         return sum(selection_flops(self.candidate, role, spec) for role, spec in self.roles.items())
 
 
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+"""Makes an optimiser of parameters, as its class does: ``torch.optim.AdamW``."""
+
+
+def at_rest(make: MakeOptimizer, parameters: list[nn.Parameter]) -> Optimizer:
+    """An optimiser with the rate 0, which works as any other and changes nothing."""
+    optimizer = make(parameters)
+    for group in optimizer.param_groups:
+        if "lr" in group:
+            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+    return optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What an optimiser does in a step: it goes over all trained parameters.
+
+    Attributes:
+        optimizer: Makes it.
+        tensors: Trained parameters.
+        bytes_exact: Bytes of those of the exact model.
+        bytes: The same under the plan, which makes them smaller in a subnetwork.
+        dtype: Data type of most of them, such as ``"torch.float32"``.
+        device: Of most of them.
+    """
+
+    optimizer: MakeOptimizer
+    tensors: int
+    bytes_exact: int
+    bytes: int
+    dtype: str
+    device: str
+
+
 @dataclasses.dataclass(frozen=True)
 class StepWorkload:
     """A training step of a whole model; all numbers are of one step.
@@ -54,9 +90,11 @@ class StepWorkload:
         moved: The same under the plan.
         gathered: Bytes of activations copied in a forward to take out selected channels.
         slicing: Bytes moved to slice weights.
+        resliced: Bytes moved to slice weights of hoisted linear layers again in the backward pass.
         memory_exact: Bytes that the exact step keeps for backward, parameters and buffers left out.
         memory: The same under the plan.
         operations: Nodes of the graph that compute something.
+        update: The optimiser's part of the step; None without one.
     """
 
     products: tuple[ProductWork, ...]
@@ -64,9 +102,11 @@ class StepWorkload:
     moved: int = 0
     gathered: int = 0
     slicing: int = 0
+    resliced: int = 0
     memory_exact: int = 0
     memory: int = 0
     operations: int = 0
+    update: Update | None = None
 
     @property
     def flops_exact(self) -> int:
@@ -88,7 +128,10 @@ class StepWorkload:
         """The workload of the exact step of the same model."""
         products = tuple(ProductWork(product.candidate, Kept(), {}) for product in self.products)
         moved, memory = self.moved_exact, self.memory_exact
-        return StepWorkload(products, moved, moved, 0, 0, memory, memory, self.operations)
+        update = None if self.update is None else dataclasses.replace(self.update, bytes=self.update.bytes_exact)
+        return StepWorkload(
+            *(products, moved, moved), memory_exact=memory, memory=memory, operations=self.operations, update=update
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +170,28 @@ class Model(Protocol):
         """Whether there are example inputs to run, see :meth:`time`."""
         ...
 
+    def realized(self, subnetwork: bool = False, optimizer: MakeOptimizer | None = None) -> Model:
+        """The same graph, with another step: how plans are run, and what else is in it.
+
+        Args:
+            subnetwork: A plan's selections are kept, as a subnetwork (docs/subnetworks.md): its layers cost what plain
+                narrow ones do, with one ``index_select`` where a part of a wide value is read. Otherwise they are
+                selected in the graph, in each step.
+            optimizer: Its update is part of the step.
+
+        Raises:
+            UnsupportedError: The graph has no subnetworks.
+        """
+        ...
+
     def work(self, decisions: Mapping[str, Decision], memory: bool = True) -> StepWorkload:
         """The step under ``decisions``, by name; a candidate without one is exact.
 
         Sharing and demand are found anew for other layers, scopes or scores, and once for all ratios: that is cheap.
-        ``memory`` can be left out, with the bytes moved: then only ``products`` and ``slicing`` are known.
+        ``memory`` can be left out, with the bytes moved: then only ``products`` and slices of weights are known.
+
+        Raises:
+            UnsupportedError: The step is one of a subnetwork, and a selection follows activations or gradients.
         """
         ...
 
@@ -149,7 +209,11 @@ class Model(Protocol):
         """Times training steps under ``plans`` in turn with the exact one, which comes first in the result.
 
         The example inputs are the batch, the mean of the squares of the outputs is the loss; nothing of the model
-        changes. ValueError where there are no example inputs to run.
+        changes (an optimiser has the rate 0).
+
+        Raises:
+            ValueError: There are no example inputs to run.
+            UnsupportedError: A plan was to be run as a subnetwork, and has none.
         """
         ...
 

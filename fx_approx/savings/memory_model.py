@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -123,9 +124,29 @@ class Memory:
     moved_exact: int
     moved: int
     gathered: int
+    copies: int = 0
+    """Of selected channels, whose bytes ``gathered`` has."""
 
 
-def memory(effects: PlanEffects, counts: Counts, products: Mapping[str, Product]) -> Memory | None:
+def trained_bytes(effects: PlanEffects, counts: Counts, products: Mapping[str, Product]) -> dict[str, int]:
+    """By path, the bytes of each trained parameter that the graph reads, as a subnetwork has it."""
+    found: dict[str, int] = {}
+    for one in effects.operations:
+        product = products.get(one.candidate or "")
+        now, whole = entries(one.axis, counts.kept), entries(one.axis)
+        for name, (shape, itemsize) in one.trained.items():
+            size = math.prod(shape) * itemsize
+            if product is not None and name == one.weight and product.candidate.facts is not None:
+                size = sliced_bytes(product.candidate.facts, product.kept) or size
+            elif shape and shape[0] == whole:
+                size = size * now // whole
+            found.setdefault(name, size)
+    return found
+
+
+def memory(
+    effects: PlanEffects, counts: Counts, products: Mapping[str, Product], subnetwork: bool = False
+) -> Memory | None:
     """Bytes that a training step keeps for backward, exact and now, and what it moves; None if shapes are not known.
 
     Where the run on fake tensors stopped, of the operations before that.
@@ -135,10 +156,16 @@ def memory(effects: PlanEffects, counts: Counts, products: Mapping[str, Product]
     and the indices of a selection are new ones. Not known: autocast; what a part that is not traced would keep if the
     layers in it are sampled (counted as exact); copies that only the smaller step makes, or no longer makes; memory
     that no operation asked autograd to keep, such as gradients, workspaces and what Python holds on to.
+
+    Args:
+        effects: What is shared and demanded.
+        counts: Units kept.
+        products: All of them, by name.
+        subnetwork: Slices of weights and indices are parameters and buffers, and a ReLU is torch's.
     """
     if effects.values is None or not effects.operations:
         return None
-    walk = _Walk(effects, counts.kept, products)
+    walk = _Walk(effects, counts.kept, products, subnetwork)
     for operation in effects.operations:
         walk.step(operation)
     values = effects.values
@@ -149,6 +176,7 @@ def memory(effects: PlanEffects, counts: Counts, products: Mapping[str, Product]
         sum(nbytes(values, one.name) for one in effects.operations if one.moves),
         walk.moved,
         sum(walk.gathered.values()),
+        len(walk.gathered),
     )
 
 
@@ -165,8 +193,11 @@ class _Walk:
         moved: Bytes put out by operations that multiply nothing.
     """
 
-    def __init__(self, effects: PlanEffects, kept: Sequence[int], products: Mapping[str, Product]) -> None:
+    def __init__(
+        self, effects: PlanEffects, kept: Sequence[int], products: Mapping[str, Product], subnetwork: bool
+    ) -> None:
         assert effects.values is not None
+        self.subnetwork = subnetwork
         self.effects, self.values, self.kept, self.products = effects, effects.values, kept, products
         self.held: dict[Any, int] = {}
         self.gathered: dict[Any, int] = {}
@@ -193,7 +224,7 @@ class _Walk:
         if one.moves:
             self.moved += nbytes(self.values, one.name) * now // whole
         saved = self.values.saved.get(one.name, ())
-        if one.own and saved and now < whole:
+        if one.own and saved and now < whole and not self.subnetwork:
             self._hold((("own", one.name), one.own * now))
         product = self.products.get(one.candidate or "")
         sliced = one.action in ("produce", "depthwise") and now < whole
@@ -202,7 +233,7 @@ class _Walk:
             return
         for place in saved:
             size = self.values.bytes[place] * now // whole
-            if one.rectified and one.name in self._tapped:
+            if one.rectified and one.name in self._tapped and not self.subnetwork:
                 numbers = size // self.values.sizes[one.name]
                 self._hold((("sign", one.name), -(-numbers // 8) if self.effects.packs else numbers))
             else:
@@ -223,7 +254,8 @@ class _Walk:
         self.held[piece[0]] = piece[1]
 
     def _index(self, axis: Axis, scale: int) -> None:
-        self._hold((("index", axis), entries(axis, self.kept) * (_INDEX_BYTES + scale)))
+        if not self.subnetwork:
+            self._hold((("index", axis), entries(axis, self.kept) * (_INDEX_BYTES + scale)))
 
     def _product(self, one: Operation, product: Product, saved: Sequence[int], seen: Mapping[int, Piece]) -> None:
         """What a sampled or narrowed product keeps: its input, or the chosen part of it, and a slice of its weight.
@@ -258,13 +290,13 @@ class _Walk:
             self._whole_input(one, saved, seen, chosen, pairs)
         if facts.rhs_kept and not facts.rhs_is_parameter:
             self._hold((("right", candidate.name), facts.rhs_bytes * chosen * some // (pairs * of)))
-        elif facts.rhs_kept and not again and (size := sliced_bytes(facts, kept)):
+        elif facts.rhs_kept and not again and not self.subnetwork and (size := sliced_bytes(facts, kept)):
             self._hold((("slice", one.weight, reads if forward else None, one.axis), size))
         if forward and spec is not None:
             scale = _SCALE_BYTES * (get_sampler(spec.name).unbiased and facts.flops.grad_weight > 0)
             if reads is not None:
                 self._index(reads, scale)
-            else:
+            elif not self.subnetwork:
                 size = candidate.groups * chosen * (_INDEX_BYTES + scale)
                 self._hold((("index", candidate.name), size))
 

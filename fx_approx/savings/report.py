@@ -19,7 +19,7 @@ from fx_approx.core.plan_effects import PlanEffects
 from fx_approx.sampling.base import get_sampler
 from fx_approx.sampling.scores import RECENT
 from fx_approx.sampling.spec import SamplerConfig
-from fx_approx.savings.memory_model import Counts, Product, memory
+from fx_approx.savings.memory_model import Counts, Memory, Product, memory
 from fx_approx.savings.rows import (
     Row,
     Sample,
@@ -263,13 +263,19 @@ def build_report(
         kept=sum(row.kept or 0 for row in known),
         demanded=sum(row.demanded for row in known),
         slicing=sum(row.slicing for row in known),
-        **({} if found is None else dataclasses.asdict(found)),
+        **_known_bytes(found),
     )
     notes = [f"Not traced, served by {part.served}: {part}." for part in opaque]
     if len(known) < len(rows):
         why = "fake tensors do not get there" if tried else "give example_inputs, or run one eager forward"
         notes.append(f"{len(rows) - len(known)} of {len(rows)} rows without shapes, not in the totals: {why}.")
     return SavingsReport(model, tuple(rows), totals, tuple(notes), (*effects.stops, *effects.notes))
+
+
+def _known_bytes(found: Memory | None) -> dict[str, int]:
+    bytes_of = {} if found is None else dataclasses.asdict(found)
+    bytes_of.pop("copies", None)
+    return bytes_of
 
 
 def merged_reports(reports: Sequence[SavingsReport]) -> SavingsReport:

@@ -14,6 +14,7 @@ from fx_approx.capture.containers import leaves
 from fx_approx.capture.error_text import describe
 from fx_approx.capture.module_snapshot import kept_training_flags
 from fx_approx.capture.trace import kept_random_state, skeleton
+from fx_approx.compiler.graph_view import extractor
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.exact import exact_copy
@@ -74,6 +75,12 @@ def extract(
     maker = Specializer(root, approx, chosen)
     made = maker.run(graph)
     return _finished(approx, maker, made, chosen, example_inputs)
+
+
+@extractor
+def _extracted(approx: nn.Module, example: Any) -> nn.Module:
+    """What a policy for subnetworks has timed."""
+    return extract(approx, example_inputs=example)
 
 
 def reselect(
