@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from fx_approx.runtime.exact import exact_copy
 from fx_approx.runtime.upcoming import next_selections
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
+from fx_approx.subnetworks.description import origin_of
 from fx_approx.subnetworks.record import (
     RECORD,
     Subnetwork,
@@ -146,7 +148,8 @@ def _finished(
     if reason and approx._fx_approx.program.capture.branching:
         module.register_forward_pre_hook(_refuse_evaluation)
     sub: nn.Module = module if reason else root
-    vars(sub)[RECORD] = Subnetwork(maker.cuts, chosen, identity_of(approx), not reason, reason, versions_of(approx))
+    record = Subnetwork(maker.cuts, chosen, identity_of(approx), not reason, reason, versions_of(approx))
+    vars(sub)[RECORD] = dataclasses.replace(record, origin=origin_of(approx, root))
     return sub
 
 

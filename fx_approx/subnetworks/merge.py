@@ -33,7 +33,7 @@ def merge(sub: nn.Module, model: nn.Module, *, preserve: bool = False) -> None:
         for name, tensor in full.items():
             cut = record.cut_of(name)
             if preserve and cut.inputs is not None and tensor.dim() > 1:
-                _zero_unread(tensor, record, name)
+                zero_unread(tensor, record, name)
             cut.put(tensor, own[name])
     if preserve:  # the statistics of what is read were gathered by the network that the exact model is now
         approx._fx_approx.batchnorm.note_fresh(approx, approx._fx_approx.samples)
@@ -41,7 +41,7 @@ def merge(sub: nn.Module, model: nn.Module, *, preserve: bool = False) -> None:
     record.versions = versions_of(approx)
 
 
-def _zero_unread(weight: Tensor, record: Subnetwork, name: str) -> None:
+def zero_unread(weight: Tensor, record: Subnetwork, name: str) -> None:
     """Sets the columns of ``weight`` to zero that the subnetwork does not read, in the rows that it has."""
     cut = record.cut_of(name)
     assert cut.inputs is not None
