@@ -149,7 +149,7 @@ def _finished(
         module.register_forward_pre_hook(_refuse_evaluation)
     sub: nn.Module = module if reason else root
     record = Subnetwork(maker.cuts, chosen, identity_of(approx), not reason, reason, versions_of(approx))
-    vars(sub)[RECORD] = dataclasses.replace(record, origin=origin_of(approx, root))
+    vars(sub)[RECORD] = dataclasses.replace(record, origin=origin_of(approx, sub))
     return sub
 
 

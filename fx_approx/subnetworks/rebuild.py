@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,26 +29,26 @@ def rebuild(model: nn.Module, described: Mapping[str, Any], *, example_inputs: A
     Load its trained tensors with ``load_state_dict``, or have :func:`fx_approx.subnetworks.load` do both.
 
     Args:
-        model: The plain full model, with any weights, or a transformed one; it is not changed. An instance of its own
-            class may be on the meta device, and so is the result then: ``load_state_dict(state, assign=True)``.
+        model: The plain full model, with any weights, or a transformed one; it is not changed. It may be on the meta
+            device where the description says ``rebuilt_by`` narrowing. The result is there, too, then, to be filled by
+            ``load_state_dict(state, assign=True)``.
         described: What :func:`fx_approx.subnetworks.description` gave.
-        example_inputs: A batch as the model is called with it, where the subnetwork is a graph: the model is traced
-            anew.
+        example_inputs: A batch as the model is called with it, where the description says ``rebuilt_by`` tracing.
 
     Raises:
-        ValueError: No description, or one of another format or another model; a graph without example inputs, or of a
-            model on the meta device. Names what is wrong; nothing is changed.
+        ValueError: No description, or one of another format or another model; a model to be traced without example
+            inputs, or on the meta device. Names what is wrong; nothing is changed.
         PlanMismatchError: The layers of the model are not those of the plan.
     """
     full = plain(model)
     record = record_from(described, full)
-    if record.own_forward:
+    if not told(record).beyond:
         return narrowed(full, record, lambda name, tensor: record.cut_of(name).of(tensor))
     check_example(record, example_inputs)
     if any(tensor.is_meta for tensor in tensors_of(full).values()):
         raise ValueError(
-            "model: expected one with weights, any, got one on the meta device: the subnetwork is a graph, for which "
-            "the model is traced; fx_approx.subnetworks.load takes it, with the weights of the file"
+            "model: expected one with weights, any, got one on the meta device: the subnetwork is made by tracing "
+            "the model; fx_approx.subnetworks.load takes it, with the weights of the file"
         )
     return traced(full, record, example_inputs)
 
@@ -90,31 +91,43 @@ def narrowed(full: nn.Module, record: Subnetwork, make: Callable[[str, Tensor], 
         make: From the name of a parameter or buffer, and the full one, the compact one.
     """
     root = _remade(full, make)
-    there = dict(root.named_modules())
-    for path, values in _origin(record).attributes.items():
+    there = dict(root.named_modules(remove_duplicate=False))
+    for path, values in told(record).attributes.items():
         for name, value in values.items():
-            if path not in there or not hasattr(there[path], name):
-                raise ValueError(f"model: expected {path} with {name}, as in the model that was cut; there is none")
-            setattr(there[path], name, value)
+            try:
+                holder = functools.reduce(getattr, name.split(".")[:-1], there[path])
+                before = getattr(holder, name.rpartition(".")[2])
+            except (KeyError, AttributeError):
+                raise ValueError(
+                    f"model: expected {path or 'the model'} with an attribute {name}, as in the {told(record).model} "
+                    "that was cut; there is none"
+                ) from None
+            setattr(holder, name.rpartition(".")[2], tuple(value) if isinstance(before, tuple) else value)
     vars(root)[RECORD] = record
     return root
 
 
 def traced(full: nn.Module, record: Subnetwork, example_inputs: Any) -> nn.Module:
-    """A subnetwork that is a graph: the full model transformed by the same plan and cut at the same selections."""
-    origin = _origin(record)
+    """A subnetwork for which the model is transformed by the same plan and cut at the same selections.
+
+    Raises:
+        ValueError: The result is another one.
+    """
+    origin = told(record)
+    assert origin.plan is not None  # else there would be no description
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said at the first transform
-        plan = Plan.from_dict(origin.plan)
-        approx = transform(full, plan, example_inputs, prune_unread=origin.prunes)
-    sub = extract(approx, record.selections)
+        approx = transform(full, Plan.from_dict(origin.plan), example_inputs, prune_unread=origin.prunes)
+    sub = extract(approx, record.selections, example_inputs=example_inputs)
+    if record_of(sub).own_forward and not record.own_forward:  # it was made without example inputs
+        sub = extract(approx, record.selections)
     found = description(sub)
-    vars(sub)[RECORD] = record
+    vars(sub)[RECORD], was = record, record_of(sub)
     wanted = description(sub)
-    if any(found[key] != wanted[key] for key in ("cuts", "chosen", "selections")):
+    if any(found[key] != wanted[key] for key in ("form", "cuts", "chosen", "selections")):
         raise ValueError(
             "model: its graph is another one than that which was cut, other parts of its weights would be read; "
-            "expected the same code, called with inputs of the same form"
+            f"expected the same code, called with inputs of the same form ({was.reason})"
         )
     return sub
 
@@ -138,8 +151,8 @@ def widened(full: nn.Module, record: Subnetwork, own: Mapping[str, Tensor], *, p
         kind = {"device": device} if compact is None else {"device": compact.device, "dtype": compact.dtype}
         made = torch.zeros_like(tensor, **kind) if tensor.is_meta else tensor.detach().to(**kind, copy=True)
         if compact is not None:
-            if preserve and made.dim() > 1 and record.cut_of(name).inputs is not None:
-                zero_unread(made, record, name)
+            if preserve:
+                zero_unread(made, record.cut_of(name))
             record.cut_of(name).put(made, compact, scaled=False)
         return made
 
@@ -169,14 +182,16 @@ def _remade(full: nn.Module, make: Callable[[str, Tensor], Tensor]) -> nn.Module
 
 
 def check_example(record: Subnetwork, example_inputs: Any) -> None:
-    """ValueError where the subnetwork is a graph, and there is nothing to trace the model with."""
-    if not record.own_forward and example_inputs is None:
+    """ValueError where the model is to be traced, and there is nothing to call it with."""
+    if told(record).beyond and example_inputs is None:
+        why = f"{told(record).beyond}: {record.reason}" if record.reason else told(record).beyond
         raise ValueError(
-            "example_inputs: expected a batch as the model is called with it, got None: the subnetwork is a graph, "
-            f"for which the model is traced anew ({record.reason})"
+            "example_inputs: expected a batch as the model is called with it, got None: the subnetwork is made by "
+            f"tracing the model anew ({why})"
         )
 
 
-def _origin(record: Subnetwork) -> Origin:
-    assert record.origin is not None  # it comes from a description
+def told(record: Subnetwork) -> Origin:
+    """The origin in a record that comes from a description."""
+    assert record.origin is not None
     return record.origin

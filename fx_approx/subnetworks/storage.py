@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx.subnetworks.description import description, record_from
-from fx_approx.subnetworks.rebuild import check_example, compact_shape, narrowed, plain, traced, widened
+from fx_approx.subnetworks.rebuild import check_example, compact_shape, narrowed, plain, told, traced, widened
 from fx_approx.subnetworks.record import Subnetwork, tensors_of
 
 File = str | os.PathLike[str] | IO[bytes]
@@ -41,13 +41,13 @@ def load(path: File, model: nn.Module, *, example_inputs: Any = None, device: An
     Args:
         path: What was written, or a file that is open for reading.
         model: The plain full model: any weights, or none (on the meta device). It is not changed.
-        example_inputs: A batch as the model is called with it, where the subnetwork is a graph: the model is traced
-            anew.
+        example_inputs: A batch as the model is called with it, where the model must be traced anew: the subnetwork is a
+            graph, say (``rebuilt_by`` of :func:`fx_approx.subnetworks.description`).
         device: Where the subnetwork is to be; by default where the model is, and the CPU for one on the meta device.
 
     Raises:
         ValueError: It is no such file, or one of another format or of another model, tensors are missing, or of other
-            shapes, or a graph is to be made without example inputs. Names what is wrong.
+            shapes, or there are no example inputs to trace the model with. Names what is wrong.
         PlanMismatchError: The layers of the model are not those that the plan is of.
     """
     content = torch.load(path, map_location="cpu", weights_only=True)
@@ -60,7 +60,7 @@ def load(path: File, model: nn.Module, *, example_inputs: Any = None, device: An
     where = torch.device("cpu" if _place(full).type == "meta" else _place(full)) if device is None else device
     tensors = {name: tensor.to(where) for name, tensor in content["tensors"].items()}
     _check(record, full, tensors)
-    if record.own_forward:
+    if not told(record).beyond:
         sub = narrowed(full, record, lambda name, _: tensors[name])
     else:
         sub = traced(widened(full, record, tensors, preserve=False), record, example_inputs)
@@ -82,7 +82,7 @@ def _place(model: nn.Module) -> torch.device:
 def _check(record: Subnetwork, full: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """ValueError that names the first tensor of the file that does not fit the model, or is missing."""
     there = tensors_of(full)
-    if record.own_forward:
+    if not told(record).beyond:
         _same_names(tensors, there)
     for name in there.keys() & tensors.keys():
         _same_shape(name, tensors[name], compact_shape(record.cut_of(name), there[name]))
