@@ -8,10 +8,14 @@ from fx_approx.subnetworks.phases import Phases
 from fx_approx.subnetworks.rebuild import rebuild, restore
 from fx_approx.subnetworks.record import Subnetwork, record_of
 from fx_approx.subnetworks.storage import load, save
+from fx_approx.subnetworks.summary import Costs, Latency, Summary, summary
 
 __all__ = [
+    "Costs",
+    "Latency",
     "Phases",
     "Subnetwork",
+    "Summary",
     "description",
     "extract",
     "load",
@@ -22,5 +26,6 @@ __all__ = [
     "reselect",
     "restore",
     "save",
+    "summary",
     "widen_optimizer",
 ]
