@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,3 +147,19 @@ def test_a_loaded_one_is_exported_as_well() -> None:
     again = load(stream, plain).eval()
     with torch.no_grad():
         assert_close(torch.export.export(again, (x,)).module()(x), sub(x))
+
+
+def test_the_page_runs_and_prints_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "subnetworks.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    blocks = list(re.finditer(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```$)?", text, re.MULTILINE | re.DOTALL))
+    assert len(blocks) >= 3
+    for block in blocks:
+        exec(compile("\n" * (text[: block.start()].count("\n") + 1) + block[1], "subnetworks.md", "exec"), namespace)
+        printed = capsys.readouterr().out
+        if block[2] is not None:
+            assert printed == block[2]
+    assert [path.name for path in tmp_path.iterdir()] == ["narrow.pt"]
