@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -133,10 +134,9 @@ class Summary:
             rows.append((label, human(one), human(other), share))
         if self.full.latency is not None and self.sub.latency is not None:
             one, other = self.full.latency, self.sub.latency
-            rows.append(
-                ("ms: forward in eval()", _ms(one.median), _ms(other.median), f"{other.median / one.median:.2f}")
-            )
-            rows.append(("ms: its quartiles", *(f"{_ms(each.low)} to {_ms(each.high)}" for each in (one, other)), ""))
+            share = f"{other.median / one.median:.2f}"
+            rows.append(("ms: forward in eval()", _ms(one.median), _ms(other.median), share))
+            rows.append(("ms: its quartiles", _quartiles(one), _quartiles(other), ""))
         table = tabulate(
             rows,
             headers=("", "full", "subnetwork", "share"),
@@ -214,6 +214,10 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _ms(seconds: float) -> str:
     value = 1e3 * seconds
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _quartiles(latency: Latency) -> str:
+    return f"{_ms(latency.low)} to {_ms(latency.high)}"
 
 
 # ---- one step
@@ -309,7 +313,7 @@ def _clone(
 
 def _latencies(modules: list[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Latency]:
     device = next((tensor.device for tensor in tensors_of(modules[0]).values()), torch.device("cpu"))
-    calls = [lambda module=module: module(*args, **kwargs) for module in modules]
+    calls = [functools.partial(module, *args, **kwargs) for module in modules]
     every = [inside for module in modules for inside in module.modules()]
     with torch.no_grad(), kept_random_state(), kept_training_flags(every), AttributeSnapshot(every).kept():
         for module in modules:
