@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fx_approx._compat import storage_key, tree_leaves
+from fx_approx.capture.error_text import describe
 from fx_approx.capture.module_snapshot import AttributeSnapshot, TensorSnapshot, kept_training_flags
 from fx_approx.capture.trace import kept_random_state
 from fx_approx.core.flops import measured_flops
@@ -27,7 +28,11 @@ from fx_approx.utils.timing import in_turn, seconds
 
 _ROUNDS, _WARMUP = 20, 3
 _BLOCK = 2e-3  # seconds: shorter calls are repeated within a measurement
-_KINDS = {name.lower(): one for name, one in vars(torch.optim).items() if isinstance(one, type)}
+_KINDS = {
+    name.lower(): one
+    for name, one in vars(torch.optim).items()
+    if isinstance(one, type) and issubclass(one, Optimizer) and one is not Optimizer
+}
 
 OptimizerLike = str | type[Optimizer] | Optimizer
 
@@ -171,7 +176,7 @@ def summary(
 
     Raises:
         ValueError: ``sub`` is no subnetwork, or of another model; ``latency`` without ``example_inputs``; a name that
-            stands for no optimiser, or one of other parameters.
+            stands for no optimiser, one of other parameters, or one that cannot make a step on them.
         TypeError: ``optimizer`` is something else.
     """
     record, full = record_of(sub), plain(model)
@@ -181,6 +186,10 @@ def summary(
     args, kwargs = check_inputs(full, example_inputs)
     named = _optimizer(optimizer)
     owners = {id(p): name for one in (full, sub) for name, p in one.named_parameters(remove_duplicate=False)}
+    for parameter in _parameters_of(named) if isinstance(named, Optimizer) else ():
+        if id(parameter) not in owners:
+            shape = tuple(parameter.shape)
+            raise ValueError(f"optimizer: a parameter of shape {shape} is neither one of model nor of sub")
     resting = _bytes(tensors_of(full).values())
     times: list[Latency | None] = [None, None]
     if latency:
@@ -268,8 +277,13 @@ def _state(optimizer: type[Optimizer] | Optimizer, module: nn.Module, owners: Ma
     """Bytes of the state of an optimiser of ``module`` after a step; on tensors without memory where it takes them."""
     try:
         return _state_on(optimizer, module, owners, "meta")
-    except (RuntimeError, NotImplementedError):  # it reads values, or asks for a device
+    except Exception:  # it reads values, or asks for a device
+        pass
+    try:
         return _state_on(optimizer, module, owners, "cpu")
+    except Exception as error:  # whatever an optimiser says of parameters that it does not take
+        name = (optimizer if isinstance(optimizer, type) else type(optimizer)).__name__
+        raise ValueError(f"optimizer: {name} makes no step on these parameters: {describe(error)}") from error
 
 
 def _state_on(optimizer: type[Optimizer] | Optimizer, module: nn.Module, owners: Mapping[int, str], device: str) -> int:
@@ -290,18 +304,16 @@ def _state_on(optimizer: type[Optimizer] | Optimizer, module: nn.Module, owners:
     return _bytes(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
+def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def _clone(
     optimizer: Optimizer, stand_in: Callable[[str], nn.Parameter | None], owners: Mapping[int, str]
 ) -> Optimizer:
     """An optimiser with the same groups of other parameters, before its first step."""
     memo: dict[int, Any] = {id(optimizer.state): defaultdict(dict)}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = owners.get(id(parameter))
-            if name is None:
-                shape = tuple(parameter.shape)
-                raise ValueError(f"optimizer: a parameter of shape {shape} is neither one of model nor of sub")
-            memo[id(parameter)] = stand_in(name)
+    memo |= {id(parameter): stand_in(owners[id(parameter)]) for parameter in _parameters_of(optimizer)}
     clone = copy.deepcopy(optimizer, memo)
     for group in clone.param_groups:
         group["params"] = [parameter for parameter in group["params"] if parameter is not None]

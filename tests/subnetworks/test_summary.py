@@ -53,6 +53,29 @@ def test_operations_and_bytes_are_those_of_the_formulas() -> None:
     assert (found.model, found.form, found.optimizer) == ("Sequential", "own class", "AdamW")
 
 
+@pytest.mark.parametrize(
+    ("layer", "forward"),
+    [
+        (nn.Conv2d(8, 16, 3, padding=1, groups=4, bias=False), 2 * 4 * 36 * 16 * 2 * 9),
+        (nn.Conv2d(8, 8, 3, padding=1, groups=8), 2 * 4 * 36 * 8 * 9),
+        (nn.ConvTranspose2d(8, 4, 2, stride=2, groups=2), 2 * 4 * 36 * 8 * 2 * 4),
+    ],
+    ids=["grouped", "depthwise", "transposed"],
+)
+def test_each_gradient_of_a_convolution_costs_what_its_forward_does(layer: nn.Module, forward: int) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), layer, nn.Flatten(), nn.Linear(layer.out_channels * 36, 8), nn.Linear(8, 2)
+    )
+    if isinstance(layer, nn.ConvTranspose2d):
+        model[3] = nn.Linear(4 * 144, 8)
+    x = torch.randn(4, 3, 6, 6)
+    approx = fx_approx.transform(model, Override({"4": Uniform(0.5)}, Exact()), x)
+    found = summary(extract(approx, example_inputs=x), approx, x).full
+    first, head, last = 2 * 4 * 36 * 24, 2 * 4 * model[3].weight.numel(), 2 * 4 * 16
+    assert found.forward == first + forward + head + last
+    assert found.training == 2 * first + 3 * (forward + head + last)
+
+
 def test_what_is_not_asked_for_is_left_out() -> None:
     sub, approx = hidden()
     found = summary(sub, fx_approx.restore(approx))
@@ -168,6 +191,8 @@ def test_bad_input_is_named() -> None:
         summary(sub, approx, optimizer=nn.Linear)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"a parameter of shape \(3,\) is neither one of model nor of sub"):
         summary(sub, approx, optimizer=torch.optim.SGD([nn.Parameter(torch.ones(3))], 0.1))
+    with pytest.raises(ValueError, match=r"optimizer: Muon makes no step on these parameters: .*2D"):
+        summary(sub, approx, optimizer="muon")
     with pytest.raises(ValueError, match="cut out of another model"):
         summary(sub, nn.Linear(2, 2))
     with pytest.raises(ValueError, match="expected what fx_approx"):
