@@ -265,11 +265,33 @@ def attention_backward_flops(
     return scores * (3 * query[-1] + 2 * value[-1])
 
 
+def convolution_backward_flops(
+    grad: Sequence[int], input: Sequence[int], weight: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Operations of the backward pass of a convolution: each gradient costs what the forward does.
+
+    torch's own formula counts the weight gradient of a grouped convolution as if it had one group.
+
+    Args:
+        grad: Shape of the gradient of the output, ``[N, O, ...]``.
+        input: ``[N, C, ...]``.
+        weight: ``[O, C / groups, ...]``, of a transposed convolution ``[C, O / groups, ...]``.
+        args: Sizes of the bias, stride, padding, dilation, whether it is transposed, padding of the output, groups, and
+            which gradients are computed: of the input, the weight and the bias.
+        out_shape: Of the gradients.
+        kwargs: None.
+    """
+    transposed, (to_input, to_weight, _) = args[4], args[7]
+    positions = math.prod((input if transposed else grad)[2:])
+    return 2 * input[0] * positions * math.prod(weight) * (bool(to_input) + bool(to_weight))
+
+
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **dict.fromkeys(fused_attention()[0], attention_flops),
     **dict.fromkeys(fused_attention()[1], attention_backward_flops),
+    torch.ops.aten.convolution_backward: convolution_backward_flops,
 }
-"""Of operators that torch's counter does not know on every device, or not in every release."""
+"""Of operators that torch's counter does not know on every device, or not in every release, or counts wrongly."""
 
 # So that the report stays what the counter finds on the running model: those that it does not know at all.
 for _operator in [one for one in _FORMULAS if one not in flop_registry]:

@@ -77,10 +77,18 @@ class Cut:
         return self._cut(torch.ones_like(full), self.inputs)
 
     def _cut(self, full: Tensor, inputs: Selection | None) -> Tensor:
+        outputs = _on(full.device, self.outputs)
         if full.dim() < 2 or inputs is None:
-            return full if self.outputs is None or full.dim() == 0 else full.index_select(0, self.outputs.indices[0])
-        slices = slice_weights(full, None, inputs, self.outputs, self.groups, self.depthwise)
+            return full if outputs is None or full.dim() == 0 else full.index_select(0, outputs.indices[0])
+        slices = slice_weights(full, None, _on(full.device, inputs), outputs, self.groups, self.depthwise)
         return full if slices is None else slices.weight
+
+
+def _on(device: torch.device, chosen: Selection | None) -> Selection | None:
+    """The selection where the tensor is: models move, and descriptions are read anywhere."""
+    if chosen is None or chosen.indices.device == device:
+        return chosen
+    return Selection(chosen.indices.to(device), None if chosen.scale is None else chosen.scale.to(device))
 
 
 def _unscaled(chosen: Selection | None) -> Selection | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from fx_approx.runtime.exact import exact_copy
 from fx_approx.runtime.upcoming import next_selections
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
+from fx_approx.subnetworks.description import origin_of
 from fx_approx.subnetworks.record import (
     RECORD,
     Subnetwork,
@@ -31,6 +33,7 @@ from fx_approx.subnetworks.record import (
     versions_of,
 )
 from fx_approx.subnetworks.specialize import Specializer
+from fx_approx.subnetworks.training_only import refuse_evaluation
 
 _NO_EXAMPLE = "no example_inputs were given, to see whether the model's own Python serves"
 
@@ -151,23 +154,11 @@ def _finished(
     if not reason:
         reason = _NO_EXAMPLE if example is None else _differs(root, module, example)
     if reason and approx._fx_approx.program.capture.branching:
-        module.register_forward_pre_hook(_refuse_evaluation)
+        refuse_evaluation(module)
     sub: nn.Module = module if reason else root
-    vars(sub)[RECORD] = Subnetwork(maker.cuts, chosen, identity_of(approx), not reason, reason, versions_of(approx))
+    record = Subnetwork(maker.cuts, chosen, identity_of(approx), not reason, reason, versions_of(approx))
+    vars(sub)[RECORD] = dataclasses.replace(record, origin=origin_of(approx, sub))
     return sub
-
-
-def _refuse_evaluation(module: nn.Module, args: Any) -> None:
-    """A hook of a graph that serves training only.
-
-    Raises:
-        RuntimeError: The subnetwork is in evaluation mode.
-    """
-    if not module.training:
-        raise RuntimeError(
-            "sub: its graph serves training only, since the model's Python does something else in eval(): write it "
-            "back with fx_approx.subnetworks.merge and evaluate the model"
-        )
 
 
 def _tie(approx: ApproxModule, root: nn.Module, cuts: Mapping[str, Cut]) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.record import Subnetwork, check_origin, record_of, tensors_of, versions_of
 
 
@@ -32,8 +33,8 @@ def merge(sub: nn.Module, model: nn.Module, *, preserve: bool = False) -> None:
     with torch.no_grad():
         for name, tensor in full.items():
             cut = record.cut_of(name)
-            if preserve and cut.inputs is not None and tensor.dim() > 1:
-                _zero_unread(tensor, record, name)
+            if preserve:
+                zero_unread(tensor, cut)
             cut.put(tensor, own[name])
     if preserve:  # the statistics of what is read were gathered by the network that the exact model is now
         approx._fx_approx.batchnorm.note_fresh(approx, approx._fx_approx.samples)
@@ -41,10 +42,15 @@ def merge(sub: nn.Module, model: nn.Module, *, preserve: bool = False) -> None:
     record.versions = versions_of(approx)
 
 
-def _zero_unread(weight: Tensor, record: Subnetwork, name: str) -> None:
-    """Sets the columns of ``weight`` to zero that the subnetwork does not read, in the rows that it has."""
-    cut = record.cut_of(name)
-    assert cut.inputs is not None
+def zero_unread(weight: Tensor, cut: Cut) -> None:
+    """Sets the columns of ``weight`` to zero that a subnetwork does not read, in the rows that it has.
+
+    Args:
+        weight: The full one; changed in place.
+        cut: What the subnetwork has of it.
+    """
+    if cut.inputs is None or weight.dim() < 2:
+        return
     per_group = weight.shape[0] // cut.groups
     for group, index in enumerate(cut.inputs.indices):
         read = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)

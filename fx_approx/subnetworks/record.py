@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,6 +14,27 @@ from fx_approx.subnetworks.cuts import Cut
 
 RECORD = "_fx_approx_subnetwork"
 """Where a subnetwork keeps what it was cut out of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a subnetwork was made from, beside tensors and selections, as plain data.
+
+    Attributes:
+        model: Name of the full model's class, for people.
+        attributes: By layer, attributes that are other than in the full model, such as ``in_features``; those of an
+            object that a layer holds with a dot, such as ``config.intermediate_size``.
+        beyond: What differs beside tensors and attributes, in words; empty if nothing does.
+        plan: What was decided for the model, see :meth:`fx_approx.core.plan.Plan.to_dict`; None if that was not one
+            plan for the whole of it.
+        prunes: ``prune_unread`` of the transform.
+    """
+
+    model: str
+    attributes: Mapping[str, Mapping[str, Any]]
+    beyond: str
+    plan: Mapping[str, Any] | None
+    prunes: bool
 
 
 @dataclasses.dataclass
@@ -27,6 +49,7 @@ class Subnetwork:
         reason: Why it is not, if so.
         versions: Of the full parameters when it was cut out; a change since is refused by :func:`merge`.
         merged: It has been written back since it was cut out.
+        origin: What it was made from; None where that is not known.
     """
 
     cuts: Mapping[str, Cut]
@@ -36,6 +59,7 @@ class Subnetwork:
     reason: str
     versions: dict[str, int]
     merged: bool = False
+    origin: Origin | None = None
 
     def cut_of(self, name: str) -> Cut:
         """What the parameter or buffer ``name`` holds of the full model's; all of it where nothing is cut off."""
