@@ -19,6 +19,11 @@ def is_shard(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """``tensor``, gathered from all ranks if it is held in shards; all ranks are to call this alike then."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was called on ``module`` itself."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

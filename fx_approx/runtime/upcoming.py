@@ -8,6 +8,7 @@ import torch
 
 from fx_approx.capture.module_snapshot import kept_training_flags
 from fx_approx.runtime.approx_module import ApproxModule
+from fx_approx.runtime.rng import INCREMENT, SELECTION_INTERVAL, STEP
 from fx_approx.sampling.base import Selection
 
 
@@ -32,3 +33,22 @@ def next_selections(approx: ApproxModule) -> tuple[Selection | None, ...]:
         drawn = draws.of(resample.held_key.clone()) if kept else draws.upcoming(runtime.state)
         result: tuple[Selection | None, ...] = resample(drawn, *weights)
     return result
+
+
+def use_up(approx: ApproxModule, steps: int | None = None) -> None:
+    """Counts training steps that were taken in the place of ``approx``: its selection is used up, as by its own steps.
+
+    Nothing changes where one selection is reused (:func:`fx_approx.reuse_selection`).
+
+    Args:
+        approx: The model.
+        steps: How many; None: as many as are left of the present selection.
+    """
+    runtime = approx._fx_approx
+    state, resample = runtime.state, runtime.resample
+    if resample is None or int(state[INCREMENT]) == 0 or not runtime.draws:
+        return
+    interval, step = int(state[SELECTION_INTERVAL]), int(state[STEP])
+    state[STEP] = (step // interval + 1) * interval if steps is None else step + steps
+    if int(resample.held_key[1]) != int(state[STEP]) // interval:
+        resample.held_key.fill_(-1)

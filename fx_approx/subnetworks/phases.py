@@ -13,10 +13,11 @@ from fx_approx.runtime.approx_module import find
 from fx_approx.runtime.controls import set_sampling
 from fx_approx.sampling.base import Selection
 from fx_approx.schedules.schedule import Schedule, check_step
-from fx_approx.subnetworks.extract import extract, reselect
+from fx_approx.subnetworks.extract import extract
 from fx_approx.subnetworks.merge import merge
 from fx_approx.subnetworks.optimizers import Rest, full_moments, narrow_optimizer, restore_moments, widen_optimizer
 from fx_approx.subnetworks.record import record_of
+from fx_approx.subnetworks.reselect import reselect
 
 
 class Phases:
