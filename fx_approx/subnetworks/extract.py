@@ -20,9 +20,9 @@ from fx_approx.runtime.exact import exact_copy
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.record import (
-    RECORD,
     ModelReference,
     Subnetwork,
+    attach,
     identity_of,
     versions_of,
 )
@@ -86,13 +86,12 @@ def _finished(
     root, reason = maker.root, "; ".join(dict.fromkeys(maker.reasons))
     _tie(approx, root, maker.cuts)
     module = fx.GraphModule(root, graph, f"{type(root).__name__}Subnetwork")
-    module.train(approx.training)
     if not reason:
         reason = _NO_EXAMPLE if example is None else _differs(root, module, example)
     if reason and approx._fx_approx.program.capture.branching:
         module.register_forward_pre_hook(_refuse_evaluation)
     sub: nn.Module = module if reason else root
-    vars(sub)[RECORD] = Subnetwork(
+    record = Subnetwork(
         maker.cuts,
         chosen,
         identity_of(approx),
@@ -102,6 +101,7 @@ def _finished(
         recipe=maker.derivations.recipe(maker.cuts, maker.buffers),
         model=ModelReference(approx),
     )
+    attach(sub, record)
     return sub
 
 

@@ -73,6 +73,26 @@ def narrow_optimizer(optimizer: Optimizer, sub: nn.Module, model: nn.Module, *, 
     """
     if rest not in ("cpu", "keep", "drop"):
         raise ValueError(f"rest: expected 'cpu', 'keep' or 'drop', got {rest!r}")
+    moved = check_optimizer(optimizer, sub, model, rest)
+    compacts = {id(full): compact for compact, (full, _, _) in moved.full.items()}
+    for group, place, parameter in _places(optimizer):
+        compact = compacts.get(id(parameter))
+        if compact is None:
+            continue
+        _, name, cut = moved.full[compact]
+        before = optimizer.state.pop(parameter, {})
+        if parameter.grad is not None:
+            _add_gradient(compact, cut_gradient(parameter.grad, cut))
+            parameter.grad = None
+        group["params"][place] = compact
+        if before:
+            optimizer.state[compact] = cut_moments(optimizer, before, cut)
+            moved.waiting[name] = _put_away(before, rest)
+    _moved[optimizer] = moved
+
+
+def check_optimizer(optimizer: Optimizer, sub: nn.Module, model: nn.Module, rest: Rest = "cpu") -> _Moved:
+    """Where the parts of an optimiser would be that :func:`narrow_optimizer` moves; errors as there."""
     record, approx = record_of(sub), find(model)
     check_origin(record, approx)
     if optimizer in _moved:
@@ -90,20 +110,7 @@ def narrow_optimizer(optimizer: Optimizer, sub: nn.Module, model: nn.Module, *, 
             _, _, cut = moved.full[compacts[id(parameter)]]
             check_moments(optimizer, optimizer.state.get(parameter, {}), cut, parameter.shape)
             _check_gradient(parameter)
-    for group, place, parameter in _places(optimizer):
-        compact = compacts.get(id(parameter))
-        if compact is None:
-            continue
-        _, name, cut = moved.full[compact]
-        before = optimizer.state.pop(parameter, {})
-        if parameter.grad is not None:
-            _add_gradient(compact, cut_gradient(parameter.grad, cut))
-            parameter.grad = None
-        group["params"][place] = compact
-        if before:
-            optimizer.state[compact] = cut_moments(optimizer, before, cut)
-            moved.waiting[name] = _put_away(before, rest)
-    _moved[optimizer] = moved
+    return moved
 
 
 def widen_optimizer(optimizer: Optimizer, sub: nn.Module) -> None:

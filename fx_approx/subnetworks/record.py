@@ -7,9 +7,9 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fx_approx._compat import version_of
+from fx_approx._compat import keep_in_copies, version_of
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.derivations import Recipe
@@ -65,6 +65,13 @@ class Subnetwork:
     def cut_of(self, name: str) -> Cut:
         """What the parameter or buffer ``name`` holds of the full model's; all of it where nothing is cut off."""
         return self.cuts.get(name, Cut(name))
+
+
+def attach(sub: nn.Module, record: Subnetwork) -> None:
+    """Makes ``sub`` a subnetwork, and its copies."""
+    vars(sub)[RECORD] = record
+    if isinstance(sub, fx.GraphModule):
+        keep_in_copies(sub, RECORD)
 
 
 def subnetwork_in(sub: nn.Module) -> nn.Module:

@@ -59,7 +59,7 @@ def reselect(
     if not record.merged:
         raise ValueError("sub: what it has learnt would be lost; call fx_approx.subnetworks.merge(sub, model) first")
     if selections is None:
-        use_up(approx)
+        use_up(approx, record.selections)
     chosen = selections_of(approx, selections, process_group)
     cut_anew(subnetwork_in(sub), record, approx, chosen)
     return chosen
@@ -96,6 +96,11 @@ def _each_once(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
 
 def _recipe_of(approx: ApproxModule, selections: Selections) -> Recipe | None:
     return record_of(extract(approx, selections)).recipe
+
+
+def fits(record: Subnetwork, chosen: Selections) -> bool:
+    """Whether the subnetwork of ``record`` has the sizes of other selections."""
+    return all(_size(old) == _size(new) for old, new in zip(record.selections, chosen, strict=True))
 
 
 def _check_sizes(before: Selections, chosen: Selections) -> None:
