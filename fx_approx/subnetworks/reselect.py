@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.runtime.sharding import fill
 from fx_approx.runtime.upcoming import use_up
 from fx_approx.sampling.base import Selection
-from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.derivations import Recipe
 from fx_approx.subnetworks.extract import extract
 from fx_approx.subnetworks.record import (
@@ -75,15 +75,11 @@ def cut_anew(sub: nn.Module, record: Subnetwork, approx: ApproxModule, chosen: S
     with torch.no_grad():
         for name, tensor in _each_once(tensors_of(sub)):
             if name in buffers:
-                tensor.copy_(buffers[name])
+                fill(tensor, buffers[name])
             elif name in full:  # else it is a constant of the forward
-                _fill(tensor, cuts.get(name), full[name])
+                fill(tensor, cuts[name].part(full[name]) if name in cuts else full[name].detach())
     record.cuts, record.selections, record.merged = cuts, chosen, False
     record.versions = versions_of(approx)
-
-
-def _fill(tensor: Tensor, cut: Cut | None, full: Tensor) -> None:
-    tensor.copy_(full if cut is None else cut.part(full))
 
 
 def _each_once(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
