@@ -111,8 +111,8 @@ def preserve(approx: ApproxModule, names: Set[str]) -> dict[str, int]:
         for name, (path, axis) in weights.items():
             flags = selected(axis, mask, published.slices)
             kept[name] = approx.get_parameter(path), flags.view(candidates[name].groups, -1), int((~flags).sum())
-    for weight, read, _ in kept.values():
-        keep_columns(weight, read.to(weight.device))
+    for weight, flags, _ in kept.values():
+        keep_columns(weight, flags.to(weight.device))
     missing = sorted(wanted - kept.keys())
     if missing:
         warnings.warn(

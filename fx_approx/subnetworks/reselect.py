@@ -12,7 +12,6 @@ from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.sharding import fill
 from fx_approx.runtime.upcoming import use_up
 from fx_approx.sampling.base import Selection
-from fx_approx.subnetworks.derivations import Recipe
 from fx_approx.subnetworks.extract import extract
 from fx_approx.subnetworks.record import (
     Subnetwork,
@@ -68,9 +67,9 @@ def reselect(
 def cut_anew(sub: nn.Module, record: Subnetwork, approx: ApproxModule, chosen: Selections) -> None:
     """Cuts ``sub`` out of ``approx`` by selections that were checked; errors as :func:`reselect`."""
     _check_sizes(record.selections, chosen)
-    if record.recipe is None:
-        record.recipe = _recipe_of(approx, record.selections)
-    cuts, buffers = record.recipe.follow(chosen)
+    recipe = record.recipe or record_of(extract(approx, record.selections)).recipe
+    assert recipe is not None
+    cuts, buffers = recipe.follow(chosen)
     full = tensors_of(approx)
     with torch.no_grad():
         for name, tensor in _each_once(tensors_of(sub)):
@@ -78,7 +77,7 @@ def cut_anew(sub: nn.Module, record: Subnetwork, approx: ApproxModule, chosen: S
                 fill(tensor, buffers[name])
             elif name in full:  # else it is a constant of the forward
                 fill(tensor, cuts[name].part(full[name]) if name in cuts else full[name].detach())
-    record.cuts, record.selections, record.merged = cuts, chosen, False
+    record.cuts, record.selections, record.merged, record.recipe = cuts, chosen, False, recipe
     record.versions = versions_of(approx)
 
 
@@ -88,10 +87,6 @@ def _each_once(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
     for name, tensor in tensors.items():
         found.setdefault(id(tensor), (name, tensor))
     return list(found.values())
-
-
-def _recipe_of(approx: ApproxModule, selections: Selections) -> Recipe | None:
-    return record_of(extract(approx, selections)).recipe
 
 
 def fits(record: Subnetwork, chosen: Selections) -> bool:

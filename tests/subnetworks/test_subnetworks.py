@@ -108,6 +108,16 @@ def test_preserved_the_exact_model_computes_what_the_subnetwork_does() -> None:
     assert torch.allclose(approx.eval()(X), sub.eval()(X), atol=1e-12)
 
 
+@pytest.mark.parametrize("scope", ["value", "group"])
+@pytest.mark.parametrize("name", ["grouped", "squeeze-excite", "fused-heads"])
+def test_preserved_in_groups_and_heads(name: str, scope: str) -> None:
+    approx, x = transformed(name, scope)
+    sub = extract(approx)
+    steps(sub, torch.optim.SGD(sub.parameters(), 1e-3), x)
+    merge(sub, approx, preserve=True)
+    assert torch.allclose(approx.eval()(x), sub.eval()(x), atol=1e-12)
+
+
 def test_given_selections() -> None:
     approx = hidden()
     shared = list(find(approx)._fx_approx.resample.each())
