@@ -89,7 +89,7 @@ class Derivations:
         """Begins with what the model makes."""
         self.chosen = tuple(None if one is None else Selection(*one) for one in chosen)
         self._steps: list[_Step] = []
-        self._values: list[Any] = list(self.chosen)
+        self._made: list[Any] = list(self.chosen)
         self._places = {id(one): _Value(place) for place, one in enumerate(self.chosen)}
         self._alike: list[tuple[str, Cut, Cut]] = []
 
@@ -103,8 +103,8 @@ class Derivations:
         """
         value = function(*args, **kwargs)
         self._steps.append(_Step(function, *(_replaced(part, Selection, self._place) for part in (args, kwargs))))
-        self._places[id(value)] = _Value(len(self._values))
-        self._values.append(value)  # it lives on, so that its id stays its own
+        self._places[id(value)] = _Value(len(self._made))
+        self._made.append(value)  # it lives on, so that its id stays its own
         return value
 
     def note_alike(self, name: str, one: Cut, other: Cut) -> None:

@@ -19,6 +19,7 @@ from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.exact import exact_copy
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
+from fx_approx.subnetworks.derivations import same_selections
 from fx_approx.subnetworks.record import (
     ModelReference,
     Subnetwork,
@@ -84,7 +85,7 @@ def _finished(
     approx: ApproxModule, maker: Specializer, graph: fx.Graph, chosen: tuple[Selection | None, ...], example: Any
 ) -> nn.Module:
     root, reason = maker.root, "; ".join(dict.fromkeys(maker.reasons))
-    _tie(approx, root, maker.cuts)
+    _tie(approx, root, maker)
     module = fx.GraphModule(root, graph, f"{type(root).__name__}Subnetwork")
     if not reason:
         reason = _NO_EXAMPLE if example is None else _differs(root, module, example)
@@ -118,16 +119,17 @@ def _refuse_evaluation(module: nn.Module, args: Any) -> None:
         )
 
 
-def _tie(approx: ApproxModule, root: nn.Module, cuts: Mapping[str, Cut]) -> None:
+def _tie(approx: ApproxModule, root: nn.Module, maker: Specializer) -> None:
     """Parameters that are one in the full model are one here, where both are cut alike."""
     places: dict[int, str] = {}
     for name, parameter in approx.named_parameters(remove_duplicate=False):
         first = places.setdefault(id(parameter), name)
         if first == name:
             continue
-        one, other = cuts.get(first), cuts.get(name)
-        if (one is None) is not (other is None):
-            raise UnsupportedError(f"model: {first} and {name} are one parameter, and only one of them is narrowed")
+        one, other = (maker.cuts.get(path, Cut(path)) for path in (first, name))
+        if not same_selections(one.inputs, one.outputs, other.inputs, other.outputs):
+            raise UnsupportedError(f"model: {first} and {name} are one parameter, and two parts of it are read")
+        maker.derivations.note_alike(first, one, other)
         holder, _, attribute = name.rpartition(".")
         parameters_of(root.get_submodule(holder))[attribute] = operator.attrgetter(first)(root)
 

@@ -15,7 +15,7 @@ from fx_approx.errors import UnsupportedError
 from fx_approx.policies import Exact, GradientSampling, Override, Uniform
 from fx_approx.runtime.approx_module import find
 from fx_approx.sampling import Selection
-from fx_approx.subnetworks import extract, merge, record_of
+from fx_approx.subnetworks import extract, merge, record_of, reselect
 from tests.helpers.demand_nets import NETS
 from tests.subnetworks.nets import TWICE, X, hidden, largest, mlp, steps, transformed
 
@@ -95,6 +95,31 @@ def test_tied_weights_stay_tied() -> None:
     sub.embed.weight.data.add_(1.0)
     merge(sub, approx)
     assert torch.equal(approx.head.weight, sub.head.weight) and approx.head.weight is approx.embed.weight
+
+
+def test_tied_weights_that_are_read_differently_are_refused() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b, self.head = (nn.Linear(8, width) for width in (8, 8, 8, 3))
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.head(self.b(self.a(self.stem(x).tanh()).tanh()).tanh())
+            return result
+
+    torch.manual_seed(0)
+    approx = fx_approx.transform(Tied(), Uniform(0.5, min_k=1), torch.randn(4, 8))
+    with pytest.raises(
+        UnsupportedError, match=r"a.weight and b.weight are one parameter, and two parts of it are read"
+    ):
+        extract(approx)
+    shared = find(approx)._fx_approx.resample.each()
+    equal = [Selection(torch.arange(one.k).view(1, -1), None) for one in shared]
+    sub = extract(approx, equal)
+    merge(sub, approx)
+    with pytest.raises(UnsupportedError, match=r"a\.weight is called with several selections"):
+        reselect(sub, approx)
 
 
 # ---- back, and again
