@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.autograd import forward_ad
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as _KEPT
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.modules.conv import _ConvNd as ConvolutionBase
 from torch.nn.modules.conv import _ConvTransposeNd as TransposedBase
@@ -240,6 +241,11 @@ def wrap_functions(tracer: fx.Tracer, module: ModuleType) -> None:
     tracer._autowrap_search.append(module)
 
 
+def keep_in_copies(module: fx.GraphModule, name: str) -> None:
+    """Has ``copy.deepcopy`` copy an attribute of ``module``, too; it copies what the graph names, and little else."""
+    module.meta.setdefault(_KEPT, {})[name] = vars(module)[name]
+
+
 # ---- autograd and function transforms
 
 
@@ -408,6 +414,7 @@ __all__ = [
     "is_erased",
     "is_skipped_code",
     "is_transformed",
+    "keep_in_copies",
     "mark_dynamic",
     "native_pad",
     "padding_of",

@@ -424,6 +424,14 @@ def test_wrap_functions() -> None:
 # ---- autograd and function transforms
 
 
+def test_keep_in_copies() -> None:
+    module = fx.symbolic_trace(nn.Linear(2, 2))
+    module.lost, module.kept = [1], [2]
+    _compat.keep_in_copies(module, "kept")
+    copied = copy.deepcopy(copy.deepcopy(module))
+    assert copied.kept == [2] and copied.kept is not module.kept and not hasattr(copied, "lost")
+
+
 def test_in_backward() -> None:
     seen = []
 

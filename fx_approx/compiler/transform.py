@@ -59,7 +59,9 @@ def transform(
             or a dict of keyword arguments. Only shapes are read, except where the model's own Python decides by values:
             then a copy of the model runs on it once. Without it shapes are learnt from the first forward.
         seed: All samples of a training run follow from it (64-bit integer).
-        selection_interval: Keep one sample for so many forwards.
+        selection_interval: Keep one sample for so many forwards. For some tens of them and more,
+            :class:`fx_approx.subnetworks.Phases` trains the same numbers faster, where selections are made ahead: it
+            takes this as its interval, and steps slice and scatter nothing.
         prune_unread: Do not compute what no one will read (docs/how-it-works.md): where selections are made ahead and
             example inputs are given, the layers before compute the selected channels only. The numbers are the same,
             but for running statistics of channels that are not computed, and for dropout masks. False keeps all

@@ -15,6 +15,7 @@ from torch import Tensor
 from fx_approx.errors import DistributedMismatchError
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.selection_tracker import SelectionTracker
+from fx_approx.sampling.base import Selection
 
 _STATE = ("step", "increment", "selection_interval", "seed")
 
@@ -84,6 +85,31 @@ def check_selections(digest: Tensor, layers: Sequence[str], group: dist.ProcessG
             what = f"the selection of layer {layers[place - len(_STATE)]} is another one than on the others"
             hint = "weights, running norms or training flags differ between the ranks"
         raise DistributedMismatchError(f"{_ranks(odd)}: {what}; {hint}")
+
+
+def readers_of(model: ApproxModule) -> list[str]:
+    """Of each selection that is made ahead, the layers that read by it."""
+    classes = model._fx_approx.record.effects.classes
+    return [", ".join(dict.fromkeys(reading.name for reading in one.readings)) for one in classes]
+
+
+def check_chosen(model: ApproxModule, chosen: Sequence[Selection | None], group: dist.ProcessGroup | None) -> None:
+    """The random state of ``model`` and selections of it, in their order, are the same on all ranks of ``group``.
+
+    Raises:
+        DistributedMismatchError: On every rank; names ranks and the layer that reads the selection.
+    """
+    runtime = model._fx_approx
+    assert runtime.resample is not None
+    hashes = [runtime.state.new_zeros(()) if one is None else _ordered_hash(one.indices.flatten()) for one in chosen]
+    digest = torch.cat((runtime.state, torch.stack(hashes)))
+    check_selections(digest, readers_of(model), group)
+
+
+def _ordered_hash(indices: Tensor) -> Tensor:
+    """int64, of units in their order."""
+    places = torch.arange(1, indices.shape[0] + 1, device=indices.device)
+    return (((indices + 1) * 0x5851F42D4C957F2D) ^ (places * 0x14057B7EF767814F)).sum() + places.shape[0]
 
 
 def _odd(values: Sequence[Any]) -> tuple[Any, list[int]]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fx_approx.core.plan_effects import Axis
-from fx_approx.distributed.agreement import check_selections, digest_of
+from fx_approx.distributed.agreement import check_selections, digest_of, readers_of
 from fx_approx.distributed.slices import Sliced, indices
 from fx_approx.errors import DistributedMismatchError
 from fx_approx.runtime.approx_module import ApproxModule
@@ -274,10 +274,8 @@ class SliceHook:
         return future.then(unpack)
 
     def _check(self) -> None:
-        classes = self._model._fx_approx.record.effects.classes
-        layers = [", ".join(dict.fromkeys(reading.name for reading in one.readings)) for one in classes]
         digest = digest_of(self._published, self._model._fx_approx.state)
-        check_selections(digest, layers, self._group)
+        check_selections(digest, readers_of(self._model), self._group)
 
     def _part(self, gradient: Tensor, parameter: Tensor, checking: bool) -> Part:
         own = self._sliced.get(parameter)  # type: ignore[call-overload]

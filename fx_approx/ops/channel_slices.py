@@ -152,6 +152,18 @@ def slice_weights(
     return Slices(weight, bias, groups, inputs, outputs)
 
 
+def keep_columns(weight: Tensor, read: Tensor) -> None:
+    """Sets the columns of ``weight`` to zero, in place, that its groups do not read.
+
+    Args:
+        weight: ``[O, I / groups, ...]``.
+        read: ``[groups, I / groups]``, bool: what the outputs of each group read.
+    """
+    rows = read.repeat_interleave(weight.shape[0] // read.shape[0], 0)
+    with torch.no_grad():
+        weight.masked_fill_(~rows.view(*rows.shape, *(1,) * (weight.dim() - 2)), 0.0)
+
+
 def resize(input: Tensor, shape: Sequence[int], axis: int, parts: Sequence[Part], method: str) -> Tensor:
     """``input.reshape(shape)`` or alike, where entry ``axis`` of ``shape`` counts the units that are there.
 

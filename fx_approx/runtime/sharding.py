@@ -19,6 +19,20 @@ def is_shard(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """``tensor``, gathered from all ranks if it is held in shards; all ranks are to call this alike then."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def fill(tensor: Tensor, whole: Tensor) -> None:
+    """Copies ``whole`` into ``tensor``, or of it the part that this rank has, without communication."""
+    if is_shard(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    tensor.copy_(whole)
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was called on ``module`` itself."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

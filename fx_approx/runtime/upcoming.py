@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 import torch
 
 from fx_approx.capture.module_snapshot import kept_training_flags
 from fx_approx.runtime.approx_module import ApproxModule
+from fx_approx.runtime.rng import INCREMENT, SELECTION_INTERVAL, STEP
 from fx_approx.sampling.base import Selection
 
 
@@ -32,3 +34,35 @@ def next_selections(approx: ApproxModule) -> tuple[Selection | None, ...]:
         drawn = draws.of(resample.held_key.clone()) if kept else draws.upcoming(runtime.state)
         result: tuple[Selection | None, ...] = resample(drawn, *weights)
     return result
+
+
+def use_up(approx: ApproxModule, chosen: Sequence[Selection | None], steps: int | None = None) -> bool:
+    """Counts training steps that were taken in the place of ``approx``: its selection is used up, as by its own steps.
+
+    Nothing changes where one selection is reused (:func:`fx_approx.reuse_selection`).
+
+    Args:
+        approx: The model.
+        chosen: The selections of these steps; scores ``ema`` look for what was not chosen for long.
+        steps: How many; None: as many as are left of the present selection.
+
+    Returns:
+        Whether the next selections are made anew, and are not those that were kept.
+    """
+    runtime = approx._fx_approx
+    state, resample = runtime.state, runtime.resample
+    if resample is None or int(state[INCREMENT]) == 0:
+        return False
+    interval, step = int(state[SELECTION_INTERVAL]), int(state[STEP])
+    following = (step // interval + 1) * interval if steps is None else step + steps
+    for one, selection in zip(resample.each(), chosen, strict=True):
+        if one.age is not None and selection is not None:
+            starts = torch.arange(one.groups, device=one.age.device).unsqueeze(1) * one.pairs
+            one.age.add_(following - step).index_fill_(0, (selection.indices + starts).flatten(), 0)
+    if not runtime.draws:
+        return True
+    state[STEP] = following
+    over = int(resample.held_key[1]) != following // interval
+    if over:
+        resample.held_key.fill_(-1)
+    return over

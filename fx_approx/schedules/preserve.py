@@ -12,6 +12,7 @@ from fx_approx.core.candidates import Role, matches
 from fx_approx.core.plan_effects import Axis
 from fx_approx.distributed.slices import selected, weight_uses
 from fx_approx.errors import NoEffectWarning, ShapesRequiredError
+from fx_approx.ops.channel_slices import keep_columns
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.selection_tracker import SelectionTracker
@@ -109,12 +110,9 @@ def preserve(approx: ApproxModule, names: Set[str]) -> dict[str, int]:
         mask = published.mask.cpu()
         for name, (path, axis) in weights.items():
             flags = selected(axis, mask, published.slices)
-            weight, groups = approx.get_parameter(path), candidates[name].groups
-            rows = flags.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
-            kept[name] = weight, rows.view(*rows.shape, *(1,) * (weight.dim() - 2)), int((~flags).sum())
-    with torch.no_grad():
-        for weight, rows, _ in kept.values():
-            weight.masked_fill_(~rows.to(weight.device), 0.0)
+            kept[name] = approx.get_parameter(path), flags.view(candidates[name].groups, -1), int((~flags).sum())
+    for weight, flags, _ in kept.values():
+        keep_columns(weight, flags.to(weight.device))
     missing = sorted(wanted - kept.keys())
     if missing:
         warnings.warn(

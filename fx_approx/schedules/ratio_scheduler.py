@@ -149,19 +149,32 @@ class RatioScheduler:
             found.setdefault(site.rpartition("/")[0], selector.spec.ratio if selector.enabled else 1.0)
         return found
 
+    def changes_next(self) -> tuple[bool, bool]:
+        """Whether :meth:`step` will change anything, and whether some layers will read more after it."""
+        changed = rising = False
+        for approx in pieces_of(self._model):
+            settings = self._settings(approx, self.last_step + 1)
+            changed, rising = changed or bool(settings), rising or bool(_rising(approx, settings))
+        return changed, rising
+
+    def _settings(self, approx: ApproxModule, step: int) -> dict[Selector, tuple[float, bool]]:
+        """Ratio and switch at ``step`` of the selectors that have others now."""
+        settings: dict[Selector, tuple[float, bool]] = {}
+        for (name, role), selector in approx._fx_approx.selectors.items():
+            pattern = self._layers.get(name)
+            if pattern is None:
+                continue
+            ratio = self.schedules[pattern].ratio(step)
+            ratio = self._planned[f"{name}/{role.value}"] if ratio is None else ratio
+            setting = (ratio, True) if ratio < 1 else (selector.spec.ratio, False)
+            if setting != (selector.spec.ratio, selector.enabled):
+                settings[selector] = setting
+        return settings
+
     def _set(self, step: int, preserve: bool = False) -> None:
         changed = False
         for approx in pieces_of(self._model):
-            settings: dict[Selector, tuple[float, bool]] = {}
-            for (name, role), selector in approx._fx_approx.selectors.items():
-                pattern = self._layers.get(name)
-                if pattern is None:
-                    continue
-                ratio = self.schedules[pattern].ratio(step)
-                ratio = self._planned[f"{name}/{role.value}"] if ratio is None else ratio
-                setting = (ratio, True) if ratio < 1 else (selector.spec.ratio, False)
-                if setting != (selector.spec.ratio, selector.enabled):
-                    settings[selector] = setting
+            settings = self._settings(approx, step)
             if preserve and (rising := _rising(approx, settings)):
                 preserve_layers(approx, rising)
             if settings:

@@ -38,13 +38,18 @@ class Cut:
     def of(self, full: Tensor) -> Tensor:
         """The compact tensor, with the scale of the sample; a copy."""
         with torch.no_grad():
-            part = self._cut(full.detach(), self.inputs)
+            part = self.part(full)
             return part.clone(memory_format=torch.preserve_format) if part.data_ptr() == full.data_ptr() else part
+
+    def part(self, full: Tensor) -> Tensor:
+        """As :meth:`of`; not copied where nothing is cut off."""
+        return self._cut(full.detach(), self.inputs)
 
     def taken(self, full: Tensor) -> Tensor:
         """The entries of ``full`` that are there, without the scale: of a moment of an optimiser, say."""
         with torch.no_grad():
-            return self._cut(full.detach(), _unscaled(self.inputs)).clone()
+            part = self._cut(full.detach(), _unscaled(self.inputs))
+            return part.clone() if part.data_ptr() == full.data_ptr() else part
 
     def put(self, full: Tensor, compact: Tensor, scaled: bool = True) -> None:
         """Writes ``compact`` to its places in ``full``; nothing else changes.
@@ -55,17 +60,37 @@ class Cut:
             scaled: The scale of the sample is taken out again.
         """
         with torch.no_grad():
-            if self.whole:
+            if self.whole or full.dim() == 0:
                 full.copy_(compact)
                 return
             value = compact.detach()
-            if scaled and self.inputs is not None and self.inputs.scale is not None:
+            if scaled and self.scaled:
                 value = value / self.scale(full)
-            places = self.places(full)
-            flat = full.reshape(-1)  # a copy where the memory is laid out otherwise
-            flat.index_copy_(0, places.flatten(), value.to(full.dtype).reshape(-1))
-            if flat.data_ptr() != full.data_ptr():
-                full.copy_(flat.view(full.shape))
+            value = value.to(full.dtype)
+            if self.outputs is None:
+                self._put_inputs(full, value)
+                return
+            rows = self.outputs.indices[0]
+            if self.inputs is not None and full.dim() > 1:
+                inputs, value = value, full.index_select(0, rows)
+                self._put_inputs(value, inputs)
+            full.index_copy_(0, rows, value)
+
+    def _put_inputs(self, rows: Tensor, value: Tensor) -> None:
+        """Writes ``value``, which has the inputs that are there, into whole rows."""
+        assert self.inputs is not None
+        index = self.inputs.indices
+        if self.groups == 1:
+            rows.index_copy_(1, index[0], value)
+            return
+        parts, values = (one.reshape(self.groups, -1, *one.shape[1:]) for one in (rows, value))
+        for part, own, places in zip(parts, values, index, strict=True):
+            part.index_copy_(1, places, own)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the compact weight is multiplied by the scale of a sample."""
+        return self.inputs is not None and self.inputs.scale is not None
 
     def places(self, full: Tensor) -> Tensor:
         """Where the entries of the compact tensor stand in the flattened full one, in the compact one's shape."""

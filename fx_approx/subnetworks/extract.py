@@ -19,19 +19,18 @@ from fx_approx.compiler.graph_view import extractor
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.exact import exact_copy
-from fx_approx.runtime.upcoming import next_selections
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
+from fx_approx.subnetworks.derivations import same_selections
 from fx_approx.subnetworks.description import origin_of
 from fx_approx.subnetworks.record import (
-    RECORD,
+    ModelReference,
     Subnetwork,
-    check_origin,
+    attach,
     identity_of,
-    record_of,
-    tensors_of,
     versions_of,
 )
+from fx_approx.subnetworks.selections import selections_of
 from fx_approx.subnetworks.specialize import Specializer
 from fx_approx.subnetworks.training_only import refuse_evaluation
 
@@ -39,7 +38,11 @@ _NO_EXAMPLE = "no example_inputs were given, to see whether the model's own Pyth
 
 
 def extract(
-    model: nn.Module, selections: Sequence[Selection | None] | None = None, *, example_inputs: Any = None
+    model: nn.Module,
+    selections: Sequence[Selection | None] | None = None,
+    *,
+    example_inputs: Any = None,
+    process_group: Any = None,
 ) -> nn.Module:
     """The subnetwork of a transformed model: ordinary layers of torch with compact parameters of their own.
 
@@ -53,6 +56,8 @@ def extract(
         selections: One for each selection that the model makes, in its order; by default those of its next step.
         example_inputs: A batch as the model is called with it. With it, the model's own Python runs the subnetwork
             where it gives the same numbers as the graph; without it the graph does.
+        process_group: Ranks of torch.distributed that train the subnetwork together, ``dist.group.WORLD`` for all:
+            they compare the selections, and are to call this alike. None compares nothing, so that one rank may call.
 
     Returns:
         An instance of the model's own class where its forward serves, else a ``torch.fx.GraphModule``;
@@ -62,6 +67,7 @@ def extract(
         ValueError: ``model`` is not transformed, samples nothing, or ``selections`` are of another model.
         UnsupportedError: A selection follows the activations, the forward could not be traced whole, or one layer is
             called with several selections.
+        DistributedMismatchError: The selections differ between the ranks of ``process_group``, on every rank.
     """
     approx = find(model)
     runtime = approx._fx_approx
@@ -72,8 +78,7 @@ def extract(
         )
     if runtime.resample is None:
         raise ValueError("model: no selection is made ahead, so that there is nothing to cut out")
-    chosen = next_selections(approx) if selections is None else tuple(selections)
-    _check(approx, chosen)
+    chosen = selections_of(approx, selections, process_group)
     root = skeleton(exact_copy(approx), shared=False)
     maker = Specializer(root, approx, chosen)
     made = maker.run(graph)
@@ -86,91 +91,42 @@ def _extracted(approx: nn.Module, example: Any) -> nn.Module:
     return extract(approx, example_inputs=example)
 
 
-def reselect(
-    sub: nn.Module, model: nn.Module, selections: Sequence[Selection | None] | None = None
-) -> tuple[Selection | None, ...]:
-    """Cuts ``sub`` out of ``model`` anew, by other selections of the same sizes, into the same tensors.
-
-    Parameters stay the same objects, so that optimisers, compiled code and the buckets of data-parallel training go on.
-    Write it back first: what ``sub`` holds is overwritten.
-
-    Args:
-        sub: What :func:`fx_approx.subnetworks.extract` returned.
-        model: The model that it was cut out of.
-        selections: As in ``extract``; by default those of the model's next step.
-
-    Returns:
-        The selections.
-
-    Raises:
-        ValueError: ``sub`` is of another model, has not been written back, or the sizes differ. Nothing is changed
-            then.
-    """
-    record, approx = record_of(sub), find(model)
-    check_origin(record, approx)
-    if not record.merged:
-        raise ValueError("sub: what it has learnt would be lost; call fx_approx.subnetworks.merge(sub, model) first")
-    fresh = extract(approx, selections)
-    new, old = tensors_of(fresh), tensors_of(sub)
-    for name in dict.fromkeys((*old, *new)):
-        mine, other = (None if name not in one else tuple(one[name].shape) for one in (old, new))
-        if mine != other:
-            raise ValueError(
-                f"selections: {name} would have the shape {other}, expected {mine}, which it has in sub: another ratio "
-                "needs another subnetwork"
-            )
-    with torch.no_grad():
-        for name, tensor in old.items():
-            tensor.copy_(new[name])
-    again = record_of(fresh)
-    record.cuts, record.selections, record.versions, record.merged = again.cuts, again.selections, again.versions, False
-    return record.selections
-
-
-def _check(approx: ApproxModule, chosen: tuple[Selection | None, ...]) -> None:
-    shared = list(approx._fx_approx.resample.each()) if approx._fx_approx.resample is not None else []
-    if len(chosen) != len(shared):
-        raise ValueError(f"selections: expected {len(shared)}, one for each that the model makes, got {len(chosen)}")
-    for place, (one, given) in enumerate(zip(shared, chosen, strict=True)):
-        if given is None:
-            continue
-        index = given.indices
-        if index.dim() != 2 or index.shape[0] != one.groups or int(index.max()) >= one.pairs or int(index.min()) < 0:
-            raise ValueError(
-                f"selections[{place}]: expected indices [{one.groups}, k] below {one.pairs}, got shape "
-                f"{tuple(index.shape)} with values from {int(index.min())} to {int(index.max())}"
-            )
-        if any(len(row.unique()) != row.numel() for row in index):
-            raise ValueError(f"selections[{place}]: expected units once each, got some of them twice")
-
-
 def _finished(
     approx: ApproxModule, maker: Specializer, graph: fx.Graph, chosen: tuple[Selection | None, ...], example: Any
 ) -> nn.Module:
     root, reason = maker.root, "; ".join(dict.fromkeys(maker.reasons))
-    _tie(approx, root, maker.cuts)
+    _tie(approx, root, maker)
     module = fx.GraphModule(root, graph, f"{type(root).__name__}Subnetwork")
-    module.train(approx.training)
     if not reason:
         reason = _NO_EXAMPLE if example is None else _differs(root, module, example)
     if reason and approx._fx_approx.program.capture.branching:
         refuse_evaluation(module)
     sub: nn.Module = module if reason else root
-    record = Subnetwork(maker.cuts, chosen, identity_of(approx), not reason, reason, versions_of(approx))
-    vars(sub)[RECORD] = dataclasses.replace(record, origin=origin_of(approx, sub))
+    record = Subnetwork(
+        maker.cuts,
+        chosen,
+        identity_of(approx),
+        not reason,
+        reason,
+        versions_of(approx),
+        recipe=maker.derivations.recipe(maker.cuts, maker.buffers),
+        model=ModelReference(approx),
+    )
+    attach(sub, dataclasses.replace(record, origin=origin_of(approx, sub)))
     return sub
 
 
-def _tie(approx: ApproxModule, root: nn.Module, cuts: Mapping[str, Cut]) -> None:
+def _tie(approx: ApproxModule, root: nn.Module, maker: Specializer) -> None:
     """Parameters that are one in the full model are one here, where both are cut alike."""
     places: dict[int, str] = {}
     for name, parameter in approx.named_parameters(remove_duplicate=False):
         first = places.setdefault(id(parameter), name)
         if first == name:
             continue
-        one, other = cuts.get(first), cuts.get(name)
-        if (one is None) is not (other is None):
-            raise UnsupportedError(f"model: {first} and {name} are one parameter, and only one of them is narrowed")
+        one, other = (maker.cuts.get(path, Cut(path)) for path in (first, name))
+        if not same_selections(one.inputs, one.outputs, other.inputs, other.outputs):
+            raise UnsupportedError(f"model: {first} and {name} are one parameter, and two parts of it are read")
+        maker.derivations.note_alike(first, one, other)
         holder, _, attribute = name.rpartition(".")
         parameters_of(root.get_submodule(holder))[attribute] = operator.attrgetter(first)(root)
 

@@ -5,37 +5,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fx_approx.ops.channel_slices import keep_columns
 from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.runtime.sharding import whole_tensor
 from fx_approx.subnetworks.cuts import Cut
-from fx_approx.subnetworks.record import Subnetwork, check_origin, record_of, tensors_of, versions_of
+from fx_approx.subnetworks.record import (
+    Subnetwork,
+    check_origin,
+    record_of,
+    subnetwork_in,
+    tensors_of,
+    versions_of,
+)
 
 
 def merge(sub: nn.Module, model: nn.Module, *, preserve: bool = False) -> None:
     """Writes the weights and running statistics of ``sub`` to their places in ``model``; nothing else changes.
 
     Args:
-        sub: What :func:`fx_approx.subnetworks.extract` returned, trained since. It stays as it is.
-        model: The model that it was cut out of.
+        sub: What :func:`fx_approx.subnetworks.extract` returned, trained since, or what wraps it, such as
+            ``torch.optim.swa_utils.AveragedModel``. It stays as it is.
+        model: The model that it was cut out of, or a copy of that.
         preserve: Set the weights to zero by which the full model reads what ``sub`` does not have, so that the exact
             model computes what ``sub`` does; see :func:`fx_approx.schedules.zero_unread_weights`.
 
     Raises:
-        ValueError: ``sub`` is of another model, was written back before, or ``model`` was changed since it was cut out.
-            Nothing is changed then.
+        ValueError: ``sub`` is of another model, was written back before, or ``model`` was changed since it was cut out;
+            or, with ``preserve``, a sampler scales what it reads, so that no exact model computes the same. Nothing is
+            changed then.
     """
     record, approx = record_of(sub), find(model)
-    _check(record, approx)
-    own = tensors_of(sub)
-    full = dict(approx.named_parameters()) | dict(approx.named_buffers())
+    _check(record, approx, preserve)
+    own, full = tensors_of(subnetwork_in(sub)), tensors_of(approx)
     missing = sorted(name for name in full if name not in own)
     if missing:
         raise ValueError(f"sub: it has no {missing[0]}, so that it is not what extract returned")
+    done: set[int] = set()
     with torch.no_grad():
         for name, tensor in full.items():
+            if id(tensor) in done:  # tied: it has several names
+                continue
+            done.add(id(tensor))
             cut = record.cut_of(name)
             if preserve:
                 zero_unread(tensor, cut)
-            cut.put(tensor, own[name])
+            cut.put(tensor, whole_tensor(own[name]))
     if preserve:  # the statistics of what is read were gathered by the network that the exact model is now
         approx._fx_approx.batchnorm.note_fresh(approx, approx._fx_approx.samples)
     record.merged = True
@@ -43,7 +57,7 @@ def merge(sub: nn.Module, model: nn.Module, *, preserve: bool = False) -> None:
 
 
 def zero_unread(weight: Tensor, cut: Cut) -> None:
-    """Sets the columns of ``weight`` to zero that a subnetwork does not read, in the rows that it has.
+    """Sets the columns of ``weight`` to zero that a subnetwork does not read.
 
     Args:
         weight: The full one; changed in place.
@@ -51,18 +65,23 @@ def zero_unread(weight: Tensor, cut: Cut) -> None:
     """
     if cut.inputs is None or weight.dim() < 2:
         return
-    per_group = weight.shape[0] // cut.groups
-    for group, index in enumerate(cut.inputs.indices):
-        read = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
-        read[index] = True
-        weight[group * per_group : (group + 1) * per_group, ~read] = 0
+    index = cut.inputs.indices.to(weight.device)
+    read = torch.zeros(index.shape[0], weight.shape[1], dtype=torch.bool, device=weight.device).scatter_(1, index, True)
+    keep_columns(weight, read)
 
 
-def _check(record: Subnetwork, approx: ApproxModule) -> None:
+def _check(record: Subnetwork, approx: ApproxModule, preserve: bool) -> None:
     check_origin(record, approx)
     if record.merged:
         raise ValueError("sub: it was written back before; call reselect or extract to go on")
-    now = versions_of(approx)
-    changed = [name for name, version in record.versions.items() if now[name] != version]
-    if changed:
-        raise ValueError(f"model: {changed[0]} was changed since sub was cut out, and merging would overwrite that")
+    if record.model.means(approx):
+        now = versions_of(approx)
+        changed = [name for name, version in record.versions.items() if now.get(name) != version]
+        if changed:
+            raise ValueError(f"model: {changed[0]} was changed since sub was cut out, and merging would overwrite that")
+    scaled = [name for name, cut in record.cuts.items() if cut.scaled]
+    if preserve and scaled:
+        raise ValueError(
+            f"preserve: {scaled[0]} is read by a sampler that scales what it reads, so that no exact network computes "
+            "the same; expected preserve=False, or a sampler without scaling, such as topk"
+        )

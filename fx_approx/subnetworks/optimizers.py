@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fx_approx.errors import UnsupportedError
-from fx_approx.runtime.approx_module import find
+from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.runtime.sharding import is_shard
 from fx_approx.subnetworks.cuts import Cut
-from fx_approx.subnetworks.record import check_origin, record_of
+from fx_approx.subnetworks.moments import (
+    State,
+    check_moments,
+    cut_gradient,
+    cut_moments,
+    put_gradient,
+    put_moments,
+)
+from fx_approx.subnetworks.record import Subnetwork, check_origin, record_of, subnetwork_in
 
 Rest = Literal["cpu", "keep", "drop"]
-
-_ORDER = {
-    **dict.fromkeys(("momentum_buffer", "exp_avg", "grad_avg"), 1),
-    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"), 2),
-}
-"""How a moment grows with the gradient: of a weight that was scaled by s, the gradient is 1/s as large."""
 
 
 @dataclasses.dataclass
@@ -30,11 +32,13 @@ class _Moved:
     """An optimiser that works on a subnetwork.
 
     Attributes:
-        full: By the narrow parameter, the full one, its name, and its state as it was (the rest of it is never read).
+        full: By each narrow parameter, the full one, its name, and what the narrow one holds of it.
+        waiting: By name, the full state as it was (the part that the subnetwork has is never read).
         rest: Where that state is.
     """
 
-    full: dict[Tensor, tuple[nn.Parameter, str, dict[str, Any]]]
+    full: dict[Tensor, tuple[nn.Parameter, str, Cut]]
+    waiting: dict[str, State]
     rest: Rest
 
 
@@ -44,125 +48,158 @@ _moved: weakref.WeakKeyDictionary[Optimizer, _Moved] = weakref.WeakKeyDictionary
 def narrow_optimizer(optimizer: Optimizer, sub: nn.Module, model: nn.Module, *, rest: Rest = "cpu") -> None:
     """Has an optimiser of the full model train ``sub`` instead, with its moments cut out.
 
-    It stays the same object with the same groups, so that schedulers of rates and gradient scalers go on.
-    :func:`widen_optimizer` takes it back.
+    It stays the same object with the same groups, so that schedulers of rates, gradient scalers and hooks go on.
+    Parameters in it that are none of ``model`` stay where they are. A gradient that waits for a step is cut out, too;
+    the rest of it is dropped, as ``sub`` holds the rest of the weights. :func:`widen_optimizer` takes it back.
+
+    Moments that belong to single entries are cut exactly, so that SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop,
+    Adagrad, Adadelta, ASGD, Rprop and Lion go on as the full optimiser would with all else held. Adafactor's means over
+    rows and columns are those of the part of the second moment that they stand for (its rank-one estimate), and its
+    steps follow the size of the narrow parameter. Muon's momentum is cut exactly, but its step is that of the narrow
+    matrix: what it makes orthogonal depends on all entries, so that no entry moves as in the full matrix.
 
     Args:
-        optimizer: Of parameters of ``model``; changed in place. Its state has one tensor of the parameter's shape for
-            each moment, as in SGD, Adam, AdamW, RMSprop, Adagrad or Lion.
-        sub: What :func:`fx_approx.subnetworks.extract` returned.
+        optimizer: Of parameters of ``model``, all or some; changed in place.
+        sub: What :func:`fx_approx.subnetworks.extract` returned, or what wraps it.
         model: The model that it was cut out of.
         rest: Where the full moments wait: ``"cpu"``; ``"keep"``, where they are; ``"drop"``, nowhere: what ``sub`` does
-            not have begins at zero again.
+            not have begins as in a new optimiser, but for the count of steps.
 
     Raises:
-        ValueError: ``sub`` is of another model, a parameter is none of ``model``, or the optimiser has been moved
-            already.
-        UnsupportedError: Its state is not of the parameter's shape (Adafactor, Shampoo). Nothing is changed then.
+        ValueError: ``sub`` is of another model or sharded, no parameter is one of ``model``, or the optimiser has been
+            moved already.
+        UnsupportedError: A state is not of the parameter's shape (LBFGS, Shampoo), or it is not known how it follows
+            the scale of an unbiased sampler; or a gradient that waits is sparse. Nothing is changed then.
     """
     if rest not in ("cpu", "keep", "drop"):
         raise ValueError(f"rest: expected 'cpu', 'keep' or 'drop', got {rest!r}")
+    moved = check_optimizer(optimizer, sub, model, rest)
+    compacts = {id(full): compact for compact, (full, _, _) in moved.full.items()}
+    for group, place, parameter in _places(optimizer):
+        compact = compacts.get(id(parameter))
+        if compact is None:
+            continue
+        _, name, cut = moved.full[compact]
+        before = optimizer.state.pop(parameter, {})
+        if parameter.grad is not None:
+            _add_gradient(compact, cut_gradient(parameter.grad, cut))
+            parameter.grad = None
+        group["params"][place] = compact
+        if before:
+            optimizer.state[compact] = cut_moments(optimizer, before, cut)
+            moved.waiting[name] = _put_away(before, rest)
+    _moved[optimizer] = moved
+
+
+def check_optimizer(optimizer: Optimizer, sub: nn.Module, model: nn.Module, rest: Rest = "cpu") -> _Moved:
+    """Where the parts of an optimiser would be that :func:`narrow_optimizer` moves; errors as there."""
     record, approx = record_of(sub), find(model)
     check_origin(record, approx)
     if optimizer in _moved:
         raise ValueError("optimizer: it works on a subnetwork already; call widen_optimizer first")
-    names = {id(parameter): name for name, parameter in approx.named_parameters()}
-    own = dict(sub.named_parameters(remove_duplicate=False))
-    pairs: dict[int, nn.Parameter] = {}
-    states: dict[nn.Parameter, dict[str, Any]] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = names.get(id(parameter))
-            if name is None:
-                raise ValueError(f"optimizer: a parameter of shape {tuple(parameter.shape)} is none of model")
-            cut, compact = record.cut_of(name), own[name]
-            pairs[id(parameter)] = compact
-            state = optimizer.state.get(parameter, {})
-            states[compact] = {key: _cut(value, cut, parameter, key, optimizer) for key, value in state.items()}
-    moved = _Moved({}, rest)
-    for group in optimizer.param_groups:
-        for place, parameter in enumerate(group["params"]):
-            compact = pairs[id(parameter)]
-            before = optimizer.state.pop(parameter, {})
-            moved.full[compact] = parameter, names[id(parameter)], _put_away(before, rest)
-            parameter.grad = None
-            group["params"][place] = compact
-            if states[compact]:
-                optimizer.state[compact] = states[compact]
-    _moved[optimizer] = moved
+    moved = _Moved(_counterparts(sub, record, approx), {}, rest)
+    compacts = {id(full): compact for compact, (full, _, _) in moved.full.items()}
+    if not any(id(parameter) in compacts for _, _, parameter in _places(optimizer)):
+        shapes = [tuple(parameter.shape) for _, _, parameter in _places(optimizer)]
+        raise ValueError(
+            f"optimizer: none of its {len(shapes)} parameters is one of model, such as that of shape {shapes[0]}; "
+            "expected an optimiser built on model.parameters()"
+        )
+    for _, _, parameter in _places(optimizer):
+        if id(parameter) in compacts:
+            _, _, cut = moved.full[compacts[id(parameter)]]
+            check_moments(optimizer, optimizer.state.get(parameter, {}), cut, parameter.shape)
+            _check_gradient(parameter)
+    return moved
 
 
 def widen_optimizer(optimizer: Optimizer, sub: nn.Module) -> None:
     """Has an optimiser that trains ``sub`` train the full model again, with its moments put back at their places.
 
+    Parameters of ``sub`` that were added to it meanwhile (``add_param_group``) become those of the full model, too. A
+    gradient that waits for a step goes to its places, with zeros around it.
+
     Args:
         optimizer: After :func:`narrow_optimizer`; changed in place.
-        sub: The subnetwork.
+        sub: The subnetwork, or what wraps it.
 
     Raises:
         ValueError: The optimiser is not one of ``sub``.
+        UnsupportedError: As in :func:`narrow_optimizer`, of a state that has come since. Nothing is changed then.
     """
-    record, moved = record_of(sub), _moved.get(optimizer)
-    if moved is None or not set(moved.full) <= set(sub.parameters()):
-        raise ValueError("optimizer: it does not work on this subnetwork; call narrow_optimizer first")
-    for group in optimizer.param_groups:
-        for place, compact in enumerate(group["params"]):
-            parameter, name, before = moved.full[compact]
-            state = optimizer.state.pop(compact, {})
-            group["params"][place] = parameter
-            if state:
-                optimizer.state[parameter] = {
-                    key: _widened(value, before.get(key), record.cut_of(name), parameter, key)
-                    for key, value in state.items()
-                }
+    moved = check_moved(optimizer, sub)
+    for _, _, compact in _places(optimizer):
+        if compact in moved.full:
+            check_moments(optimizer, optimizer.state.get(compact, {}), moved.full[compact][2], compact.shape)
+            _check_gradient(compact)
+    for group, place, compact in _places(optimizer):
+        if compact not in moved.full:
+            continue
+        parameter, name, cut = moved.full[compact]
+        state = optimizer.state.pop(compact, {})
+        group["params"][place] = parameter
+        if state:
+            before = moved.waiting.get(name, {})
+            optimizer.state[parameter] = put_moments(optimizer, state, cut, before, parameter, group)
+        if compact.grad is not None:
+            _add_gradient(parameter, put_gradient(compact.grad, cut, parameter))
             compact.grad = None
     del _moved[optimizer]
 
 
-def full_moments(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+def check_moved(optimizer: Optimizer, sub: nn.Module) -> _Moved:
+    """Where the parts of an optimiser are that trains ``sub``; ValueError if it does not."""
+    moved = _moved.get(optimizer)
+    if moved is None or not moved.full.keys() <= set(sub.parameters()):
+        raise ValueError("optimizer: it does not work on this subnetwork; call narrow_optimizer first")
+    return moved
+
+
+def full_moments(optimizer: Optimizer) -> dict[str, State]:
     """By name, the full moments that wait while an optimiser works on a subnetwork; to store in a checkpoint."""
     moved = _moved.get(optimizer)
-    return {} if moved is None else {name: before for _, name, before in moved.full.values()}
+    return {} if moved is None else dict(moved.waiting)
 
 
-def restore_moments(optimizer: Optimizer, moments: Mapping[str, dict[str, Any]]) -> None:
+def restore_moments(optimizer: Optimizer, moments: Mapping[str, State]) -> None:
     """Puts what :func:`full_moments` gave in the place of the moments that wait."""
     moved = _moved[optimizer]
-    for compact, (parameter, name, _) in list(moved.full.items()):
-        moved.full[compact] = parameter, name, _put_away(moments.get(name, {}), moved.rest)
+    moved.waiting = {name: _put_away(dict(state), moved.rest) for name, state in moments.items()}
 
 
-def _cut(value: Any, cut: Cut, parameter: Tensor, key: str, optimizer: Optimizer) -> Any:
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return value.clone() if isinstance(value, Tensor) else value
-    if value.shape != parameter.shape:
-        raise UnsupportedError(
-            f"optimizer: {type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a parameter of "
-            f"shape {tuple(parameter.shape)}, and nothing tells which part of it belongs to a part of the parameter"
+def _counterparts(
+    sub: nn.Module, record: Subnetwork, approx: ApproxModule
+) -> dict[Tensor, tuple[nn.Parameter, str, Cut]]:
+    own = dict(subnetwork_in(sub).named_parameters(remove_duplicate=False))
+    sharded = next((name for name, compact in own.items() if is_shard(compact)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"sub: {sharded} is sharded, and no optimiser of whole parameters goes on with it; build one on "
+            "sub.parameters()"
         )
-    part = cut.taken(value)
-    return part if not _scaled(cut) else part / cut.scale(parameter) ** _order(key)
+    return {own[name]: (full, name, record.cut_of(name)) for name, full in approx.named_parameters()}
 
 
-def _widened(value: Any, before: Any, cut: Cut, parameter: Tensor, key: str) -> Any:
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return value
-    full = torch.zeros_like(parameter, dtype=value.dtype) if before is None else before.to(parameter.device)
-    cut.put(full, value if not _scaled(cut) else value * cut.scale(parameter) ** _order(key), scaled=False)
-    return full
+def _places(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], int, nn.Parameter]]:
+    """Each parameter of an optimiser with its group and its place there."""
+    for group in optimizer.param_groups:
+        for place, parameter in enumerate(group["params"]):
+            yield group, place, parameter
 
 
-def _scaled(cut: Cut) -> bool:
-    return cut.inputs is not None and cut.inputs.scale is not None
+def _check_gradient(parameter: Tensor) -> None:
+    if parameter.grad is not None and parameter.grad.is_sparse:
+        raise UnsupportedError(
+            f"optimizer: a parameter of shape {tuple(parameter.shape)} has a sparse gradient, of which no part can be "
+            "cut out; take the optimiser's step and call zero_grad first"
+        )
 
 
-def _order(key: str) -> int:
-    if key not in _ORDER:
-        raise UnsupportedError(f"optimizer: it is not known how {key!r} follows the scale of an unbiased sampler")
-    return _ORDER[key]
+def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
-def _put_away(state: dict[str, Any], rest: Rest) -> dict[str, Any]:
+def _put_away(state: State, rest: Rest) -> State:
     if rest == "drop":
         return {}
     if rest == "keep":

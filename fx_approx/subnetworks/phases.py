@@ -2,21 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from fx_approx.analysis.scalar_logger import ScalarLogger
+from fx_approx.distributed.agreement import check_chosen
+from fx_approx.errors import BatchNormWarning
 from fx_approx.runtime.approx_module import find
-from fx_approx.runtime.controls import set_sampling
+from fx_approx.runtime.controls import set_each, synchronize_scores
+from fx_approx.runtime.rng import SELECTION_INTERVAL
+from fx_approx.runtime.upcoming import use_up
 from fx_approx.sampling.base import Selection
+from fx_approx.schedules.preserve import check_preservable
+from fx_approx.schedules.ratio_scheduler import RatioScheduler
 from fx_approx.schedules.schedule import Schedule, check_step
-from fx_approx.subnetworks.extract import extract, reselect
+from fx_approx.subnetworks.extract import extract
 from fx_approx.subnetworks.merge import merge
-from fx_approx.subnetworks.optimizers import Rest, full_moments, narrow_optimizer, restore_moments, widen_optimizer
+from fx_approx.subnetworks.optimizers import (
+    Rest,
+    check_optimizer,
+    full_moments,
+    narrow_optimizer,
+    restore_moments,
+    widen_optimizer,
+)
 from fx_approx.subnetworks.record import record_of
+from fx_approx.subnetworks.reselect import cut_anew, fits
+from fx_approx.subnetworks.selections import Selections, selections_of
+
+_KEYS = {"scheduler", "since", "sub"}
+
+
+@dataclasses.dataclass
+class _Phase:
+    """A subnetwork.
+
+    Attributes:
+        sub: As it was cut out.
+        outer: What wraps it, and is called.
+        setting: Ratios and switches that it was cut out by.
+    """
+
+    sub: nn.Module
+    outer: nn.Module
+    setting: tuple[Any, ...]
 
 
 class Phases:
@@ -32,8 +69,12 @@ class Phases:
             optimizer.step()
             phases.step()
 
+    For selections that are kept for some tens of steps at least, since each swap copies weights and moments. Where
+    selections are to be others in every step, follow the activations (scores ``online``), or parameters must stay full
+    size, train the transformed model itself (``fx_approx.schedules.RatioScheduler``).
+
     Attributes:
-        model: What is to be called in this step: the full model, or a subnetwork.
+        model: What is to be called in this step: the full model, or a subnetwork; in what ``wrap`` made of it.
         last_step: The step that it is for.
     """
 
@@ -41,122 +82,258 @@ class Phases:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        schedule: Schedule,
+        schedule: Schedule | Mapping[str, Schedule],
         *,
         interval: int | None = None,
         preserve: bool = True,
         rest: Rest = "cpu",
         example_inputs: Any = None,
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
+        log: ScalarLogger | None = None,
     ) -> None:
         """Begins with step 0.
 
         Args:
             model: A transformed model whose selections are made ahead.
             optimizer: Of its parameters.
-            schedule: The ratio at each step; where it is 1 the full model trains exactly.
-            interval: Steps from one selection to the next within a phase; None keeps the first.
-            preserve: Where a phase ends in a wider one, first set to zero what the subnetwork does not read, so that
-                what was trained goes on as it is.
+            schedule: The ratio at each step, for all layers or by glob on their names, as in
+                :class:`fx_approx.schedules.RatioScheduler`; where all layers are exact the full model trains.
+            interval: Steps from one selection to the next within a phase. None takes the ``selection_interval`` of the
+                transform where that is above 1, and else keeps the first selection of a phase.
+            preserve: Where a ratio rises at the end of a phase, first set to zero what the subnetwork does not read, so
+                that what was trained goes on as it is. For ratios that rise once or a few times; not for
+                ``PeriodicExact``.
             rest: Where the moments of what the subnetwork does not have wait, see
                 :func:`fx_approx.subnetworks.narrow_optimizer`.
             example_inputs: A batch, so that subnetworks may run the model's own Python, see
                 :func:`fx_approx.subnetworks.extract`.
+            wrap: Makes of the full model, and of each subnetwork, what is called: ``torch.compile``, or
+                ``DistributedDataParallel``. It is called once for each; a new selection goes into the same tensors, so
+                that nothing is compiled again. The last subnetwork waits through full phases, and serves again where
+                the ratios are the same. The ranks of a ``DistributedDataParallel`` compare their selections.
+            log: Told the ratios whenever they change.
 
         Raises:
             TypeError: An argument of the wrong type.
-            ValueError: ``model`` is not transformed, or ``interval`` is below 1.
+            ValueError: ``model`` is not transformed, ``interval`` is below 1, ``schedule`` names no layer, the
+                optimiser is of other parameters, or, with ``preserve``, a sampler scales what it reads. Nothing is
+                changed then, nor by the next.
+            UnsupportedError: No subnetwork follows from the model, or the optimiser cannot move; see
+                :func:`fx_approx.subnetworks.extract` and :func:`fx_approx.subnetworks.narrow_optimizer`.
+            DistributedMismatchError: The selections differ between the ranks.
+
+        Warns:
+            BatchNormWarning: An exact tail is too short for the BatchNorm statistics, without ``preserve``.
         """
-        if not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule: expected a schedule such as Constant(0.5), got {schedule!r}")
         if interval is not None:
             check_step("interval", interval, 1)
-        self._full, self._optimizer, self._schedule = find(model), optimizer, schedule
-        self._interval, self._preserve, self._rest, self._example = interval, preserve, rest, example_inputs
-        self._sub: nn.Module | None = None
-        self._ratio: float | None = 1.0
+        if not isinstance(preserve, bool):
+            raise TypeError(f"preserve: expected True or False, got {preserve!r}")
+        if rest not in ("cpu", "keep", "drop"):
+            raise ValueError(f"rest: expected 'cpu', 'keep' or 'drop', got {rest!r}")
+        if wrap is not None and not callable(wrap):
+            raise TypeError(f"wrap: expected what makes a module of a module, such as torch.compile, got {wrap!r}")
+        self._full, self._optimizer, self._wrap = find(model), optimizer, wrap
+        every = int(self._full._fx_approx.state[SELECTION_INTERVAL])
+        self._interval = interval if interval is not None or every == 1 else every
+        self._preserve, self._rest, self._example = preserve, rest, example_inputs
+        if preserve:
+            check_preservable(self._full, "preserve")
+        self._try()
+        self._outer: nn.Module | None = None
+        self._phase: _Phase | None = None
+        self._idle: _Phase | None = None
         self._since = 0
-        self.last_step = 0
-        self._enter(schedule.ratio(0))
+        self._stepped = False
+        before = {one: (one.spec.ratio, one.enabled) for one in self._full._fx_approx.selectors.values()}
+        with warnings.catch_warnings():
+            if preserve:  # what a phase gathers fits the exact model then, see merge
+                warnings.simplefilter("ignore", BatchNormWarning)
+            self._scheduler = RatioScheduler(self._full, schedule, log=log)
+        try:
+            self._enter()
+        except BaseException:
+            set_each(self._full, before)
+            raise
+        reference = weakref.WeakMethod(self._note_step)
+        optimizer.register_step_post_hook(lambda *_: None if (note := reference()) is None else note())
 
     @property
     def model(self) -> nn.Module:
-        return self._full if self._sub is None else self._sub
+        if self._phase is not None:
+            return self._phase.outer
+        if self._outer is None:
+            self._outer = self._wrapped(self._full)
+        return self._outer
+
+    @property
+    def last_step(self) -> int:
+        return self._scheduler.last_step
 
     def step(self) -> None:
-        """Goes on to the next step; to be called after the optimiser's."""
-        self.last_step += 1
-        ratio = self._schedule.ratio(self.last_step)
-        self._since += 1
-        if ratio != self._ratio:
-            self._leave(ratio)
-            self._enter(ratio)
-        elif self._sub is not None and self._interval is not None and self._since >= self._interval:
-            self._write_back(False)
-            reselect(self._sub, self._full)
-            narrow_optimizer(self._optimizer, self._sub, self._full, rest=self._rest)
-            self._since = 0
+        """Goes on to the next step; to be called after the optimiser's.
+
+        Where the model changes, gradients that the optimiser has taken its step by are cleared; others, of which a
+        step has yet to come, go along.
+
+        Raises:
+            ValueError: A phase begins, and scores ``ema`` have learnt nothing yet; or the full model was changed
+                during a phase.
+            DistributedMismatchError: The selections differ between the ranks.
+        """
+        steps = self._since + 1
+        changed, rising = self._scheduler.changes_next()
+        if changed:
+            self._leave(self._preserve and rising, steps)
+            self._scheduler.step()
+            self._enter()
+        else:
+            if self._phase is not None and self._interval is not None and steps >= self._interval:
+                self._anew(self._phase, steps)
+            else:
+                self._since = steps
+            self._scheduler.step()
+        self._stepped = False
 
     def finish(self) -> nn.Module:
-        """Writes the subnetwork back, if there is one; returns the full model, which computes what that did."""
-        self._leave(1.0)
-        self._enter(1.0)
+        """Writes the subnetwork back, if there is one; returns the full model, exact, which computes what that did."""
+        self._leave(self._preserve, self._since)
+        set_each(self._full, {one: (one.spec.ratio, False) for one in self._full._fx_approx.selectors.values()})
         return self._full
 
-    def _leave(self, ratio: float | None) -> None:
-        if self._sub is not None:
-            before, now = (1.0 if one is None else one for one in (self._ratio, ratio))
-            self._write_back(self._preserve and (now > before or ratio == 1))
-            self._sub = None
+    def _note_step(self) -> None:
+        self._stepped = True
 
-    def _write_back(self, preserve: bool) -> None:
-        assert self._sub is not None
-        merge(self._sub, self._full, preserve=preserve)
-        widen_optimizer(self._optimizer, self._sub)
+    def _wrapped(self, module: nn.Module) -> nn.Module:
+        outer = module if self._wrap is None else self._wrap(module)
+        if not isinstance(outer, nn.Module):
+            raise TypeError(f"wrap: expected that it returns a module, got {outer!r}")
+        return outer
 
-    def _enter(self, ratio: float | None, selections: tuple[Selection | None, ...] | None = None) -> None:
-        self._ratio, self._since = ratio, 0
-        if ratio == 1:
-            set_sampling(self._full, enabled=False)
+    def _try(self) -> None:
+        """Makes a subnetwork and throws it away: what does not work is said before the training, and not within it."""
+        resample = self._full._fx_approx.resample
+        shared = [] if resample is None else list(resample.each())
+        device = self._full._fx_approx.state.device
+        chosen = [
+            None if one.exact else Selection(torch.arange(one.k, device=device).repeat(one.groups, 1), None)
+            for one in shared
+        ]
+        check_optimizer(self._optimizer, extract(self._full, chosen or None), self._full)
+
+    def _leave(self, preserve: bool, steps: int) -> None:
+        """Back to the full model."""
+        phase = self._phase
+        if phase is None:
             return
-        set_sampling(self._full, ratio, enabled=True)
-        self._sub = extract(self._full, selections, example_inputs=self._example)
-        self._sub.train(self._full.training)
-        narrow_optimizer(self._optimizer, self._sub, self._full, rest=self._rest)
+        self._write_back(phase, preserve, steps)
+        if phase.sub.training != self._full.training:
+            self._full.train(phase.sub.training)
+        self._phase, self._idle = None, phase
+
+    def _write_back(self, phase: _Phase, preserve: bool, steps: int) -> bool:
+        """After so many steps; returns whether the next selection is another one."""
+        merge(phase.sub, self._full, preserve=preserve)
+        self._clear_spent()
+        widen_optimizer(self._optimizer, phase.sub)
+        return use_up(self._full, record_of(phase.sub).selections, steps)
+
+    def _clear_spent(self) -> None:
+        if self._stepped:
+            self._optimizer.zero_grad()
+
+    def _anew(self, phase: _Phase, steps: int) -> None:
+        """Another selection within a phase."""
+        if not self._write_back(phase, False, steps):
+            use_up(self._full, record_of(phase.sub).selections)
+        self._phase, self._idle = None, phase
+        self._begin(self._chosen())
+
+    def _enter(self) -> None:
+        """A phase by the ratios of the moment, if they sample."""
+        self._since = 0
+        self._clear_spent()
+        if self._full._fx_approx.samples:
+            self._begin(self._chosen())
+
+    def _chosen(self) -> Selections:
+        """The next selections, equal on all ranks."""
+        group = self._group()
+        if group is not None:
+            synchronize_scores(self._full, group)
+        chosen = selections_of(self._full, None, group)
+        resample = self._full._fx_approx.resample
+        if resample is not None and not resample.known:
+            raise ValueError(
+                "schedule: scores ema have learnt nothing yet, and a subnetwork teaches them nothing; expected exact "
+                "steps before the first phase, such as ExactWarmup(schedule, 50)"
+            )
+        return chosen
+
+    def _begin(self, chosen: Selections) -> None:
+        """A phase by these selections, in the subnetwork that waits where that has their sizes."""
+        phase, setting = self._idle, self._full._fx_approx.setting
+        if phase is not None and phase.setting == setting and fits(record_of(phase.sub), chosen):
+            cut_anew(phase.sub, record_of(phase.sub), self._full, chosen)
+        else:
+            compared = self._group() is not None
+            phase = self._idle = None  # before the next one takes memory
+            sub = extract(self._full, chosen, example_inputs=self._example)
+            phase = _Phase(sub, self._wrapped(sub), setting)
+            group = _group(phase.outer)
+            if group is not None and not compared:
+                check_chosen(self._full, chosen, group)
+        narrow_optimizer(self._optimizer, phase.sub, self._full, rest=self._rest)
+        self._phase, self._idle, self._since = phase, None, 0
+
+    def _group(self) -> Any:
+        """The process group that is known so far."""
+        return _group(self._outer) or _group(None if self._idle is None else self._idle.outer)
 
     def state_dict(self) -> dict[str, Any]:
         """All that goes on from here, beside the states of the full model and of the optimiser."""
-        if self._sub is None:
-            return {"last_step": self.last_step, "since": self._since, "sub": None}
-        chosen = [None if one is None else tuple(one) for one in record_of(self._sub).selections]
+        state = {"scheduler": self._scheduler.state_dict(), "since": self._since, "sub": None}
+        if self._phase is None:
+            return state
+        sub = self._phase.sub
         return {
-            "last_step": self.last_step,
-            "since": self._since,
-            "sub": self._sub.state_dict(),
-            "selections": chosen,
+            **state,
+            "sub": sub.state_dict(),
+            "selections": [None if one is None else tuple(one) for one in record_of(sub).selections],
             "moments": full_moments(self._optimizer),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where another one was.
+        """Goes on where another one was, with its schedules.
 
-        Call it after the full model has loaded its state, and before the optimiser loads its own.
+        Call it after the full model has loaded its state, and before the optimiser loads its own. A subnetwork that is
+        there is thrown away.
 
         Raises:
-            ValueError: That is no such state.
+            ValueError: That is no such state, or of another model. Nothing is changed then.
         """
-        if not {"last_step", "since", "sub"} <= set(state):
+        if not set(state) >= _KEYS or (state["sub"] is not None and not {"selections", "moments"} <= set(state)):
             raise ValueError(f"state: expected what Phases.state_dict gives, got the keys {sorted(state)}")
-        if self._sub is not None:
-            widen_optimizer(self._optimizer, self._sub)
-            self._sub = None
-        self.last_step = state["last_step"]
-        ratio = self._schedule.ratio(self.last_step)
-        if state["sub"] is None:
-            self._enter(ratio)
-        else:
-            self._enter(ratio, tuple(None if one is None else Selection(*one) for one in state["selections"]))
-            assert self._sub is not None
+        check_step("since", state["since"])
+        given: Selections | None = None
+        if state["sub"] is not None:
+            given = tuple(None if one is None else Selection(*one) for one in state["selections"])
+            given = selections_of(self._full, given, self._group())
+        self._scheduler.load_state_dict(state["scheduler"])
+        if self._phase is not None:
+            widen_optimizer(self._optimizer, self._phase.sub)
+            self._phase, self._idle = None, None
+        if given is not None:
+            self._begin(given)
+            assert self._phase is not None
             with torch.no_grad():
-                self._sub.load_state_dict(state["sub"])
+                self._phase.sub.load_state_dict(state["sub"])
             restore_moments(self._optimizer, state["moments"])
         self._since = state["since"]
+
+
+def _group(outer: nn.Module | None) -> Any:
+    """The process group over which a module is trained in parallel; None if it is not."""
+    modules = () if outer is None else outer.modules()
+    found = [module for module in modules if isinstance(module, DistributedDataParallel)]
+    return found[0].process_group if found else None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fx_approx._compat import version_of
+from fx_approx._compat import keep_in_copies, version_of
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
+from fx_approx.subnetworks.derivations import Recipe
 
 RECORD = "_fx_approx_subnetwork"
 """Where a subnetwork keeps what it was cut out of."""
@@ -37,6 +39,24 @@ class Origin:
     prunes: bool
 
 
+class ModelReference:
+    """Tells one model from its copies; a copy of it refers to the same model, and a pickled one to none."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        """Refers weakly to ``model``."""
+        self._model = None if model is None else weakref.ref(model)
+
+    def means(self, model: nn.Module) -> bool:
+        """Whether ``model`` is the one."""
+        return self._model is not None and self._model() is model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelReference:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ModelReference, ()
+
+
 @dataclasses.dataclass
 class Subnetwork:
     """What a subnetwork knows of the model that it was cut out of; :func:`record_of` gives it.
@@ -47,9 +67,11 @@ class Subnetwork:
         identity: What the full model must be: its layers and their shapes.
         own_forward: Its forward is the model's own Python.
         reason: Why it is not, if so.
-        versions: Of the full parameters when it was cut out; a change since is refused by :func:`merge`.
+        versions: Of the full parameters and buffers when it was cut out; a change since is refused by :func:`merge`.
         merged: It has been written back since it was cut out.
         origin: What it was made from; None where that is not known.
+        model: The model that it was cut out of; of a copy nobody knows whether it was changed.
+        recipe: How ``cuts`` and the buffers with indices follow from ``selections``; None where that is not known yet.
     """
 
     cuts: Mapping[str, Cut]
@@ -60,22 +82,43 @@ class Subnetwork:
     versions: dict[str, int]
     merged: bool = False
     origin: Origin | None = None
+    model: ModelReference = dataclasses.field(default_factory=ModelReference)
+    recipe: Recipe | None = None
 
     def cut_of(self, name: str) -> Cut:
         """What the parameter or buffer ``name`` holds of the full model's; all of it where nothing is cut off."""
         return self.cuts.get(name, Cut(name))
 
 
-def record_of(sub: nn.Module) -> Subnetwork:
-    """What ``sub`` was cut out of.
+def attach(sub: nn.Module, record: Subnetwork) -> None:
+    """Makes ``sub`` a subnetwork, and its copies."""
+    vars(sub)[RECORD] = record
+    if isinstance(sub, fx.GraphModule):
+        keep_in_copies(sub, RECORD)
+
+
+def subnetwork_in(sub: nn.Module) -> nn.Module:
+    """The subnetwork in ``sub``: itself, or inside ``torch.compile``, DistributedDataParallel, AveragedModel or alike.
 
     Raises:
-        ValueError: It is no subnetwork.
+        ValueError: There is none, or more than one.
     """
-    found = vars(sub).get(RECORD)
-    if not isinstance(found, Subnetwork):
-        raise ValueError(f"sub: expected what fx_approx.subnetworks.extract returned, got a {type(sub).__name__}")
-    return found
+    modules = sub.modules() if isinstance(sub, nn.Module) else ()
+    found = [module for module in modules if isinstance(vars(module).get(RECORD), Subnetwork)]
+    if len(found) != 1:
+        what = f"{type(sub).__name__}, which holds {len(found)}" if found else f"a {type(sub).__name__}"
+        raise ValueError(f"sub: expected what fx_approx.subnetworks.extract returned, got {what}")
+    return found[0]
+
+
+def record_of(sub: nn.Module) -> Subnetwork:
+    """What ``sub``, or the subnetwork in it, was cut out of.
+
+    Raises:
+        ValueError: It is no subnetwork, and holds none.
+    """
+    record: Subnetwork = vars(subnetwork_in(sub))[RECORD]
+    return record
 
 
 def check_origin(record: Subnetwork, model: nn.Module) -> None:
@@ -90,8 +133,8 @@ def identity_of(model: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 
 def versions_of(model: nn.Module) -> dict[str, int]:
-    """How often each parameter was changed in place."""
-    return {name: version_of(p) for name, p in model.named_parameters()}
+    """How often each parameter and buffer was changed in place."""
+    return {name: version_of(tensor) for name, tensor in tensors_of(model).items() if not tensor.is_inference()}
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from fx_approx.ops.sliced_linear import sliced_linear
 from fx_approx.runtime.graph_program import PROLOGUE
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
+from fx_approx.subnetworks.derivations import Derivations, first_row, same_selections
 
 INDICES = "_selected"
 """Prefix of the buffers with indices, where a part of a wide value is read."""
@@ -61,6 +62,8 @@ class Specializer:
     Attributes:
         graph: The copy.
         cuts: By path in ``root``, what each of its parameters and buffers is of the full model.
+        derivations: How the selections of cuts and buffers follow from those that the model makes.
+        buffers: By name, those that hold what is derived from selections.
         reasons: Why the model's own Python cannot be what runs.
     """
 
@@ -72,9 +75,10 @@ class Specializer:
             full: The transformed model.
             chosen: The selections that are made ahead, in order.
         """
-        self.root, self.full, self.chosen = root, full, tuple(chosen)
+        self.root, self.full, self.derivations = root, full, Derivations(chosen)
         self.graph = fx.Graph()
         self.cuts: dict[str, Cut] = {}
+        self.buffers: dict[str, Tensor] = {}
         self.reasons: list[str] = []
         self._narrowed: dict[str, Any] = {}
         self._index_names: dict[int, str] = {}
@@ -110,7 +114,7 @@ class Specializer:
             found = value[args[1]]
             return Known(found) if isinstance(args[0], Known) else found
         if node.target in _CONSTANT:
-            return Known(node.target(*_revealed(args), **_revealed(kwargs)))
+            return Known(self.derivations.derive(node.target, *_revealed(args), **_revealed(kwargs)))
         if node.target is channel_slices.slice_weights:
             return self._slices(*args)
         if node.op == "call_module":
@@ -122,7 +126,7 @@ class Specializer:
         if node.target == PROLOGUE:
             return Known(None)
         if node.target == f"{PROLOGUE}.resample":
-            return Known(self.chosen)
+            return Known(self.derivations.chosen)
         if str(node.target).startswith(f"{PROLOGUE}.o"):  # running norms: nothing is learnt any more
             return Known(None)
         raise UnsupportedError(
@@ -178,7 +182,8 @@ class Specializer:
         layer: Any = self.root.get_submodule(path)
         groups = getattr(layer, "groups", 1)
         axis = -1 if isinstance(layer, nn.Linear) else 1
-        flat = Known(channel_slices.spread(given.value, layer.weight.shape[1])) if groups > 1 else given
+        derive = self.derivations.derive
+        flat = Known(derive(channel_slices.spread, given.value, layer.weight.shape[1])) if groups > 1 else given
         bias = None if layer.bias is None else Cut(f"{path}.bias")
         if not self._seen(path, Cut(f"{path}.weight", given.value, None, groups)):
             self._narrowed.pop(path)
@@ -285,11 +290,11 @@ class Specializer:
         selection = chosen.value if isinstance(chosen, Known) else chosen
         if selection is None:
             return value
-        index = selection.indices[0]
         key = id(chosen)  # one value of the graph, and not one set of numbers: others come in its place
         if key not in self._index_names:
             name = f"{INDICES}{len(self._index_names)}"
-            self.root.register_buffer(name, index.clone())
+            self.buffers[name] = self.derivations.derive(first_row, selection)
+            self.root.register_buffer(name, self.buffers[name].clone())
             self._index_names[key] = name
             self._held.append(chosen)
         self.reasons.append("a part of a wide value is read")
@@ -339,6 +344,7 @@ class Specializer:
             return False
         if not _same(known, cut):
             raise UnsupportedError(f"{path} is called with several selections")
+        self.derivations.note_alike(path, known, cut)
         return True
 
     def _replace(self, cut: Cut) -> None:
@@ -347,6 +353,7 @@ class Specializer:
         if known is not None:
             if not _same(known, cut):
                 raise UnsupportedError(f"{cut.source} is read with several selections")
+            self.derivations.note_alike(cut.source, known, cut)
             return
         self.cuts[cut.source] = cut
         holder, _, name = cut.source.rpartition(".")
@@ -391,11 +398,5 @@ def _same(one: Cut, other: Cut) -> bool:
     return (
         one.source == other.source
         and one.groups == other.groups
-        and all(_equal(a, b) for a, b in ((one.inputs, other.inputs), (one.outputs, other.outputs)))
+        and same_selections(one.inputs, one.outputs, other.inputs, other.outputs)
     )
-
-
-def _equal(one: Selection | None, other: Selection | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one is other or torch.equal(one.indices, other.indices)

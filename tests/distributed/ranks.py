@@ -169,9 +169,9 @@ def main(scenarios: dict[str, Callable[[int, str], Any]]) -> None:
     os._exit(0)
 
 
-def run(folder: Path, size: int, names: list[str]) -> Path:
-    """``size`` processes go through scenarios, and leave their results in ``folder``."""
-    command = [sys.executable, str(Path(__file__).with_name("fsdp_ranks.py"))]
+def run(folder: Path, size: int, names: list[str], script: str = "fsdp_ranks.py") -> Path:
+    """``size`` processes go through scenarios of a script, and leave their results in ``folder``."""
+    command = [sys.executable, str(Path(__file__).with_name(script))]
     ranks = [
         subprocess.Popen([*command, str(rank), str(size), str(folder), *names], cwd=folder) for rank in range(size)
     ]

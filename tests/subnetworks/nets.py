@@ -1,0 +1,61 @@
+"""What the tests of subnetworks share: transformed networks of the demand tests, a small MLP, and steps of training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import fx_approx
+from fx_approx.policies import Exact, Override, Uniform
+from fx_approx.subnetworks import record_of
+from tests.helpers.demand_nets import NETS
+from tests.helpers.hoisting import Layers, loss_of, perturbed
+
+TWICE = "plain-residual"  # a layer that is called with two selections
+HIDDEN = Override({"0": Exact()}, Uniform(0.5))
+X, Y = torch.randn(32, 20, generator=torch.Generator().manual_seed(1)).double(), torch.arange(32) % 5
+
+
+def transformed(
+    name: str, scope: str = "value", sampler: str = "topk", ratio: float = 0.5, scores: str = "weight"
+) -> tuple[nn.Module, Tensor]:
+    """A network of the demand tests in float64, with an input."""
+    torch.manual_seed(0)
+    build, shape = NETS[name]
+    x = torch.randn(*shape).double()
+    return fx_approx.transform(perturbed(build().double()), Layers(sampler, ratio, scores, scope), x), x
+
+
+def mlp() -> nn.Module:
+    """With BatchNorm."""
+    return nn.Sequential(
+        nn.Linear(20, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)
+    )
+
+
+def hidden(policy: fx_approx.Policy = HIDDEN, **options: int) -> nn.Module:
+    """The MLP, of which the hidden units are sampled."""
+    torch.manual_seed(0)
+    return fx_approx.transform(mlp().double(), policy, X, **options)
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, count: int = 5) -> None:
+    """Some steps of training."""
+    for step in range(count):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        loss_of(model(x)).backward()
+        optimizer.step()
+
+
+def largest(one: nn.Module, other: nn.Module) -> float:
+    """The largest difference of parameters and buffers."""
+    pairs = zip((*one.parameters(), *one.buffers()), (*other.parameters(), *other.buffers()), strict=True)
+    return max(float((a.detach() - b.detach()).abs().nan_to_num().max()) for a, b in pairs)
+
+
+def placed(sub: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    """Which entries of a full parameter ``sub`` has."""
+    mask = torch.zeros(parameter.numel(), dtype=torch.bool)
+    mask[record_of(sub).cut_of(name).places(parameter).flatten()] = True
+    return mask.view(parameter.shape)
