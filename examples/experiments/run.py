@@ -270,6 +270,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--autocast", default="", choices=("bfloat16",), help="precision of the products")
     made.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="what training seconds are")
     made.add_argument("--cold", action="store_true", help="take no step before; the seconds have compiling in, too")
+    made.add_argument("--no-curve", action="store_true", help="evaluate at the end of the last epoch only")
     made.add_argument("--probe", type=int, default=10, metavar="STEPS", help="steps that are timed first (10)")
     made.add_argument("--checkpoint", type=float, default=30, metavar="SECONDS", help="between checkpoints (30)")
     made.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -302,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.probe,
             options.checkpoint,
             options.cold,
+            not options.no_curve,
         )
         narrow = [name for name in chosen if config.variants[name].subnetwork]
         if narrow and options.compile and not options.cold and not options.report:

@@ -47,6 +47,7 @@ class Settings:
         probe: Steps of each phase that are timed before the training.
         checkpoint: Seconds between two checkpoints, at ends of epochs.
         cold: No step is taken before the training: its seconds have everything in, compiling, too.
+        curve: Accuracy at the end of every epoch, and not of the last one alone.
     """
 
     device: str = "cpu"
@@ -56,6 +57,7 @@ class Settings:
     probe: int = 10
     checkpoint: float = 30.0
     cold: bool = False
+    curve: bool = True
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -252,7 +254,7 @@ class Run:
         state["diverged"] = not math.isfinite(mean)
         ends = {"first_loss": float(each[:_ENDS].mean()), "last_loss": float(each[-_ENDS:].mean())}
         entry = {"step": state["step"], "loss": mean, **ends, "seconds": state["seconds"], "flops": state["flops"]}
-        if not state["diverged"]:
+        if not state["diverged"] and (self.settings.curve or state["step"] == self.budget.steps):
             entry.update(self._evaluations(number, state["step"]))
         state["epochs"].append(entry)
         bar.set_postfix(loss=f"{mean:.3f}", accuracy=f"{entry.get('accuracy', math.nan):.2f}")

@@ -21,7 +21,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "examples" / "experiments"
 
 MODULES = (
     *("config", "records", "images", "texts", "sources", "networks", "minilm"),
-    *("costs", "measured", "variants", "training", "run"),
+    *("costs", "measured", "narrow", "variants", "training", "run"),
 )
 
 TINY = """
@@ -50,6 +50,15 @@ exact = ["{last}"]
 tail = 0.25
 preserve = true
 every = 0
+
+[variants."phases"]
+policy = {{ kind = "uniform", sampler = "topk", ratio = 0.5, scores = "ema", scope = "value" }}
+exact = ["{last}"]
+warmup = 0.25
+tail = 0.25
+preserve = true
+every = 5
+subnetwork = true
 
 [variants."moving"]
 policy = {{ kind = "uniform", sampler = "systematic", ratio = 0.25, scores = "ema", scope = "value" }}
@@ -137,7 +146,7 @@ def runner(scripts: SimpleNamespace, data: Path, tmp_path: Path) -> Runner:
 
 def test_all_variants_of_a_configuration(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     found = {one["variant"]: one for one in runner()}
-    assert list(found) == ["exact", "value, tail", "moving", "fewer", "narrower", "fewer seconds"]
+    assert list(found) == ["exact", "value, tail", "phases", "moving", "fewer", "narrower", "fewer seconds"]
     exact, tail, moving = found["exact"], found["value, tail"], found["moving"]
     # Two operations for each multiply-add: 64 x 16 in the first layer, which has no gradient of its input.
     step = 2 * 16 * (2 * 64 * 16 + 3 * 16 * 16 + 3 * 16 * 3)
@@ -154,7 +163,7 @@ def test_all_variants_of_a_configuration(runner: Runner, capsys: pytest.CaptureF
     assert found["fewer"]["budget"]["steps"] < 24 == found["narrower"]["budget"]["steps"]
     assert found["narrower"]["budget"]["width"] < 1
     assert all(one["final"]["accuracy"] > 60 for one in found.values() if one["variant"] != "fewer seconds")
-    assert all(set(one["step_ms"]) == set(one["phases"]) for one in found.values())
+    assert all(set(one["step_ms"]) == set(one["phases"]) for one in found.values() if one["variant"] != "phases")
     assert [one["step"] for one in exact["epochs"]] == [6, 12, 18, 24]
     first = exact["epochs"][0]
     assert first["first_loss"] == pytest.approx(first["loss"])  # an epoch of six steps is both ends
@@ -162,7 +171,48 @@ def test_all_variants_of_a_configuration(runner: Runner, capsys: pytest.CaptureF
     assert (tail["options"]["every"], tail["options"]["preserve"]) == (0, True) and "preserve" not in exact["options"]
     capsys.readouterr()
     runner()
-    assert capsys.readouterr().out.count("recorded already") == 6
+    assert capsys.readouterr().out.count("recorded already") == 7
+
+
+def test_a_variant_by_phases_trains_a_narrow_network_and_says_what_one_ships(
+    scripts: SimpleNamespace, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+    plain = scripts.training.Run.step
+
+    def step(run: Any, *given: Any) -> Any:
+        widths.append(run.ratios.model.fc2.in_features)
+        return plain(run, *given)
+
+    monkeypatch.setattr(scripts.training.Run, "step", step)
+    (run,) = runner("phases", more=["--cold"])
+    # All 24 steps, and none before them: six exact ones, twelve of the network of 8 of 16 units, six exact ones.
+    assert widths == [16] * 6 + [8] * 12 + [16] * 6 and run["phases"] == {"exact": 12, "sampled": 12}
+    step_flops = 2 * 16 * (2 * 32 * 8 + 3 * 8 * 16 + 3 * 16 * 3)  # 32 of 64 inputs, 8 of 16 units
+    assert run["step_flops"]["sampled"] == step_flops and run["flops"] == run["exact_flops"] / 2 + 12 * step_flops
+    shipped, middle = run["shipped"], run["epochs"][2]  # the network ends with the third epoch
+    full, sub = 64 * 16 + 16 + 16 * 16 + 16 + 16 * 3 + 3, 32 * 8 + 8 + 8 * 16 + 16 + 16 * 3 + 3
+    assert shipped["parameters"] == {"full": full, "sub": sub}
+    # It was merged there, and the full one computes the same.
+    assert shipped["accuracy"] == middle["accuracy"] and shipped["test_loss"] == pytest.approx(middle["test_loss"])
+    assert set(shipped["latency"]) == {"1", "16"} and len(shipped["latency"]["16"]["speedup"]) == 3
+    assert run["final"]["accuracy"] > 60 and run["seconds"] > 0 and run["wall_seconds"] > 0
+    assert "warm_seconds" not in run and run["common"]["cold"] and run["step_ms"] == {}
+
+
+def test_without_a_tail_what_ships_is_what_the_full_network_ends_as(runner: Runner) -> None:
+    more = ["--no-curve", "--set=variants.phases.tail=0", "--set=variants.phases.every=6"]
+    (run,) = runner("phases", more=more)
+    assert run["phases"] == {"exact": 6, "sampled": 18}
+    assert run["shipped"]["accuracy"] == run["final"]["accuracy"]
+    assert run["shipped"]["test_loss"] == pytest.approx(run["final"]["test_loss"])
+    assert ["accuracy" in one for one in run["epochs"]] == [False, False, False, True]
+
+
+def test_a_cold_run_learns_what_another_one_does(runner: Runner) -> None:
+    cold, other = runner("value, tail", more=["--cold"])[0], runner("value, tail")[-1]
+    assert cold["final"] == other["final"] and cold["setting"] != other["setting"]
+    assert "warm_seconds" in other and "cold" not in other["common"]
 
 
 def test_what_a_variant_saves_is_printed(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +253,7 @@ def test_what_steps_cost_is_measured_beside_exact_training(
     [
         pytest.param("mlp", "hidden = 16", "classifier", "value, tail", marks=pytest.mark.slow),
         ("cnn", "channels = [8, 8]\nkernel = 3\nhidden = 16\nnorm = true", "classifier", "moving"),
+        ("cnn", "channels = [8, 8]\nkernel = 3\nhidden = 16\nnorm = true", "classifier", "phases"),
         pytest.param("wrn", "depth = 10\nwiden = 1", "8", "value, tail", marks=pytest.mark.slow),
     ],
 )
@@ -388,7 +439,7 @@ def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
         ("variants.moving.tail=0.9", "variants.'moving'.tail: expected less than what warmup = 0.25 leaves, got 0.9"),
         ("variants.moving.policy.kind=best", "variants.'moving'.policy: kind: expected one of paper, uniform"),
         ("variants.moving.policy.ratio=2", "variants.'moving'.policy: ratio: expected a number in (0, 1], got 2"),
-        ("variants.fewer.to=fewer", "variants.'fewer'.to: expected one of exact, value, tail, moving, got 'fewer'"),
+        ("variants.fewer.to=fewer", "variants.'fewer'.to: expected one of exact, value, tail, phases, moving, got"),
         ("variants.exact.tail=0.5", "variants.'exact'.policy: expected one beside exact, tail, warmup"),
         ("variants.moving.preserve=true", "variants.'moving'.preserve: expected false beside interleave, got True"),
         (
@@ -407,6 +458,11 @@ def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
         ),
         ("variants.exact.frozen=['x.*']", "variants.'exact': frozen: expected a glob on parameters such as"),
         ("variants.fewer.frozen=['fc1.*']", "variants.'fewer'.frozen: expected none beside equal, got"),
+        ("variants.phases.interleave=3", "variants.'phases'.interleave: expected 0 beside subnetwork, got 3"),
+        ("variants.phases.every=1", "variants.'phases'.every: expected 0 or 2 or more beside subnetwork, got 1"),
+        ("variants.phases.warmup=0", "'phases'.warmup: expected more than 0 beside subnetwork, for the scores ema"),
+        ("variants.fewer seconds.to=phases", "to: expected a variant without subnetwork beside equal = 'time'"),
+        ("variants.exact.subnetwork=true", "'exact'.policy: expected one beside exact, tail, warmup, interleave"),
         ("seeds=[1, 1]", "seeds: expected one or more different integers, got [1, 1]"),
         ("training", "--set training: expected KEY=VALUE"),
     ],
