@@ -178,6 +178,16 @@ class Variant(Table):
     width: Positive = 1.0
 
     @model_validator(mode="after")
+    def _subnetwork_fits(self) -> Self:
+        if self.subnetwork:
+            expect("policy", self.policy, "one beside subnetwork", bool(self.policy))
+            expect("interleave", self.interleave, "0 beside subnetwork", not self.interleave)
+            expect("every", self.every, "0 or 2 or more beside subnetwork", self.every != 1)
+            learnt = self.policy.get("scores") != "ema" or self.warmup > 0
+            expect("warmup", self.warmup, "more than 0 beside subnetwork, for the scores ema to be known", learnt)
+        return self
+
+    @model_validator(mode="after")
     def _fits(self) -> Self:
         expect("tail", self.tail, f"less than what warmup = {self.warmup:g} leaves", self.warmup + self.tail < 1)
         expect("interleave", self.interleave, "0, or 2 or more", self.interleave != 1)
@@ -199,17 +209,8 @@ class Variant(Table):
         right = "false without tail, end_ratio or subnetwork"
         expect("preserve", self.preserve, right, rises or not self.preserve)
         expect("preserve", self.preserve, "false beside interleave", not (self.preserve and self.interleave))
-        if self.subnetwork:
-            expect("interleave", self.interleave, "0 beside subnetwork", not self.interleave)
-            expect("every", self.every, "0 or 2 or more beside subnetwork", self.every != 1)
-            learnt = self.policy.get("scores") != "ema" or self.warmup > 0
-            expect("warmup", self.warmup, "more than 0 beside subnetwork, for the scores ema to be known", learnt)
-        if not self.policy and (
-            self.subnetwork or self.exact or self.tail or self.warmup or self.interleave or self.end_ratio
-        ):
-            raise ValueError(
-                "policy: expected one beside exact, tail, warmup, interleave, end_ratio or subnetwork, got none"
-            )
+        if not self.policy and (self.exact or self.tail or self.warmup or self.interleave or self.end_ratio):
+            raise ValueError("policy: expected one beside exact, tail, warmup, interleave or end_ratio, got none")
         return self
 
     @property

@@ -462,7 +462,7 @@ def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
         ("variants.phases.every=1", "variants.'phases'.every: expected 0 or 2 or more beside subnetwork, got 1"),
         ("variants.phases.warmup=0", "'phases'.warmup: expected more than 0 beside subnetwork, for the scores ema"),
         ("variants.fewer seconds.to=phases", "to: expected a variant without subnetwork beside equal = 'time'"),
-        ("variants.exact.subnetwork=true", "'exact'.policy: expected one beside exact, tail, warmup, interleave"),
+        ("variants.exact.subnetwork=true", "'exact'.policy: expected one beside subnetwork, got {}"),
         ("seeds=[1, 1]", "seeds: expected one or more different integers, got [1, 1]"),
         ("training", "--set training: expected KEY=VALUE"),
     ],
