@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fx_approx
 from fx_approx.schedules import PlanRatios
 from fx_approx.schedules.schedule import Schedule
-from fx_approx.subnetworks import Phases, record_of
+from fx_approx.subnetworks import Phases, extract, record_of
 from fx_approx.utils.timing import in_turn
 
 _ROUNDS = 20
@@ -33,29 +33,41 @@ class Subnetworks:
         steps: int,
         example: Tensor,
     ) -> None:
-        """Begins with step 0; after ``steps`` the full network has what was learnt."""
-        self._full, self._steps, self._step = model, steps, 0
-        self._phases = Phases(
-            model,
-            optimizer,
-            schedule or PlanRatios(),
-            interval=variant.every or None,
-            preserve=variant.preserve,
-            example_inputs=example,
-        )
+        """Of a training of so many ``steps``, after which the full network has what was learnt."""
+        self._full, self._optimizer, self._schedule = model, optimizer, schedule or PlanRatios()
+        self._variant, self._steps, self._example = variant, steps, example
+        self._shown, self._step = model, 0
+        self._phases: Phases | None = None
 
     @property
     def model(self) -> nn.Module:
         """What is trained in this step, and in evaluation says how good it is."""
-        return self._phases.model
+        return self._shown if self._phases is None else self._phases.model
 
     def jump(self, step: int) -> None:
-        """To the network of ``step``, cut out of the full one as it is; what a narrow one has learnt is lost."""
-        self._step = step
-        self._phases.load_state_dict({"last_step": step, "since": 0, "sub": None})
+        """Before the training: to such a network as ``step`` has, cut out of the full one as it is now."""
+        ratio = self._schedule.ratio(step)
+        if ratio == 1:
+            fx_approx.set_sampling(self._full, enabled=False)
+            self._shown = self._full
+        else:
+            fx_approx.set_sampling(self._full, ratio, enabled=True)
+            self._shown = extract(self._full, example_inputs=self._example)
+
+    def begin(self) -> None:
+        """To step 0 of the training."""
+        self._phases = Phases(
+            self._full,
+            self._optimizer,
+            self._schedule,
+            interval=self._variant.every or None,
+            preserve=self._variant.preserve,
+            example_inputs=self._example,
+        )
 
     def step(self) -> None:
-        """To that of the next step."""
+        """To the network of the next step."""
+        assert self._phases is not None
         self._step += 1
         if self._step < self._steps:
             self._phases.step()
@@ -64,16 +76,17 @@ class Subnetworks:
 
     def state(self) -> Any:
         """For :meth:`resume`."""
-        return None if self._step == self._steps else self._phases.state_dict()
+        return None if self._phases is None or self._step == self._steps else self._phases.state_dict()
 
     def resume(self, step: int, state: Any) -> None:
         """Goes on at ``step``; the full network and its sampling have been loaded, the optimiser has not."""
         self._step = step
         if state is None:  # all steps were made
-            kept = {name: value.clone() for name, value in self._full.state_dict().items()}
-            self._phases.finish().load_state_dict(kept)
-        else:
-            self._phases.load_state_dict(state)
+            self._shown = self._full
+            return
+        self.begin()
+        assert self._phases is not None
+        self._phases.load_state_dict(state)
 
 
 def shipped(model: nn.Module, sub: nn.Module, x: Tensor, device: torch.device, clock: Any) -> dict[str, Any]:

@@ -232,6 +232,8 @@ class Run:
         state = records.load(key) or {"step": 0, **self.prepared, "epochs": [], "diverged": False}
         if state["step"]:
             self._resume(state)
+        else:
+            self.ratios.begin()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         saved = time.perf_counter()

@@ -181,6 +181,10 @@ class Ratios:
         if self._scheduler is not None:
             self._scheduler.step()
 
+    def begin(self) -> None:
+        """To step 0 of the training."""
+        self.jump(0)
+
     def state(self) -> Any:
         """None: the step says all."""
 

@@ -69,11 +69,6 @@ def extract(
     if runtime.resample is None:
         raise ValueError("model: no selection is made ahead, so that there is nothing to cut out")
     chosen = next_selections(approx) if selections is None else tuple(selections)
-    if all(one is None for one in chosen):
-        raise ValueError(
-            "model: its next step chooses nothing, so that there is nothing to cut out: sampling is off, or its ema "
-            "scores have not seen an exact step yet, as a warm-up has (fx_approx.schedules.ExactWarmup)"
-        )
     _check(approx, chosen)
     root = skeleton(exact_copy(approx), shared=False)
     maker = Specializer(root, approx, chosen)
