@@ -139,6 +139,8 @@ class Variant(Table):
         levels: How many ratios it takes on the way.
         preserve: Where the ratio rises, what was left out begins again from zero, so that nothing jumps.
         every: Steps that keep one selection; 0: all that have the same ratio.
+        subnetwork: Where it is not exact, what is trained is the narrow network of the selections, made anew for each
+            ratio and selected anew after ``every`` steps (:class:`fx_approx.subnetworks.Phases`).
         demand: Compute only what will be read.
         rate: Factor on the learning rate.
         distill: Share of soft labels in the loss of a step after an exact one: it has the exact one's batch again, and
@@ -163,6 +165,7 @@ class Variant(Table):
     levels: int = Field(3, ge=2)
     preserve: bool = False
     every: Count = 1
+    subnetwork: bool = False
     demand: bool = True
     rate: Positive = 1.0
     distill: float = Field(0.0, ge=0, le=1)
@@ -173,6 +176,16 @@ class Variant(Table):
     by: Literal["", "epochs", "width"] = ""
     epochs: Positive = 1.0
     width: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _subnetwork_fits(self) -> Self:
+        if self.subnetwork:
+            expect("policy", self.policy, "one beside subnetwork", bool(self.policy))
+            expect("interleave", self.interleave, "0 beside subnetwork", not self.interleave)
+            expect("every", self.every, "0 or 2 or more beside subnetwork", self.every != 1)
+            learnt = self.policy.get("scores") != "ema" or self.warmup > 0
+            expect("warmup", self.warmup, "more than 0 beside subnetwork, for the scores ema to be known", learnt)
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -192,8 +205,9 @@ class Variant(Table):
         for name, other in (("equal", self.equal), ("preserve", self.preserve)):
             # What a frozen network costs is not known there; weights that are zeroed could not be learnt again.
             expect("frozen", self.frozen, f"none beside {name}", not (self.frozen and other))
-        rises = self.tail > 0 or self.end_ratio > 0
-        expect("preserve", self.preserve, "false without tail or end_ratio", rises or not self.preserve)
+        rises = self.tail > 0 or self.end_ratio > 0 or self.subnetwork
+        right = "false without tail, end_ratio or subnetwork"
+        expect("preserve", self.preserve, right, rises or not self.preserve)
         expect("preserve", self.preserve, "false beside interleave", not (self.preserve and self.interleave))
         if not self.policy and (self.exact or self.tail or self.warmup or self.interleave or self.end_ratio):
             raise ValueError("policy: expected one beside exact, tail, warmup, interleave or end_ratio, got none")
@@ -205,7 +219,7 @@ class Variant(Table):
         return self.policy.get("kind") in ("flops", "time", "memory")
 
 
-_LATER = ("preserve", "frozen", "distill", "sensitivity")
+_LATER = ("preserve", "frozen", "distill", "sensitivity", "subnetwork")
 
 
 def plain(variant: Variant) -> dict[str, Any]:
@@ -260,6 +274,9 @@ class Config(Table):
         for name, variant in self.variants.items():
             if variant.equal:
                 one_of(f"variants.{name!r}.to", variant.to, known)
+                steps_alike = variant.equal != "time" or not self.variants[variant.to].subnetwork
+                right = "a variant without subnetwork beside equal = 'time'"
+                expect(f"variants.{name!r}.to", variant.to, right, steps_alike)
         return self
 
 

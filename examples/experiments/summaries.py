@@ -42,6 +42,10 @@ class Results:
             - ``warm``: seconds of compiling, of first steps and of those that were timed before the training.
             - ``speedup``: time of an exact step over that of a sampled one, medians of steps in turn in one run.
             - ``memory``: peak bytes on the device.
+            - ``wall``: seconds on the wall that the training took.
+            - ``shipped``: accuracy of the narrow network where exact steps begin again, or at the end; its deviation,
+              its ``share`` of the parameters, and ``latency``: by the examples of a batch, medians of the milliseconds
+              of an evaluation of the full network and of it, and quartiles of their ratio, means over the runs.
             - ``first_loss`` and ``last_loss`` of the training, means of its first and of its last steps.
             - ``steps`` of each phase, as shares of the steps of exact training.
             - ``options`` as configured; ``rate``, ``to`` and ``equal`` are among them, ``alike`` leaves out the rate.
@@ -67,7 +71,8 @@ def _sampled_forward(options: Mapping[str, Any]) -> bool:
 def mended(record: Record) -> bool:
     """Whether the accuracy of a run is that after re-estimating statistics: the last forward passes are sampled."""
     options = record["options"]
-    return _sampled_forward(options) and not options["tail"] and record["final"].get("recalibrated") is not None
+    sampled = _sampled_forward(options) and not options.get("subnetwork")  # the statistics of a narrow one are its own
+    return sampled and not options["tail"] and record["final"].get("recalibrated") is not None
 
 
 def accuracy(record: Record) -> float:
@@ -115,10 +120,21 @@ def _row(record: Record) -> dict[str, Any]:
         "flops": (record["flops"] + mended(record) * record["recalibration_flops"]) / record["exact_flops"],
         "speedup": turns["exact"][1] / turns["sampled"][1] if {"exact", "sampled"} <= turns.keys() else math.nan,
         "memory": record["peak_memory"] or math.nan,
+        "wall": record.get("wall_seconds", math.nan),
+        **_shipped(record),
         "warm": record.get("warm_seconds", math.nan),
         "first_loss": first["first_loss"] if learnt else math.nan,
         "last_loss": last["last_loss"] if learnt else math.nan,
     }
+
+
+def _shipped(record: Record) -> dict[str, Any]:
+    """Of the narrow network of a run; not known of the others."""
+    found = record.get("shipped")
+    if found is None:
+        return {"shipped": math.nan, "share": math.nan, "latency": None}
+    sizes = found["parameters"]
+    return {"shipped": found["accuracy"], "share": sizes["sub"] / sizes["full"], "latency": found["latency"]}
 
 
 def levelled(runs: pd.DataFrame) -> pd.DataFrame:
@@ -148,7 +164,8 @@ def summarised(records: Sequence[Record]) -> Results:
     """The runs of each variant together, as it was last configured; their costs are not known yet."""
     runs = latest(levelled(pd.DataFrame([_row(record) for record in records])))
     groups = runs.groupby("variant", sort=False)
-    means = {name: (name, "mean") for name in ("accuracy", "trained", "memory", "warm", "first_loss", "last_loss")}
+    averaged = ("accuracy", "trained", "memory", "warm", "wall", "shipped", "share", "first_loss", "last_loss")
+    means = {name: (name, "mean") for name in averaged}
     firsts = {name: (name, "first") for name in ("kind", "options", "alike", "rate", "to", "equal", "steps")}
     found = groups.agg(
         **firsts,
@@ -157,6 +174,8 @@ def summarised(records: Sequence[Record]) -> Results:
         diverged=("diverged", "sum"),
         deviation=("accuracy", "std"),
         trained_deviation=("trained", "std"),
+        shipped_deviation=("shipped", "std"),
+        latency=("latency", _mean_latency),
         speedup=("speedup", "median"),
     )
     counted = runs[~runs.diverged | groups.diverged.transform("all")]
@@ -169,6 +188,24 @@ def summarised(records: Sequence[Record]) -> Results:
     return Results(found, runs.pivot(index="seed", columns="variant", values="accuracy"), curves)
 
 
+def _mean_latency(each: pd.Series) -> Any:
+    """By batch, means over runs: the medians of both networks and the quartiles of their ratio; None without any."""
+    known = each.dropna().tolist()
+    if not known:
+        return None
+
+    def mean(batch: str, name: str, place: int) -> float:
+        return sum(one[batch][name][place] for one in known) / len(known)
+
+    return {
+        batch: {
+            **{name: mean(batch, name, 1) for name in ("full", "sub")},
+            "speedup": [mean(batch, "speedup", place) for place in range(3)],
+        }
+        for batch in known[0]
+    }
+
+
 def _curves(ended: pd.DataFrame, clocked: pd.Index, ends: pd.Series) -> pd.DataFrame:
     """Of the epochs that all runs of a variant have; the accuracy of the last one is that in the table, to the bit."""
     shortest = ended.record.map(lambda record: len(record["epochs"])).groupby(ended.variant).min()
@@ -176,7 +213,8 @@ def _curves(ended: pd.DataFrame, clocked: pd.Index, ends: pd.Series) -> pd.DataF
     for run in ended.itertuples():
         epochs, mend = run.record["epochs"], _sampled_forward(run.options)
         for number, one in enumerate(epochs[: shortest[run.variant]]):
-            reached = one.get("recalibrated", one["accuracy"]) if mend else one["accuracy"]
+            reached = one.get("accuracy", math.nan)
+            reached = one.get("recalibrated", reached) if mend else reached
             seconds = run.pace * one["seconds"] if run.Index in clocked else math.nan
             rows.append([run.variant, number, one["flops"] / run.record["exact_flops"], seconds, reached])
     frame = pd.DataFrame(rows, columns=["variant", "epoch", "share", "seconds", "accuracy"])
@@ -188,10 +226,15 @@ def _curves(ended: pd.DataFrame, clocked: pd.Index, ends: pd.Series) -> pd.DataF
 
 
 def time_to(results: Results, variant: str, goal: float) -> float:
-    """Seconds of training until the mean accuracy at the end of an epoch is ``goal``; NaN if never, or untimed."""
+    """Seconds of training until the mean accuracy at the end of an epoch is ``goal``.
+
+    NaN if never, if untimed, or if the accuracy is known of the last epoch alone.
+    """
     if not results.found.timed[variant] or variant not in results.curves.index:
         return math.nan
     curve = results.curves.loc[variant]
+    if len(curve) > 1 and curve.accuracy.count() == 1:
+        return math.nan
     reached = curve.seconds[curve.accuracy >= goal]
     return math.nan if reached.empty else reached.iloc[0]
 

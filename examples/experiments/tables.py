@@ -63,6 +63,7 @@ def table(results: Results, within: float) -> str:
                 figure(100 * one.flops, ".1f"),
                 figure(one.seconds / whole if one.timed else None),
                 figure(one.warm, ".0f"),
+                figure(one.wall, ".0f"),
                 quicker(one.quicker, one.speedup),
                 *(figure(time / whole) for time in times),
                 figure(one.memory / 2**20, ".0f"),
@@ -80,6 +81,7 @@ def table(results: Results, within: float) -> str:
         "FLOPs % of exact",
         "time / exact",
         "compiling, s",
+        "wall clock of the training, s",
         "exact step / this step",
         "time to exact's accuracy",
         f"to {within:g} pp less",
@@ -118,6 +120,24 @@ def rivals(results: Results) -> str:
     return tabulate(rows, heads, tablefmt="pipe", disable_numparse=True) if rows else ""
 
 
+def shipped(results: Results) -> str:
+    """The narrow networks as they might be shipped, beside the full ones; empty if there are none."""
+    found, rows = results.found, []
+    for one in found[found.shipped.notna()].itertuples():
+        times = [
+            f"{own['full']:.1f} / {own['sub']:.1f} = {quicker({batch: own['speedup']}, float('nan'))}"
+            for batch, own in one.latency.items()
+        ]
+        ends = spread(one.shipped, one.shipped_deviation), spread(one.accuracy, one.deviation)
+        rows.append([one.Index, str(one.runs), *ends, figure(100 * one.share, ".1f"), *times])
+    if not rows:
+        return ""
+    batches = list(found.latency.dropna().iloc[0])
+    heads = ["narrow network of", "runs", "its accuracy %", "of the full one at the end %", "parameters %"]
+    heads += [f"evaluation of a batch of {batch}, ms full / narrow" for batch in batches]
+    return tabulate(rows, heads, tablefmt="pipe", disable_numparse=True)
+
+
 def rates(results: Results) -> str:
     """Accuracies by learning rate, seeds in brackets; empty where no variant had a second one."""
     found = results.found
@@ -141,13 +161,14 @@ def described(runs: Sequence[Record]) -> str:
     how = ["compiled" if common["compile"] else "eager"]
     how += [f"autocast {common['autocast']}"] * bool(common["autocast"])
     clocks = sorted({"processor time" if one["clock"] == "cpu" else "wall clock" for one in runs})
+    cold = ", with all that compiles and cuts networks out" if common.get("cold") else ""
     threads = sorted({one["environment"]["threads"] for one in runs})
     versions = sorted({one["environment"]["torch"] for one in runs})
     length = f"{runs[0]['full_steps']} steps" + (f" ({training['epochs']:g} epochs)" if training["epochs"] else "")
     return (
         f"{runs[0]['examples']:,} training examples, batch {training['batch']}, {length}, {', '.join(how)}; "
         f"{', '.join(places)}, threads: {', '.join(map(str, threads))}, torch {', '.join(versions)}, "
-        f"time: {', '.join(clocks)}; {min(r['environment']['date'] for r in runs)[:10]} to "
+        f"time: {', '.join(clocks)}{cold}; {min(r['environment']['date'] for r in runs)[:10]} to "
         f"{max(r['environment']['date'] for r in runs)[:10]}."
     )
 
@@ -164,7 +185,8 @@ def page(
     for name, own in parts.items():
         runs = trained(own)
         lines += [f"## {runs[0]['title']}", "", described(runs), "", table(results[name], within), ""]
-        lines += [line for text in (rivals(results[name]), rates(results[name])) if text for line in (text, "")]
+        more = (rivals(results[name]), rates(results[name]), shipped(results[name]))
+        lines += [line for text in more if text for line in (text, "")]
         lines += [f"![{runs[0]['title']}]({picture})" for picture in figures.get(name, ())] + [""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -191,8 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.exit(2, f"figures need matplotlib: pip install matplotlib, or --no-figures ({error})\n")
 
         for name, own in parts.items():
-            if max(len(run["epochs"]) for run in trained(own)) == 1:
-                continue  # nothing was learnt yet
+            if max(sum("accuracy" in epoch for epoch in run["epochs"]) for run in trained(own)) <= 1:
+                continue  # nothing was learnt yet, or no curve is known
             figures[name] = pictures.draw(results[name], own[0]["title"], options.to, name)
     command = f"python examples/experiments/tables.py {options.folder} --to {options.to}"
     text = page(parts, results, options.within, command, figures)

@@ -8,12 +8,14 @@ import fnmatch
 import functools
 import itertools
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import costs
+import narrow
 import torch
 import torch.nn.functional as F
 import variants
@@ -44,6 +46,8 @@ class Settings:
         clock: ``wall``, or ``cpu``: the processor time of this process, for a machine that others use, too.
         probe: Steps of each phase that are timed before the training.
         checkpoint: Seconds between two checkpoints, at ends of epochs.
+        cold: No step is taken before the training: its seconds have everything in, compiling, too.
+        curve: Accuracy at the end of every epoch, and not of the last one alone.
     """
 
     device: str = "cpu"
@@ -52,15 +56,24 @@ class Settings:
     clock: str = "wall"
     probe: int = 10
     checkpoint: float = 30.0
+    cold: bool = False
+    curve: bool = True
 
     @property
     def identity(self) -> dict[str, Any]:
         """What results may depend on."""
-        return {"device": self.device, "compile": self.compile, "autocast": self.autocast}
+        cold = {"cold": True} if self.cold else {}
+        return {"device": self.device, "compile": self.compile, "autocast": self.autocast, **cold}
 
     def now(self) -> float:
         """Seconds on the clock."""
         return time.process_time() if self.clock == "cpu" else time.perf_counter()
+
+    def spent(self) -> dict[str, float]:
+        """Seconds on the clock, with those of compilers that were started where they count, and on the wall."""
+        times = os.times()
+        ended = times.children_user + times.children_system if self.cold and self.clock == "cpu" else 0.0
+        return {"seconds": self.now() + ended, "wall_seconds": time.perf_counter()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,20 +137,28 @@ class Run:
         if x.dim() == 4:
             model = model.to(memory_format=torch.channels_last)
         policy = variants.policy_of(config, name, settings.compile)
-        self.prepared, self.errors = {"seconds": 0.0, "flops": 0.0}, {}
+        self.prepared, self.errors = {"seconds": 0.0, "wall_seconds": 0.0, "flops": 0.0}, {}
         if self.variant.sensitivity:
             policy = self._with_sensitivity(policy, model, network)
-        self.model = variants.approximate(model, policy, x, self.variant, seed)
+        with self._clocked(self.prepared, settings.cold):
+            self.model = variants.approximate(model, policy, x, self.variant, seed)
         self.sampled = policy is not None
         self.layers = sum(bool(row.samples) for row in fx_approx.report(self.model).rows) if self.sampled else 0
         schedule = variants.schedule_of(config, name, budget.steps)
         self.phases = variants.phases(self.variant, schedule, budget.steps)
-        self.ratios = variants.Ratios(self.model, schedule, self.variant.preserve)
         self.peak = self.training.rate * self.variant.rate
         self.optimizer = costs.optimizer_of(self.training, self.model, self.peak)
+        self.ratios: variants.Ratios | narrow.Subnetworks
+        if self.variant.subnetwork:
+            self.ratios = narrow.Subnetworks(self.model, self.optimizer, schedule, self.variant, budget.steps, x)
+        else:
+            self.ratios = variants.Ratios(self.model, schedule, self.variant.preserve)
+        names = self.phases.names
+        self._ships = max((step for step, name in enumerate(names, 1) if name != variants.EXACT), default=0)
         if settings.compile:
             torch._dynamo.reset()  # graphs of the runs before count towards its limit
-        self.call: Callable[..., Any] = torch.compile(self.model, dynamic=False) if settings.compile else self.model
+        self.call = self._compiled(self.model)
+        self._narrow: tuple[nn.Module, Callable[..., Any]] | None = None
         self.norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
         self.flops: dict[str, float] = {}
         self.forward_flops = 0.0
@@ -149,17 +170,20 @@ class Run:
     def _with_sensitivity(self, policy: Any, model: nn.Module, network: Network) -> Any:
         count = self.variant.sensitivity
         expect("sensitivity", count, f"at most the {self.per_epoch} batches of an epoch", count <= self.per_epoch)
-        start = self.settings.now()
-        batches = list(itertools.islice(self.source.epoch(self.seed, 0, self.training.batch), count))
-        policy, steps = variants.with_sensitivity(policy, model, batches, self.training.label_smoothing)
+        with self._clocked(self.prepared):
+            batches = list(itertools.islice(self.source.epoch(self.seed, 0, self.training.batch), count))
+            policy, steps = variants.with_sensitivity(policy, model, batches, self.training.label_smoothing)
         self.errors = dict(policy.sensitivity.errors)
         x, y = self.example
         each, _ = costs.exact_flops(network, self.source.classes, x, y, self.budget.width)
-        self.prepared = {"seconds": self.settings.now() - start, "flops": steps * each}
+        self.prepared["flops"] = steps * each
         return policy
 
     def measure(self, count: bool = True) -> None:
-        """Counts and times a step of each phase, and compiles on the way; everything is as before afterwards."""
+        """Counts and times a step of each phase, and compiles on the way; everything is as before afterwards.
+
+        A cold run, and one of narrow networks, which are made on the way, is only counted.
+        """
         start = time.perf_counter()
         kept = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         sampling = fx_approx.sampler_state_dict(self.model) if self.sampled else None
@@ -173,7 +197,8 @@ class Run:
             self.step(x, y, optimizer)
 
         steps = [functools.partial(step, phase) for phase in self.phases.first]
-        if self.settings.probe or self.settings.compile:
+        timed = not (self.settings.cold or self.variant.subnetwork)
+        if timed and (self.settings.probe or self.settings.compile):
             taken = in_turn(steps, self.device, self.settings.probe, warmup=costs.WARM, clock=self.settings.now)
             phases = zip(self.phases.first, taken, strict=True)
             self.seconds = {phase: costs.quartiles(own) for phase, own in phases if len(own) > 1}
@@ -192,9 +217,10 @@ class Run:
         random = "bernoulli" in repr(self.variant.policy)
         for phase, first in self.phases.first.items():
             self.ratios.jump(first)
-            if phase != variants.EXACT and self.sampled:
-                costs.counted(self.model, x, y)  # stale scores begin with an exact step
-            self.flops[phase], forward = costs.counted(self.model, x, y, 8 if random else 1)
+            model = self.ratios.model
+            if phase != variants.EXACT and self.sampled and not self.variant.subnetwork:
+                costs.counted(model, x, y)  # stale scores begin with an exact step
+            self.flops[phase], forward = costs.counted(model, x, y, 8 if random else 1)
             self.forward_flops = max(self.forward_flops, forward)
 
     # ---- the training
@@ -206,6 +232,8 @@ class Run:
         state = records.load(key) or {"step": 0, **self.prepared, "epochs": [], "diverged": False}
         if state["step"]:
             self._resume(state)
+        else:
+            self.ratios.begin()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         saved = time.perf_counter()
@@ -221,8 +249,29 @@ class Run:
     def _epoch(self, state: dict[str, Any], bar: tqdm) -> None:
         number, losses = len(state["epochs"]), []
         torch.manual_seed(self.seed * 100_003 + number)
+        with self._clocked(state):
+            self._steps(state, number, losses, bar)
+        each = torch.stack(losses)
+        mean = float(each.mean())
+        state["diverged"] = not math.isfinite(mean)
+        ends = {"first_loss": float(each[:_ENDS].mean()), "last_loss": float(each[-_ENDS:].mean())}
+        entry = {"step": state["step"], "loss": mean, **ends, "seconds": state["seconds"], "flops": state["flops"]}
+        if not state["diverged"] and (self.settings.curve or state["step"] == self.budget.steps):
+            entry.update(self._evaluations(number, state["step"]))
+        state["epochs"].append(entry)
+        bar.set_postfix(loss=f"{mean:.3f}", accuracy=f"{entry.get('accuracy', math.nan):.2f}")
+
+    @contextlib.contextmanager
+    def _clocked(self, spent: dict[str, Any], counts: int = 1) -> Iterator[None]:
+        """Adds the time that passes to ``spent``; takes it off where it ``counts`` -1."""
         synchronise(self.device)
-        start = self.settings.now()
+        start = self.settings.spent()
+        yield
+        synchronise(self.device)
+        for key, now in self.settings.spent().items():
+            spent[key] = spent.get(key, 0.0) + counts * (now - start[key])
+
+    def _steps(self, state: dict[str, Any], number: int, losses: list[Tensor], bar: tqdm) -> None:
         taught: tuple[Tensor, ...] = ()
         for x, y in self.source.epoch(self.seed, number, self.training.batch):
             step = state["step"]
@@ -235,29 +284,22 @@ class Run:
             loss, output = self.step(x, y, self.optimizer, *soft)
             losses.append(loss)
             taught = (x, y, output.float().softmax(-1)) if self.variant.distill and exact else ()
+            if self.variant.subnetwork and step + 1 == self._ships:
+                with self._clocked(state, -1):
+                    state["shipped"] = self._shipped()
             self.ratios.step()
             state["flops"] += self.flops[self.phases.names[step]]
             state["step"] = step + 1
             bar.update()
-        synchronise(self.device)
-        state["seconds"] += self.settings.now() - start
-        each = torch.stack(losses)
-        mean = float(each.mean())
-        state["diverged"] = not math.isfinite(mean)
-        ends = {"first_loss": float(each[:_ENDS].mean()), "last_loss": float(each[-_ENDS:].mean())}
-        entry = {"step": state["step"], "loss": mean, **ends, "seconds": state["seconds"], "flops": state["flops"]}
-        if not state["diverged"]:
-            entry.update(self._evaluations(number, state["step"]))
-        state["epochs"].append(entry)
-        bar.set_postfix(loss=f"{mean:.3f}", accuracy=f"{entry.get('accuracy', math.nan):.2f}")
 
     def step(
         self, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer, soft: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """One step of training, with probabilities ``soft`` of the classes beside the labels; loss and answers."""
         optimizer.zero_grad(set_to_none=True)
+        call = self._called()
         with self._precision():
-            output = self.call(x)
+            output = call(x)
         loss = costs.loss_of(output, y, self.training.label_smoothing)
         if soft is not None:
             loss = torch.lerp(
@@ -265,9 +307,27 @@ class Run:
             )
         loss.backward()
         if self.training.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
+            nn.utils.clip_grad_norm_(self.ratios.model.parameters(), self.training.clip)
         optimizer.step()
         return loss.detach(), output.detach()
+
+    def _compiled(self, model: nn.Module) -> Callable[..., Any]:
+        return torch.compile(model, dynamic=False) if self.settings.compile else model
+
+    def _called(self) -> Callable[..., Any]:
+        """What runs in this step; a narrow network is compiled once, however often it is selected anew."""
+        model = self.ratios.model
+        if model is self.model:
+            return self.call
+        if self._narrow is None or self._narrow[0] is not model:
+            self._narrow = model, self._compiled(model)
+        return self._narrow[1]
+
+    def _shipped(self) -> dict[str, Any]:
+        """Of the narrow network as it is."""
+        with self._precision():
+            found = narrow.shipped(self.model, self.ratios.model, self.example[0], self.device, self.settings.now)
+        return {**self.evaluate(), **found}
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if not self.settings.autocast:
@@ -278,25 +338,26 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Accuracy in per cent and loss on the test examples, in evaluation mode, which is exact."""
-        self.model.eval()
+        """Accuracy in per cent and loss of what is trained on the test examples, in evaluation mode, which is exact."""
+        model = self.ratios.model.eval()
         right = total = 0
         loss = torch.zeros((), device=self.device)
         for x, y in self.source.test():
             with self._precision():
                 # Compiled, each size of a batch would be one more graph.
-                output = self.model(x)
+                output = model(x)
             right += (output.argmax(-1) == y).sum()
             loss += costs.loss_of(output, y) * y.numel()
             total += y.numel()
-        self.model.train()
+        model.train()
         return {"accuracy": 100 * float(right) / total, "test_loss": float(loss) / total}
 
     def _evaluations(self, number: int, step: int) -> dict[str, float]:
         """As trained; where statistics come from sampled steps, also after re-estimating them, for the curve."""
         found = self.evaluate()
         recent = self.phases.names[max(0, step - RECALIBRATION) : step]
-        if self.norms and self.sampled and set(recent) != {variants.EXACT} and step < self.budget.steps:
+        sampled = self.sampled and not self.variant.subnetwork  # a narrow network's statistics are its own
+        if self.norms and sampled and set(recent) != {variants.EXACT} and step < self.budget.steps:
             buffers = {name: value.clone() for name, value in self.model.named_buffers()}
             self._recalibrate(number)
             found["recalibrated"] = self.evaluate()["accuracy"]
@@ -322,17 +383,18 @@ class Run:
     def _save(self, records: Records, key: str, state: dict[str, Any]) -> None:
         sampling = fx_approx.sampler_state_dict(self.model) if self.sampled else None
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "sampling": sampling}
+        parts["ratios"] = self.ratios.state()
         records.save(key, {**state, **parts})
 
     def _resume(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state.pop("model"))
-        self.optimizer.load_state_dict(state.pop("optimizer"))
-        for group in self.optimizer.param_groups:
-            group["fused"] = True  # older checkpoints say otherwise
         sampling = state.pop("sampling")
         if sampling is not None:
             fx_approx.load_sampler_state_dict(self.model, sampling)
-        self.ratios.jump(state["step"])
+        self.ratios.resume(state["step"], state.pop("ratios", None))
+        self.optimizer.load_state_dict(state.pop("optimizer"))
+        for group in self.optimizer.param_groups:
+            group["fused"] = True  # older checkpoints say otherwise
 
     def _finish(self, state: dict[str, Any]) -> dict[str, Any]:
         last = state["epochs"][-1]
@@ -348,13 +410,15 @@ class Run:
             "diverged": state["diverged"],
             "epochs": state["epochs"],
             "seconds": state["seconds"],
+            "wall_seconds": state["wall_seconds"],
             "clock": self.settings.clock,
             "flops": state["flops"],
             "recalibration_flops": recalibration,
             "step_flops": self.flops,
             "step_ms": {phase: [1000 * q for q in own] for phase, own in self.seconds.items()},
             "phases": self.phases.counts,
-            "warm_seconds": self.warm_seconds,
+            **({} if self.settings.cold else {"warm_seconds": self.warm_seconds}),
+            **({"shipped": state["shipped"]} if "shipped" in state else {}),
             "parameters": sum(one.numel() for one in self.model.parameters()),
             "peak_memory": torch.cuda.max_memory_allocated(self.device) if cuda else None,
             "sampled_layers": self.layers,

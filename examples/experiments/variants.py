@@ -156,10 +156,15 @@ def approximate(model: nn.Module, policy: Any, example: Tensor, variant: Variant
 
 
 class Ratios:
-    """Moves the ratios of a model along its schedule; does nothing without one."""
+    """Moves the ratios of a model along its schedule; does nothing without one.
+
+    Attributes:
+        model: What is trained in this step.
+    """
 
     def __init__(self, model: nn.Module, schedule: schedules.Schedule | None, preserve: bool = False) -> None:
         """Sets the ratios of step 0; ``preserve`` as in :class:`fx_approx.schedules.RatioScheduler`."""
+        self.model = model
         self._scheduler = None
         if schedule is not None and any(row.samples for row in fx_approx.report(model).rows):
             with warnings.catch_warnings():
@@ -175,3 +180,14 @@ class Ratios:
         """To those of the next step."""
         if self._scheduler is not None:
             self._scheduler.step()
+
+    def begin(self) -> None:
+        """To step 0 of the training."""
+        self.jump(0)
+
+    def state(self) -> Any:
+        """None: the step says all."""
+
+    def resume(self, step: int, state: Any) -> None:
+        """Goes on at ``step``."""
+        self.jump(step)

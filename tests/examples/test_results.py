@@ -344,6 +344,34 @@ def test_figures_without_matplotlib_are_a_message(
     assert "figures need matplotlib: pip install matplotlib, or --no-figures (" in capsys.readouterr().err
 
 
+def test_a_narrow_network_that_is_shipped_stands_beside_the_full_one(tables: ModuleType, summaries: ModuleType) -> None:
+    def ships(accuracy: float, full: float, sub: float) -> Any:
+        latency = {"full": [0.0, full, 9.0], "sub": [0.0, sub, 9.0], "speedup": [full / sub - 0.5, full / sub, 9.0]}
+        return {"accuracy": accuracy, "parameters": {"full": 200, "sub": 50}, "latency": {"1": latency, "64": latency}}
+
+    narrow = [
+        record("phases", seed, (80, 88 + seed), 0.4, 4.0, policy={"kind": "uniform"}, final={"recalibrated": 10.0})
+        for seed in (0, 2)
+    ]
+    for run, found in zip(narrow, (ships(85.0, 8.0, 2.0), ships(87.0, 4.0, 2.0)), strict=True):
+        run["options"]["subnetwork"] = True
+        run.update(shipped=found, wall_seconds=11.0)
+    for run in narrow:
+        del run["epochs"][0]["accuracy"]  # evaluated at the end alone
+    results = summaries.evaluated([record("exact", 0, (80, 90), 1.0, 10.0), *narrow])
+    phases = results.found.loc["phases"]
+    # The statistics of its BatchNorms are its own: nothing was re-estimated, and nothing of that counts.
+    assert (phases.accuracy, phases.flops, phases.wall) == (89, 0.4, 11.0)
+    assert math.isnan(summaries.time_to(results, "phases", 80)) and summaries.time_to(results, "exact", 80) == 5.0
+    (row,) = lines_of(tables.shipped(results))
+    times = "6.0_/_2.0_=_3.00_[2.50,_9.00]"
+    assert row.split() == ["phases", "2", "86.00_±_1.41", "89.00_±_1.41", "25.0", times, times]
+    assert tables.shipped(summaries.evaluated(by_hand())) == ""
+    assert "wall clock" in tables.table(results, 0.5) and "wall clock" not in tables.table(
+        summaries.evaluated(by_hand()), 0.5
+    )
+
+
 def test_a_frozen_network_is_a_rival_and_not_what_all_are_compared_with(
     tables: ModuleType, summaries: ModuleType
 ) -> None:
