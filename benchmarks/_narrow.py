@@ -1,7 +1,7 @@
 """Networks written by hand at the narrow sizes of subnetworks: what those can reach at most.
 
-At scope ``group`` the residual stream is narrow, too, and the narrow network is of the same class. At scope ``value`` the
-stream stays wide, and each of its readers reads some of it; here that is its first half, a view instead of a gather.
+At scope ``group`` the residual stream is narrow, too, and the narrow network is of the same class. At scope ``value``
+the stream stays wide, and each of its readers reads some of it; here that is its first half, a view and no gather.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def half_reading_wide_resnet(depth: int, width: int) -> nn.Sequential:
 
 
 def narrow_resnet50() -> nn.Module:
-    """torchvision's ResNet-50 with half of the channels everywhere."""
+    """Torchvision's ResNet-50 with half of the channels everywhere."""
     with thin(1000, factor=2):
         made: nn.Module = torchvision_models().resnet50()
     return made
 
 
 def half_reading_resnet50() -> nn.Module:
-    """torchvision's ResNet-50 with half of the inner channels, whose blocks read half of the residual stream."""
+    """Torchvision's ResNet-50 with half of the inner channels, whose blocks read half of the residual stream."""
     models = torchvision_models()
 
     class Reading(models.resnet.Bottleneck):  # type: ignore[misc, name-defined]

@@ -3,10 +3,10 @@
     python benchmarks/subnetworks.py --json docs/results/subnetworks.json --markdown docs/results/subnetworks.md
     python benchmarks/subnetworks.py --models wrn_16_4 resnet50 --no-compile --runs 7
 
-All variants of a model, eager and compiled, take their steps in turn in one process. A ratio above 1 is faster than the
-exact model, eager or compiled as the variant itself. `kept` is the transformed model under `reuse_selection`,
-`subnetwork` what `subnetworks.extract` makes of it, and `narrow` a network written by hand whose parameters have the same
-shapes: the limit. Before anything is timed, five steps of plain SGD in float64 on a few examples are compared,
+All variants of a model, eager and compiled, take their steps in turn in one process. A ratio above 1 is faster than
+the exact model, eager or compiled as the variant itself. `kept` is the transformed model under `reuse_selection`,
+`subnetwork` what `subnetworks.extract` makes of it, and `narrow` a network written by hand whose parameters have the
+same shapes: the limit. Before anything is timed, five steps of plain SGD in float64 on a few examples are compared,
 subnetwork against kept selection. Results that FILE of `--json` holds of other models are kept.
 """
 
