@@ -108,9 +108,9 @@ def markdown(results: Sequence[Result], environment: Mapping[str, Any]) -> str:
     thin = [one.name for one in results if one.thin]
     parts = [
         "# Subnetworks: which models, beside Torch-Pruning",
-        "Written by `python benchmarks/subnetwork_coverage.py`, which says how. `Uniform(0.5, min_k=16)` at scopes `value` "
-        "and `group`; Torch-Pruning's `BasePruner` at `pruning_ratio=0.5` by magnitude, with the layers that make the "
-        "output ignored and heads given, as in its examples. Random weights, float32, two small images.",
+        "Written by `python benchmarks/subnetwork_coverage.py`, which says how. `Uniform(0.5, min_k=16)` at scopes "
+        "`value` and `group`; Torch-Pruning's `BasePruner` at `pruning_ratio=0.5` by magnitude, with the layers that "
+        "make the output ignored and heads given, as in its examples. Random weights, float32, two small images.",
         f"{about}.",
         "*made*: `class`, an instance of the model's own class; `graph`, a `torch.fx.GraphModule`; it trains for "
         "a step, computes what the model computes with the kept selection, and `torch.export` takes it in eval mode "
