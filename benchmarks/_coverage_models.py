@@ -20,13 +20,13 @@ LARGEST = 100_000_000
 """Parameters above which a model is built a quarter as wide: several copies of it are in memory at once."""
 
 TIMM = (
-    *("resnet10t", "seresnext26d_32x4d", "resnest14d", "densenet121", "ese_vovnet19b_slim", "dla34"),
+    *("resnet10t", "seresnext26d_32x4d", "resnest14d", "starnet_s1", "ese_vovnet19b_slim", "dla34"),
     *("hrnet_w18_small", "regnety_002", "repvgg_a0", "efficientnet_lite0", "mobilenetv4_conv_small", "nf_regnet_b0"),
     *("hgnetv2_b0", "gernet_s", "selecsls42b", "skresnet18", "res2net50_14w_8s", "ghostnet_050", "convnextv2_atto"),
     *("mobilevit_xxs", "poolformer_s12", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s32_224"),
     "levit_128s",
 )
-_SIZES = {"inception_v3": 96, "maxvit_t": 224, "levit_128s": 224, "alexnet": 95}
+_SIZES = {"inception_v3": 299, "maxvit_t": 224, "levit_128s": 224, "alexnet": 95}
 _YOLO = "yolov8n"
 
 
