@@ -16,8 +16,12 @@ from _zoo_nets import Yolo
 from _zoo_run import without_dropout
 from torch import Tensor, nn
 
-LARGEST = 100_000_000
-"""Parameters above which a model is built a quarter as wide: several copies of it are in memory at once."""
+LARGE = (
+    *("convnext_large", "efficientnet_v2_l", "regnet_x_32gf", "regnet_y_32gf", "regnet_y_128gf", "vgg11", "vgg11_bn"),
+    *("vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "vit_l_16", "vit_l_32", "vit_h_14"),
+    "wide_resnet101_2",
+)
+"""Models of more than 100 million parameters: built a quarter as wide, since several copies are in memory at once."""
 
 TIMM = (
     *("resnet10t", "seresnext26d_32x4d", "resnest14d", "starnet_s1", "ese_vovnet19b_slim", "dla34"),
@@ -67,9 +71,7 @@ def classification(name: str) -> Built:
     if name.startswith("vit_"):
         size = 4 * int(name.rpartition("_")[2])
         options["image_size"] = size
-    with torch.device("meta"):
-        count = sum(p.numel() for p in models.get_model(name, weights=None, **options).parameters())
-    if count > LARGEST:
+    if name in LARGE:
         made = classifier(name)
         return Built(without_dropout(made.model.float()), made.inputs[0].float(), 10, True)
     with warnings_of_old_initialisation():

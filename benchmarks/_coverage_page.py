@@ -125,7 +125,7 @@ def markdown(results: Sequence[Result], environment: Mapping[str, Any]) -> str:
         "Medians of parameters and FLOPs are over the models that train.",
     ]
     if thin:
-        parts.append(f"A quarter as wide, being too large: {', '.join(thin)}.")
+        parts.append(f"A quarter as wide, being too large as they are: {', '.join(thin)}.")
     for family in dict.fromkeys(one.family for one in results):
         own = [one for one in results if one.family == family]
         rows = [

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--families", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--again", action="store_true", help="those that have a line, too")
     parser.add_argument("--seconds", type=float, default=120, help="limit for each model (120)")
-    parser.add_argument("--gigabytes", type=float, default=4, help="limit for each model (4)")
+    parser.add_argument("--gigabytes", type=float, default=6, help="limit for each model (6)")
     parser.add_argument("--json", type=Path, metavar="FILE", default=RESULTS / "subnetwork-coverage.jsonl")
     parser.add_argument("--markdown", type=Path, metavar="FILE", default=RESULTS / "subnetwork-coverage.md")
     options = parser.parse_args(arguments)
