@@ -125,8 +125,8 @@ def loss_of(result: Any) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def settle(model: nn.Module) -> nn.Module:
-    """In float64 and training mode, without dropout; nothing is zero to begin with, which would hide what is behind."""
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model in training mode, with nothing random in it."""
     for module in model.modules():
         for name, value in vars(module).items():
             random = "drop" in name and isinstance(value, float)
@@ -136,6 +136,12 @@ def settle(model: nn.Module) -> nn.Module:
                 module.p = 0.0
         if hasattr(module, "drop_prob"):
             module.drop_prob = 0.0
+    return model.train()
+
+
+def settle(model: nn.Module) -> nn.Module:
+    """In float64 and training mode, without dropout; nothing is zero to begin with, which would hide what is behind."""
+    without_dropout(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)

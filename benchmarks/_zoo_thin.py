@@ -1,4 +1,4 @@
-"""Networks a quarter as wide as their constructors say, so that many can be tried on a small processor."""
+"""Networks a quarter as wide, say, as their constructors say, so that many can be tried on a small processor."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-_FACTOR = 4
 _LEAST = 16  # channels from which on a layer is made narrower: images and small heads stay as they are
 
-
 _kept: set[int] = set()
+_factors = [4]
 
 
 def narrower(channels: Any) -> Any:
-    """A quarter of a number of channels, or of each of several; small and odd ones stay."""
+    """A part of a number of channels, or of each of several; small ones and those that do not divide stay."""
     if isinstance(channels, (list, tuple)):
         return type(channels)(map(narrower, channels))
-    wide = isinstance(channels, int) and channels >= _LEAST and channels % _FACTOR == 0 and channels not in _kept
-    return channels // _FACTOR if wide else channels
+    wide = isinstance(channels, int) and channels >= _LEAST and channels % _factors[-1] == 0 and channels not in _kept
+    return channels // _factors[-1] if wide else channels
 
 
 def _groups(given: dict[str, Any]) -> int:
@@ -57,9 +56,10 @@ _LAYERS: dict[type[nn.Module], Callable[[dict[str, Any]], None]] = {
 
 
 @contextlib.contextmanager
-def thin(*keep: int) -> Iterator[None]:
-    """Layers made inside have a quarter of the channels that they are asked for, but of the numbers in ``keep``."""
+def thin(*keep: int, factor: int = 4) -> Iterator[None]:
+    """Layers made inside have 1 / ``factor`` of the channels asked for, but of the numbers in ``keep``."""
     _kept.update(keep)
+    _factors.append(factor)
     before = {layer: layer.__init__ for layer in _LAYERS}
     try:
         for layer, change in _LAYERS.items():
@@ -67,6 +67,7 @@ def thin(*keep: int) -> Iterator[None]:
         yield
     finally:
         _kept.clear()
+        _factors.pop()
         for layer, made in before.items():
             layer.__init__ = made  # type: ignore[method-assign]
 

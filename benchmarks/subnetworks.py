@@ -1,12 +1,13 @@
 """A whole training step, with the optimiser: exact, with a kept selection in the graph, and as a subnetwork.
 
-    python benchmarks/subnetworks.py
-    python benchmarks/subnetworks.py --models wrn_16_4 resnet50 --compile --json subnetworks.json
+    python benchmarks/subnetworks.py --json docs/results/subnetworks.json --markdown docs/results/subnetworks.md
+    python benchmarks/subnetworks.py --models wrn_16_4 resnet50 --no-compile --runs 7
 
-All variants take their steps in turn in one process; a ratio above 1 is faster than the exact model, eager or compiled
-as the variant itself. `kept` is the transformed model under `reuse_selection`, `subnetwork` what `subnetworks.extract`
-makes of it, and `narrow` the same network written by hand at the narrow (inner) width: the limit. Before anything is
-timed, five steps of plain SGD in float64 on at most 8 examples are compared, subnetwork against kept selection.
+All variants of a model, eager and compiled, take their steps in turn in one process. A ratio above 1 is faster than
+the exact model, eager or compiled as the variant itself. `kept` is the transformed model under `reuse_selection`,
+`subnetwork` what `subnetworks.extract` makes of it, and `narrow` a network written by hand whose parameters have the
+same shapes: the limit. Before anything is timed, five steps of plain SGD in float64 on a few examples are compared,
+subnetwork against kept selection. Results that FILE of `--json` holds of other models are kept.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import json
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from _device import quartiles, shown, speedup
-from _header import add_json_option, header, store
-from _models import MODELS
-from tabulate import tabulate
+from _header import add_json_option, environment, header
+from _subnetwork_cases import CASES, DEFAULT, Case
+from _subnetwork_page import markdown, table
+from _subnetwork_results import Timed
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx.policies import Exact, Override, Uniform
 from fx_approx.subnetworks import extract, merge, record_of
 from fx_approx.utils.timing import in_turn
 
@@ -37,45 +40,15 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 TOLERANCE = 1e-10
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """One variant: seconds of a step and exact / this, as quartiles, and how many parameters are trained."""
-
-    model: str
-    scope: str
-    optimizer: str
-    variant: str
-    compiled: bool
-    seconds: float
-    speedup: tuple[float, float, float]
-    parameters: int
-    own_forward: bool | None
-
-
-def mlp() -> tuple[nn.Module, Tensor, nn.Module]:
-    """784-512-512-10, batch 64, and the same at half of the hidden units."""
-
-    def made(width: int) -> nn.Module:
-        hidden = nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
-        return nn.Sequential(*hidden, nn.Linear(width, 10))
-
-    return made(512), torch.randn(64, 784), made(256)
-
-
-def policy(name: str, scope: str, ratio: float, min_k: int) -> Any:
-    """One ratio for all layers, but the pixels of the MLP."""
-    uniform = Uniform(ratio, scope=scope, min_k=min_k)
-    return Override({"0": Exact()}, uniform) if name == "mlp" else uniform
-
-
 def loss_of(output: Tensor) -> Tensor:
     """The mean of the squares."""
-    return output.float().square().mean() if output.dtype is torch.bfloat16 else output.square().mean()
+    return output.square().mean()
 
 
-def check(name: str, approx: nn.Module, inputs: Tensor) -> None:
+def check(name: str, approx: nn.Module, inputs: Tensor, examples: int = 4) -> None:
     """Plain SGD moves the weights of the subnetwork as those of the model under one kept selection."""
-    few = inputs.detach()[:8].double()
+    few = inputs.detach()[:examples]
+    few = few.double() if few.is_floating_point() else few
     one = copy.deepcopy(approx).double()
     other, sub = copy.deepcopy(one), extract(one)
     before = [p.detach().clone() for p in one.parameters()]
@@ -94,81 +67,130 @@ def check(name: str, approx: nn.Module, inputs: Tensor) -> None:
         raise AssertionError(f"{name}: the subnetwork is off by {error:.1e} of the largest change")
 
 
+def same_shapes(sub: nn.Module, narrow: nn.Module) -> bool:
+    """Whether both have parameters of the same shapes, in any order."""
+    one, other = (sorted(tuple(p.shape) for p in model.parameters()) for model in (sub, narrow))
+    return one == other
+
+
 def step(model: nn.Module, run: Any, inputs: Tensor, optimizer: torch.optim.Optimizer, kept: bool) -> None:
     """Forward, backward and the optimiser's step."""
     with fx_approx.reuse_selection(model) if kept else contextlib.nullcontext():
         loss_of(run(inputs)).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    inputs.grad = None
 
 
-def measure(name: str, scope: str, options: argparse.Namespace) -> list[Measured]:
-    """All variants of one model and scope, eager and compiled, with each optimiser."""
+@dataclasses.dataclass(frozen=True)
+class Variants:
+    """What is timed of one case."""
+
+    models: dict[str, nn.Module]
+    inputs: Tensor
+    own_forward: bool
+    reason: str
+
+
+def variants(case: Case, ratio: float, min_k: int, batch: int | None = None) -> Variants:
+    """The models of one case, after the check.
+
+    Raises:
+        AssertionError: The subnetwork computes other numbers, or the narrow network has other parameters.
+    """
     torch.manual_seed(0)
-    exact, inputs, narrow = mlp() if name == "mlp" else MODELS[name]()
-    if options.batch is not None:
-        inputs = torch.randn(options.batch, *inputs.shape[1:], requires_grad=inputs.requires_grad)
-    approx = fx_approx.transform(copy.deepcopy(exact), policy(name, scope, options.ratio, options.min_k), inputs)
-    check(f"{name}, {scope}", approx, inputs)
-    sub = extract(approx, example_inputs=inputs.detach())
-    models = {"exact": exact, "kept": approx, "subnetwork": sub}
-    if narrow is not None:
-        models["narrow"] = narrow
+    exact, inputs = case.build()
+    if batch is not None:
+        inputs = inputs[:batch]
+    approx = fx_approx.transform(copy.deepcopy(exact), case.policy(ratio, min_k), inputs)
+    check(case.name, approx, inputs)
+    sub, narrow = extract(approx, example_inputs=inputs), case.narrow()
+    if ratio == 0.5 and not same_shapes(sub, narrow):
+        raise AssertionError(f"{case.name}: the narrow network has other parameters than the subnetwork")
+    models = {"exact": exact, "kept": approx, "subnetwork": sub, "narrow": narrow}
+    return Variants(models, inputs, record_of(sub).own_forward, record_of(sub).reason)
+
+
+def measure(case: Case, options: argparse.Namespace) -> list[Timed]:
+    """All variants of one case, eager and compiled, with each optimiser."""
+    made = variants(case, options.ratio, options.min_k, options.batch)
+    modes = (False, True) if options.compile else (False,)
     found = []
-    for compiled in (False, True) if options.compile else (False,):
-        for optimizer in options.optimizers:
-            calls = []
-            for variant, model in models.items():
+    for optimizer in options.optimizers:
+        torch.compiler.reset()
+        calls: dict[tuple[str, bool], Callable[[], None]] = {}
+        for variant, model in made.models.items():
+            own = OPTIMIZERS[optimizer](model.parameters())
+            for compiled in modes:
                 run = torch.compile(model, dynamic=False) if compiled else model
-                made = OPTIMIZERS[optimizer](model.parameters())
-                calls.append(lambda m=model, r=run, o=made, k=variant == "kept": step(m, r, inputs, o, k))
-            device = torch.device("cpu")
-            times = in_turn(calls, device, options.runs, warmup=options.warmup, before=1)
-            for (variant, model), own in zip(models.items(), times, strict=True):
-                trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-                forward = record_of(sub).own_forward if variant == "subnetwork" else None
-                found.append(
-                    Measured(
-                        *(name, scope, optimizer, variant, compiled, quartiles(own)[1]),
-                        speedup(times[0], own),
-                        *(trained, forward),
-                    )
+                kept = variant == "kept"
+                calls[variant, compiled] = lambda m=model, r=run, o=own, k=kept: step(m, r, made.inputs, o, k)
+        clock = time.process_time if options.processor_time else time.perf_counter
+        taken = in_turn(
+            list(calls.values()), torch.device("cpu"), options.runs, warmup=options.warmup, before=1, clock=clock
+        )
+        for (variant, compiled), seconds in zip(calls, taken, strict=True):
+            model = made.models[variant]
+            found.append(
+                Timed(
+                    *(case.model, case.what, optimizer, variant, compiled),
+                    seconds=[round(one, 7) for one in seconds],
+                    parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                    own_forward=made.own_forward,
+                    reason=made.reason,
                 )
-            torch.compiler.reset()
+            )
     return found
+
+
+def stored(path: Path | None) -> list[Timed]:
+    """What a file of results holds."""
+    if path is None or not path.exists():
+        return []
+    return [Timed(**row) for row in json.loads(path.read_text(encoding="utf-8"))["results"]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["mlp", "wrn_16_4"], choices=["mlp", *MODELS])
-    parser.add_argument("--scopes", nargs="+", default=["value", "group"], choices=["value", "group"])
+    parser.add_argument("--models", nargs="+", choices=[one.model for one in CASES], help="only these")
+    parser.add_argument("--scopes", nargs="+", choices=["value", "group"], help="only these")
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     parser.add_argument("--ratio", type=float, default=0.5, help="sample ratio (0.5)")
     parser.add_argument(
         "--minimal-k", dest="min_k", type=int, default=16, help="layers with fewer pairs stay exact (16)"
     )
-    parser.add_argument("--batch", type=int, help="examples in a step")
+    parser.add_argument("--batch", type=int, help="at most so many examples in a step")
     parser.add_argument("--runs", type=int, default=15, help="steps of each variant (15)")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each before (3)")
-    parser.add_argument("--compile", action="store_true", help="compiled, too")
+    parser.add_argument("--threads", type=int, help="threads of torch (its default)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compiled, too")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="of all threads, for a look on a machine that others use, too"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the page there")
     add_json_option(parser)
     options = parser.parse_args(arguments)
-    if options.runs < 2 or not 0 < options.ratio < 1:
-        parser.error("--runs: expected 2 or more; --ratio: expected a number in (0, 1)")
+    if options.runs < 2 or not 0 < options.ratio < 1 or (options.threads or 1) < 1:
+        parser.error("--runs: expected 2 or more; --ratio: a number in (0, 1); --threads: 1 or more")
+    chosen = [one for one in CASES if (one.name in DEFAULT if options.models is None else one.model in options.models)]
+    chosen = [one for one in chosen if options.scopes is None or one.scope in options.scopes]
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     print(header("Subnetworks: a whole training step"), flush=True)
-    found = [one for name in options.models for scope in options.scopes for one in measure(name, scope, options)]
-    rows = [
-        [
-            *(one.model, one.scope, one.optimizer, "compiled" if one.compiled else "eager", one.variant),
-            *(f"{1000 * one.seconds:.1f}", shown(one.speedup), f"{one.parameters / 1e6:.2f}"),
-        ]
-        for one in found
-    ]
-    headers = ["model", "scope", "optimizer", "mode", "variant", "ms", "exact / this [quartiles]", "parameters, M"]
-    print(tabulate(rows, headers, disable_numparse=True))
-    store(options.json, [dataclasses.asdict(one) for one in found])
+    order = [one.name for one in CASES]
+    tried: list[Timed] = []
+    for case in chosen:
+        own = measure(case, options)
+        tried += own
+        print(f"\n{table(own, f'{case.model}, {case.what}')}", flush=True)
+        fresh = {one.key for one in tried}
+        every = [*(one for one in stored(options.json) if one.key not in fresh), *tried]
+        every.sort(key=lambda one: order.index(f"{one.model}, {one.what}"))
+        if options.json is not None:
+            content = {"environment": environment(), "results": [dataclasses.asdict(one) for one in every]}
+            options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        if options.markdown is not None:
+            options.markdown.write_text(markdown(every, environment()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from fx_approx.runtime.graph_program import PROLOGUE
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.derivations import Derivations, first_row, same_selections
+from fx_approx.subnetworks.parts import take_part, tap_part, tap_part_of_relu
 
 INDICES = "_selected"
 """Prefix of the buffers with indices, where a part of a wide value is read."""
@@ -163,8 +164,8 @@ class Specializer:
             self._narrow_product(path, given.value)
             return self._copied(node, args[:1], {})
         if len(args) == 3 and isinstance(args[2], Known):  # a ReLU of which a part is read as well
-            whole = self._copied(node, args[:1], {})
-            return whole, self._select(whole, args[1], args[2])
+            inplace = bool(getattr(self.root.get_submodule(path), "inplace", False))
+            return self._tapped(tap_part_of_relu, args[0], args[1], args[2], inplace)
         if any(isinstance(one, Known) and one.value is not None for one in args[2:]) or args[4:] == (True,):
             raise UnsupportedError("its gradients are sampled apart from its output")
         if isinstance(given, Known):
@@ -196,10 +197,9 @@ class Specializer:
         if target is channel_slices.narrow:
             return self._select(*args[:3])
         if target is channel_slices.tapped:
-            return args[0], self._select(*args[:3])
+            return self._tapped(tap_part, *args[:3])
         if target is channel_slices.tapped_relu:
-            whole = self.graph.call_function(F.relu, (args[0], *args[3:]))
-            return whole, self._select(whole, args[1], args[2])
+            return self._tapped(tap_part_of_relu, *args)
         if target is channel_slices.resize:
             input, shape, axis, parts, method = args
             sizes = list(shape) if isinstance(shape, (tuple, list)) else [shape]
@@ -287,9 +287,24 @@ class Specializer:
 
     def _select(self, value: Any, dim: int, chosen: Any) -> Any:
         """The chosen entries of a wide value."""
+        index = self._index(chosen)
+        return value if index is None else self.graph.call_function(take_part, (value, dim, index))
+
+    def _tapped(self, function: Any, value: Any, dim: int, chosen: Any, *options: Any) -> tuple[Any, Any]:
+        """A wide value and the chosen entries of it."""
+        index = self._index(chosen)
+        if index is None:
+            whole = value if function is tap_part else self.graph.call_function(F.relu, (value, *options))
+            return whole, whole
+        both = self.graph.call_function(function, (value, dim, index, *options))
+        whole, part = (self.graph.call_function(operator.getitem, (both, place)) for place in (0, 1))
+        return whole, part
+
+    def _index(self, chosen: Any) -> fx.Node | None:
+        """The indices that are selected, as a buffer; None for all."""
         selection = chosen.value if isinstance(chosen, Known) else chosen
         if selection is None:
-            return value
+            return None
         key = id(chosen)  # one value of the graph, and not one set of numbers: others come in its place
         if key not in self._index_names:
             name = f"{INDICES}{len(self._index_names)}"
@@ -298,7 +313,7 @@ class Specializer:
             self._index_names[key] = name
             self._held.append(chosen)
         self.reasons.append("a part of a wide value is read")
-        return self.graph.call_function(torch.index_select, (value, dim, self.graph.get_attr(self._index_names[key])))
+        return self.graph.get_attr(self._index_names[key])
 
     def _copied(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
         new = self.graph.create_node(node.op, node.target, _revealed(args), _revealed(kwargs), node.name)

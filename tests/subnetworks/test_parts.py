@@ -1,0 +1,74 @@
+"""A part of a wide value in a subnetwork: index_select's numbers, in the value's layout, and plain where exported."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fx_approx
+from fx_approx.policies import Uniform
+from fx_approx.subnetworks import extract, record_of
+from fx_approx.subnetworks.parts import take_part, tap_part, tap_part_of_relu
+
+INDEX = torch.tensor([0, 2, 5])
+
+
+def values() -> list[tuple[Tensor, int]]:
+    images = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    return [
+        (images, 1),
+        (images.contiguous(memory_format=torch.channels_last), 1),
+        (torch.randn(2, 3, 6, dtype=torch.float64), 2),
+        (torch.randn(3, 6, dtype=torch.float64), -1),
+        (torch.randn(3, 2, 6, dtype=torch.float64).transpose(0, 1), 2),
+    ]
+
+
+@pytest.mark.parametrize("case", range(5))
+@pytest.mark.parametrize("relu", [False, True])
+def test_parts_and_their_gradients_are_those_of_index_select(case: int, relu: bool) -> None:
+    value, dim = values()[case]
+    one, other = value.clone().requires_grad_(), value.clone().requires_grad_()
+    whole, part = tap_part_of_relu(one, dim, INDEX) if relu else tap_part(one, dim, INDEX)
+    expected = F.relu(other) if relu else other
+    expected_part = torch.index_select(expected, dim, INDEX)
+    assert torch.equal(whole, expected) and torch.equal(part, expected_part)
+    assert torch.equal(take_part(value, dim, INDEX), torch.index_select(value, dim, INDEX))
+    (whole.square().sum() + part.pow(3).sum()).backward()
+    (expected.square().sum() + expected_part.pow(3).sum()).backward()
+    assert one.grad is not None and other.grad is not None
+    torch.testing.assert_close(one.grad, other.grad, rtol=1e-14, atol=0)
+
+
+def test_a_part_keeps_channels_last() -> None:
+    value = torch.randn(2, 6, 4, 4).contiguous(memory_format=torch.channels_last)
+    for part in (take_part(value, 1, INDEX), tap_part(value, 1, INDEX)[1], tap_part_of_relu(value, 1, INDEX)[1]):
+        assert part.is_contiguous(memory_format=torch.channels_last) and not part.is_contiguous()
+
+
+class Residual(nn.Module):
+    """A stream that is read in part and added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        return self.last(x + self.inner(x))
+
+
+def test_an_exported_subnetwork_consists_of_torch_operations() -> None:
+    torch.manual_seed(0)
+    model, images = Residual(), torch.randn(2, 3, 8, 8)
+    sub = extract(fx_approx.transform(copy.deepcopy(model), Uniform(0.5, min_k=4), images), example_inputs=images)
+    assert "wide value" in record_of(sub).reason
+    exported = torch.export.export(sub, (images,))
+    targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    assert torch.ops.aten.index_select.default in targets
+    assert not [target for target in targets if "fx_approx" in str(target)]
+    torch.testing.assert_close(exported.module()(images), sub(images))
