@@ -57,7 +57,7 @@ class NarrowGraph:
         self.flow, self.demand, self.header = flow, demand, header
         self.graph, self.copies, self.runtime = header.graph, copies, runtime
         self._narrowed: dict[tuple[fx.Node, int, fx.Node], fx.Node] = {}
-        self._taps: list[tuple[fx.Node, fx.Node, fx.Node]] = []
+        self._taps: list[tuple[fx.Node, fx.Node, fx.Node, fx.Node]] = []
         self._asked = asked_inside(flow)
         self._held = self._asked | handed_out(flow)
 
@@ -150,7 +150,7 @@ class NarrowGraph:
         if both.target is tapped_relu:
             self.graph.erase_node(value)
         self.copies[source] = whole
-        self._taps.append((both, whole, part))
+        self._taps.append((source, both, whole, part))
         return part
 
     def _tapped_relu(self, source: fx.Node, value: fx.Node, dim: int, index: fx.Node) -> fx.Node | None:
@@ -168,9 +168,10 @@ class NarrowGraph:
 
     def _untap(self) -> None:
         """A value of which no one reads the whole is narrowed only."""
-        for both, whole, part in reversed(self._taps):
+        for source, both, whole, part in reversed(self._taps):
             if not whole.users and both.target is tapped:
                 both.target = narrow
+                self.copies[source] = both
                 part.replace_all_uses_with(both)
                 self.graph.erase_node(whole)
                 self.graph.erase_node(part)

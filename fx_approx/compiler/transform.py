@@ -104,8 +104,10 @@ def _transform(
     for part in made.captured.opaque:
         hint = ". Where torch.compile can capture it: backend=fx_approx.backend(policy)" if part.elsewhere else ""
         warnings.warn(f"not traced, served by {part.served}: {part}{hint}", CaptureWarning, stacklevel=4)
-    if not plan.sampled:
+    if not plan.sampled and not runtime.tokens:
         what = "it has no matrix product or convolution" if not made.sites else "every layer stays exact"
+        notes = runtime.record.token_notes
+        what = f"{what}, and no tokens can be sampled: {'; '.join(notes)}" if notes else what
         warnings.warn(f"transform changed nothing in {type(model).__name__}: {what}", NoEffectWarning, stacklevel=4)
     return cast(M, adopt(made.root, runtime, _reduce))
 

@@ -276,7 +276,7 @@ class Backend(GraphHandle):
         if isinstance(graph, Left):
             self._leave(graph)
             return self._exact(gm, example_inputs, how)
-        if not graph.plan.sampled:
+        if not graph.plan.sampled and graph.plan.tokens is None:
             reason = "; ".join(dict.fromkeys(decision.reason for decision in graph.plan))
             kind = CaptureWarning if graph.blocked else NoEffectWarning
             self._leave(Left(graph.key, graph.name, reason, graph.owners, graph.predicted(self._prune_unread)), kind)
