@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx
 
+from fx_approx.core.plan_effects import TokenShare
 from fx_approx.core.token_sampling import TokenSampling
 from fx_approx.ops.channel_slices import narrow, positions, resize, split_parts, take_parts, tapped, tapped_relu
 from fx_approx.ops.token_slices import fewer_tokens, put_back, told_size
@@ -49,6 +50,13 @@ class TokenStretch:
     def flow(self) -> Flow:
         """Where the tokens lie in each value."""
         return self.stream.flow
+
+    def share(self, sampling: TokenSampling) -> TokenShare:
+        """How many tokens there are."""
+        layout = self.flow.layout(self.start)
+        assert layout is not None
+        others = sum(segment.count for segment in layout.segments if not self.is_sampled(segment.space))
+        return TokenShare(sampling, others, layout.size - others)
 
     def is_sampled(self, space: int) -> bool:
         """Whether tokens of ``space`` are left out."""
@@ -172,14 +180,13 @@ def make_token_selections(runtime: Runtime, stretches: Sequence[TokenStretch], s
     for number, stretch in enumerate(stretches):
         layout = stretch.flow.layout(stretch.start)
         assert layout is not None
-        start, others, tokens = 0, 0, 0
+        share, start = stretch.share(sampling), 0
         for segment in layout.segments:
             if stretch.is_sampled(segment.space):
-                start, tokens = others, segment.count
-            else:
-                others += segment.count
+                break
+            start += segment.count
         site = -1 - number  # those of layers count up
-        runtime.add_tokens(TokenSelection(sampling, layout.dim, start, others, tokens, site, root))
+        runtime.add_tokens(TokenSelection(sampling, layout.dim, start, share.others, share.tokens, site, root))
 
 
 class SampleTokens:

@@ -23,10 +23,9 @@ from fx_approx.passes.channel_liveness import ChannelAnalysis
 from fx_approx.passes.channel_rules import find_flow
 from fx_approx.passes.decompose_attention import decompose
 from fx_approx.passes.find_candidates import find_candidates
-from fx_approx.passes.sample_tokens import TokenStretch, choose_stretches, make_token_selections
+from fx_approx.passes.sample_tokens import TokenStretch, make_token_selections
 from fx_approx.passes.rewrite import guard_graph, make_selectors, place_selections, prune_channels
 from fx_approx.passes.shape_prop import propagate
-from fx_approx.passes.token_flow import find_tokens
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.plan_record import PlanRecord
 
@@ -117,15 +116,9 @@ def _choose_tokens(work: Rewriting) -> None:
     sampling = work.runtime.record.plan.tokens
     if sampling is None:
         return
-    captured, values = work.made.captured, work.made.values
-    if captured.graph is None or captured.sections or values is None:
-        reasons = ["its forward is not traced as one graph; use backend=fx_approx.backend(policy)"]
-    else:
-        streams, reasons = find_tokens(work.made.root, captured.graph, values, sampling.keep)
-        found, more = choose_stretches(streams, sampling)
-        work.stretches, reasons = tuple(found), [*reasons, *more]
+    work.stretches, notes = work.made.token_stretches(work.runtime.record.plan)
     make_token_selections(work.runtime, work.stretches, sampling, work.made.root)
-    work.runtime.record.token_notes = tuple(reasons)
+    work.runtime.record.token_notes = notes
 
 
 def _make_selectors(work: Rewriting) -> None:

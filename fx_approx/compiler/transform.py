@@ -218,6 +218,8 @@ def report(model: nn.Module | GraphHandle) -> SavingsReport:
         approx.training,
         record.called is not None,
         record.effects,
+        [one.ratio if one.enabled and one.owner[0].training else 1.0 for one in runtime.tokens],
+        record.token_notes,
     )
     return dataclasses.replace(built, selection_time=record.selection_time)
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fx_approx.core.candidates import Shape
+from fx_approx.core.token_sampling import TokenSampling
 from fx_approx.sampling.spec import SamplerConfig
 
 FULL = -1
@@ -112,6 +113,7 @@ class Operation:
         moves: It writes new values and multiplies nothing: element-wise, normalisation, pooling, a copy.
         own: Bytes of parameters and statistics that it has for each channel.
         rectified: It is a ReLU that keeps only the signs, if parts of its value are taken.
+        stretch: Number of the stretch of blocks whose tokens it computes; -1 for all tokens.
     """
 
     name: str
@@ -124,6 +126,27 @@ class Operation:
     moves: bool
     own: int
     rectified: bool
+    stretch: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenShare:
+    """The tokens of one stretch of blocks.
+
+    Attributes:
+        sampling: How they are chosen.
+        others: Those that are always kept.
+        tokens: Those that may be left out.
+    """
+
+    sampling: TokenSampling
+    others: int
+    tokens: int
+
+    def kept(self, ratio: float) -> tuple[int, int]:
+        """Tokens that are computed at a ratio, and all."""
+        some = self.tokens if ratio == 1 else self.sampling.count(self.tokens, ratio)
+        return self.others + some, self.others + self.tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +162,7 @@ class PlanEffects:
         notes: What was not shared, and why.
         hoisted: What is not demanded is not computed.
         packs: The signs of a tapped ReLU take one bit each, and not a byte.
+        tokens: The stretches of blocks that compute some tokens only.
     """
 
     classes: tuple[SelectionGroup, ...] = ()
@@ -149,6 +173,7 @@ class PlanEffects:
     notes: tuple[str, ...] = ()
     hoisted: bool = False
     packs: bool = False
+    tokens: tuple[TokenShare, ...] = ()
 
 
 def tied(effects: PlanEffects, names: Sequence[str]) -> list[tuple[str, ...]]:
