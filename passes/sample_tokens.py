@@ -83,7 +83,10 @@ def choose_stretches(streams: Iterable[TokenStream], sampling: TokenSampling) ->
 def _drop(stream: TokenStream, sampling: TokenSampling) -> tuple[TokenStretch | None, str]:
     blocks = stream.blocks[sampling.first :]
     if not blocks:
-        return None, f"{stream.origin.name}: it has {len(stream.blocks)} blocks, and the first {sampling.first} are whole"
+        return (
+            None,
+            f"{stream.origin.name}: it has {len(stream.blocks)} blocks, and the first {sampling.first} are whole",
+        )
     inside = frozenset().union(*(block.inside for block in blocks), stream.tail)
     stops = [stop for block in blocks for stop in block.stops] or list(stream.needs) or _odd(stream.flow, inside)
     if stops:
@@ -175,7 +178,9 @@ def _linked(flow: Flow, link: Link) -> Sequence[Any]:
     return () if layout is None else layout.segments[link.start : link.start + link.count]
 
 
-def make_token_selections(runtime: Runtime, stretches: Sequence[TokenStretch], sampling: TokenSampling, root: Any) -> None:
+def make_token_selections(
+    runtime: Runtime, stretches: Sequence[TokenStretch], sampling: TokenSampling, root: Any
+) -> None:
     """Gives the runtime a selection for each stretch."""
     for number, stretch in enumerate(stretches):
         layout = stretch.flow.layout(stretch.start)
@@ -376,4 +381,3 @@ def _base(node: fx.Node) -> fx.Node:
         if not part and node.target not in (narrow, tapped, tapped_relu):
             return node
         node = source
-

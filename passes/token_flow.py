@@ -74,9 +74,7 @@ class TokenStream:
         return shape[self.dim]
 
 
-def find_tokens(
-    root: nn.Module, graph: fx.Graph, values: Values, keep: int = 0
-) -> tuple[list[TokenStream], list[str]]:
+def find_tokens(root: nn.Module, graph: fx.Graph, values: Values, keep: int = 0) -> tuple[list[TokenStream], list[str]]:
     """The stacks of blocks of ``graph`` in which tokens can be sampled, and why there are no more.
 
     Args:
@@ -205,7 +203,9 @@ def _handle(flow: Flow, node: fx.Node) -> Step | None:
         if not seen <= flow.spaces.dead:
             flow.spaces.dead |= seen
             raise Restart
-    handler: Handler | None = None if node in flow.spaces.dead else find_handler(flow, node, rule_of_module, rule_of_call)
+    handler: Handler | None = (
+        None if node in flow.spaces.dead else find_handler(flow, node, rule_of_module, rule_of_call)
+    )
     return None if handler is None else handler(flow, node)
 
 
@@ -233,7 +233,7 @@ def _stream(
         end = marks[place + 1] if place + 1 < len(marks) else _last(flow, cuts, start, position)
         if end is not None and end is not start:
             inside = _between(below, start, end)
-            blocks.append(Block(start, end, inside, tuple(_stops(flow, inside, end, below))))
+            blocks.append(Block(start, end, inside, tuple(_stops(flow, inside, end))))
     if not blocks:
         return None
     reached = {one for one in nx.descendants(below, blocks[-1].end) if isinstance(one, fx.Node)}
@@ -258,16 +258,13 @@ def _holds(flow: Flow, node: fx.Node, tokens: Layout) -> bool:
 
 
 def _below(graph: fx.Graph, flow: Flow, origin: fx.Node) -> nx.DiGraph:
-    """What is made of ``origin``, with an end for what leaves the graph; sizes are left out."""
+    """What is made of ``origin``, with an end behind all that nothing more is made of; sizes are left out."""
     below = nx.DiGraph()
     below.add_node(origin)
     for node in graph.nodes:
         for source in node.all_input_nodes:
-            if source not in below:
-                continue
-            if node.op == "output":
-                below.add_edge(source, _OUTPUT)
-            elif node.name in flow.values.shapes and not reads_shape_only(node, source):
+            made = node.op != "output" and node.name in flow.values.shapes
+            if source in below and made and not reads_shape_only(node, source):
                 below.add_edge(source, node)
     for node in list(below):
         if isinstance(node, fx.Node) and not below.succ[node]:
@@ -287,14 +284,14 @@ def _between(below: nx.DiGraph, start: fx.Node, end: fx.Node) -> frozenset[fx.No
     return frozenset(node for node in found if isinstance(node, fx.Node))
 
 
-def _stops(flow: Flow, inside: frozenset[fx.Node], end: fx.Node, below: nx.DiGraph) -> Iterable[str]:
+def _stops(flow: Flow, inside: frozenset[fx.Node], end: fx.Node) -> Iterable[str]:
     """What in a block mixes tokens, or hands some of them out."""
     for node in flow.graph.nodes:
         if node not in inside:
             continue
         if flow.layout(node) is None:
             yield flow.stopped.get(node, f"{node.name} mixes positions")
-        elif node is not end and any(user == _OUTPUT for user in below.succ[node]):
+        elif node is not end and any(user.op == "output" for user in node.users):
             yield f"{node.name} leaves the model, as a cache of keys and values does"
 
 
@@ -310,4 +307,3 @@ def _needs(flow: Flow, values: set[fx.Node]) -> Iterable[str]:
                 yield "the model puts out every position"
             elif flow.layout(user) is None and flow.steps[user].action not in ("pick", "pool"):
                 yield f"{user.name} reads every position"
-

@@ -213,4 +213,3 @@ def rule_of_module(kind: type[nn.Module]) -> Handler | None:
 def rule_of_call(target: Any) -> Handler | None:
     """What a function, or the method of a name, does to tokens."""
     return TOKEN_FUNCTIONS[target] if target in TOKEN_FUNCTIONS else FUNCTIONS.get(target)
-

@@ -11,10 +11,10 @@ from fx_approx.capture.records import Capture
 from fx_approx.core.candidates import Candidate
 from fx_approx.core.plan import Plan
 from fx_approx.core.plan_effects import PlanEffects, Values
+from fx_approx.core.token_sampling import TokenSampling
 from fx_approx.passes.channel_flow import Flow
 from fx_approx.passes.channel_liveness import ChannelAnalysis, analyse_channels
 from fx_approx.passes.find_candidates import CandidateSite
-from fx_approx.core.token_sampling import TokenSampling
 from fx_approx.passes.plan_effects import find_effects
 from fx_approx.passes.sample_tokens import TokenStretch, choose_stretches
 from fx_approx.passes.token_flow import find_tokens

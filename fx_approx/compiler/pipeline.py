@@ -23,8 +23,8 @@ from fx_approx.passes.channel_liveness import ChannelAnalysis
 from fx_approx.passes.channel_rules import find_flow
 from fx_approx.passes.decompose_attention import decompose
 from fx_approx.passes.find_candidates import find_candidates
-from fx_approx.passes.sample_tokens import TokenStretch, make_token_selections
 from fx_approx.passes.rewrite import guard_graph, make_selectors, place_selections, prune_channels
+from fx_approx.passes.sample_tokens import TokenStretch, make_token_selections
 from fx_approx.passes.shape_prop import propagate
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.plan_record import PlanRecord
@@ -131,9 +131,7 @@ def _place_selections(work: Rewriting) -> None:
 
 def _prune_channels(work: Rewriting) -> None:
     if work.prune_unread:
-        prune_channels(
-            work.made.root, work.runtime, work.made.sites, work.analysis, work.made.flow, work.stretches
-        )
+        prune_channels(work.made.root, work.runtime, work.made.sites, work.analysis, work.made.flow, work.stretches)
 
 
 def _compile_graph(work: Rewriting) -> None:
@@ -151,7 +149,11 @@ def _describe_effects(work: Rewriting) -> None:
 REWRITING: tuple[Pass[Rewriting], ...] = (
     Pass(_choose_tokens, reads=("graph", "plan"), writes=("token stretches",)),
     Pass(_make_selectors, reads=("candidates", "plan", "live channels"), writes=("selectors",)),
-    Pass(_place_selections, reads=("graph", "channel flow", "live channels", "selectors", "token stretches"), writes=("sampled graph",)),
+    Pass(
+        _place_selections,
+        reads=("graph", "channel flow", "live channels", "selectors", "token stretches"),
+        writes=("sampled graph",),
+    ),
     Pass(_prune_channels, reads=("sampled graph", "channel flow", "live channels"), writes=("sampled graph",)),
     Pass(_compile_graph, reads=("sampled graph",), writes=("code", "guards")),
     Pass(_describe_effects, reads=("candidates", "plan", "channel flow", "live channels"), writes=("effects",)),

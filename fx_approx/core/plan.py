@@ -191,7 +191,9 @@ class Plan:
     @property
     def needs_shapes(self) -> bool:
         """Whether selections are shared, or tokens chosen: who reads what is told by shapes."""
-        return self.tokens is not None or any(decision.roles and decision.scope != "layer" for decision in self.decisions)
+        return self.tokens is not None or any(
+            decision.roles and decision.scope != "layer" for decision in self.decisions
+        )
 
     def __post_init__(self) -> None:
         counts = collections.Counter(decision.name for decision in self.decisions)

@@ -137,10 +137,11 @@ def set_sampling(
         set_each(model, settings)
     switch = enabled if isinstance(enabled, bool) and only is None else None
     for approx in pieces:
-        _set_tokens(approx, tokens, switch)
+        set_tokens(approx, tokens, switch)
 
 
-def _set_tokens(approx: ApproxModule, ratio: float | None, enabled: bool | None) -> None:
+def set_tokens(approx: ApproxModule, ratio: float | None, enabled: bool | None) -> None:
+    """Share of the tokens to keep in one graph, and whether tokens are sampled; None leaves it as it is."""
     runtime = approx._fx_approx
     if not runtime.tokens or (ratio is None and enabled is None):
         return
@@ -183,10 +184,10 @@ def apply_settings(handle: GraphHandle, approx: ApproxModule) -> None:
     """Sets a graph that has appeared as it was asked for before, and gives it the state that waits for it."""
     for (_, role, kind), rules in handle.settings.items():
         if kind == "tokens":
-            _set_tokens(approx, rules["*"], None)
+            set_tokens(approx, rules["*"], None)
             continue
         if kind == "enabled" and role is None and set(rules) == {"*"}:
-            _set_tokens(approx, None, rules["*"])
+            set_tokens(approx, None, rules["*"])
         ratios, switches = (rules, {}) if kind == "ratio" else ({}, rules)
         _put(approx, _settings((approx,), ratios, switches, role, strict=False))
     names = layers_of(approx)

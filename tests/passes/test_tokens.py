@@ -18,6 +18,7 @@ from fx_approx.core.plan import Plan
 from fx_approx.errors import NoEffectWarning
 from fx_approx.policies import Exact, Override, Tokens, Uniform
 from fx_approx.runtime.approx_module import find
+from fx_approx.schedules import Constant, ExactTail, Linear, RatioScheduler
 
 WIDTH, HEADS, TOKENS = 16, 2, 10
 
@@ -398,3 +399,25 @@ def test_the_report_counts_the_tokens_that_are_computed() -> None:
     assert predicted.totals == report.totals
     fx_approx.set_sampling(approx, tokens=1.0)
     assert fx_approx.report(approx).totals.saved == 0
+
+
+def test_schedules_drive_the_share_of_the_tokens() -> None:
+    model, x = stack("plain", "mean")
+    approx = fx_approx.transform(model, Tokens(0.5), x)
+    one = find(approx)._fx_approx.tokens[0]
+    scheduler = RatioScheduler(approx, ExactTail(Linear(0.3, 0.8, steps=4, levels=2), total=6, steps=2))
+    counts = []
+    for _ in range(6):
+        approx(x)
+        counts.append(one.last_count if one.enabled else TOKENS)
+        scheduler.step()
+    assert counts[0] == 3 and counts == sorted(counts) and counts[4:] == [TOKENS] * 2
+    assert scheduler.get_last_ratio() == {"tokens": 1.0}
+    state = scheduler.state_dict()
+    other = RatioScheduler(fx_approx.transform(model, Tokens(0.5), x), Constant(0.4))
+    other.load_state_dict(state)
+    assert other.get_last_ratio() == scheduler.get_last_ratio() and other.state_dict() == state
+    with pytest.raises(ValueError, match="decides about no sampled layer; there are"):
+        RatioScheduler(approx, {"heads": Constant(0.5)})
+    with pytest.warns(NoEffectWarning, match="no selection of channels is made ahead"):
+        RatioScheduler(approx, {"tokens": Constant(0.5)}, preserve=True)
