@@ -1,7 +1,7 @@
 """Tokens: has stretches of blocks compute some tokens only, in a graph that may have been narrowed already.
 
-The tokens leave where a stretch begins, and everything that rides on them goes along: positions, rotary tables, masks on
-both axes. With ``skip`` they come back where it ends; with ``drop`` they stay away.
+The tokens leave where a stretch begins, and everything that rides on them goes along: positions, rotary tables, masks
+on both axes. With ``skip`` they come back where it ends; with ``drop`` they stay away.
 """
 
 from __future__ import annotations

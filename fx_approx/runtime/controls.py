@@ -109,17 +109,7 @@ def set_sampling(
     pieces, only = pieces_of(model), None if role is None else _role(role)
     ratios = {} if ratio is None else dict(ratio) if isinstance(ratio, Mapping) else {"*": ratio}
     switches = {} if enabled is None else dict(enabled) if isinstance(enabled, Mapping) else {"*": enabled}
-    for name, patterns in (("ratio", ratios), ("enabled", switches)):
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise TypeError(f"{name}: expected globs such as 'layer1.*', got the key {pattern!r}")
-    for value in ratios.values():
-        SamplerConfig(ratio=value)
-    if tokens is not None:
-        check_ratio(tokens)
-    for pattern, on in switches.items():
-        if not isinstance(on, bool):
-            raise TypeError(f"enabled[{pattern!r}]: expected True or False, got {on!r}")
+    _check_settings(ratios, switches, tokens)
     chosen = [one for approx in pieces for one in approx._fx_approx.tokens]
     if tokens is not None and not chosen and pieces:
         raise ValueError("tokens: the model samples no tokens; transform it with fx_approx.policies.Tokens")
@@ -138,6 +128,21 @@ def set_sampling(
     switch = enabled if isinstance(enabled, bool) and only is None else None
     for approx in pieces:
         set_tokens(approx, tokens, switch)
+
+
+def _check_settings(ratios: Mapping[str, Any], switches: Mapping[str, Any], tokens: Any) -> None:
+    """Raises the errors of :func:`set_sampling` for what can be wrong of any model."""
+    for name, patterns in (("ratio", ratios), ("enabled", switches)):
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(f"{name}: expected globs such as 'layer1.*', got the key {pattern!r}")
+    for value in ratios.values():
+        SamplerConfig(ratio=value)
+    if tokens is not None:
+        check_ratio(tokens)
+    for pattern, on in switches.items():
+        if not isinstance(on, bool):
+            raise TypeError(f"enabled[{pattern!r}]: expected True or False, got {on!r}")
 
 
 def set_tokens(approx: ApproxModule, ratio: float | None, enabled: bool | None) -> None:

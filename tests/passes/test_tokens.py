@@ -1,4 +1,4 @@
-"""Tokens: some blocks compute some tokens only; the oracles are the same models, written by hand with the tokens left out."""
+"""Tokens: some blocks compute some tokens only; the oracles are the same models, with the tokens left out by hand."""
 
 from __future__ import annotations
 
