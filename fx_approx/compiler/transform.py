@@ -246,9 +246,10 @@ def _reduce(approx: ApproxModule) -> tuple[Any, ...]:
     runtime = approx._fx_approx
     record, captured = runtime.record, runtime.program.capture
     switches = {key: (s.spec, s.enabled) for key, s in runtime.selectors.items()}
+    tokens = tuple((one.ratio, one.enabled) for one in runtime.tokens)
     parts = exact_copy(approx), record.plan.to_dict(), captured.form, sampler_state_dict(approx), switches
     known = captured.sections, dict(captured.strays)
-    return _rebuild, (*parts, record.called, record.prunes, record.shaped, known)
+    return _rebuild, (*parts, record.called, record.prunes, record.shaped, known, tokens)
 
 
 def _rebuild(
@@ -261,6 +262,7 @@ def _rebuild(
     prune_unread: bool,
     shaped: bool,
     known: tuple[Sequence[Section], Mapping[str, Called]],
+    tokens: Sequence[tuple[float, bool]],
 ) -> nn.Module:
     """Unpickles: transforms the exact model again by the same plan."""
     with warnings.catch_warnings():
@@ -273,5 +275,8 @@ def _rebuild(
     for key, (spec, enabled) in switches.items():
         runtime.selectors[key].set_spec(spec)
         runtime.selectors[key].enabled = enabled
+    for one, (ratio, enabled) in zip(runtime.tokens, tokens, strict=True):
+        one.set_ratio(ratio)
+        one.enabled = enabled
     runtime.lay_out()
     return approx

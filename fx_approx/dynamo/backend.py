@@ -443,6 +443,9 @@ def _take_over(approx: ApproxModule, before: ApproxModule) -> None:
     for key, selector in runtime.selectors.items():
         selector.set_spec(old.selectors[key].spec)
         selector.enabled = old.selectors[key].enabled
+    for one, other in zip(runtime.tokens, old.tokens, strict=False):
+        one.set_ratio(other.ratio)
+        one.enabled = other.enabled
     runtime.lay_out()
     load_sampler_state_dict(approx, sampler_state_dict(before))
     runtime.state = old.state

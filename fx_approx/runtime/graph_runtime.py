@@ -99,6 +99,11 @@ class Runtime(Moved):
             selector.offset = offset
 
     @property
+    def switches(self) -> tuple[Selector | TokenSelection, ...]:
+        """All that samples, of layers and of tokens, each with a switch ``enabled``."""
+        return (*self.selectors.values(), *self.tokens)
+
+    @property
     def parts(self) -> tuple[object, ...]:
         """The plain objects that it is made of; a forward may change their attributes."""
         return self.record, self.program, self.randomness, self.batchnorm
@@ -106,7 +111,7 @@ class Runtime(Moved):
     @property
     def setting(self) -> tuple[Any, ...]:
         """What compiled code depends on, of what can be set: where sampling is off, not on the ratio."""
-        return tuple([one.spec if one.enabled else None for one in (*self.selectors.values(), *self.tokens)])
+        return tuple([one.spec if one.enabled else None for one in self.switches])
 
     @property
     def samples(self) -> bool:
@@ -263,7 +268,7 @@ class Runtime(Moved):
         self, root: nn.Module, exact: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """The forward of the exact model; neither switches nor what is drawn or learnt change."""
-        selectors = [(one, one.enabled) for one in (*self.selectors.values(), *self.tokens)]
+        selectors = [(one, one.enabled) for one in self.switches]
         for selector, _ in selectors:
             selector.enabled = False
         try:

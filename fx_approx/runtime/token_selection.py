@@ -9,6 +9,9 @@ from fx_approx.core.token_sampling import TokenSampling, check_ratio
 from fx_approx.runtime.rng import Draw, draw
 from fx_approx.sampling.base import Selection
 
+TOKENS = "tokens"
+"""The name of the tokens among the layers."""
+
 
 class TokenSelection(nn.Module):
     """One selection of the tokens of one stretch.

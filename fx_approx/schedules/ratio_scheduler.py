@@ -16,12 +16,10 @@ from fx_approx.runtime.batchnorm import warn_of_short_tail
 from fx_approx.runtime.controls import set_each, set_tokens
 from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.selector import Selector
+from fx_approx.runtime.token_selection import TOKENS
 from fx_approx.schedules.preserve import check_preservable
 from fx_approx.schedules.preserve import preserve as preserve_layers
 from fx_approx.schedules.schedule import Schedule, check_ratio, check_step, exact_tail
-
-TOKENS = "tokens"
-"""The name of the tokens among the layers."""
 
 
 class RatioScheduler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from fx_approx.core.plan import Plan
 from fx_approx.errors import NoEffectWarning
 from fx_approx.policies import Exact, Override, Tokens, Uniform
 from fx_approx.runtime.approx_module import find
+from fx_approx.runtime.step_gradient import sampled_gradient
 from fx_approx.schedules import Constant, ExactTail, Linear, RatioScheduler
 
 WIDTH, HEADS, TOKENS = 16, 2, 10
@@ -421,3 +423,25 @@ def test_schedules_drive_the_share_of_the_tokens() -> None:
         RatioScheduler(approx, {"heads": Constant(0.5)})
     with pytest.warns(NoEffectWarning, match="no selection of channels is made ahead"):
         RatioScheduler(approx, {"tokens": Constant(0.5)}, preserve=True)
+
+
+def test_pickled_with_its_share_and_exact_where_the_exact_model_is_asked_for() -> None:
+    model, x = stack("plain", "mean")
+    approx = fx_approx.transform(model, Tokens(0.5), x)
+    fx_approx.set_sampling(approx, tokens=0.3)
+    stream = io.BytesIO()
+    torch.save(approx, stream)
+    stream.seek(0)
+    again = torch.load(stream, weights_only=False)
+    assert torch.equal(again(x), approx(x))
+    assert torch.equal(fx_approx.restore(approx)(x), model(x))
+
+
+def test_gradient_noise_is_that_of_the_tokens_left_out() -> None:
+    model, x = stack("plain", "mean")
+    approx = fx_approx.transform(model, Tokens(0.5), x)
+    exact = sampled_gradient(find(approx), x, lambda run, batch: run(batch).square().sum(), ())
+    expected = torch.cat([g.flatten() for g in gradients(model, model(x))])
+    assert torch.allclose(exact, expected, rtol=1e-12)
+    sampled = sampled_gradient(find(approx), x, lambda run, batch: run(batch).square().sum(), ("tokens",))
+    assert not torch.allclose(sampled, expected)
