@@ -139,7 +139,14 @@ def _odd(flow: Flow, inside: frozenset[fx.Node]) -> list[str]:
         for node in inside
         if flow.steps[node].action not in _ACTIONS
         or (node.target in AS_ANOTHER and node.op == "call_method" and node.args[1] not in inside)
+        or (_are_rows(flow, node) and any(map(asks_sizes, node.users)))
     ]
+
+
+def _are_rows(flow: Flow, node: fx.Node) -> bool:
+    """Whether examples and tokens are one axis."""
+    layout, shape = flow.layout(node), flow.shape(node)
+    return layout is not None and shape is not None and shape[layout.dim] != layout.size
 
 
 def _sampled(stream: TokenStream, inside: frozenset[fx.Node]) -> int | None:
@@ -345,14 +352,16 @@ class SampleTokens:
             rank = len(self.flow.shape(node) or ())
             if isinstance(which, int):
                 if which % rank == layout.dim:
-                    own.replace_all_uses_with(self._tokens(layout, own))
+                    own.replace_all_uses_with(self._tokens(layout))
                 continue
+            tokens = self._tokens(layout)
+            readers = list(own.users)
             with self.graph.inserting_after(own):
-                new = self.graph.call_function(told_size, (own, layout.dim, layout.size))
-            new.args = (own, layout.dim, self._tokens(layout, new))
-            own.replace_all_uses_with(new, delete_user_cb=lambda reader, new=new: reader is not new)
+                new = self.graph.call_function(told_size, (own, layout.dim, tokens))
+            for reader in readers:
+                reader.replace_input_with(own, new)
 
-    def _tokens(self, layout: Layout, before: fx.Node) -> Any:
+    def _tokens(self, layout: Layout) -> Any:
         """How many tokens an axis has where all are there: of this call, where it is the whole sequence."""
         if layout.segments != self.layout.segments:
             return layout.size

@@ -276,7 +276,8 @@ def _last(flow: Flow, cuts: Sequence[fx.Node], start: fx.Node, position: dict[fx
     """The last cut value behind ``start`` that is a sum, which ends a residual stream; else the last of all."""
     behind = [cut for cut in cuts if position[cut] > position[start]]
     sums = [cut for cut in behind if len(flow.steps[cut].links) > 1]
-    return (sums or behind or [None])[-1]
+    found = sums or behind
+    return found[-1] if found else None
 
 
 def _between(below: nx.DiGraph, start: fx.Node, end: fx.Node) -> frozenset[fx.Node]:

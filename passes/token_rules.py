@@ -17,11 +17,11 @@ from torch import fx, nn
 
 from fx_approx.core.layer_types import PRODUCT_LAYERS
 from fx_approx.passes.channel_flow import Flow, Handler, Link, Step, first
-from fx_approx.passes.channel_spaces import Layout
+from fx_approx.passes.channel_spaces import Layout, stretch
 from fx_approx.passes.elementwise_rules import elementwise
 from fx_approx.passes.layer_rules import CONVOLUTIONS, TRANSPOSED
 from fx_approx.passes.operations import FUNCTIONS, MODULES
-from fx_approx.passes.reshape_rules import RESHAPES, argument, spelled_out, stretch, through
+from fx_approx.passes.reshape_rules import RESHAPES, argument, spelled_out, through
 
 
 def row_wise(flow: Flow, node: fx.Node) -> Step | None:

@@ -98,9 +98,11 @@ class TokenSelection(nn.Module):
     def _numbers(self, given: Draw | None, tokens: int) -> Tensor:
         assert given is not None
         if tokens == self.count:
-            return given.numbers[self.offset : self.offset + tokens]
+            numbers: Tensor = given.numbers[self.offset : self.offset + tokens]
+            return numbers
         return draw(given.key, [self.site], [tokens])
 
     def _norms(self, value: Tensor, tokens: int) -> Tensor:
         rows = value.detach().narrow(self.dim, self.start, tokens).movedim(self.dim, 0)
-        return rows.reshape(tokens, -1).float().square().sum(1)
+        norms: Tensor = rows.reshape(tokens, -1).float().square().sum(1)
+        return norms
