@@ -176,10 +176,13 @@ def _graph(
             node = by_name[one.candidate.node]
             copies[node] = _SampledNode(root, runtime, header, flow, one, node).sample(copies[node])
     _keep_exact(chosen, {node.name: copy for node, copy in copies.items()})
+    whole_of: dict[fx.Node, fx.Node] = {}
     if prune and flow is not None and analysis.demand is not None:
-        NarrowGraph(flow, analysis.demand, header, copies, runtime).run()
+        narrowed = NarrowGraph(flow, analysis.demand, header, copies, runtime)
+        narrowed.run()
+        whole_of = narrowed.whole_of
     for number, stretch in enumerate(stretches):
-        SampleTokens(graph, copies, stretch, number, header.key).run()
+        SampleTokens(graph, copies, whole_of, stretch, number, header.key).run()
     # By their mark: in place of a layer's value a part of it may stand in ``copies``, or nothing any more.
     calls = {name: node for node in graph.nodes for name in node.meta.get(META_KEY, ())}
     for one in chosen.values():

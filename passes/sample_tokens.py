@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
 from fx_approx.core.plan_effects import TokenShare
 from fx_approx.core.token_sampling import TokenSampling
-from fx_approx.ops.channel_slices import narrow, positions, resize, split_parts, take_parts, tapped, tapped_relu
+from fx_approx.ops.channel_slices import narrow, positions, resize, split_parts, take_parts
 from fx_approx.ops.token_slices import fewer_tokens, put_back, told_size
 from fx_approx.passes.channel_flow import AS_ANOTHER, Flow, Link, asks_sizes
 from fx_approx.passes.channel_spaces import Layout
@@ -206,16 +206,24 @@ class SampleTokens:
 
     Args:
         graph: Rewritten so far.
-        copies: Captured node -> its node in ``graph``.
+        copies: Captured node -> its value in ``graph``.
+        whole_of: A node of ``graph`` that takes a part of the channels of a value -> the node that makes it.
         stretch: What is to compute some tokens only.
         number: Of the stretch.
         key: The prologue's node.
     """
 
     def __init__(
-        self, graph: fx.Graph, copies: dict[fx.Node, fx.Node], stretch: TokenStretch, number: int, key: fx.Node
+        self,
+        graph: fx.Graph,
+        copies: dict[fx.Node, fx.Node],
+        whole_of: Mapping[fx.Node, fx.Node],
+        stretch: TokenStretch,
+        number: int,
+        key: fx.Node,
     ) -> None:
-        self.graph, self.copies, self.stretch, self.flow = graph, copies, stretch, stretch.flow
+        self.graph, self.copies, self.whole_of = graph, copies, whole_of
+        self.stretch, self.flow = stretch, stretch.flow
         start = copies[stretch.start]
         with graph.inserting_after(start):
             self.chosen = graph.call_module(f"{PROLOGUE}.t{number}", (key, start))
@@ -236,7 +244,7 @@ class SampleTokens:
             self._put_back(self.stretch.end)
 
     def _narrow(self, node: fx.Node) -> None:
-        step, own = self.flow.steps[node], self.copies[node]
+        step, own = self.flow.steps[node], self._made_by(self.copies[node])
         assert step.layout is not None
         for source in dict.fromkeys(link.source for link in step.links):
             layout = self.flow.layout(source)
@@ -276,15 +284,21 @@ class SampleTokens:
         """Takes the chosen tokens of all that ``own`` reads of ``source``, or of a part of its channels."""
         if index is None:
             return
-        base = _base(self.copies[source])
+        base = self._made_by(self.copies[source])
         for operand in list(own.all_input_nodes):
-            if _base(operand) is not base:
+            if self._made_by(operand) is not base:
                 continue
             key = operand, dim, index
             if key not in self._made:
                 with self.graph.inserting_before(own):
                     self._made[key] = self.graph.call_function(narrow, (operand, dim, index))
             own.replace_input_with(operand, self._made[key])
+
+    def _made_by(self, node: fx.Node) -> fx.Node:
+        """The node that makes the value of which ``node`` is a part of the channels."""
+        while node in self.whole_of:
+            node = self.whole_of[node]
+        return node
 
     def _resize(self, node: fx.Node, own: fx.Node) -> None:
         step = self.flow.steps[node]
@@ -378,15 +392,3 @@ class SampleTokens:
         whole.meta = dict(own.meta)
         own.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not whole)
         self.copies[end] = whole
-
-
-def _base(node: fx.Node) -> fx.Node:
-    """The value of which ``node`` is a part of the channels."""
-    while True:
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or node.op != "call_function":
-            return node
-        part = node.target is operator.getitem and source.target in (tapped, tapped_relu)
-        if not part and node.target not in (narrow, tapped, tapped_relu):
-            return node
-        node = source

@@ -100,7 +100,8 @@ class TokenSelection(nn.Module):
         if tokens == self.count:
             numbers: Tensor = given.numbers[self.offset : self.offset + tokens]
             return numbers
-        return draw(given.key, [self.site], [tokens])
+        drawn: Tensor = draw(given.key, [self.site], [tokens])
+        return drawn
 
     def _norms(self, value: Tensor, tokens: int) -> Tensor:
         rows = value.detach().narrow(self.dim, self.start, tokens).movedim(self.dim, 0)

@@ -264,10 +264,19 @@ def test_compiled_as_one_graph() -> None:
     assert torch.equal(copied(x), eager(x))
 
 
-def test_channels_of_the_layers_are_sampled_on_the_tokens_that_are_there() -> None:
+@pytest.mark.parametrize(
+    "layers",
+    [
+        Override({"*.down": Uniform(0.5)}, Exact()),
+        Uniform(0.5),
+        Uniform(0.5, scope="group"),
+        Uniform(0.5, scope="layer"),
+    ],
+    ids=["hidden", "value", "group", "layer"],
+)
+def test_channels_of_the_layers_are_sampled_on_the_tokens_that_are_there(layers: Any) -> None:
     """The oracle: the model written by hand, itself transformed by the policy of the layers."""
     model, x = stack("plain", "mean")
-    layers = Override({"*.down": Uniform(0.5)}, Exact())
     approx = fx_approx.transform(model, Tokens(0.5, layers=layers), x)
     chosen = chosen_by(approx)
     output = approx(x)
@@ -281,7 +290,8 @@ def test_channels_of_the_layers_are_sampled_on_the_tokens_that_are_there() -> No
         def forward(self, x: Tensor) -> Tensor:
             return self.model.by_hand(x, [self.index], False)
 
-    hand = fx_approx.transform(ByHand(), layers, x)
+    rules = {f"model.{pattern}": policy for pattern, policy in layers.rules.items()} if "rules" in vars(layers) else {}
+    hand = fx_approx.transform(ByHand(), Override(rules, layers.base) if rules else layers, x)
     expected = hand(x)
     assert torch.allclose(output, expected, rtol=1e-12)
     for one, other in zip(gradients(approx, output), gradients(hand, expected), strict=True):
