@@ -52,7 +52,8 @@ def decide(
             "a policy that needs none, such as fx_approx.policies.Uniform(0.5, scope='layer')"
         )
     decisions = policy.decide_whole(model()) if model is not None and is_whole(policy) else policy.decide(candidates)
-    return make_plan(candidates, [_apart(one) if one.name in unknown else one for one in decisions])
+    plan = make_plan(candidates, [_apart(one) if one.name in unknown else one for one in decisions])
+    return dataclasses.replace(plan, tokens=getattr(policy, "tokens", None))
 
 
 def _apart(decision: Decision) -> Decision:

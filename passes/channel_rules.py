@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import fx, nn
 
 from fx_approx.core.hooks import is_hooked
@@ -20,21 +23,27 @@ def handle(flow: Flow, node: fx.Node) -> Step | None:
         if not seen <= flow.spaces.dead:
             flow.spaces.dead |= seen
             raise Restart
-    handler = None if node in flow.spaces.dead else _handler(flow, node)
+    handler = None if node in flow.spaces.dead else find_handler(flow, node, MODULES.get, FUNCTIONS.get)
     return None if handler is None else handler(flow, node)
 
 
-def _handler(flow: Flow, node: fx.Node) -> Handler | None:
+def find_handler(
+    flow: Flow,
+    node: fx.Node,
+    of_module: Callable[[type[nn.Module]], Handler | None],
+    of_call: Callable[[Any], Handler | None],
+) -> Handler | None:
+    """The rule of what ``node`` calls, by the type of a layer or by a function or name of a method."""
     if node.op == "call_module":
         module = flow.module(node)
         if module is None or is_hooked(module) or "forward" in vars(module):
             return None
         kind = layer_type(module)
-        return None if kind is None else MODULES.get(kind)
+        return None if kind is None else of_module(kind)
     if node.op not in ("call_function", "call_method"):
         return None
     try:
-        handler = FUNCTIONS.get(node.target)
+        handler = of_call(node.target)
     except TypeError:
         return None
     if handler is None:

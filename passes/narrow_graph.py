@@ -43,6 +43,9 @@ from fx_approx.runtime.selector import Site
 class NarrowGraph:
     """Narrows the values of one rewritten graph.
 
+    Attributes:
+        whole_of: Node of the rewritten graph that takes a part of a value, or hands it on -> the node that makes it.
+
     Args:
         flow: What operations do to channels, of the captured graph.
         demand: Which of them are to be computed, of the captured graph.
@@ -56,8 +59,9 @@ class NarrowGraph:
     ) -> None:
         self.flow, self.demand, self.header = flow, demand, header
         self.graph, self.copies, self.runtime = header.graph, copies, runtime
+        self.whole_of: dict[fx.Node, fx.Node] = {}
         self._narrowed: dict[tuple[fx.Node, int, fx.Node], fx.Node] = {}
-        self._taps: list[tuple[fx.Node, fx.Node, fx.Node]] = []
+        self._taps: list[tuple[fx.Node, fx.Node, fx.Node, fx.Node]] = []
         self._asked = asked_inside(flow)
         self._held = self._asked | handed_out(flow)
 
@@ -124,6 +128,7 @@ class NarrowGraph:
         if early or source in self._held or is_changed(self.flow, source):
             with self.graph.inserting_before(before):
                 part = self.graph.call_function(narrow, (value, dim, index, self._size(source)))
+            self.whole_of[part] = value
         else:
             part = self._tap(source, value, dim, index)
         if source not in self._asked:  # which may be marked between one reader and the next
@@ -150,7 +155,9 @@ class NarrowGraph:
         if both.target is tapped_relu:
             self.graph.erase_node(value)
         self.copies[source] = whole
-        self._taps.append((both, whole, part))
+        made = value if both.target is tapped else both
+        self.whole_of.update(dict.fromkeys((whole, part, both) if both.target is tapped else (whole, part), made))
+        self._taps.append((source, both, whole, part))
         return part
 
     def _tapped_relu(self, source: fx.Node, value: fx.Node, dim: int, index: fx.Node) -> fx.Node | None:
@@ -168,9 +175,10 @@ class NarrowGraph:
 
     def _untap(self) -> None:
         """A value of which no one reads the whole is narrowed only."""
-        for both, whole, part in reversed(self._taps):
+        for source, both, whole, part in reversed(self._taps):
             if not whole.users and both.target is tapped:
                 both.target = narrow
+                self.copies[source] = both
                 part.replace_all_uses_with(both)
                 self.graph.erase_node(whole)
                 self.graph.erase_node(part)
@@ -199,7 +207,8 @@ class NarrowGraph:
                 pairs = self._pairs(node)
                 flat = self.graph.call_function(spread, (chosen, pairs)) if groups > 1 else chosen
                 axis = 1 if self._convolution(node) else -1
-                input = self.graph.call_function(narrow, (input, axis, flat, pairs * groups))
+                whole, input = input, self.graph.call_function(narrow, (input, axis, flat, pairs * groups))
+                self.whole_of[input] = whole
         weight, bias = self._weights(node)
         slicing = (weight, bias, chosen, outputs, groups)
         slices = self._sliced(slicing, own)

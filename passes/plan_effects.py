@@ -5,6 +5,7 @@ Facts only; how many units a selection keeps follows from the ratios and switche
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx, nn
@@ -19,11 +20,17 @@ from fx_approx.passes.channel_liveness import ChannelAnalysis, Demand
 from fx_approx.passes.channel_spaces import Layout
 from fx_approx.passes.find_candidates import CandidateSite, attribute
 from fx_approx.passes.reshape_rules import RESHAPES
+from fx_approx.passes.sample_tokens import TokenStretch
 from fx_approx.passes.share_selections import Sharing, follows
 
 
 def find_effects(
-    found: Sequence[CandidateSite], plan: Plan, facts: ChannelAnalysis, flow: Flow | None, hoisting: bool = True
+    found: Sequence[CandidateSite],
+    plan: Plan,
+    facts: ChannelAnalysis,
+    flow: Flow | None,
+    hoisting: bool = True,
+    stretches: Sequence[TokenStretch] = (),
 ) -> PlanEffects:
     """The effects of ``facts``.
 
@@ -33,6 +40,7 @@ def find_effects(
         facts: What is shared and demanded under ``plan``.
         flow: What operations do to channels; None if shapes are not known.
         hoisting: What is not demanded is not computed.
+        stretches: Blocks that compute some tokens only.
     """
     sharing = facts.sharing
     by_node = {one.candidate.node: one for one in found if one.candidate.node}
@@ -43,11 +51,20 @@ def find_effects(
     reads.update({names[node.name]: _axis(flow.readers[node][1], own) for node, own in sharing.reads.items()})
     demand = facts.demand if hoisting and facts.narrows else None
     trained = {id(p): name for name, p in flow.root.named_parameters() if p.requires_grad}
-    operations = [_operation(node, by_node.get(node.name), flow, sharing, demand, trained) for node in flow.graph.nodes]
+    inside = {node: number for number, stretch in enumerate(stretches) for node in stretch.inside}
+    operations = [
+        dataclasses.replace(
+            _operation(node, by_node.get(node.name), flow, sharing, demand, trained), stretch=inside.get(node, -1)
+        )
+        for node in flow.graph.nodes
+    ]
     stops = () if demand is None else tuple(_stops(flow, sharing, demand, names, plan))
     hoisted, notes = demand is not None, tuple(sharing.notes)
     packs = all(parameter.device.type == "cpu" for parameter in flow.root.parameters())
-    return PlanEffects(tuple(sharing.classes), reads, tuple(operations), flow.values, stops, notes, hoisted, packs)
+    tokens = () if plan.tokens is None else tuple(stretch.share(plan.tokens) for stretch in stretches)
+    return PlanEffects(
+        tuple(sharing.classes), reads, tuple(operations), flow.values, stops, notes, hoisted, packs, tokens
+    )
 
 
 def _whole(sharing: Sharing, place: int) -> ChannelSlice:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, fx, nn
 
@@ -19,6 +19,7 @@ from fx_approx.passes.channel_spaces import Segment
 from fx_approx.passes.find_candidates import META_KEY, CandidateSite
 from fx_approx.passes.graph_head import GraphHead, make_resample
 from fx_approx.passes.narrow_graph import NarrowGraph
+from fx_approx.passes.sample_tokens import SampleTokens, TokenStretch
 from fx_approx.runtime.graph_program import PROLOGUE, GraphProgram
 from fx_approx.runtime.graph_runtime import Runtime, selector_target
 from fx_approx.runtime.guards import Guards
@@ -43,7 +44,12 @@ def make_selectors(root: nn.Module, runtime: Runtime, found: list[CandidateSite]
 
 
 def place_selections(
-    root: nn.Module, runtime: Runtime, found: list[CandidateSite], analysis: ChannelAnalysis, flow: Flow | None
+    root: nn.Module,
+    runtime: Runtime,
+    found: list[CandidateSite],
+    analysis: ChannelAnalysis,
+    flow: Flow | None,
+    stretches: Sequence[TokenStretch] = (),
 ) -> None:
     """Makes the graph in which sampled products read selections; all channels are computed.
 
@@ -53,17 +59,22 @@ def place_selections(
     """
     program = runtime.program
     if program.capture.graph is not None:
-        sampled = _graph(root, runtime, program.capture.graph, found, analysis, flow, False)
+        sampled = _graph(root, runtime, program.capture.graph, found, analysis, flow, False, stretches)
         program.stages = [("capture", program.capture.graph), ("share", sampled)]
 
 
 def prune_channels(
-    root: nn.Module, runtime: Runtime, found: list[CandidateSite], analysis: ChannelAnalysis, flow: Flow | None
+    root: nn.Module,
+    runtime: Runtime,
+    found: list[CandidateSite],
+    analysis: ChannelAnalysis,
+    flow: Flow | None,
+    stretches: Sequence[TokenStretch] = (),
 ) -> None:
     """Makes the graph of the same selections that computes only what anyone reads, where that is less."""
     program = runtime.program
     if program.capture.graph is not None and analysis.narrows:
-        narrow = _graph(root, runtime, program.capture.graph, found, analysis, flow, True)
+        narrow = _graph(root, runtime, program.capture.graph, found, analysis, flow, True, stretches)
         program.stages.append(("demand", narrow))
 
 
@@ -145,6 +156,7 @@ def _graph(
     analysis: ChannelAnalysis,
     flow: Flow | None,
     prune: bool,
+    stretches: Sequence[TokenStretch] = (),
 ) -> fx.Graph:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -154,7 +166,7 @@ def _graph(
         if node.op == "get_attr" and node.target in runtime.program.capture.constants:
             node.target = f"{PROLOGUE}.c{node.target}"
     chosen = _chosen(runtime, found)
-    if not chosen:
+    if not chosen and not stretches:
         return graph
     weights = {name: one.weight for name, one in chosen.items() if one.weight is not None}
     header = GraphHead(graph, runtime, analysis.sharing, weights)
@@ -164,8 +176,13 @@ def _graph(
             node = by_name[one.candidate.node]
             copies[node] = _SampledNode(root, runtime, header, flow, one, node).sample(copies[node])
     _keep_exact(chosen, {node.name: copy for node, copy in copies.items()})
+    whole_of: dict[fx.Node, fx.Node] = {}
     if prune and flow is not None and analysis.demand is not None:
-        NarrowGraph(flow, analysis.demand, header, copies, runtime).run()
+        narrowed = NarrowGraph(flow, analysis.demand, header, copies, runtime)
+        narrowed.run()
+        whole_of = narrowed.whole_of
+    for number, stretch in enumerate(stretches):
+        SampleTokens(graph, copies, whole_of, stretch, number, header.key).run()
     # By their mark: in place of a layer's value a part of it may stand in ``copies``, or nothing any more.
     calls = {name: node for node in graph.nodes for name in node.meta.get(META_KEY, ())}
     for one in chosen.values():

@@ -11,6 +11,7 @@ from fx_approx.policies.paper import Paper
 from fx_approx.policies.parse import parse_policy
 from fx_approx.policies.per_gradient import GradientSampling
 from fx_approx.policies.sensitivity import Sensitivity
+from fx_approx.policies.tokens import Tokens
 from fx_approx.policies.uniform import DEFAULT_POLICY, Exact, Uniform
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "RooflineModel",
     "Sensitivity",
     "TimeBudget",
+    "Tokens",
     "Uniform",
     "calibrate",
     "parse_policy",

@@ -254,8 +254,8 @@ class _Recorder:
 
     def attach(self, root: nn.Module) -> None:
         """Makes the model exact and reports its calls here; to be undone by a :class:`_Snapshot`."""
-        for selector in self.runtime.selectors.values():
-            selector.enabled = False
+        for one in self.runtime.switches:
+            one.enabled = False
         program = self.runtime.program
         if program.plain is not None:
             program.serve(program.plain, self._interpreted)

@@ -11,10 +11,13 @@ from fx_approx.capture.records import Capture
 from fx_approx.core.candidates import Candidate
 from fx_approx.core.plan import Plan
 from fx_approx.core.plan_effects import PlanEffects, Values
+from fx_approx.core.token_sampling import TokenSampling
 from fx_approx.passes.channel_flow import Flow
 from fx_approx.passes.channel_liveness import ChannelAnalysis, analyse_channels
 from fx_approx.passes.find_candidates import CandidateSite
 from fx_approx.passes.plan_effects import find_effects
+from fx_approx.passes.sample_tokens import TokenStretch, choose_stretches
+from fx_approx.passes.token_flow import find_tokens
 from fx_approx.savings.report import SavingsReport, build_report
 
 
@@ -38,6 +41,9 @@ class Compilation:
     sites: list[CandidateSite] = dataclasses.field(default_factory=list)
     values: Values | None = None
     flow: Flow | None = None
+    _stretches: dict[TokenSampling, tuple[tuple[TokenStretch, ...], tuple[str, ...]]] = dataclasses.field(
+        default_factory=dict, init=False
+    )
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
@@ -50,7 +56,20 @@ class Compilation:
 
     def effects(self, plan: Plan, analysis: ChannelAnalysis, prune_unread: bool) -> PlanEffects:
         """The same as plain data, of every product and value."""
-        return find_effects(self.sites, plan, analysis, self.flow, prune_unread)
+        stretches, _ = self.token_stretches(plan)
+        return find_effects(self.sites, plan, analysis, self.flow, prune_unread, stretches)
+
+    def token_stretches(self, plan: Plan) -> tuple[tuple[TokenStretch, ...], tuple[str, ...]]:
+        """The blocks that compute some tokens only under ``plan``, and why there are no more."""
+        if plan.tokens is None:
+            return (), ()
+        if self.captured.graph is None or self.captured.sections or self.values is None:
+            return (), ("tokens: the forward is not traced as one graph; use backend=fx_approx.backend(policy)",)
+        if plan.tokens not in self._stretches:
+            streams, reasons = find_tokens(self.root, self.captured.graph, self.values, plan.tokens.keep)
+            found, more = choose_stretches(streams, plan.tokens)
+            self._stretches[plan.tokens] = tuple(found), (*reasons, *more)
+        return self._stretches[plan.tokens]
 
     def predicted(self, name: str, plan: Plan, prune_unread: bool) -> SavingsReport:
         """The report of ``plan`` before anything is rewritten."""
@@ -61,4 +80,5 @@ class Compilation:
             self.captured.opaque,
             tried=self.called is not None,
             effects=self.effects(plan, self.analysis(plan), prune_unread),
+            token_notes=self.token_stretches(plan)[1],
         )

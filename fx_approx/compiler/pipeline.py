@@ -24,6 +24,7 @@ from fx_approx.passes.channel_rules import find_flow
 from fx_approx.passes.decompose_attention import decompose
 from fx_approx.passes.find_candidates import find_candidates
 from fx_approx.passes.rewrite import guard_graph, make_selectors, place_selections, prune_channels
+from fx_approx.passes.sample_tokens import TokenStretch, make_token_selections
 from fx_approx.passes.shape_prop import propagate
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.plan_record import PlanRecord
@@ -100,12 +101,24 @@ class Rewriting:
         runtime: What the transformed model will carry.
         prune_unread: Channels that no one reads are not computed.
         analysis: Shared selections and live channels.
+        stretches: Blocks that compute some tokens only.
     """
 
     made: Compilation
     runtime: Runtime
     prune_unread: bool
     analysis: ChannelAnalysis
+    stretches: tuple[TokenStretch, ...] = ()
+
+
+def _choose_tokens(work: Rewriting) -> None:
+    """Finds the tokens and the stretches of blocks that compute some of them."""
+    sampling = work.runtime.record.plan.tokens
+    if sampling is None:
+        return
+    work.stretches, notes = work.made.token_stretches(work.runtime.record.plan)
+    make_token_selections(work.runtime, work.stretches, sampling, work.made.root)
+    work.runtime.record.token_notes = notes
 
 
 def _make_selectors(work: Rewriting) -> None:
@@ -113,12 +126,12 @@ def _make_selectors(work: Rewriting) -> None:
 
 
 def _place_selections(work: Rewriting) -> None:
-    place_selections(work.made.root, work.runtime, work.made.sites, work.analysis, work.made.flow)
+    place_selections(work.made.root, work.runtime, work.made.sites, work.analysis, work.made.flow, work.stretches)
 
 
 def _prune_channels(work: Rewriting) -> None:
     if work.prune_unread:
-        prune_channels(work.made.root, work.runtime, work.made.sites, work.analysis, work.made.flow)
+        prune_channels(work.made.root, work.runtime, work.made.sites, work.analysis, work.made.flow, work.stretches)
 
 
 def _compile_graph(work: Rewriting) -> None:
@@ -134,8 +147,13 @@ def _describe_effects(work: Rewriting) -> None:
 
 
 REWRITING: tuple[Pass[Rewriting], ...] = (
+    Pass(_choose_tokens, reads=("graph", "plan"), writes=("token stretches",)),
     Pass(_make_selectors, reads=("candidates", "plan", "live channels"), writes=("selectors",)),
-    Pass(_place_selections, reads=("graph", "channel flow", "live channels", "selectors"), writes=("sampled graph",)),
+    Pass(
+        _place_selections,
+        reads=("graph", "channel flow", "live channels", "selectors", "token stretches"),
+        writes=("sampled graph",),
+    ),
     Pass(_prune_channels, reads=("sampled graph", "channel flow", "live channels"), writes=("sampled graph",)),
     Pass(_compile_graph, reads=("sampled graph",), writes=("code", "guards")),
     Pass(_describe_effects, reads=("candidates", "plan", "channel flow", "live channels"), writes=("effects",)),

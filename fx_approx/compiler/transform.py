@@ -106,8 +106,10 @@ def _transform(
     for part in made.captured.opaque:
         hint = ". Where torch.compile can capture it: backend=fx_approx.backend(policy)" if part.elsewhere else ""
         warnings.warn(f"not traced, served by {part.served}: {part}{hint}", CaptureWarning, stacklevel=4)
-    if not plan.sampled:
+    if not plan.sampled and not runtime.tokens:
         what = "it has no matrix product or convolution" if not made.sites else "every layer stays exact"
+        notes = runtime.record.token_notes
+        what = f"{what}, and no tokens can be sampled: {'; '.join(notes)}" if notes else what
         warnings.warn(f"transform changed nothing in {type(model).__name__}: {what}", NoEffectWarning, stacklevel=4)
     return cast(M, adopt(made.root, runtime, _reduce))
 
@@ -218,6 +220,8 @@ def report(model: nn.Module | GraphHandle) -> SavingsReport:
         approx.training,
         record.called is not None,
         record.effects,
+        [one.ratio if one.enabled and one.owner[0].training else 1.0 for one in runtime.tokens],
+        record.token_notes,
     )
     return dataclasses.replace(built, selection_time=record.selection_time)
 
@@ -244,9 +248,10 @@ def _reduce(approx: ApproxModule) -> tuple[Any, ...]:
     runtime = approx._fx_approx
     record, captured = runtime.record, runtime.program.capture
     switches = {key: (s.spec, s.enabled) for key, s in runtime.selectors.items()}
+    tokens = tuple((one.ratio, one.enabled) for one in runtime.tokens)
     parts = exact_copy(approx), record.plan.to_dict(), captured.form, sampler_state_dict(approx), switches
     known = captured.sections, dict(captured.strays)
-    return _rebuild, (*parts, record.called, record.prunes, record.shaped, known)
+    return _rebuild, (*parts, record.called, record.prunes, record.shaped, known, tokens)
 
 
 def _rebuild(
@@ -259,6 +264,7 @@ def _rebuild(
     prune_unread: bool,
     shaped: bool,
     known: tuple[Sequence[Section], Mapping[str, Called]],
+    tokens: Sequence[tuple[float, bool]],
 ) -> nn.Module:
     """Unpickles: transforms the exact model again by the same plan."""
     with warnings.catch_warnings():
@@ -271,5 +277,8 @@ def _rebuild(
     for key, (spec, enabled) in switches.items():
         runtime.selectors[key].set_spec(spec)
         runtime.selectors[key].enabled = enabled
+    for one, (ratio, enabled) in zip(runtime.tokens, tokens, strict=True):
+        one.set_ratio(ratio)
+        one.enabled = enabled
     runtime.lay_out()
     return approx

@@ -39,6 +39,8 @@ class Kept:
             sampled gradients all three products have no others.
         share: Numerator and denominator: so much is computed of a product that falls apart into equal ones, such as a
             depthwise convolution (of its groups) or attention (of its heads).
+        tokens: Tokens that are computed, and all.
+        mixes: Each of them is multiplied with each.
     """
 
     output: int | None = None
@@ -48,6 +50,8 @@ class Kept:
     positions: bool = False
     columns: int | None = None
     share: tuple[int, int] = (1, 1)
+    tokens: tuple[int, int] = (1, 1)
+    mixes: bool = False
 
     @property
     def undemanded(self) -> Kept:
@@ -76,18 +80,19 @@ def role_flops(shape: GemmShape, grad_input: bool, grad_weight: bool, kept: Kept
         shape.flops(pairs, n=columns if kept.grad_input is None else kept.grad_input) if grad_input else 0,
         shape.flops(pairs, m=rows, n=columns) if grad_weight else 0,
     )
-    return _shared_out(flops, kept.share)
+    return _shared_out(flops, kept)
 
 
-def _shared_out(flops: RoleFlops, share: tuple[int, int]) -> RoleFlops:
-    some, of = share
+def _shared_out(flops: RoleFlops, kept: Kept) -> RoleFlops:
+    (share, of_all), (tokens, all_tokens), power = kept.share, kept.tokens, 1 + kept.mixes
+    some, of = share * tokens**power, of_all * all_tokens**power
     return RoleFlops(flops.output * some // of, flops.grad_input * some // of, flops.grad_weight * some // of)
 
 
 def executed_flops(facts: ProductFacts, kept: Kept) -> RoleFlops:
     """Operations of ``facts`` with so many pairs computed."""
     if kept == Kept() or facts.shape is None:
-        return _shared_out(facts.flops, kept.share)
+        return _shared_out(facts.flops, kept)
     return role_flops(facts.shape, facts.flops.grad_input > 0, facts.flops.grad_weight > 0, kept)
 
 
@@ -198,6 +203,10 @@ def kept_bytes(facts: ProductFacts, kept: Kept, roles: Mapping[Role, SamplerConf
         total += groups * k * (_INDEX_BYTES + scale * sampler.unbiased)
         if role is Role.GRAD_WEIGHT:
             lhs = min(lhs, k * patch) if spec.positions else lhs * k // pairs
+    there, of_all = kept.tokens
+    lhs = lhs * there // of_all
+    if not facts.rhs_is_parameter:
+        rhs = rhs * there // of_all
     return total + lhs + rhs * new_rhs
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from fx_approx.core.candidates import Candidate, Role
+from fx_approx.core.token_sampling import TokenSampling
 from fx_approx.errors import PlanMismatchError
 from fx_approx.sampling.scores import SCORES, get_score
 from fx_approx.sampling.spec import SamplerConfig
@@ -180,15 +181,19 @@ class Plan:
     Attributes:
         decisions: In the order in which the model runs.
         identities: What each candidate was (kind, pairs, groups), to recognise the model.
+        tokens: Which tokens of its blocks a transformer computes; None for all.
     """
 
     decisions: tuple[Decision, ...]
     identities: Mapping[str, Mapping[str, Any]]
+    tokens: TokenSampling | None = None
 
     @property
     def needs_shapes(self) -> bool:
-        """Whether selections are shared: who reads what is told by shapes."""
-        return any(decision.roles and decision.scope != "layer" for decision in self.decisions)
+        """Whether selections are shared, or tokens chosen: who reads what is told by shapes."""
+        return self.tokens is not None or any(
+            decision.roles and decision.scope != "layer" for decision in self.decisions
+        )
 
     def __post_init__(self) -> None:
         counts = collections.Counter(decision.name for decision in self.decisions)
@@ -222,7 +227,7 @@ class Plan:
         """The decisions about some of the candidates, those of one graph of several."""
         here = {candidate.name for candidate in candidates}
         identities = {name: identity for name, identity in self.identities.items() if name in here}
-        return Plan(tuple(decision for decision in self.decisions if decision.name in here), identities)
+        return Plan(tuple(decision for decision in self.decisions if decision.name in here), identities, self.tokens)
 
     def edit(
         self,
@@ -280,6 +285,7 @@ class Plan:
             "format": _FORMAT,
             "decisions": [decision.to_dict() for decision in self.decisions],
             "candidates": {name: dict(identity) for name, identity in self.identities.items()},
+            **({} if self.tokens is None else {"tokens": self.tokens.to_dict()}),
         }
 
     @classmethod
@@ -287,7 +293,8 @@ class Plan:
         """The inverse of :meth:`to_dict`; ValueError for another format."""
         if data.get("format") != _FORMAT:
             raise ValueError(f"format: expected {_FORMAT!r}, got {data.get('format')!r}")
-        return cls(tuple(Decision.from_dict(entry) for entry in data["decisions"]), data["candidates"])
+        decisions, tokens = tuple(Decision.from_dict(entry) for entry in data["decisions"]), data.get("tokens")
+        return cls(decisions, data["candidates"], None if tokens is None else TokenSampling.from_dict(tokens))
 
     def to_json(self, indent: int | None = 2) -> str:
         """The plan as JSON text."""

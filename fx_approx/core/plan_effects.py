@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fx_approx.core.candidates import Shape
+from fx_approx.core.token_sampling import TokenSampling
 from fx_approx.sampling.spec import SamplerConfig
 
 FULL = -1
@@ -113,6 +114,7 @@ class Operation:
         own: Bytes of parameters and statistics that it has for each channel.
         rectified: It is a ReLU that keeps only the signs, if parts of its value are taken.
         trained: Shape, and bytes of an entry, of each trained parameter that it reads, by path.
+        stretch: Number of the stretch of blocks whose tokens it computes; -1 for all tokens.
     """
 
     name: str
@@ -126,6 +128,27 @@ class Operation:
     own: int
     rectified: bool
     trained: Mapping[str, tuple[Shape, int]]
+    stretch: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenShare:
+    """The tokens of one stretch of blocks.
+
+    Attributes:
+        sampling: How they are chosen.
+        others: Those that are always kept.
+        tokens: Those that may be left out.
+    """
+
+    sampling: TokenSampling
+    others: int
+    tokens: int
+
+    def kept(self, ratio: float) -> tuple[int, int]:
+        """Tokens that are computed at a ratio, and all."""
+        some = self.tokens if ratio == 1 else self.sampling.count(self.tokens, ratio)
+        return self.others + some, self.others + self.tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +164,7 @@ class PlanEffects:
         notes: What was not shared, and why.
         hoisted: What is not demanded is not computed.
         packs: The signs of a tapped ReLU take one bit each, and not a byte.
+        tokens: The stretches of blocks that compute some tokens only.
     """
 
     classes: tuple[SelectionGroup, ...] = ()
@@ -151,6 +175,7 @@ class PlanEffects:
     notes: tuple[str, ...] = ()
     hoisted: bool = False
     packs: bool = False
+    tokens: tuple[TokenShare, ...] = ()
 
 
 def tied(effects: PlanEffects, names: Sequence[str]) -> list[tuple[str, ...]]:

@@ -50,6 +50,7 @@ def _described(model: ApproxModule) -> dict[str, str]:
     found = {f"layer {one.name}": repr((dict(one.roles), one.scope, one.straight_through)) for one in plan}
     for (name, role), selector in runtime.selectors.items():
         found[f"layer {name}, {role.value}"] = repr((selector.spec, selector.enabled))
+    found.update({f"tokens {place}": repr((one.spec, one.enabled)) for place, one in enumerate(runtime.tokens)})
     found.update({name: repr(value) for name, value in zip(_STATE, runtime.state.tolist(), strict=True)})
     found["demand"] = repr(runtime.record.prunes)
     return found

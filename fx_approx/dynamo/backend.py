@@ -276,7 +276,7 @@ class Backend(GraphHandle):
         if isinstance(graph, Left):
             self._leave(graph)
             return self._exact(gm, example_inputs, how)
-        if not graph.plan.sampled:
+        if not graph.plan.sampled and graph.plan.tokens is None:
             reason = "; ".join(dict.fromkeys(decision.reason for decision in graph.plan))
             kind = CaptureWarning if graph.blocked else NoEffectWarning
             self._leave(Left(graph.key, graph.name, reason, graph.owners, graph.predicted(self._prune_unread)), kind)
@@ -443,6 +443,9 @@ def _take_over(approx: ApproxModule, before: ApproxModule) -> None:
     for key, selector in runtime.selectors.items():
         selector.set_spec(old.selectors[key].spec)
         selector.enabled = old.selectors[key].enabled
+    for one, other in zip(runtime.tokens, old.tokens, strict=False):
+        one.set_ratio(other.ratio)
+        one.enabled = other.enabled
     runtime.lay_out()
     load_sampler_state_dict(approx, sampler_state_dict(before))
     runtime.state = old.state

@@ -12,6 +12,7 @@ from torch import nn
 
 from fx_approx._compat import RECOMPILE_LIMIT, compilations_of, recompile_limit
 from fx_approx.core.candidates import Candidate, Role, matches
+from fx_approx.core.token_sampling import check_ratio
 from fx_approx.errors import RecompilationWarning
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.batchnorm import reestimate
@@ -79,6 +80,7 @@ def set_sampling(
     *,
     enabled: bool | Mapping[str, bool] | None = None,
     role: Role | str | None = None,
+    tokens: float | None = None,
 ) -> None:
     """Changes the sample ratio, or switches sampling on or off, from the next forward on.
 
@@ -88,8 +90,10 @@ def set_sampling(
     Args:
         model: A transformed model, what wraps it, or a backend. Of a backend graphs that appear later are set so, too.
         ratio: Share of the column-row pairs to keep, in (0, 1]; None leaves the ratios as they are.
-        enabled: Whether the layers sample at all; None leaves the switches as they are.
+        enabled: Whether the layers sample at all, a bool also whether tokens are sampled; None leaves the switches as
+            they are.
         role: The product that changes, ``"output"``, ``"grad_input"`` or ``"grad_weight"``; None for all of a layer.
+        tokens: Share of the tokens to keep in a model that samples them, in (0, 1]; None leaves it as it is.
 
     Warns:
         RecompilationWarning: The model is compiled, and this is the last setting that ``torch.compile`` will compile.
@@ -100,29 +104,60 @@ def set_sampling(
             each glob that has matched none.
         TypeError: A ratio that is no number, a switch that is no bool, or a glob that is no string.
     """
-    if ratio is None and enabled is None:
-        raise ValueError("ratio, enabled: expected one of them at least, got None for both")
+    if ratio is None and enabled is None and tokens is None:
+        raise ValueError("ratio, enabled, tokens: expected one of them at least, got None for all")
     pieces, only = pieces_of(model), None if role is None else _role(role)
     ratios = {} if ratio is None else dict(ratio) if isinstance(ratio, Mapping) else {"*": ratio}
     switches = {} if enabled is None else dict(enabled) if isinstance(enabled, Mapping) else {"*": enabled}
-    for name, patterns in (("ratio", ratios), ("enabled", switches)):
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise TypeError(f"{name}: expected globs such as 'layer1.*', got the key {pattern!r}")
-    for value in ratios.values():
-        SamplerConfig(ratio=value)
-    for pattern, on in switches.items():
-        if not isinstance(on, bool):
-            raise TypeError(f"enabled[{pattern!r}]: expected True or False, got {on!r}")
-    settings = _settings(pieces, ratios, switches, only, strict=bool(pieces) or not isinstance(model, GraphHandle))
+    _check_settings(ratios, switches, tokens)
+    chosen = [one for approx in pieces for one in approx._fx_approx.tokens]
+    if tokens is not None and not chosen and pieces:
+        raise ValueError("tokens: the model samples no tokens; transform it with fx_approx.policies.Tokens")
+    strict = (bool(pieces) or not isinstance(model, GraphHandle)) and not (chosen and isinstance(enabled, bool))
+    settings = _settings(pieces, ratios, switches, only, strict)
     if isinstance(model, GraphHandle):
         for kind, rules in (("ratio", ratios), ("enabled", switches)):
             if rules:
                 key = tuple(rules), only, kind
                 model.settings.pop(key, None)  # the last one counts
                 model.settings[key] = rules
+        if tokens is not None:
+            model.settings[(), None, "tokens"] = {"*": tokens}
     if settings:
         set_each(model, settings)
+    switch = enabled if isinstance(enabled, bool) and only is None else None
+    for approx in pieces:
+        set_tokens(approx, tokens, switch)
+
+
+def _check_settings(ratios: Mapping[str, Any], switches: Mapping[str, Any], tokens: Any) -> None:
+    """Raises the errors of :func:`set_sampling` for what can be wrong of any model."""
+    for name, patterns in (("ratio", ratios), ("enabled", switches)):
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(f"{name}: expected globs such as 'layer1.*', got the key {pattern!r}")
+    for value in ratios.values():
+        SamplerConfig(ratio=value)
+    if tokens is not None:
+        check_ratio(tokens)
+    for pattern, on in switches.items():
+        if not isinstance(on, bool):
+            raise TypeError(f"enabled[{pattern!r}]: expected True or False, got {on!r}")
+
+
+def set_tokens(approx: ApproxModule, ratio: float | None, enabled: bool | None) -> None:
+    """Share of the tokens to keep in one graph, and whether tokens are sampled; None leaves it as it is."""
+    runtime = approx._fx_approx
+    if not runtime.tokens or (ratio is None and enabled is None):
+        return
+    with _counted(approx):
+        for one in runtime.tokens:
+            if ratio is not None and one.ratio != ratio:
+                one.set_ratio(ratio)
+            if enabled is not None:
+                one.enabled = enabled
+        runtime.lay_out()
+        runtime.batchnorm.note_switch(approx, runtime.samples)
 
 
 def _role(role: Role | str) -> Role:
@@ -153,6 +188,11 @@ def _settings(
 def apply_settings(handle: GraphHandle, approx: ApproxModule) -> None:
     """Sets a graph that has appeared as it was asked for before, and gives it the state that waits for it."""
     for (_, role, kind), rules in handle.settings.items():
+        if kind == "tokens":
+            set_tokens(approx, rules["*"], None)
+            continue
+        if kind == "enabled" and role is None and set(rules) == {"*"}:
+            set_tokens(approx, None, rules["*"])
         ratios, switches = (rules, {}) if kind == "ratio" else ({}, rules)
         _put(approx, _settings((approx,), ratios, switches, role, strict=False))
     names = layers_of(approx)

@@ -24,6 +24,7 @@ from fx_approx.runtime.plan_record import PlanRecord
 from fx_approx.runtime.rng import INCREMENT, Draw, new_state
 from fx_approx.runtime.selector import Selector
 from fx_approx.runtime.shared_selection import SharedSelection, SharedSelections
+from fx_approx.runtime.token_selection import TokenSelection
 
 _WIDTH = "a value has another number of channels"
 
@@ -51,6 +52,7 @@ class Runtime(Moved):
         batchnorm: What the BatchNorm statistics were gathered from.
         state: ``[step, increment, selection interval, seed]``, see :func:`fx_approx.runtime.rng.new_state`.
         selectors: By candidate and role; each is a submodule, too.
+        tokens: Selections of tokens, each a submodule, too.
         resample: Makes the selections that are made ahead; None if there are none.
         sampling_swapped: Some layer in an untraced part is sampled.
         settings: Ratios and switches that the model has had.
@@ -67,6 +69,7 @@ class Runtime(Moved):
         self.record, self.program = record, GraphProgram(capture)
         self.randomness, self.batchnorm = ForwardRandomness(), BatchNormRecord()
         self.selectors: dict[tuple[str, Role], Selector] = {}
+        self.tokens: tuple[TokenSelection, ...] = ()
         self.sampling_swapped = False
         self.settings: set[tuple[Any, ...]] = set()
         self.warned: set[str] = set()
@@ -76,16 +79,29 @@ class Runtime(Moved):
         self.add_module(_attribute(selector), selector)
         self.selectors[name, selector.role] = selector
 
+    def add_tokens(self, selection: TokenSelection) -> None:
+        """Registers the selection of the tokens of one stretch."""
+        self.add_module(f"t{len(self.tokens)}", selection)
+        self.tokens = (*self.tokens, selection)
+
     def lay_out(self) -> None:
         """Gives each site its place among the uniforms that a forward draws; to be called when counts have changed."""
-        counted: list[Selector | SharedSelection] = [s for s in self.selectors.values() if s.count and not s.shared]
+        counted: list[Selector | SharedSelection | TokenSelection] = [
+            s for s in self.selectors.values() if s.count and not s.shared
+        ]
         if self.resample is not None:
             self.resample.fit()
             counted += [shared for shared in self.resample.each() if shared.count]
+        counted += [one for one in self.tokens if one.count]
         sites, counts = [s.site for s in counted], [s.count for s in counted]
         self.randomness.sites, self.randomness.counts = sites, counts
         for selector, offset in zip(counted, itertools.accumulate(counts, initial=0), strict=False):
             selector.offset = offset
+
+    @property
+    def switches(self) -> tuple[Selector | TokenSelection, ...]:
+        """All that samples, of layers and of tokens, each with a switch ``enabled``."""
+        return (*self.selectors.values(), *self.tokens)
 
     @property
     def parts(self) -> tuple[object, ...]:
@@ -95,17 +111,21 @@ class Runtime(Moved):
     @property
     def setting(self) -> tuple[Any, ...]:
         """What compiled code depends on, of what can be set: where sampling is off, not on the ratio."""
-        return tuple([one.spec if one.enabled else None for one in self.selectors.values()])
+        return tuple([one.spec if one.enabled else None for one in self.switches])
 
     @property
     def samples(self) -> bool:
         """Whether some layer is sampled when its training flag is set."""
+        if any([one.enabled and one.ratio < 1 for one in self.tokens]):
+            return True
         return any([selector.enabled and not selector.exact for selector in self.selectors.values()])
 
     @property
     def draws(self) -> bool:
         """Whether some sampler of the model is random, so that forwards need a key."""
         if self.resample is not None and self.resample.draws:
+            return True
+        if any([one.random and one.active for one in self.tokens]):
             return True
         for selector in self.selectors.values():
             if not selector.shared and selector.sampler.random and selector.active and not selector.exact:
@@ -248,7 +268,7 @@ class Runtime(Moved):
         self, root: nn.Module, exact: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """The forward of the exact model; neither switches nor what is drawn or learnt change."""
-        selectors = [(selector, selector.enabled) for selector in self.selectors.values()]
+        selectors = [(one, one.enabled) for one in self.switches]
         for selector, _ in selectors:
             selector.enabled = False
         try:

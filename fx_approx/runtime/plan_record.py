@@ -30,6 +30,7 @@ class PlanRecord:
         effects: What the passes do to each product and value.
         selection_time: What the selections were measured to cost, a :class:`fx_approx.savings.rows.SelectionTime`,
             which stands above the runtime, too; None unless they were measured.
+        token_notes: Where tokens are computed whole although the plan samples them, and why.
     """
 
     plan: Plan
@@ -41,6 +42,7 @@ class PlanRecord:
     analysis: Any = None
     effects: PlanEffects = dataclasses.field(default_factory=PlanEffects)
     selection_time: Any = None
+    token_notes: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlanRecord:
         return copy.copy(self)

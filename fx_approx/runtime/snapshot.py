@@ -39,7 +39,7 @@ def _undone(approx: ApproxModule) -> Iterator[None]:
     modules = list(approx.modules())
     dropouts: list[tuple[nn.Module, str, float]] = [(m, "p", m.p) for m in modules if isinstance(m, DropoutBase)]
     dropouts += [(m, "dropout", m.dropout) for m in modules if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))]
-    switches = [(selector, selector.enabled) for selector in runtime.selectors.values()]
+    switches = [(one, one.enabled) for one in runtime.switches]
     with _kept(approx):
         try:
             for module, name, _ in dropouts:

@@ -13,6 +13,7 @@ from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.rng import SELECTION_INTERVAL, STEP
 from fx_approx.runtime.snapshot import module_of, repeatable, runnable, undone
+from fx_approx.runtime.token_selection import TOKENS
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -43,7 +44,7 @@ def sampled_gradient(
         model: A transformed model in training mode, or a backend that has compiled one.
         batch: Given to ``loss``.
         loss: Returns a scalar.
-        names: The layers that are sampled, if they are not switched off.
+        names: The layers that are sampled, if they are not switched off, and ``tokens``.
         number: The samples are those of the ``number``-th step from now.
 
     Raises:
@@ -56,6 +57,8 @@ def sampled_gradient(
             runtime = approx._fx_approx
             for (name, _), selector in runtime.selectors.items():
                 selector.enabled = selector.enabled and name in names
+            for one in runtime.tokens:
+                one.enabled = one.enabled and TOKENS in names
             if runtime.resample is not None:
                 runtime.resample.note_known()
         for state in {id(one._fx_approx.state): one._fx_approx.state for one in pieces_of(model)}.values():

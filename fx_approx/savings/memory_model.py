@@ -24,6 +24,7 @@ class Counts:
 
     Attributes:
         kept: Units by class, of all groups together.
+        tokens: Of each stretch of blocks the tokens that it computes, and all.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Counts:
         candidates: Sequence[Candidate],
         specs: Mapping[str, SamplerConfig],
         off: Mapping[str, str],
+        tokens: Sequence[float] | None = None,
     ) -> None:
         """Counts.
 
@@ -40,7 +42,10 @@ class Counts:
             candidates: All of the model.
             specs: Sampler of the output of each candidate that has one, switched on or not.
             off: Candidates whose output is not sampled now though the plan says so, with the reason.
+            tokens: Of each stretch the share of the tokens that it keeps now; None for those of the plan.
         """
+        ratios = [one.sampling.ratio for one in effects.tokens] if tokens is None else tokens
+        self.tokens = [one.kept(ratio) for one, ratio in zip(effects.tokens, ratios, strict=True)]
         self.effects = effects
         self._groups = {candidate.name: candidate.groups for candidate in candidates}
         self._operations = {one.candidate: one for one in effects.operations if one.candidate is not None}
@@ -77,7 +82,11 @@ class Counts:
 
     def of(self, candidate: Candidate, roles: Mapping[Role, SamplerConfig], straight_through: bool) -> Kept:
         """How much of each product of ``candidate`` is computed, if samplers of ``roles`` are at work."""
-        kept = kept_pairs(candidate, roles, straight_through)
+        kept = dataclasses.replace(
+            kept_pairs(candidate, roles, straight_through),
+            tokens=self.tokens_of(candidate),
+            mixes=candidate.kind == "scaled_dot_product_attention",
+        )
         axis = self.effects.reads.get(candidate.name)
         if axis is not None and Role.OUTPUT in roles:
             pairs = entries(axis, self.kept) // candidate.groups
@@ -93,6 +102,11 @@ class Counts:
         if operation.action == "produce":
             return dataclasses.replace(kept, columns=now // candidate.groups)
         return dataclasses.replace(kept, share=(now, whole))
+
+    def tokens_of(self, candidate: Candidate) -> tuple[int, int]:
+        """Tokens that a product computes, and all; both 1 where it computes every one."""
+        operation = self._operations.get(candidate.name)
+        return (1, 1) if operation is None or operation.stretch < 0 else self.tokens[operation.stretch]
 
     def demand(self, candidate: Candidate) -> tuple[Demanded, ...]:
         """Who reads which part of the outputs of ``candidate``."""
@@ -165,7 +179,7 @@ def memory(
     """
     if effects.values is None or not effects.operations:
         return None
-    walk = _Walk(effects, counts.kept, products, subnetwork)
+    walk = _Walk(effects, counts, products, subnetwork)
     for operation in effects.operations:
         walk.step(operation)
     values = effects.values
@@ -193,12 +207,12 @@ class _Walk:
         moved: Bytes put out by operations that multiply nothing.
     """
 
-    def __init__(
-        self, effects: PlanEffects, kept: Sequence[int], products: Mapping[str, Product], subnetwork: bool
-    ) -> None:
+    def __init__(self, effects: PlanEffects, counts: Counts, products: Mapping[str, Product], subnetwork: bool) -> None:
         assert effects.values is not None
+        kept = counts.kept
         self.subnetwork = subnetwork
         self.effects, self.values, self.kept, self.products = effects, effects.values, kept, products
+        self.tokens = counts.tokens
         self.held: dict[Any, int] = {}
         self.gathered: dict[Any, int] = {}
         self.moved = 0
@@ -215,6 +229,10 @@ class _Walk:
         """Counts the next operation of the graph."""
         now, whole = entries(one.axis, self.kept), entries(one.axis)
         now, whole = (now, whole) if whole else (1, 1)
+        narrow = now < whole
+        if one.stretch >= 0:
+            some, of = self.tokens[one.stretch]
+            now, whole = now * some, whole * of
         seen: dict[int, Piece] = {}
         for source in one.inputs:
             seen.update(self._read(source, one.narrowed.get(source)))
@@ -224,10 +242,10 @@ class _Walk:
         if one.moves:
             self.moved += nbytes(self.values, one.name) * now // whole
         saved = self.values.saved.get(one.name, ())
-        if one.own and saved and now < whole and not self.subnetwork:
-            self._hold((("own", one.name), one.own * now))
+        if one.own and saved and narrow and not self.subnetwork:
+            self._hold((("own", one.name), one.own * entries(one.axis, self.kept)))
         product = self.products.get(one.candidate or "")
-        sliced = one.action in ("produce", "depthwise") and now < whole
+        sliced = one.action in ("produce", "depthwise") and narrow
         if product is not None and product.candidate.facts is not None and (product.roles or sliced):
             self._product(one, product, saved, seen)
             return

@@ -236,17 +236,20 @@ def build_report(
     training: bool = False,
     tried: bool = False,
     effects: PlanEffects | None = None,
+    tokens: Sequence[float] | None = None,
+    token_notes: Sequence[str] = (),
 ) -> SavingsReport:
     """The report of a plan; with ``selectors``, of the ratios and switches as they are now.
 
     With ``training``, of a model in training mode, whose layers in evaluation mode are exact. ``tried`` says that
-    shapes were propagated, as far as that goes. ``effects`` are those of sharing and demand.
+    shapes were propagated, as far as that goes. ``effects`` are those of sharing and demand. ``tokens`` are the shares
+    of the tokens that stretches of blocks keep now, and ``token_notes`` say where tokens are computed whole.
     """
     effects = PlanEffects() if effects is None else effects
     sites = [_site(candidate, plan, selectors, training) for candidate in candidates]
     off = {site.candidate.name: site.reason for site in sites if site.off}
     specs = {site.candidate.name: site.output for site in sites if site.output is not None}
-    counts = Counts(effects, candidates, specs, off)
+    counts = Counts(effects, candidates, specs, off, tokens)
     covered = {name: one.coverage for (name, _), one in (selectors or {}).items() if one.coverage is not None}
     rows, products = [], {}
     for site in sites:
@@ -269,7 +272,7 @@ def build_report(
     if len(known) < len(rows):
         why = "fake tensors do not get there" if tried else "give example_inputs, or run one eager forward"
         notes.append(f"{len(rows) - len(known)} of {len(rows)} rows without shapes, not in the totals: {why}.")
-    return SavingsReport(model, tuple(rows), totals, tuple(notes), (*effects.stops, *effects.notes))
+    return SavingsReport(model, tuple(rows), totals, tuple(notes), (*effects.stops, *effects.notes, *token_notes))
 
 
 def _known_bytes(found: Memory | None) -> dict[str, int]:
@@ -365,6 +368,10 @@ def _row(site: _ReportedProduct, counts: Counts, coverage: float | None) -> tupl
     facts = candidate.facts
     kept = counts.of(candidate, specs, decision.straight_through)
     executed = None if facts is None else executed_flops(facts, kept)
+    some, of = kept.tokens
+    if some < of:
+        told = f"{some} of {of} tokens"
+        reason = f"{told}; {reason}" if samples and reason else told
     row = Row(
         name=candidate.name,
         op=candidate.kind,

@@ -13,9 +13,10 @@ from fx_approx.core.candidates import Role, matches
 from fx_approx.errors import NoEffectWarning
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.batchnorm import warn_of_short_tail
-from fx_approx.runtime.controls import set_each
+from fx_approx.runtime.controls import set_each, set_tokens
 from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.selector import Selector
+from fx_approx.runtime.token_selection import TOKENS
 from fx_approx.schedules.preserve import check_preservable
 from fx_approx.schedules.preserve import preserve as preserve_layers
 from fx_approx.schedules.schedule import Schedule, check_ratio, check_step, exact_tail
@@ -47,10 +48,11 @@ class RatioScheduler:
 
         Args:
             model: A transformed model, what wraps it, or a backend: of that the graphs that appear later follow, too.
-            schedule: For all layers, or by glob on their names; the first that matches decides.
+            schedule: For all layers and for tokens, or by glob on the names of the layers; the first that matches
+                decides. ``tokens`` is the name of the share of the tokens (:class:`fx_approx.policies.Tokens`).
             preserve: Where :meth:`step` raises a ratio, or makes a layer exact, first set to zero what the selection
                 leaves out, see :func:`fx_approx.schedules.zero_unread_weights`: for ratios that rise once or a few
-                times and do not fall again.
+                times and do not fall again. Of tokens there is nothing to preserve: no weight belongs to them.
             log: Told the ratios whenever they change.
 
         Raises:
@@ -76,12 +78,13 @@ class RatioScheduler:
             for approx in pieces:
                 check_preservable(approx, "preserve")
             if pieces and not any(approx._fx_approx.record.effects.classes for approx in pieces):
-                message = "preserve: no selection is made ahead, so nothing is known to be left out"
+                message = "preserve: no selection of channels is made ahead, so nothing is known to be left out"
                 warnings.warn(message, NoEffectWarning, stacklevel=2)
         self._model, self._log, self._preserve = model, log, preserve
         self.schedules: dict[str, Schedule] = rules
         self._layers = self._matched(strict=bool(pieces) or not isinstance(model, GraphHandle))
         self._planned = {site: selector.spec.ratio for site, selector in self._sites().items()}
+        self._plan_tokens()
         self._check_tails()
         self.last_step = 0
         self._set(0)
@@ -96,12 +99,18 @@ class RatioScheduler:
             for (name, role), selector in approx._fx_approx.selectors.items()
         }
 
+    def _plan_tokens(self) -> None:
+        for approx in pieces_of(self._model):
+            for one in approx._fx_approx.tokens:
+                self._planned.setdefault(TOKENS, one.ratio)
+
     def _joined(self, approx: ApproxModule, new: bool) -> None:
         """A graph has appeared: its layers get the ratios of this step."""
         if self._preserve:
             check_preservable(approx, "preserve")
         for (name, role), selector in approx._fx_approx.selectors.items():
             self._planned.setdefault(f"{name}/{role.value}", selector.spec.ratio)
+        self._plan_tokens()
         self._layers = self._matched(strict=False)
         if new:
             self._check_tails()
@@ -116,6 +125,9 @@ class RatioScheduler:
                 fit = next((pattern for pattern in self.schedules if matches(pattern, candidates[name])), None)
                 if fit is not None:
                     found.setdefault(name, fit)
+            fit = next((pattern for pattern in self.schedules if pattern in (TOKENS, "*")), None)
+            if runtime.tokens and fit is not None:
+                found[TOKENS] = fit
         unused = [pattern for pattern in self.schedules if pattern not in found.values()]
         if unused and strict:
             names = dict.fromkeys(site.rpartition("/")[0] for site in self._sites())
@@ -147,6 +159,9 @@ class RatioScheduler:
         found: dict[str, float] = {}
         for site, selector in self._sites().items():
             found.setdefault(site.rpartition("/")[0], selector.spec.ratio if selector.enabled else 1.0)
+        for approx in pieces_of(self._model):
+            for one in approx._fx_approx.tokens:
+                found.setdefault(TOKENS, one.ratio if one.enabled else 1.0)
         return found
 
     def changes_next(self) -> tuple[bool, bool]:
@@ -180,9 +195,22 @@ class RatioScheduler:
             if settings:
                 set_each(approx, settings)
                 changed = True
+            changed |= self._set_tokens(approx, step)
         self.last_step = step
         if self._log is not None and (changed or step == 0):
             self._log.ratios(self.get_last_ratio(), step)
+
+    def _set_tokens(self, approx: ApproxModule, step: int) -> bool:
+        pattern, tokens = self._layers.get(TOKENS), approx._fx_approx.tokens
+        if pattern is None or not tokens:
+            return False
+        ratio = self.schedules[pattern].ratio(step)
+        ratio = self._planned[TOKENS] if ratio is None else ratio
+        wanted = (ratio, True) if ratio < 1 else (tokens[0].ratio, False)
+        if wanted == (tokens[0].ratio, tokens[0].enabled):
+            return False
+        set_tokens(approx, *wanted)
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for JSON: the step and the schedules. Ratios and switches follow from them."""
@@ -201,8 +229,8 @@ class RatioScheduler:
         """
         if set(state) != {"last_step", "schedules", "planned"}:
             raise ValueError(f"state: expected last_step, schedules and planned, got {sorted(state)}")
-        sites = self._sites()
-        if set(state["planned"]) != set(sites) and (sites or not isinstance(self._model, GraphHandle)):
+        sites = {*self._sites(), *({TOKENS} & set(self._planned))}
+        if set(state["planned"]) != sites and (sites or not isinstance(self._model, GraphHandle)):
             raise ValueError(f"state: of another model: it has {sorted(state['planned'])}, this one {sorted(sites)}")
         for site, ratio in state["planned"].items():
             check_ratio(f"planned[{site!r}]", ratio)

@@ -1,0 +1,394 @@
+"""Tokens: has stretches of blocks compute some tokens only, in a graph that may have been narrowed already.
+
+The tokens leave where a stretch begins, and everything that rides on them goes along: positions, rotary tables, masks
+on both axes. With ``skip`` they come back where it ends; with ``drop`` they stay away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from fx_approx.core.plan_effects import TokenShare
+from fx_approx.core.token_sampling import TokenSampling
+from fx_approx.ops.channel_slices import narrow, positions, resize, split_parts, take_parts
+from fx_approx.ops.token_slices import fewer_tokens, put_back, told_size
+from fx_approx.passes.channel_flow import AS_ANOTHER, Flow, Link, asks_sizes
+from fx_approx.passes.channel_spaces import Layout
+from fx_approx.passes.reshape_rules import spelled_out
+from fx_approx.passes.token_flow import Block, TokenStream
+from fx_approx.runtime.graph_program import PROLOGUE
+from fx_approx.runtime.graph_runtime import Runtime
+from fx_approx.runtime.token_selection import TokenSelection
+
+_ACTIONS = ("plain", "resize", "rows", "split", "take", "given")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStretch:
+    """Blocks that compute some tokens only.
+
+    Attributes:
+        stream: The stack that they belong to.
+        start: The value at which tokens leave.
+        end: The value behind which they come back; None if they do not.
+        inside: The values of which only the chosen tokens are computed.
+        sampled: The space of the tokens that may be left out.
+    """
+
+    stream: TokenStream
+    start: fx.Node
+    end: fx.Node | None
+    inside: frozenset[fx.Node]
+    sampled: int
+
+    @property
+    def flow(self) -> Flow:
+        """Where the tokens lie in each value."""
+        return self.stream.flow
+
+    def share(self, sampling: TokenSampling) -> TokenShare:
+        """How many tokens there are."""
+        layout = self.flow.layout(self.start)
+        assert layout is not None
+        others = sum(segment.count for segment in layout.segments if not self.is_sampled(segment.space))
+        return TokenShare(sampling, others, layout.size - others)
+
+    def is_sampled(self, space: int) -> bool:
+        """Whether tokens of ``space`` are left out."""
+        return self.flow.spaces.find(space) == self.sampled
+
+
+def choose_stretches(streams: Iterable[TokenStream], sampling: TokenSampling) -> tuple[list[TokenStretch], list[str]]:
+    """Where tokens are sampled, and why not elsewhere."""
+    found: list[TokenStretch] = []
+    reasons: list[str] = []
+    for stream in streams:
+        dropped, why = (None, "") if sampling.mode == "skip" else _drop(stream, sampling)
+        if dropped is not None:
+            found.append(dropped)
+        elif sampling.mode == "drop":
+            reasons.append(why)
+        else:
+            skipped, more = _skip(stream, sampling)
+            found += skipped
+            reasons += more
+    return found, reasons
+
+
+def _drop(stream: TokenStream, sampling: TokenSampling) -> tuple[TokenStretch | None, str]:
+    blocks = stream.blocks[sampling.first :]
+    if not blocks:
+        return (
+            None,
+            f"{stream.origin.name}: it has {len(stream.blocks)} blocks, and the first {sampling.first} are whole",
+        )
+    inside = frozenset().union(*(block.inside for block in blocks), stream.tail)
+    stops = [stop for block in blocks for stop in block.stops] or list(stream.needs) or _odd(stream.flow, inside)
+    if stops:
+        return None, f"{stream.origin.name}: tokens cannot be dropped: {stops[0]}"
+    space = _sampled(stream, inside)
+    if space is None or not all(_stays(stream.flow, node, space) for node in stream.flow.steps):
+        return None, f"{stream.origin.name}: tokens cannot be dropped: single ones are read between others"
+    return TokenStretch(stream, blocks[0].start, None, inside, space), ""
+
+
+def _skip(stream: TokenStream, sampling: TokenSampling) -> tuple[list[TokenStretch], list[str]]:
+    blocks = stream.blocks[sampling.first : len(stream.blocks) - sampling.last]
+    name = stream.origin.name
+    if not blocks:
+        whole = f"the first {sampling.first} and the last {sampling.last} are whole"
+        return [], [f"{name}: it has {len(stream.blocks)} blocks, and {whole}"]
+    runs: list[list[Block]] = [[]]
+    reasons = []
+    for block in blocks:
+        why = _unfit(stream.flow, block)
+        if why:
+            reasons.append(f"{name}: {block.end.name} is computed whole: {why}")
+            runs.append([])
+        else:
+            runs[-1].append(block)
+    parts = [[block] for run in runs for block in run] if sampling.per_layer else [run for run in runs if run]
+    space = _sampled(stream, frozenset())
+    assert space is not None
+    found = [
+        TokenStretch(stream, run[0].start, run[-1].end, frozenset().union(*(one.inside for one in run)), space)
+        for run in parts
+    ]
+    return found, reasons
+
+
+def _unfit(flow: Flow, block: Block) -> str:
+    """Why tokens cannot pass a block by; empty if they can."""
+    first, last = flow.layout(block.start), flow.layout(block.end)
+    if block.stops:
+        return block.stops[0]
+    if first != last or flow.shape(block.start) != flow.shape(block.end):
+        return "what it puts out has another shape than what it reads"
+    return next(iter(_odd(flow, block.inside)), "")
+
+
+def _odd(flow: Flow, inside: frozenset[fx.Node]) -> list[str]:
+    """What in a stretch cannot be made to work on some tokens."""
+    return [
+        f"{node.name} has parameters or sizes for each token"
+        for node in inside
+        if flow.steps[node].action not in _ACTIONS
+        or (node.target in AS_ANOTHER and node.op == "call_method" and node.args[1] not in inside)
+        or (_are_rows(flow, node) and any(map(asks_sizes, node.users)))
+    ]
+
+
+def _are_rows(flow: Flow, node: fx.Node) -> bool:
+    """Whether examples and tokens are one axis."""
+    layout, shape = flow.layout(node), flow.shape(node)
+    return layout is not None and shape is not None and shape[layout.dim] != layout.size
+
+
+def _sampled(stream: TokenStream, inside: frozenset[fx.Node]) -> int | None:
+    """The space of which tokens may be left out: the longest that no one picks single tokens of."""
+    flow = stream.flow
+    picked = {
+        flow.spaces.find(segment.space)
+        for node, step in flow.steps.items()
+        if step.action == "pick"
+        for link in step.links
+        if link.source in inside
+        for segment in _linked(flow, link)
+    }
+    layout = flow.layout(stream.origin)
+    assert layout is not None
+    roots = [root for s in layout.segments if (root := flow.spaces.find(s.space)) not in picked | stream.kept]
+    return max(roots, key=lambda root: flow.spaces.counts[root], default=None)
+
+
+def _stays(flow: Flow, node: fx.Node, space: int) -> bool:
+    """Whether a token that ``node`` picks by its number has the same number where those of ``space`` are left out."""
+    step = flow.steps[node]
+    if step.action != "pick":
+        return True
+    link = step.links[0]
+    layout, sizes = flow.layout(link.source), flow.shape(link.source)
+    assert layout is not None and sizes is not None
+    places = spelled_out(node.args[1], len(sizes))
+    assert places is not None
+    others = layout.segments[: link.start] if places[layout.dim] >= 0 else layout.segments[link.start + 1 :]
+    return all(flow.spaces.find(segment.space) != space for segment in others)
+
+
+def _linked(flow: Flow, link: Link) -> Sequence[Any]:
+    layout = flow.layout(link.source)
+    return () if layout is None else layout.segments[link.start : link.start + link.count]
+
+
+def make_token_selections(
+    runtime: Runtime, stretches: Sequence[TokenStretch], sampling: TokenSampling, root: Any
+) -> None:
+    """Gives the runtime a selection for each stretch."""
+    for number, stretch in enumerate(stretches):
+        layout = stretch.flow.layout(stretch.start)
+        assert layout is not None
+        share, start = stretch.share(sampling), 0
+        for segment in layout.segments:
+            if stretch.is_sampled(segment.space):
+                break
+            start += segment.count
+        site = -1 - number  # those of layers count up
+        runtime.add_tokens(TokenSelection(sampling, layout.dim, start, share.others, share.tokens, site, root))
+
+
+class SampleTokens:
+    """Rewrites one graph for one stretch.
+
+    Args:
+        graph: Rewritten so far.
+        copies: Captured node -> its value in ``graph``.
+        whole_of: A node of ``graph`` that takes a part of the channels of a value -> the node that makes it.
+        stretch: What is to compute some tokens only.
+        number: Of the stretch.
+        key: The prologue's node.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        copies: dict[fx.Node, fx.Node],
+        whole_of: Mapping[fx.Node, fx.Node],
+        stretch: TokenStretch,
+        number: int,
+        key: fx.Node,
+    ) -> None:
+        self.graph, self.copies, self.whole_of = graph, copies, whole_of
+        self.stretch, self.flow = stretch, stretch.flow
+        start = copies[stretch.start]
+        with graph.inserting_after(start):
+            self.chosen = graph.call_module(f"{PROLOGUE}.t{number}", (key, start))
+        layout = self.flow.layout(stretch.start)
+        assert layout is not None
+        self.layout: Layout = layout
+        self._behind = self.chosen
+        self._made: dict[Any, fx.Node] = {}
+
+    def run(self) -> None:
+        """Rewrites every node of the stretch, in order."""
+        for node in self.flow.graph.nodes:
+            if node in self.stretch.inside:
+                self._narrow(node)
+        for node in self.stretch.inside:
+            self._tell_sizes(node)
+        if self.stretch.end is not None:
+            self._put_back(self.stretch.end)
+
+    def _narrow(self, node: fx.Node) -> None:
+        step, own = self.flow.steps[node], self._made_by(self.copies[node])
+        assert step.layout is not None
+        for source in dict.fromkeys(link.source for link in step.links):
+            layout = self.flow.layout(source)
+            if source not in self.stretch.inside and layout is not None:
+                self._replace(own, source, layout.dim, self._index(layout))
+        for operand, axis in step.follow:
+            self._replace(own, operand, axis, self._index(step.layout))
+        if step.action in ("resize", "rows"):
+            self._resize(node, own)
+        elif step.action == "split":
+            self._split(node, own)
+        elif step.action == "take":
+            self._take(node, own)
+
+    def _index(self, layout: Layout) -> fx.Node | None:
+        """The chosen entries of an axis; None if all are there."""
+        parts = self._parts(layout)
+        if all(chosen is None for chosen, _, _ in parts):
+            return None
+        if len(parts) == 1 and parts[0][2] == 1:
+            return self.chosen
+        return self._once(("positions", parts), lambda: self.graph.call_function(positions, (parts,)))
+
+    def _parts(self, layout: Layout) -> tuple[tuple[fx.Node | None, int, int], ...]:
+        return tuple(
+            (self.chosen if self.stretch.is_sampled(s.space) else None, s.count, s.block) for s in layout.segments
+        )
+
+    def _once(self, what: Any, make: Any) -> fx.Node:
+        """A node behind the selection, made once."""
+        if what not in self._made:
+            with self.graph.inserting_after(self._behind):
+                self._made[what] = self._behind = make()
+        return self._made[what]
+
+    def _replace(self, own: fx.Node, source: fx.Node, dim: int, index: fx.Node | None) -> None:
+        """Takes the chosen tokens of all that ``own`` reads of ``source``, or of a part of its channels."""
+        if index is None:
+            return
+        base = self._made_by(self.copies[source])
+        for operand in list(own.all_input_nodes):
+            if self._made_by(operand) is not base:
+                continue
+            key = operand, dim, index
+            if key not in self._made:
+                with self.graph.inserting_before(own):
+                    self._made[key] = self.graph.call_function(narrow, (operand, dim, index))
+            own.replace_input_with(operand, self._made[key])
+
+    def _made_by(self, node: fx.Node) -> fx.Node:
+        """The node that makes the value of which ``node`` is a part of the channels."""
+        while node in self.whole_of:
+            node = self.whole_of[node]
+        return node
+
+    def _resize(self, node: fx.Node, own: fx.Node) -> None:
+        step = self.flow.steps[node]
+        assert step.layout is not None
+        if node.op == "call_method" and node.target in AS_ANOTHER:
+            return  # the other has as many tokens
+        parts = self._parts(step.layout)
+        shape = self.flow.shape(node)
+        assert shape is not None
+        times = shape[0] // step.layout.size if step.action == "rows" else 1
+        given = own.args[1:2] if own.target is resize else own.args[1:]
+        name = "shape" if "shape" in own.kwargs else "size"
+        sizes = given[0] if len(given) == 1 else given if given else own.kwargs[name]
+        with self.graph.inserting_before(own):
+            fewer = self.graph.call_function(fewer_tokens, (sizes, step.axis, parts, times))
+        if own.target is resize:
+            own.args = (own.args[0], fewer, *own.args[2:])
+        elif given:
+            own.args = (own.args[0], fewer)
+        else:
+            own.kwargs = {**own.kwargs, name: fewer}
+
+    def _split(self, node: fx.Node, own: fx.Node) -> None:
+        step = self.flow.steps[node]
+        assert step.layout is not None
+        parts = self._parts(step.layout)
+        sections = tuple(parts[start:end] for start, end in step.sections)
+        with self.graph.inserting_before(own):
+            new = self.graph.call_function(split_parts, (own.args[0], sections, step.layout.dim))
+        self._take_over(node, own, new)
+
+    def _take(self, node: fx.Node, own: fx.Node) -> None:
+        step = self.flow.steps[node]
+        link = step.links[0]
+        source = self.flow.layout(link.source)
+        assert step.layout is not None and source is not None
+        parts = self._parts(source)
+        before, taken = parts[: link.start], parts[link.start : link.start + link.count]
+        with self.graph.inserting_before(own):
+            new = self.graph.call_function(take_parts, (own.args[0], source.dim, before, taken))
+            if node.target is operator.getitem:
+                sizes = self.flow.shape(link.source)
+                places = None if sizes is None else spelled_out(node.args[1], len(sizes))
+                assert places is not None
+                axes = [at for at, place in enumerate(places) if place is not None]
+                places[axes[source.dim]] = slice(None)
+                new = self.graph.call_function(operator.getitem, (new, tuple(places)))
+        self._take_over(node, own, new)
+
+    def _take_over(self, node: fx.Node, own: fx.Node, new: fx.Node) -> None:
+        new.meta = dict(own.meta)
+        own.replace_all_uses_with(new)
+        self.graph.erase_node(own)
+        self.copies[node] = new
+
+    def _tell_sizes(self, node: fx.Node) -> None:
+        """Whoever asks a value of the stretch for its sizes is told those of all tokens, as reshapes expect them."""
+        layout = self.flow.layout(node)
+        assert layout is not None
+        for user in node.users:
+            if not asks_sizes(user):
+                continue
+            own = self.copies[user]
+            which = user.args[1] if user.op == "call_method" and len(user.args) > 1 else None
+            rank = len(self.flow.shape(node) or ())
+            if isinstance(which, int):
+                if which % rank == layout.dim:
+                    own.replace_all_uses_with(self._tokens(layout))
+                continue
+            tokens = self._tokens(layout)
+            readers = list(own.users)
+            with self.graph.inserting_after(own):
+                new = self.graph.call_function(told_size, (own, layout.dim, tokens))
+            for reader in readers:
+                reader.replace_input_with(own, new)
+
+    def _tokens(self, layout: Layout) -> Any:
+        """How many tokens an axis has where all are there: of this call, where it is the whole sequence."""
+        if layout.segments != self.layout.segments:
+            return layout.size
+        start = self.copies[self.stretch.start]
+        call = lambda: self.graph.call_method("size", (start, self.layout.dim))  # noqa: E731
+        return self._once("tokens", call)
+
+    def _put_back(self, end: fx.Node) -> None:
+        """Behind the stretch every position is there again."""
+        own, start = self.copies[end], self.copies[self.stretch.start]
+        index = self._index(self.layout)
+        with self.graph.inserting_after(own):
+            whole = self.graph.call_function(put_back, (start, own, self.layout.dim, index))
+        whole.meta = dict(own.meta)
+        own.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not whole)
+        self.copies[end] = whole

@@ -1,0 +1,69 @@
+"""Samples the tokens that all layers of a transformer share, and leaves the layers to another policy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from fx_approx.core.candidates import Candidate
+from fx_approx.core.plan import Decision, Policy
+from fx_approx.core.step_cost import Model, is_whole
+from fx_approx.core.token_sampling import TokenSampling
+from fx_approx.policies.uniform import Exact
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A stretch of blocks computes some tokens only, in every forward others.
+
+    Dropping serves models that pool, or read a class token: what is dropped is not seen by the loss, as PatchDropout
+    does it (Liu et al., 2022). Skipping serves models that put out every position: tokens that are left out pass the
+    stretch by unchanged and come back behind it, as random layerwise token dropping does it (Yao et al., 2022). Tokens
+    keep their order, so causal attention stays causal, and positions, rotary tables, masks and biases go along.
+
+    Attributes:
+        ratio: Share of the tokens to keep, in (0, 1].
+        mode: ``drop``, ``skip``, or ``auto``: drop where nothing behind the blocks needs all positions.
+        first: Blocks at the beginning that compute all tokens.
+        last: Blocks at the end that do, for ``skip``.
+        keep: Tokens at the beginning of the sequence that are always kept, beside class tokens and registers.
+        scores: ``uniform``, every subset of the tokens is as likely; ``norm``, those whose values are largest.
+        per_layer: Each block chooses its own, for ``skip``.
+        min_k: Keep at least so many tokens.
+        layers: Policy of the layers' own products; by default all are exact.
+
+    Raises:
+        TypeError: At construction, a field of the wrong type.
+        ValueError: At construction, a value out of range or an unknown name.
+    """
+
+    ratio: float = 0.5
+    mode: str = "auto"
+    first: int = 1
+    last: int = 1
+    keep: int = 0
+    scores: str = "uniform"
+    per_layer: bool = False
+    min_k: int = 1
+    layers: Policy = dataclasses.field(default_factory=Exact)
+
+    needs_shapes = True
+
+    def __post_init__(self) -> None:
+        self.tokens  # noqa: B018  (making it is the check)
+        if not isinstance(self.layers, Policy):
+            raise TypeError(f"layers: expected a policy such as Uniform(0.5), got {self.layers!r}")
+
+    @property
+    def tokens(self) -> TokenSampling:
+        """What is asked for, without the layers."""
+        names = (field.name for field in dataclasses.fields(TokenSampling))
+        return TokenSampling(**{name: getattr(self, name) for name in names})
+
+    def decide(self, candidates: Sequence[Candidate]) -> Sequence[Decision]:
+        return self.layers.decide(candidates)
+
+    def decide_whole(self, model: Model) -> Sequence[Decision]:
+        """The same, where the policy of the layers decides about the whole graph."""
+        layers = self.layers
+        return layers.decide_whole(model) if is_whole(layers) else layers.decide(model.candidates)
