@@ -207,8 +207,10 @@ class NarrowGraph:
                 pairs = self._pairs(node)
                 flat = self.graph.call_function(spread, (chosen, pairs)) if groups > 1 else chosen
                 axis = 1 if self._convolution(node) else -1
-                whole, input = input, self.graph.call_function(narrow, (input, axis, flat, pairs * groups))
-                self.whole_of[input] = whole
+                part = self.graph.call_function(narrow, (input, axis, flat, pairs * groups))
+                if isinstance(input, fx.Node):
+                    self.whole_of[part] = input
+                input = part
         weight, bias = self._weights(node)
         slicing = (weight, bias, chosen, outputs, groups)
         slices = self._sliced(slicing, own)

@@ -38,4 +38,4 @@ def tap_part_of_relu(value: Tensor, dim: int, index: Tensor, inplace: bool = Fal
 
 
 def _plain() -> bool:
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
