@@ -35,6 +35,10 @@ class Cut:
         """Whether nothing is cut off."""
         return self.inputs is None and self.outputs is None
 
+    def inputs_of(self, full: Tensor) -> int:
+        """How many inputs each group of the full weight reads."""
+        return full.shape[1]
+
     def of(self, full: Tensor) -> Tensor:
         """The compact tensor, with the scale of the sample; a copy."""
         with torch.no_grad():
@@ -85,3 +89,15 @@ class Cut:
 
 def _unscaled(chosen: Selection | None) -> Selection | None:
     return None if chosen is None else Selection(chosen.indices, None)
+
+
+def same_cut(one: Cut, other: Cut) -> bool:
+    """Whether two cuts take the same part of a tensor."""
+    pairs = (one.inputs, other.inputs), (one.outputs, other.outputs)
+    return (one.groups, one.depthwise) == (other.groups, other.depthwise) and all(_equal(*pair) for pair in pairs)
+
+
+def _equal(one: Selection | None, other: Selection | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or torch.equal(one.indices, other.indices)

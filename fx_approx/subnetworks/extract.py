@@ -17,13 +17,17 @@ from fx_approx.capture.trace import kept_random_state, skeleton
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.exact import exact_copy
+from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.upcoming import next_selections
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
+from fx_approx.subnetworks.from_backend import extract_from_backend, recut_from_backend
+from fx_approx.subnetworks.given import check_selections
 from fx_approx.subnetworks.record import (
     RECORD,
     Subnetwork,
     check_origin,
+    full_model,
     identity_of,
     record_of,
     tensors_of,
@@ -35,7 +39,7 @@ _NO_EXAMPLE = "no example_inputs were given, to see whether the model's own Pyth
 
 
 def extract(
-    model: nn.Module, selections: Sequence[Selection | None] | None = None, *, example_inputs: Any = None
+    model: nn.Module | GraphHandle, selections: Sequence[Selection | None] | None = None, *, example_inputs: Any = None
 ) -> nn.Module:
     """The subnetwork of a transformed model: ordinary layers of torch with compact parameters of their own.
 
@@ -44,21 +48,25 @@ def extract(
     other. :func:`fx_approx.subnetworks.merge` writes it back.
 
     Args:
-        model: A transformed model, or what wraps it, all of whose selections are made ahead (scores ``weight``, ``ema``
-            or ``uniform``).
+        model: A transformed model, or what wraps it, or a backend that has compiled one; all selections are made ahead
+            (scores ``weight``, ``ema`` or ``uniform``).
         selections: One for each selection that the model makes, in its order; by default those of its next step.
         example_inputs: A batch as the model is called with it. With it, the model's own Python runs the subnetwork
-            where it gives the same numbers as the graph; without it the graph does.
+            where it gives the same numbers as the graph; without it the graph does. Required with a backend, whose
+            graphs are of parts.
 
     Returns:
         An instance of the model's own class where its forward serves, else a ``torch.fx.GraphModule``;
         ``subnetworks.record_of(sub).reason`` says why.
 
     Raises:
-        ValueError: ``model`` is not transformed, samples nothing, or ``selections`` are of another model.
+        ValueError: ``model`` is not transformed, samples nothing, ``selections`` are of another model, or a backend has
+            compiled none yet or is given no ``example_inputs``.
         UnsupportedError: A selection follows the activations, the forward could not be traced whole, or one layer is
-            called with several selections.
+            called with several selections; with a backend, the model's own Python does not serve.
     """
+    if isinstance(model, GraphHandle):
+        return extract_from_backend(model, selections, example_inputs)
     approx = find(model)
     runtime = approx._fx_approx
     graph = runtime.program.graph
@@ -69,7 +77,7 @@ def extract(
     if runtime.resample is None:
         raise ValueError("model: no selection is made ahead, so that there is nothing to cut out")
     chosen = next_selections(approx) if selections is None else tuple(selections)
-    _check(approx, chosen)
+    check_selections(approx, chosen)
     root = skeleton(exact_copy(approx), shared=False)
     maker = Specializer(root, approx, chosen)
     made = maker.run(graph)
@@ -77,7 +85,7 @@ def extract(
 
 
 def reselect(
-    sub: nn.Module, model: nn.Module, selections: Sequence[Selection | None] | None = None
+    sub: nn.Module, model: nn.Module | GraphHandle, selections: Sequence[Selection | None] | None = None
 ) -> tuple[Selection | None, ...]:
     """Cuts ``sub`` out of ``model`` anew, by other selections of the same sizes, into the same tensors.
 
@@ -86,7 +94,7 @@ def reselect(
 
     Args:
         sub: What :func:`fx_approx.subnetworks.extract` returned.
-        model: The model that it was cut out of.
+        model: The model that it was cut out of, or the backend.
         selections: As in ``extract``; by default those of the model's next step.
 
     Returns:
@@ -96,12 +104,18 @@ def reselect(
         ValueError: ``sub`` is of another model, has not been written back, or the sizes differ. Nothing is changed
             then.
     """
-    record, approx = record_of(sub), find(model)
-    check_origin(record, approx)
+    record = record_of(sub)
+    check_origin(record, full_model(record, model))
     if not record.merged:
         raise ValueError("sub: what it has learnt would be lost; call fx_approx.subnetworks.merge(sub, model) first")
-    fresh = extract(approx, selections)
-    new, old = tensors_of(fresh), tensors_of(sub)
+    if record.graphs:
+        if not isinstance(model, GraphHandle):
+            raise ValueError("model: expected the backend that compiles it, whose graphs make the selections")
+        new, again = recut_from_backend(sub, model, selections)
+    else:
+        fresh = extract(model, selections)
+        new, again = tensors_of(fresh), record_of(fresh)
+    old = tensors_of(sub)
     for name in dict.fromkeys((*old, *new)):
         mine, other = (None if name not in one else tuple(one[name].shape) for one in (old, new))
         if mine != other:
@@ -112,26 +126,8 @@ def reselect(
     with torch.no_grad():
         for name, tensor in old.items():
             tensor.copy_(new[name])
-    again = record_of(fresh)
     record.cuts, record.selections, record.versions, record.merged = again.cuts, again.selections, again.versions, False
     return record.selections
-
-
-def _check(approx: ApproxModule, chosen: tuple[Selection | None, ...]) -> None:
-    shared = list(approx._fx_approx.resample.each()) if approx._fx_approx.resample is not None else []
-    if len(chosen) != len(shared):
-        raise ValueError(f"selections: expected {len(shared)}, one for each that the model makes, got {len(chosen)}")
-    for place, (one, given) in enumerate(zip(shared, chosen, strict=True)):
-        if given is None:
-            continue
-        index = given.indices
-        if index.dim() != 2 or index.shape[0] != one.groups or int(index.max()) >= one.pairs or int(index.min()) < 0:
-            raise ValueError(
-                f"selections[{place}]: expected indices [{one.groups}, k] below {one.pairs}, got shape "
-                f"{tuple(index.shape)} with values from {int(index.min())} to {int(index.max())}"
-            )
-        if any(len(row.unique()) != row.numel() for row in index):
-            raise ValueError(f"selections[{place}]: expected units once each, got some of them twice")
 
 
 def _finished(

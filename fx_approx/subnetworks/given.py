@@ -1,0 +1,26 @@
+"""Selections that a caller gives: whether they are some that the model could have made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fx_approx.runtime.approx_module import ApproxModule
+from fx_approx.sampling.base import Selection
+
+
+def check_selections(approx: ApproxModule, chosen: Sequence[Selection | None]) -> None:
+    """ValueError unless ``chosen`` has one selection, or None, for each that ``approx`` makes ahead."""
+    shared = list(approx._fx_approx.resample.each()) if approx._fx_approx.resample is not None else []
+    if len(chosen) != len(shared):
+        raise ValueError(f"selections: expected {len(shared)}, one for each that the model makes, got {len(chosen)}")
+    for place, (one, given) in enumerate(zip(shared, chosen, strict=True)):
+        if given is None:
+            continue
+        index = given.indices
+        if index.dim() != 2 or index.shape[0] != one.groups or int(index.max()) >= one.pairs or int(index.min()) < 0:
+            raise ValueError(
+                f"selections[{place}]: expected indices [{one.groups}, k] below {one.pairs}, got shape "
+                f"{tuple(index.shape)} with values from {int(index.min())} to {int(index.max())}"
+            )
+        if any(len(row.unique()) != row.numel() for row in index):
+            raise ValueError(f"selections[{place}]: expected units once each, got some of them twice")
