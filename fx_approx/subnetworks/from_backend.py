@@ -15,7 +15,6 @@ from fx_approx.capture.module_snapshot import TensorSnapshot, kept_training_flag
 from fx_approx.capture.trace import kept_random_state, skeleton
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule
-from fx_approx.runtime.controls import layers_of
 from fx_approx.runtime.exact import exact_copy
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.repeatable import Randomness
@@ -73,7 +72,8 @@ def extract_from_backend(handle: GraphHandle, selections: Selections | None, exa
             f"that could run instead (it has {len(run.pieces.made)} of parts)"
         )
     record = Subnetwork(cuts, chosen, identity_of(model), True, "", versions_of(model))
-    record.graphs, record.notes = tuple(tuple(layers_of(piece.approx)) for piece in run.pieces.made), notes
+    names = _names(model)
+    record.graphs, record.notes = tuple(_held(piece.approx, names) for piece in run.pieces.made), notes
     vars(root)[RECORD] = record
     return root
 
@@ -87,9 +87,9 @@ def recut_from_backend(
         ValueError: Its graphs are no longer there, or the selections are of another model.
     """
     record, model = record_of(sub), handle.model("reselect")
-    pieces = _Pieces(selections)
-    for names in record.graphs:
-        found = [one for one in handle.pieces if tuple(layers_of(one)) == names]
+    pieces, names = _Pieces(selections), _names(model)
+    for graph in record.graphs:
+        found = [one for one in handle.pieces if _held(one, names) == graph]
         if not found:
             raise ValueError("model: the graphs that sub was cut out of are gone; run a training step first")
         pieces.made.append(pieces.specialised(found[-1]))
@@ -166,16 +166,26 @@ def _read(graph: fx.Graph, root: nn.Module) -> list[str]:
     return paths
 
 
+def _names(model: nn.Module) -> dict[int, str]:
+    """The first name of each tensor of a model, by its id."""
+    first: dict[int, str] = {}
+    for name, tensor in tensors_of(model).items():
+        first.setdefault(id(tensor), name)
+    return first
+
+
+def _held(approx: ApproxModule, names: Mapping[int, str]) -> tuple[str, ...]:
+    """The tensors of the model that a graph works with: they tell it from others."""
+    return tuple(sorted({names[id(one)] for one in tensors_of(approx).values() if id(one) in names}))
+
+
 def _united(pieces: Sequence[_Piece], model: nn.Module) -> dict[str, Cut]:
     """By name in the model, how all graphs together cut its tensors.
 
     Raises:
         UnsupportedError: They do not agree on one, or it is none of the model.
     """
-    tensors = tensors_of(model)
-    first: dict[int, str] = {}
-    for name, tensor in tensors.items():
-        first.setdefault(id(tensor), name)
+    tensors, first = tensors_of(model), _names(model)
     cuts: dict[str, Cut] = {}
 
     def name_of(piece: _Piece, path: str) -> str | None:

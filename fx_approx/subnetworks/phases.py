@@ -75,7 +75,9 @@ class Phases:
             check_step("interval", interval, 1)
         if isinstance(model, GraphHandle):
             if example_inputs is None:
-                raise ValueError("example_inputs: expected a batch, which a subnetwork of a backend's model is tried on")
+                raise ValueError(
+                    "example_inputs: expected a batch, which a subnetwork of a backend's model is tried on"
+                )
             self._full, self._source = model.compiled(model.model("Phases")), model
         else:
             self._full = self._source = find(model)

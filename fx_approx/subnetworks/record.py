@@ -29,8 +29,8 @@ class Subnetwork:
         reason: Why it is not, if so.
         versions: Of the full parameters when it was cut out; a change since is refused by :func:`merge`.
         merged: It has been written back since it was cut out.
-        graphs: Of what a backend of ``torch.compile`` runs, the names of the layers of each graph, in the order in which
-            they make their selections; empty for a transformed model.
+        graphs: Of what a backend of ``torch.compile`` runs, the names of the tensors that each graph works with, in the
+            order in which they make their selections; empty for a transformed model.
         notes: What its user should know, as that its config does not describe it.
     """
 

@@ -15,17 +15,21 @@ from torch import Tensor, nn
 
 import fx_approx
 from fx_approx.dynamo.backend import Backend
-from fx_approx.errors import CaptureWarning, UnsupportedError
+from fx_approx.errors import UnsupportedError
 from fx_approx.policies import Exact, Override, Uniform
 from fx_approx.sampling import Selection
 from fx_approx.schedules import ExactTail, ExactWarmup, PlanRatios
 from fx_approx.subnetworks import Phases, extract, merge, narrow_optimizer, record_of, reselect, widen_optimizer
 
-# Graphs without anything to sample, as an encoder's embedding, say so.
-pytestmark = pytest.mark.filterwarnings("ignore:a graph stays exact")
+pytestmark = [
+    # Graphs without anything to sample, as those of embeddings, say so.
+    pytest.mark.filterwarnings("ignore:a graph stays exact"),
+    # Dynamo looks at it on the tensors that it resumes with.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 HALF = Uniform(0.5)
-SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 Made = tuple[nn.Module, dict[str, Tensor]]
 
@@ -57,14 +61,14 @@ def bert() -> Made:
 
 def distilbert() -> Made:
     library = transformers()
-    sizes = {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4}
+    sizes = {"dim": 64, "hidden_dim": 128, "n_layers": 1, "n_heads": 4}
     model = library.DistilBertForSequenceClassification(library.DistilBertConfig(vocab_size=100, **sizes))
     return model, {"input_ids": tokens(), "labels": torch.randint(0, 2, (4,))}
 
 
 def gpt2() -> Made:
     library = transformers()
-    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 1}
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 1}
     ids = tokens()
     config = library.GPT2Config(vocab_size=100, use_cache=False, **sizes)
     return library.GPT2LMHeadModel(config), {"input_ids": ids, "labels": ids}
@@ -120,79 +124,90 @@ def largest(one: nn.Module, other: nn.Module) -> float:
     return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)
 
 
-def assert_trains_alike(build: Callable[[], Made], policy: Any = HALF, tolerance: float = 1e-10) -> tuple[Any, Any]:
-    """The subnetwork's training, merged, is that of the compiled model under one kept selection; returns both."""
-    kept, holding, batch = compiled(build, policy)
-    model, backend, _ = compiled(build, policy)
+def restore(model: nn.Module, before: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(before[name])
+
+
+def assert_trains_alike(made: tuple[Any, Backend, Any], tolerance: float = 1e-10) -> Any:
+    """The subnetwork's training, merged, is that of the compiled model under one kept selection; returns it."""
+    model, backend, batch = made
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sub = extract(backend, example_inputs=batch)
     assert type(sub) is type(model) and record_of(sub).own_forward and not record_of(sub).reason
     assert sum(p.numel() for p in sub.parameters()) < sum(p.numel() for p in model.parameters())
-    with fx_approx.reuse_selection(holding):
-        steps(kept, torch.optim.SGD(kept.parameters(), 1e-3), batch)
     steps(sub, torch.optim.SGD(sub.parameters(), 1e-3), batch)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "not yet"
     merge(sub, model)
-    moved = max(float((p.detach() - before[n]).abs().max()) for n, p in kept.named_parameters())
-    assert moved > 0 and largest(model, kept) <= tolerance * moved
-    return sub, model
+    merged = copy.deepcopy(model)
+    restore(model, before)
+    with fx_approx.reuse_selection(backend):
+        steps(model, torch.optim.SGD(model.parameters(), 1e-3), batch)
+    moved = max(float((p.detach() - before[n]).abs().max()) for n, p in model.named_parameters())
+    assert moved > 0 and largest(merged, model) <= tolerance * moved
+    return sub
 
 
 # ---- the same training, in the user's own class
 
+SLOW = pytest.mark.slow
 
-@pytest.mark.parametrize("build", [bert, distilbert, vit])
+
+@pytest.mark.parametrize("build", [bert, pytest.param(distilbert, marks=SLOW), pytest.param(vit, marks=SLOW)])
 def test_plain_sgd_is_that_of_the_compiled_model_under_one_selection(build: Callable[[], Made]) -> None:
-    sub, _ = assert_trains_alike(build)
-    heads = {name: value for module in sub.modules() for name, value in vars(module).items() if name.endswith("heads")}
-    assert set(heads.values()) == {2}
+    made = compiled(build)
+    sub = assert_trains_alike(made)
+    heads = [value for module in sub.modules() for name, value in vars(module).items() if name.endswith("heads")]
+    assert set(heads) == {2}
+    # Heads of another size would follow from a config with fewer of them.
+    assert sub.config.to_dict() == made[0].config.to_dict() and sub.config is not made[0].config
+    assert "no config of its class describes it" in record_of(sub).notes[0]
 
 
+@pytest.mark.slow
 def test_heads_that_share_keys_go_in_whole_groups() -> None:
-    # Its norms and its loss are in float32, where sums of the gradients differ in order.
-    sub, _ = assert_trains_alike(llama, tolerance=1e-6)
+    # Its norms are in float32, where sums of the gradients differ in order.
+    sub = assert_trains_alike(compiled(llama), tolerance=1e-6)
     attention = sub.model.layers[0].self_attn
     assert (attention.q_proj.out_features, attention.k_proj.out_features) == (32, 16)
-    policy = Override({"*o_proj": HALF, "*down_proj": HALF}, Exact())
-    sub, _ = assert_trains_alike(llama, policy)
-    assert sub.model.layers[0].self_attn.q_proj.weight.shape == (32, 64)
 
 
 def test_the_config_follows_and_the_model_is_saved_and_loaded_again(tmp_path: Path) -> None:
-    policy = Override({"*o_proj": HALF, "*down_proj": HALF}, Exact())
-    model, backend, batch = compiled(llama, policy)
-    sub = extract(backend, example_inputs=batch)
+    made = compiled(llama, Override({"*o_proj": HALF, "*down_proj": HALF}, Exact()))
+    sub, (model, _, batch) = assert_trains_alike(made), made
+    assert sub.model.layers[0].self_attn.k_proj.weight.shape == (16, 64), "heads that share keys go together"
     assert record_of(sub).notes == ()
     config = sub.config
     assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (2, 1, 64)
     assert (model.config.num_attention_heads, model.config.intermediate_size) == (4, 128)
-    steps(sub, torch.optim.SGD(sub.parameters(), 1e-3), batch, 1)
     sub.save_pretrained(tmp_path)
     again = type(sub).from_pretrained(tmp_path, dtype=torch.float64)
     assert torch.equal(again.eval()(**batch).logits, sub.eval()(**batch).logits)
     prompt = batch["input_ids"][:2, :4]
-    made = sub.generate(prompt, max_new_tokens=4, do_sample=False, use_cache=True, pad_token_id=0)
-    assert made.shape == (2, 8)
-    assert torch.equal(made, again.generate(prompt, max_new_tokens=4, do_sample=False, use_cache=True, pad_token_id=0))
+    tokens = sub.generate(prompt, max_new_tokens=4, do_sample=False, use_cache=True, pad_token_id=0)
+    assert tokens.shape == (2, 8)
+    assert torch.equal(
+        tokens, again.generate(prompt, max_new_tokens=4, do_sample=False, use_cache=True, pad_token_id=0)
+    )
 
 
-@pytest.mark.parametrize(("build", "layer"), [(bert, "*output.dense"), (distilbert, "*lin2"), (vit, "*fc2")])
+@pytest.mark.parametrize(
+    ("build", "layer"),
+    [
+        (bert, "*output.dense"),
+        pytest.param(distilbert, "*lin2", marks=SLOW),
+        pytest.param(vit, "*fc2", marks=SLOW),
+    ],
+)
 def test_hidden_units_are_in_the_config(build: Callable[[], Made], layer: str, tmp_path: Path) -> None:
-    rules = {"*attention*": Exact(), layer: HALF}
-    _, backend, batch = compiled(build, Override(rules, Exact()))
+    _, backend, batch = compiled(build, Override({"*attention*": Exact(), layer: HALF}, Exact()))
     sub = extract(backend, example_inputs=batch)
     assert record_of(sub).notes == ()
     sub.save_pretrained(tmp_path)
     again = type(sub).from_pretrained(tmp_path, dtype=torch.float64)
     assert again.num_parameters() == sub.num_parameters() < backend.models[0].num_parameters()
     assert torch.equal(again.eval()(**batch).logits, sub.eval()(**batch).logits)
-
-
-def test_a_config_that_cannot_say_it_stays_and_the_record_says_so() -> None:
-    _, backend, batch = compiled(bert)  # heads of another size would follow from fewer of them
-    sub = extract(backend, example_inputs=batch)
-    assert sub.config.to_dict() == backend.models[0].config.to_dict() and sub.config is not backend.models[0].config
-    assert "no config of its class describes it" in record_of(sub).notes[0]
 
 
 # ---- models of the user's own
@@ -216,17 +231,26 @@ class Attention(nn.Module):
 class Blocks(nn.Module):
     """With a break of the graph behind each block."""
 
-    def __init__(self, breaks: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.attention = nn.ModuleList([Attention(), Attention()])
         self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16)
-        self.breaks = breaks
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attention[0](x)
+        torch._dynamo.graph_break()
+        x = self.attention[1](x)
+        torch._dynamo.graph_break()
+        return (x + self.down(F.gelu(self.up(self.norm(x))))).square().mean()
+
+
+class Looped(Blocks):
+    """Whose own frame Dynamo leaves to Python."""
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.attention:
             x = block(x)
-            if self.breaks:
-                torch._dynamo.graph_break()
+            torch._dynamo.graph_break()
         return (x + self.down(F.gelu(self.up(self.norm(x))))).square().mean()
 
 
@@ -235,10 +259,15 @@ def blocks() -> Made:
 
 
 def test_several_graphs_and_attributes_that_name_sizes() -> None:
-    sub, _ = assert_trains_alike(blocks, Override({"*out": HALF, "down": HALF}, Exact()))
+    sub = assert_trains_alike(compiled(blocks, Override({"*out": HALF, "down": HALF}, Exact())))
     assert [(block.heads, block.size, block.inner) for block in sub.attention] == [(2, 8, 16)] * 2
-    assert len(record_of(sub).graphs) == 3
+    assert len(record_of(sub).graphs) == 3, "one for each part between the breaks"
     assert (sub.up.out_features, sub.down.in_features) == (32, 32)
+
+
+def test_where_only_parts_of_a_forward_are_compiled_the_rest_stays_whole() -> None:
+    sub = assert_trains_alike(compiled(lambda: (Looped(), {"x": torch.randn(4, 5, 16)})))
+    assert len(record_of(sub).graphs) == 2 and sub.up.weight.shape == (64, 16)
 
 
 def test_given_selections_go_to_the_graphs_in_order() -> None:
@@ -256,8 +285,9 @@ def test_given_selections_go_to_the_graphs_in_order() -> None:
 
 
 def test_other_selections_come_into_the_same_tensors() -> None:
-    model, backend, batch = compiled(bert)
+    model, backend, batch = compiled(blocks)
     sub = extract(backend, example_inputs=batch)
+    assert any(name.endswith("_selected_inputs") for name, _ in sub.named_buffers()), "wide values are read in part"
     tensors = {id(t) for t in (*sub.parameters(), *sub.buffers())}
     with pytest.raises(ValueError, match="first"):
         reselect(sub, backend)
@@ -275,12 +305,12 @@ def test_other_selections_come_into_the_same_tensors() -> None:
 
 
 def test_an_optimiser_goes_along_and_nothing_is_half_written() -> None:
-    model, backend, batch = compiled(llama)
+    model, backend, batch = compiled(blocks)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     steps(model, optimizer, batch, 2)
     sub = extract(backend, example_inputs=batch)
     copied = torch.load(pickled(sub), weights_only=False)
-    assert copied(**batch).loss.item() == sub(**batch).loss.item()
+    assert loss_of(copied, batch).item() == loss_of(sub, batch).item()
     narrow_optimizer(optimizer, sub, model)
     steps(sub, optimizer, batch, 2)
     merge(sub, model)
@@ -291,11 +321,11 @@ def test_an_optimiser_goes_along_and_nothing_is_half_written() -> None:
     sub = extract(backend, example_inputs=batch)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="cut out of another model"):
-        merge(sub, model.model)
+        merge(sub, Attention())
     with torch.no_grad():
-        model.lm_head.weight.add_(1.0)
-    before["lm_head.weight"] += 1.0
-    with pytest.raises(ValueError, match=r"lm_head\.weight was changed since"):
+        model.up.weight.add_(1.0)
+    before["up.weight"] += 1.0
+    with pytest.raises(ValueError, match=r"up\.weight was changed since"):
         merge(sub, model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -308,7 +338,7 @@ def pickled(module: nn.Module) -> io.BytesIO:
 
 
 def test_phases_of_a_compiled_model() -> None:
-    model, backend, batch = compiled(bert)
+    model, backend, batch = compiled(blocks)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     schedule = ExactTail(ExactWarmup(PlanRatios(), 2), total=9, steps=2)
     phases = Phases(backend, optimizer, schedule, interval=3, example_inputs=batch)
@@ -319,7 +349,7 @@ def test_phases_of_a_compiled_model() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        widths.append(phases.model.bert.pooler.dense.weight.shape[1])
+        widths.append(phases.model.down.weight.shape[1])
         phases.step()
     assert widths == [64] * 2 + [32] * 5 + [64] * 2
     assert losses[7] < losses[6] < losses[0], "no jump where the full model takes over"
@@ -362,7 +392,7 @@ def test_extracting_changes_nothing() -> None:
 def test_what_cannot_be_cut_out_says_why() -> None:
     with pytest.raises(ValueError, match="has none yet; run a training step first"):
         extract(fx_approx.backend(HALF), example_inputs=torch.ones(1))
-    _, backend, batch = compiled(bert)
+    _, backend, batch = compiled(blocks)
     with pytest.raises(ValueError, match="example_inputs: expected a batch"):
         extract(backend)
     with pytest.raises(ValueError, match="example_inputs: expected a batch"):
@@ -370,9 +400,8 @@ def test_what_cannot_be_cut_out_says_why() -> None:
     _, backend, batch = compiled(blocks, Uniform(0.5, scores="online"))
     with pytest.raises(UnsupportedError, match="follows the activations"):
         extract(backend, example_inputs=batch)
-    with pytest.warns(CaptureWarning, match="follows|exact"), pytest.raises(ValueError, match="nothing to cut out"):
-        _, backend, batch = compiled(blocks, Override({"up": HALF}, Exact()))
-        fx_approx.set_sampling(backend, enabled=False)
+    _, backend, batch = compiled(blocks, Exact())
+    with pytest.raises(ValueError, match="nothing to cut out"):
         extract(backend, example_inputs=batch)
 
 
@@ -384,7 +413,7 @@ def test_tensors_that_graphs_read_in_two_ways_are_named() -> None:
             return (x + self.up(x).mean()).square().mean()
 
     _, backend, batch = compiled(lambda: (Twice(), {"x": torch.randn(4, 5, 16)}), Override({"down": HALF}, Exact()))
-    with pytest.raises(UnsupportedError, match=r"up\.weight|does not run"):
+    with pytest.raises(UnsupportedError, match=r"Twice: it gives other numbers on narrow layers"):
         extract(backend, example_inputs=batch)
 
 
