@@ -192,7 +192,7 @@ def current_frame(known: Known | None = None) -> Frame:
 
 
 def module_in_compile() -> tuple[nn.Module | None, bool]:
-    """The module that the call of ``torch.compile`` around was given, None for none; whether it is by its ``compile``."""
+    """The module that the call of ``torch.compile`` around was given, None for none, and whether by its own method."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is nn.Module.compile.__code__:

@@ -22,6 +22,7 @@ class Cut:
         outputs: Of its first axis, ``[1, k]``; None for all.
         groups: Of the convolution.
         depthwise: Every group has one input, and goes with its outputs.
+        transposed: The weight is stored ``[inputs, outputs]``.
     """
 
     source: str
@@ -29,6 +30,7 @@ class Cut:
     outputs: Selection | None = None
     groups: int = 1
     depthwise: bool = False
+    transposed: bool = False
 
     @property
     def whole(self) -> bool:
@@ -37,7 +39,7 @@ class Cut:
 
     def inputs_of(self, full: Tensor) -> int:
         """How many inputs each group of the full weight reads."""
-        return full.shape[1]
+        return full.shape[0 if self.transposed else 1]
 
     def of(self, full: Tensor) -> Tensor:
         """The compact tensor, with the scale of the sample; a copy."""
@@ -81,6 +83,8 @@ class Cut:
         return self._cut(torch.ones_like(full), self.inputs)
 
     def _cut(self, full: Tensor, inputs: Selection | None) -> Tensor:
+        if self.transposed and not self.whole:
+            return dataclasses.replace(self, transposed=False)._cut(full.t(), inputs).t().contiguous()
         if full.dim() < 2 or inputs is None:
             return full if self.outputs is None or full.dim() == 0 else full.index_select(0, self.outputs.indices[0])
         slices = slice_weights(full, None, inputs, self.outputs, self.groups, self.depthwise)

@@ -186,22 +186,26 @@ def _united(pieces: Sequence[_Piece], model: nn.Module) -> dict[str, Cut]:
         UnsupportedError: They do not agree on one, or it is none of the model.
     """
     tensors, first = tensors_of(model), _names(model)
+    turned = {(t.data_ptr(), tuple(t.shape[::-1])): first[id(t)] for t in tensors.values() if t.dim() == 2}
     cuts: dict[str, Cut] = {}
 
-    def name_of(piece: _Piece, path: str) -> str | None:
-        return first.get(id(operator.attrgetter(path)(piece.approx)))
+    def name_of(piece: _Piece, path: str) -> tuple[str | None, bool]:
+        tensor = operator.attrgetter(path)(piece.approx)
+        name = first.get(id(tensor))
+        other = turned.get((tensor.data_ptr(), tuple(tensor.shape))) if name is None else None
+        return name or other, name is None
 
     for piece in pieces:
         for path, cut in piece.cuts.items():
-            found = name_of(piece, path)
+            found, transposed = name_of(piece, path)
             if found is None:
                 raise UnsupportedError(f"model: {path} is narrowed, and it is no tensor of {type(model).__name__}")
-            own = dataclasses.replace(cut, source=found)
+            own = dataclasses.replace(cut, source=found, transposed=transposed)
             if not same_cut(cuts.setdefault(found, own), own):
                 raise UnsupportedError(f"model: {found} is read with several selections")
     for piece in pieces:
         for path in piece.whole:
-            found = name_of(piece, path) if not path.startswith("_") else None
+            found = None if path.startswith("_") else name_of(piece, path)[0]
             if found in cuts:
                 raise UnsupportedError(
                     f"model: {found} is narrowed by one reader and read whole as {path} by another; keep one of the "

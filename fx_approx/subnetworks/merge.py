@@ -50,6 +50,7 @@ def _zero_unread(weight: Tensor, record: Subnetwork, name: str) -> None:
     """Sets the columns of ``weight`` to zero that the subnetwork does not read, in the rows that it has."""
     cut = record.cut_of(name)
     assert cut.inputs is not None
+    weight = weight.t() if cut.transposed else weight
     per_group = weight.shape[0] // cut.groups
     for group, index in enumerate(cut.inputs.indices):
         read = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)

@@ -52,8 +52,7 @@ class Phases:
         """Begins with step 0.
 
         Args:
-            model: A transformed model whose selections are made ahead, or a backend that has compiled one: its model has
-                been called in training.
+            model: A transformed model whose selections are made ahead, or a backend that compiles one.
             optimizer: Of its parameters.
             schedule: The ratio at each step; where it is 1 the full model trains exactly.
             interval: Steps from one selection to the next within a phase; None keeps the first.
@@ -66,7 +65,7 @@ class Phases:
 
         Raises:
             TypeError: An argument of the wrong type.
-            ValueError: ``model`` is not transformed, or ``interval`` is below 1; of a backend, it has compiled no model
+            ValueError: ``model`` is not transformed, or ``interval`` is below 1; of a backend, it compiles no model
                 yet, or there are no ``example_inputs``.
         """
         if not isinstance(schedule, Schedule):
