@@ -164,9 +164,7 @@ class _Lifter:
         held = tuple(parameters.items())
         scalars = frozenset(position for position in self.inputs if _is_number(given[position]))
         turned, special = frozenset(self.turned), higher_order(self.gm)
-        return LayerRecovery(
-            self.root, captured, tuple(self.inputs), held, marks, scalars, turned, special, self.frame
-        )
+        return LayerRecovery(self.root, captured, tuple(self.inputs), held, marks, scalars, turned, special, self.frame)
 
     def _path(self, node: fx.Node) -> str | None:
         """Where the parameter or buffer that an input stands for is in the skeleton; None for another input."""
@@ -300,9 +298,7 @@ class _Lifter:
             return (given["input"],), {}
         return None
 
-    def _turned_call(
-        self, node: fx.Node, copy: fx.Node, owner: str
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _turned_call(self, node: fx.Node, copy: fx.Node, owner: str) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """What ``owner`` is called with as a linear layer, if ``copy`` multiplies by its weight ``[inputs, outputs]``.
 
         Only if nothing else reads that weight: in the skeleton it stands transposed.

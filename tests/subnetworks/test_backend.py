@@ -165,6 +165,21 @@ def test_plain_sgd_is_that_of_the_compiled_model_under_one_selection(build: Call
     assert "no config of its class describes it" in record_of(sub).notes[0]
 
 
+def test_layers_that_store_their_weight_transposed_and_sizes_of_heads_in_attributes() -> None:
+    sub = assert_trains_alike(compiled(gpt2, Override({"*c_proj": HALF}, Exact())))
+    block = sub.transformer.h[0]
+    assert [(layer.nx, layer.nf) for layer in (block.attn.c_attn, block.attn.c_proj)] == [(64, 96), (32, 64)]
+    assert (block.attn.split_size, block.attn.num_heads, block.attn.embed_dim) == (32, 2, 64)
+    assert block.mlp.c_fc.weight.shape == (64, 128) and block.mlp.c_fc.weight.is_contiguous()
+    assert sub.generate(tokens()[:2], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 11)
+
+
+def test_tied_weights_of_which_one_place_would_be_narrow_are_named() -> None:
+    _, backend, batch = compiled(gpt2, Override({"lm_head": HALF}, Exact()))
+    with pytest.raises(UnsupportedError, match=r"transformer\.wte\.weight is narrowed by one reader and read whole"):
+        extract(backend, example_inputs=batch)
+
+
 @pytest.mark.slow
 def test_heads_that_share_keys_go_in_whole_groups() -> None:
     # Its norms are in float32, where sums of the gradients differ in order.
@@ -196,6 +211,7 @@ def test_the_config_follows_and_the_model_is_saved_and_loaded_again(tmp_path: Pa
     ("build", "layer"),
     [
         (bert, "*output.dense"),
+        pytest.param(gpt2, "*mlp.c_proj", marks=SLOW),
         pytest.param(distilbert, "*lin2", marks=SLOW),
         pytest.param(vit, "*fc2", marks=SLOW),
     ],
