@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fx_approx.capture.error_text import describe
-from fx_approx.capture.module_snapshot import TensorSnapshot, kept_training_flags
 from fx_approx.capture.trace import kept_random_state, skeleton
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.exact import exact_copy
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.repeatable import Randomness
-from fx_approx.runtime.snapshot import undone
+from fx_approx.runtime.snapshot import kept_values
 from fx_approx.runtime.upcoming import next_selections
 from fx_approx.runtime.validation import check_inputs
 from fx_approx.sampling.base import Selection
@@ -239,30 +238,22 @@ class _Run:
     def expected(self, quiet: bool) -> Any:
         """What the graphs compute in training, at the selections; the model is as before afterwards."""
         self.pieces.quiet = quiet
-        with undone(self.handle), torch.enable_grad():
-            if not self.model.training:
-                self.model.train()
-            torch.manual_seed(0)
-            with self.handle.replaced(self.pieces):
-                return self.handle.compiled(self.model)(*self.args, **dict(self.kwargs))
+        with self.handle.replaced(self.pieces):
+            return self._called(self.model, self.handle.compiled(self.model))
 
     def misfit(self, sub: nn.Module, expected: Any) -> str:
         """Why ``sub`` does not compute that; empty if it does."""
         try:
-            if not difference(self._own(sub, quiet=True), expected):
+            if not difference(self._called(sub, _quietly(sub)), expected):
                 return ""
             # What runs between the graphs does drop at random.
-            return difference(self._own(sub, quiet=False), self.expected(quiet=False))
+            return difference(self._called(sub, sub), self.expected(quiet=False))
         except Exception as error:  # whatever a forward says of narrow layers
             return f"its own Python does not run on narrow layers: {describe(error)}"
 
-    def _own(self, sub: nn.Module, quiet: bool) -> Any:
-        states = TensorSnapshot(sub.buffers())
-        try:
-            with kept_random_state(), torch.enable_grad(), kept_training_flags(sub.modules()):
-                if not sub.training:
-                    sub.train()
-                torch.manual_seed(0)
-                return (_quietly(sub) if quiet else sub)(*self.args, **dict(self.kwargs))
-        finally:
-            states.restore()
+    def _called(self, module: nn.Module, call: Callable[..., Any]) -> Any:
+        with kept_random_state(), kept_values(module), torch.enable_grad():
+            if not module.training:
+                module.train()
+            torch.manual_seed(0)
+            return call(*self.args, **dict(self.kwargs))

@@ -120,7 +120,7 @@ def _equal(one: Any, other: Any) -> bool:
         close = {"rtol": 2e-2, "atol": 2e-2} if coarse else {"rtol": 1e-4, "atol": 1e-5}
         return torch.allclose(one, other, **close, equal_nan=True)
     # Objects that know no equality, as a cache of keys and values.
-    unknown = type(one).__eq__ is object.__eq__
+    unknown = getattr(type(one), "__eq__", None) is object.__eq__
     return type(one) is type(other) if unknown else bool(one == other)
 
 

@@ -72,11 +72,11 @@ class Phases:
             raise TypeError(f"schedule: expected a schedule such as Constant(0.5), got {schedule!r}")
         if interval is not None:
             check_step("interval", interval, 1)
+        if isinstance(model, GraphHandle) and example_inputs is None:
+            raise ValueError("example_inputs: expected a batch, which a subnetwork of a backend's model is tried on")
+        self._full: nn.Module
+        self._source: nn.Module | GraphHandle
         if isinstance(model, GraphHandle):
-            if example_inputs is None:
-                raise ValueError(
-                    "example_inputs: expected a batch, which a subnetwork of a backend's model is tried on"
-                )
             self._full, self._source = model.compiled(model.model("Phases")), model
         else:
             self._full = self._source = find(model)
