@@ -226,6 +226,21 @@ def test_hidden_units_are_in_the_config(build: Callable[[], Made], layer: str, t
     assert torch.equal(again.eval()(**batch).logits, sub.eval()(**batch).logits)
 
 
+@pytest.mark.slow
+def test_a_trainer_takes_a_subnetwork_as_any_model(tmp_path: Path) -> None:
+    library = transformers()
+    pytest.importorskip("accelerate")
+    model, backend, batch = compiled(bert)
+    sub = extract(backend, example_inputs=batch).float()
+    rows = [{name: value[row] for name, value in batch.items()} for row in range(4)]
+    before = sub.bert.pooler.dense.weight.detach().clone()
+    how = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True, "save_strategy": "no"}
+    library.Trainer(sub, library.TrainingArguments(str(tmp_path), **how), train_dataset=rows).train()
+    assert not torch.equal(sub.bert.pooler.dense.weight, before)
+    merge(sub, model)
+    assert record_of(sub).merged
+
+
 # ---- models of the user's own
 
 
