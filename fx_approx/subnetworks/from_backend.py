@@ -15,6 +15,7 @@ from fx_approx.capture.trace import kept_random_state, skeleton
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.exact import exact_copy
+from fx_approx.runtime.graph_program import PROLOGUE
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.repeatable import Randomness
 from fx_approx.runtime.snapshot import kept_values
@@ -37,14 +38,14 @@ class _Piece:
     Attributes:
         approx: The graph.
         chosen: The selections.
-        run: Computes the same with narrow layers.
+        run: Computes what it does, all of its channels that are read.
         cuts: By path in ``approx``, what is cut of its tensors.
         whole: Paths of the tensors that it reads as they are.
     """
 
     approx: ApproxModule
     chosen: tuple[Selection | None, ...]
-    run: nn.Module
+    run: Callable[..., Any]
     cuts: Mapping[str, Cut]
     whole: frozenset[str]
 
@@ -105,7 +106,7 @@ def recut_from_backend(
 
 
 class _Pieces:
-    """Has the graphs of a backend run at fixed selections, each specialised when it is called first.
+    """Has the graphs of a backend run at fixed selections, which are made when each is called first.
 
     Attributes:
         made: The graphs, in the order of their first calls.
@@ -138,7 +139,7 @@ class _Pieces:
         maker = Specializer(skeleton(exact_copy(approx)), approx, chosen)
         made = maker.run(graph)
         whole = frozenset(_read(made, maker.root)) - set(maker.cuts)
-        return _Piece(approx, chosen, fx.GraphModule(maker.root, made), maker.cuts, whole)
+        return _Piece(approx, chosen, _AtSelections(approx, chosen).run, maker.cuts, whole)
 
     def chosen(self) -> tuple[Selection | None, ...]:
         """All selections.
@@ -154,6 +155,21 @@ class _Pieces:
                 f"selections: expected {len(found)}, one for each that the graphs make, got {len(self.given)} more"
             )
         return found
+
+
+class _AtSelections(fx.Interpreter):
+    """Runs the graph of a transformed model at given selections; nothing of its sampling state moves."""
+
+    def __init__(self, approx: ApproxModule, chosen: tuple[Selection | None, ...]) -> None:
+        super().__init__(approx, graph=approx._fx_approx.program.graph)
+        self.chosen = chosen
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target == f"{PROLOGUE}.resample":
+            return self.chosen
+        if target == PROLOGUE or str(target).startswith(f"{PROLOGUE}.o"):  # randomness, and what scores learn from
+            return None
+        return super().call_module(target, args, kwargs)
 
 
 def _read(graph: fx.Graph, root: nn.Module) -> list[str]:

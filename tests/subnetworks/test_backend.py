@@ -436,16 +436,26 @@ def test_what_cannot_be_cut_out_says_why() -> None:
         extract(backend, example_inputs=batch)
 
 
-def test_tensors_that_graphs_read_in_two_ways_are_named() -> None:
+def test_tensors_that_are_read_in_two_ways_are_refused() -> None:
+    class Decayed(Blocks):
+        def forward(self, x: Tensor) -> Tensor:
+            loss = (x + self.down(F.gelu(self.up(x)))).square().mean()
+            return loss + self.down.weight.square().sum()
+
     class Twice(Blocks):
         def forward(self, x: Tensor) -> Tensor:
             x = x + self.down(F.gelu(self.up(x)))
             torch._dynamo.graph_break()
             return (x + self.up(x).mean()).square().mean()
 
-    _, backend, batch = compiled(lambda: (Twice(), {"x": torch.randn(4, 5, 16)}), Override({"down": HALF}, Exact()))
-    with pytest.raises(UnsupportedError, match=r"Twice: it gives other numbers on narrow layers"):
-        extract(backend, example_inputs=batch)
+    for kind in (Twice, Decayed):
+
+        def build(kind: type[nn.Module] = kind) -> Made:
+            return kind(), {"x": torch.randn(4, 5, 16)}
+
+        _, backend, batch = compiled(build, Override({"down": HALF}, Exact()))
+        with pytest.raises(UnsupportedError, match="it gives other numbers on narrow layers"):
+            extract(backend, example_inputs=batch)
 
 
 def test_python_that_names_sizes_in_no_attribute_does_not_serve() -> None:
