@@ -72,6 +72,7 @@ def description(sub: nn.Module) -> dict[str, Any]:
                 "outputs": table.number(cut.outputs),
                 "groups": cut.groups,
                 "depthwise": cut.depthwise,
+                "transposed": cut.transposed,
             }
             for name, cut in record.cuts.items()
         },
@@ -111,7 +112,7 @@ def record_from(data: Any, model: nn.Module) -> Subnetwork:
         return None if number is None else selections[number]
 
     cuts = {
-        name: Cut(name, of(one["inputs"]), of(one["outputs"]), one["groups"], one["depthwise"])
+        name: Cut(name, of(one["inputs"]), of(one["outputs"]), one["groups"], one["depthwise"], one["transposed"])
         for name, one in data["cuts"].items()
     }
     origin = Origin(data["model"], data["attributes"], data["beyond"], data["plan"], data["prune_unread"])
@@ -132,10 +133,12 @@ def _compare(then: Mapping[str, Any], now: Mapping[str, Any], name: str) -> None
             )
 
 
-def origin_of(approx: ApproxModule, sub: nn.Module) -> Origin:
-    """What ``sub`` was made from, a subnetwork of ``approx``."""
-    record = approx._fx_approx.record
-    return origin_between(exact_copy(approx), sub, record.plan.to_dict(), record.prunes)
+def origin_of(full: nn.Module, sub: nn.Module) -> Origin:
+    """What ``sub`` was made from, a subnetwork of ``full``, a transformed model or one of a backend."""
+    if not isinstance(full, ApproxModule):
+        return origin_between(full, sub, None, True)
+    record = full._fx_approx.record
+    return origin_between(exact_copy(full), sub, record.plan.to_dict(), record.prunes)
 
 
 def origin_between(full: nn.Module, sub: nn.Module, plan: Mapping[str, Any] | None, prunes: bool) -> Origin:

@@ -19,10 +19,12 @@ from fx_approx.compiler.graph_view import extractor
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.exact import exact_copy
+from fx_approx.runtime.handle import GraphHandle
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.derivations import same_selections
 from fx_approx.subnetworks.description import origin_of
+from fx_approx.subnetworks.from_backend import extract_from_backend
 from fx_approx.subnetworks.record import (
     ModelReference,
     Subnetwork,
@@ -38,7 +40,7 @@ _NO_EXAMPLE = "no example_inputs were given, to see whether the model's own Pyth
 
 
 def extract(
-    model: nn.Module,
+    model: nn.Module | GraphHandle,
     selections: Sequence[Selection | None] | None = None,
     *,
     example_inputs: Any = None,
@@ -51,11 +53,12 @@ def extract(
     other. :func:`fx_approx.subnetworks.merge` writes it back.
 
     Args:
-        model: A transformed model, or what wraps it, all of whose selections are made ahead (scores ``weight``, ``ema``
-            or ``uniform``).
+        model: A transformed model, or what wraps it, or a backend that has compiled one; all selections are made ahead
+            (scores ``weight``, ``ema`` or ``uniform``).
         selections: One for each selection that the model makes, in its order; by default those of its next step.
         example_inputs: A batch as the model is called with it. With it, the model's own Python runs the subnetwork
-            where it gives the same numbers as the graph; without it the graph does.
+            where it gives the same numbers as the graph; without it the graph does. Required with a backend, whose
+            graphs are of parts.
         process_group: Ranks of torch.distributed that train the subnetwork together, ``dist.group.WORLD`` for all:
             they compare the selections, and are to call this alike. None compares nothing, so that one rank may call.
 
@@ -64,11 +67,14 @@ def extract(
         ``subnetworks.record_of(sub).reason`` says why.
 
     Raises:
-        ValueError: ``model`` is not transformed, samples nothing, or ``selections`` are of another model.
+        ValueError: ``model`` is not transformed, samples nothing, ``selections`` are of another model, or a backend has
+            compiled none yet or is given no ``example_inputs``.
         UnsupportedError: A selection follows the activations, the forward could not be traced whole, or one layer is
-            called with several selections.
+            called with several selections; with a backend, the model's own Python does not serve.
         DistributedMismatchError: The selections differ between the ranks of ``process_group``, on every rank.
     """
+    if isinstance(model, GraphHandle):
+        return extract_from_backend(model, selections, example_inputs, process_group)
     approx = find(model)
     runtime = approx._fx_approx
     graph = runtime.program.graph

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx.ops.channel_slices import keep_columns
-from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.runtime.approx_module import ApproxModule
+from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.sharding import whole_tensor
 from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.record import (
     Subnetwork,
     check_origin,
+    full_model,
     record_of,
     subnetwork_in,
     tensors_of,
@@ -19,13 +21,13 @@ from fx_approx.subnetworks.record import (
 )
 
 
-def merge(sub: nn.Module, model: nn.Module, *, preserve: bool = False) -> None:
+def merge(sub: nn.Module, model: nn.Module | GraphHandle, *, preserve: bool = False) -> None:
     """Writes the weights and running statistics of ``sub`` to their places in ``model``; nothing else changes.
 
     Args:
         sub: What :func:`fx_approx.subnetworks.extract` returned, trained since, or what wraps it, such as
             ``torch.optim.swa_utils.AveragedModel``. It stays as it is.
-        model: The model that it was cut out of, or a copy of that.
+        model: The model that it was cut out of, or a copy of that; of a backend's, the model itself or the backend.
         preserve: Set the weights to zero by which the full model reads what ``sub`` does not have, so that the exact
             model computes what ``sub`` does; see :func:`fx_approx.schedules.zero_unread_weights`.
 
@@ -34,7 +36,8 @@ def merge(sub: nn.Module, model: nn.Module, *, preserve: bool = False) -> None:
             or, with ``preserve``, a sampler scales what it reads, so that no exact model computes the same. Nothing is
             changed then.
     """
-    record, approx = record_of(sub), find(model)
+    record = record_of(sub)
+    approx = full_model(record, model)
     _check(record, approx, preserve)
     own, full = tensors_of(subnetwork_in(sub)), tensors_of(approx)
     missing = sorted(name for name in full if name not in own)
@@ -51,7 +54,9 @@ def merge(sub: nn.Module, model: nn.Module, *, preserve: bool = False) -> None:
                 zero_unread(tensor, cut)
             cut.put(tensor, whole_tensor(own[name]))
     if preserve:  # the statistics of what is read were gathered by the network that the exact model is now
-        approx._fx_approx.batchnorm.note_fresh(approx, approx._fx_approx.samples)
+        for one in model.pieces if isinstance(model, GraphHandle) else (approx,):
+            if isinstance(one, ApproxModule):
+                one._fx_approx.batchnorm.note_fresh(one, one._fx_approx.samples)
     record.merged = True
     record.versions = versions_of(approx)
 
@@ -65,12 +70,13 @@ def zero_unread(weight: Tensor, cut: Cut) -> None:
     """
     if cut.inputs is None or weight.dim() < 2:
         return
+    weight = weight.t() if cut.transposed else weight
     index = cut.inputs.indices.to(weight.device)
     read = torch.zeros(index.shape[0], weight.shape[1], dtype=torch.bool, device=weight.device).scatter_(1, index, True)
     keep_columns(weight, read)
 
 
-def _check(record: Subnetwork, approx: ApproxModule, preserve: bool) -> None:
+def _check(record: Subnetwork, approx: nn.Module, preserve: bool) -> None:
     check_origin(record, approx)
     if record.merged:
         raise ValueError("sub: it was written back before; call reselect or extract to go on")

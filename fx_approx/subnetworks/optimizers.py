@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fx_approx.errors import UnsupportedError
-from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.sharding import is_shard
 from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.moments import (
@@ -22,7 +22,7 @@ from fx_approx.subnetworks.moments import (
     put_gradient,
     put_moments,
 )
-from fx_approx.subnetworks.record import Subnetwork, check_origin, record_of, subnetwork_in
+from fx_approx.subnetworks.record import Subnetwork, check_origin, full_model, record_of, subnetwork_in
 
 Rest = Literal["cpu", "keep", "drop"]
 
@@ -45,7 +45,9 @@ class _Moved:
 _moved: weakref.WeakKeyDictionary[Optimizer, _Moved] = weakref.WeakKeyDictionary()
 
 
-def narrow_optimizer(optimizer: Optimizer, sub: nn.Module, model: nn.Module, *, rest: Rest = "cpu") -> None:
+def narrow_optimizer(
+    optimizer: Optimizer, sub: nn.Module, model: nn.Module | GraphHandle, *, rest: Rest = "cpu"
+) -> None:
     """Has an optimiser of the full model train ``sub`` instead, with its moments cut out.
 
     It stays the same object with the same groups, so that schedulers of rates, gradient scalers and hooks go on.
@@ -61,7 +63,7 @@ def narrow_optimizer(optimizer: Optimizer, sub: nn.Module, model: nn.Module, *, 
     Args:
         optimizer: Of parameters of ``model``, all or some; changed in place.
         sub: What :func:`fx_approx.subnetworks.extract` returned, or what wraps it.
-        model: The model that it was cut out of.
+        model: The model that it was cut out of; of a backend's, the model itself or the backend.
         rest: Where the full moments wait: ``"cpu"``; ``"keep"``, where they are; ``"drop"``, nowhere: what ``sub`` does
             not have begins as in a new optimiser, but for the count of steps.
 
@@ -91,9 +93,10 @@ def narrow_optimizer(optimizer: Optimizer, sub: nn.Module, model: nn.Module, *, 
     _moved[optimizer] = moved
 
 
-def check_optimizer(optimizer: Optimizer, sub: nn.Module, model: nn.Module, rest: Rest = "cpu") -> _Moved:
+def check_optimizer(optimizer: Optimizer, sub: nn.Module, model: nn.Module | GraphHandle, rest: Rest = "cpu") -> _Moved:
     """Where the parts of an optimiser would be that :func:`narrow_optimizer` moves; errors as there."""
-    record, approx = record_of(sub), find(model)
+    record = record_of(sub)
+    approx = full_model(record, model)
     check_origin(record, approx)
     if optimizer in _moved:
         raise ValueError("optimizer: it works on a subnetwork already; call widen_optimizer first")
@@ -167,9 +170,7 @@ def restore_moments(optimizer: Optimizer, moments: Mapping[str, State]) -> None:
     moved.waiting = {name: _put_away(dict(state), moved.rest) for name, state in moments.items()}
 
 
-def _counterparts(
-    sub: nn.Module, record: Subnetwork, approx: ApproxModule
-) -> dict[Tensor, tuple[nn.Parameter, str, Cut]]:
+def _counterparts(sub: nn.Module, record: Subnetwork, approx: nn.Module) -> dict[Tensor, tuple[nn.Parameter, str, Cut]]:
     own = dict(subnetwork_in(sub).named_parameters(remove_duplicate=False))
     sharded = next((name for name, compact in own.items() if is_shard(compact)), None)
     if sharded is not None:

@@ -14,17 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from fx_approx.analysis.scalar_logger import ScalarLogger
-from fx_approx.distributed.agreement import check_chosen
 from fx_approx.errors import BatchNormWarning
-from fx_approx.runtime.approx_module import find
-from fx_approx.runtime.controls import set_each, synchronize_scores
-from fx_approx.runtime.rng import SELECTION_INTERVAL
-from fx_approx.runtime.upcoming import use_up
+from fx_approx.runtime.controls import set_each
+from fx_approx.runtime.handle import GraphHandle
 from fx_approx.sampling.base import Selection
 from fx_approx.schedules.preserve import check_preservable
 from fx_approx.schedules.ratio_scheduler import RatioScheduler
 from fx_approx.schedules.schedule import Schedule, check_step
-from fx_approx.subnetworks.extract import extract
 from fx_approx.subnetworks.merge import merge
 from fx_approx.subnetworks.optimizers import (
     Rest,
@@ -35,8 +31,8 @@ from fx_approx.subnetworks.optimizers import (
     widen_optimizer,
 )
 from fx_approx.subnetworks.record import record_of
-from fx_approx.subnetworks.reselect import cut_anew, fits
 from fx_approx.subnetworks.selections import Selections, selections_of
+from fx_approx.subnetworks.source import TransformedSource, source_of
 
 _KEYS = {"scheduler", "since", "sub"}
 
@@ -80,7 +76,7 @@ class Phases:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | GraphHandle,
         optimizer: Optimizer,
         schedule: Schedule | Mapping[str, Schedule],
         *,
@@ -94,7 +90,7 @@ class Phases:
         """Begins with step 0.
 
         Args:
-            model: A transformed model whose selections are made ahead.
+            model: A transformed model whose selections are made ahead, or a backend that has compiled one.
             optimizer: Of its parameters.
             schedule: The ratio at each step, for all layers or by glob on their names, as in
                 :class:`fx_approx.schedules.RatioScheduler`; where all layers are exact the full model trains.
@@ -106,7 +102,7 @@ class Phases:
             rest: Where the moments of what the subnetwork does not have wait, see
                 :func:`fx_approx.subnetworks.narrow_optimizer`.
             example_inputs: A batch, so that subnetworks may run the model's own Python, see
-                :func:`fx_approx.subnetworks.extract`.
+                :func:`fx_approx.subnetworks.extract`. Required with a backend.
             wrap: Makes of the full model, and of each subnetwork, what is called: ``torch.compile``, or
                 ``DistributedDataParallel``. It is called once for each; a new selection goes into the same tensors, so
                 that nothing is compiled again. The last subnetwork waits through full phases, and serves again where
@@ -133,27 +129,28 @@ class Phases:
             raise ValueError(f"rest: expected 'cpu', 'keep' or 'drop', got {rest!r}")
         if wrap is not None and not callable(wrap):
             raise TypeError(f"wrap: expected what makes a module of a module, such as torch.compile, got {wrap!r}")
-        self._full, self._optimizer, self._wrap = find(model), optimizer, wrap
-        every = int(self._full._fx_approx.state[SELECTION_INTERVAL])
+        self._source = source_of(model, example_inputs)
+        self._full, self._optimizer, self._wrap = self._source.full, optimizer, wrap
+        every = self._source.interval
         self._interval = interval if interval is not None or every == 1 else every
-        self._preserve, self._rest, self._example = preserve, rest, example_inputs
-        if preserve:
-            check_preservable(self._full, "preserve")
+        self._preserve, self._rest = preserve, rest
+        for piece in self._source.pieces if preserve else ():
+            check_preservable(piece, "preserve")
         self._try()
         self._outer: nn.Module | None = None
         self._phase: _Phase | None = None
         self._idle: _Phase | None = None
         self._since = 0
         self._stepped = False
-        before = {one: (one.spec.ratio, one.enabled) for one in self._full._fx_approx.selectors.values()}
+        before = self._source.settings()
         with warnings.catch_warnings():
             if preserve:  # what a phase gathers fits the exact model then, see merge
                 warnings.simplefilter("ignore", BatchNormWarning)
-            self._scheduler = RatioScheduler(self._full, schedule, log=log)
+            self._scheduler = RatioScheduler(self._source.given, schedule, log=log)
         try:
             self._enter()
         except BaseException:
-            set_each(self._full, before)
+            set_each(self._source.given, before)
             raise
         reference = weakref.WeakMethod(self._note_step)
         optimizer.register_step_post_hook(lambda *_: None if (note := reference()) is None else note())
@@ -198,7 +195,7 @@ class Phases:
     def finish(self) -> nn.Module:
         """Writes the subnetwork back, if there is one; returns the full model, exact, which computes what that did."""
         self._leave(self._preserve, self._since)
-        set_each(self._full, {one: (one.spec.ratio, False) for one in self._full._fx_approx.selectors.values()})
+        self._source.switch_off()
         return self._full
 
     def _note_step(self) -> None:
@@ -212,14 +209,9 @@ class Phases:
 
     def _try(self) -> None:
         """Makes a subnetwork and throws it away: what does not work is said before the training, and not within it."""
-        resample = self._full._fx_approx.resample
-        shared = [] if resample is None else list(resample.each())
-        device = self._full._fx_approx.state.device
-        chosen = [
-            None if one.exact else Selection(torch.arange(one.k, device=device).repeat(one.groups, 1), None)
-            for one in shared
-        ]
-        check_optimizer(self._optimizer, extract(self._full, chosen or None), self._full)
+        sub = self._source.sample_sub()
+        if sub is not None:
+            check_optimizer(self._optimizer, sub, self._source.given)
 
     def _leave(self, preserve: bool, steps: int) -> None:
         """Back to the full model."""
@@ -233,10 +225,10 @@ class Phases:
 
     def _write_back(self, phase: _Phase, preserve: bool, steps: int) -> bool:
         """After so many steps; returns whether the next selection is another one."""
-        merge(phase.sub, self._full, preserve=preserve)
+        merge(phase.sub, self._source.given, preserve=preserve)
         self._clear_spent()
         widen_optimizer(self._optimizer, phase.sub)
-        return use_up(self._full, record_of(phase.sub).selections, steps)
+        return self._source.use_up(phase.sub, steps)
 
     def _clear_spent(self) -> None:
         if self._stepped:
@@ -245,45 +237,28 @@ class Phases:
     def _anew(self, phase: _Phase, steps: int) -> None:
         """Another selection within a phase."""
         if not self._write_back(phase, False, steps):
-            use_up(self._full, record_of(phase.sub).selections)
+            self._source.use_up(phase.sub, None)
         self._phase, self._idle = None, phase
-        self._begin(self._chosen())
+        self._begin(self._source.chosen(self._group()))
 
     def _enter(self) -> None:
         """A phase by the ratios of the moment, if they sample."""
         self._since = 0
         self._clear_spent()
-        if self._full._fx_approx.samples:
-            self._begin(self._chosen())
+        if self._source.samples:
+            self._begin(self._source.chosen(self._group()))
 
-    def _chosen(self) -> Selections:
-        """The next selections, equal on all ranks."""
-        group = self._group()
-        if group is not None:
-            synchronize_scores(self._full, group)
-        chosen = selections_of(self._full, None, group)
-        resample = self._full._fx_approx.resample
-        if resample is not None and not resample.known:
-            raise ValueError(
-                "schedule: scores ema have learnt nothing yet, and a subnetwork teaches them nothing; expected exact "
-                "steps before the first phase, such as ExactWarmup(schedule, 50)"
-            )
-        return chosen
-
-    def _begin(self, chosen: Selections) -> None:
+    def _begin(self, chosen: Selections | None) -> None:
         """A phase by these selections, in the subnetwork that waits where that has their sizes."""
-        phase, setting = self._idle, self._full._fx_approx.setting
-        if phase is not None and phase.setting == setting and fits(record_of(phase.sub), chosen):
-            cut_anew(phase.sub, record_of(phase.sub), self._full, chosen)
-        else:
-            compared = self._group() is not None
+        phase, setting, known = self._idle, self._source.setting, self._group()
+        if phase is None or phase.setting != setting or not self._source.anew(phase.sub, chosen, known):
             phase = self._idle = None  # before the next one takes memory
-            sub = extract(self._full, chosen, example_inputs=self._example)
+            sub = self._source.make(chosen, known)
             phase = _Phase(sub, self._wrapped(sub), setting)
             group = _group(phase.outer)
-            if group is not None and not compared:
-                check_chosen(self._full, chosen, group)
-        narrow_optimizer(self._optimizer, phase.sub, self._full, rest=self._rest)
+            if group is not None and known is None:
+                self._source.compare(sub, group)
+        narrow_optimizer(self._optimizer, phase.sub, self._source.given, rest=self._rest)
         self._phase, self._idle, self._since = phase, None, 0
 
     def _group(self) -> Any:
@@ -318,7 +293,8 @@ class Phases:
         given: Selections | None = None
         if state["sub"] is not None:
             given = tuple(None if one is None else Selection(*one) for one in state["selections"])
-            given = selections_of(self._full, given, self._group())
+            if isinstance(self._source, TransformedSource):
+                given = selections_of(self._source.approx, given, self._group())
         self._scheduler.load_state_dict(state["scheduler"])
         if self._phase is not None:
             widen_optimizer(self._optimizer, self._phase.sub)

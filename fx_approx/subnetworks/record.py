@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fx_approx._compat import keep_in_copies, version_of
+from fx_approx.runtime.approx_module import find, unwrapped
+from fx_approx.runtime.handle import GraphHandle
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.derivations import Recipe
@@ -72,6 +74,9 @@ class Subnetwork:
         origin: What it was made from; None where that is not known.
         model: The model that it was cut out of; of a copy nobody knows whether it was changed.
         recipe: How ``cuts`` and the buffers with indices follow from ``selections``; None where that is not known yet.
+        graphs: Of what a backend of ``torch.compile`` runs, the names of the tensors that each graph works with, in the
+            order in which they make their selections; empty for a transformed model.
+        notes: What its user should know, as that its config does not describe it.
     """
 
     cuts: Mapping[str, Cut]
@@ -84,6 +89,8 @@ class Subnetwork:
     origin: Origin | None = None
     model: ModelReference = dataclasses.field(default_factory=ModelReference)
     recipe: Recipe | None = None
+    graphs: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def cut_of(self, name: str) -> Cut:
         """What the parameter or buffer ``name`` holds of the full model's; all of it where nothing is cut off."""
@@ -119,6 +126,22 @@ def record_of(sub: nn.Module) -> Subnetwork:
     """
     record: Subnetwork = vars(subnetwork_in(sub))[RECORD]
     return record
+
+
+def full_model(record: Subnetwork, model: nn.Module | GraphHandle) -> nn.Module:
+    """The full model of a subnetwork in ``model``: the transformed one, or the user's own that a backend compiles.
+
+    Raises:
+        TypeError: ``model`` is no module, and no backend whose graphs the subnetwork was cut out of.
+        ValueError: It is not transformed, or the backend has compiled no model, or several.
+    """
+    if not record.graphs:
+        return find(model)  # type: ignore[arg-type]
+    if isinstance(model, GraphHandle):
+        return model.model("a subnetwork")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected the model that the backend compiles, or the backend, got {model!r}")
+    return unwrapped(model)
 
 
 def check_origin(record: Subnetwork, model: nn.Module) -> None:

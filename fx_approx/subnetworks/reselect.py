@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.sharding import fill
 from fx_approx.runtime.upcoming import use_up
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.extract import extract
+from fx_approx.subnetworks.from_backend import recut_from_backend
 from fx_approx.subnetworks.record import (
     Subnetwork,
     check_origin,
+    full_model,
     record_of,
     subnetwork_in,
     tensors_of,
@@ -26,7 +29,7 @@ from fx_approx.subnetworks.selections import Selections, selections_of
 
 def reselect(
     sub: nn.Module,
-    model: nn.Module,
+    model: nn.Module | GraphHandle,
     selections: Sequence[Selection | None] | None = None,
     *,
     process_group: Any = None,
@@ -38,7 +41,7 @@ def reselect(
 
     Args:
         sub: What :func:`fx_approx.subnetworks.extract` returned, or what wraps it.
-        model: The model that it was cut out of.
+        model: The model that it was cut out of; of a backend's, the backend, which must have run since it was changed.
         selections: As in ``extract``. By default the model's next ones: its random state goes on to the next
             selection, as by the steps that ``sub`` has taken in its place.
         process_group: As in ``extract``.
@@ -53,15 +56,44 @@ def reselect(
         DistributedMismatchError: The selections differ between the ranks of ``process_group``, on every rank; the same
             holds.
     """
-    record, approx = record_of(sub), find(model)
-    check_origin(record, approx)
+    record = record_of(sub)
+    check_origin(record, full_model(record, model))
     if not record.merged:
         raise ValueError("sub: what it has learnt would be lost; call fx_approx.subnetworks.merge(sub, model) first")
+    if record.graphs:
+        if not isinstance(model, GraphHandle):
+            raise ValueError("model: expected the backend that compiles it, whose graphs make the selections")
+        return reselect_graphs(subnetwork_in(sub), record, model, selections, process_group)
+    approx = find(model)  # type: ignore[arg-type]
     if selections is None:
         use_up(approx, record.selections)
     chosen = selections_of(approx, selections, process_group)
     cut_anew(subnetwork_in(sub), record, approx, chosen)
     return chosen
+
+
+def reselect_graphs(
+    sub: nn.Module,
+    record: Subnetwork,
+    handle: GraphHandle,
+    selections: Sequence[Selection | None] | None,
+    process_group: Any = None,
+) -> Selections:
+    """The same for the model of a backend, all checked; errors as :func:`reselect`."""
+    new, again = recut_from_backend(sub, handle, selections, process_group)
+    old = tensors_of(sub)
+    for name in dict.fromkeys((*old, *new)):
+        mine, other = (None if name not in one else tuple(one[name].shape) for one in (old, new))
+        if mine != other:
+            raise ValueError(
+                f"selections: {name} would have the shape {other}, expected {mine}, which it has in sub: another ratio "
+                "needs another subnetwork; call fx_approx.subnetworks.extract"
+            )
+    with torch.no_grad():
+        for name, tensor in _each_once(old):
+            fill(tensor, new[name])
+    record.cuts, record.selections, record.versions, record.merged = again.cuts, again.selections, again.versions, False
+    return record.selections
 
 
 def cut_anew(sub: nn.Module, record: Subnetwork, approx: ApproxModule, chosen: Selections) -> None:

@@ -31,13 +31,14 @@ def selections_of(
         chosen = next_selections(approx)
     else:
         chosen = tuple(given)
-        _check(approx, chosen)
+        check_selections(approx, chosen)
     if process_group is not None:
         check_chosen(approx, chosen, process_group)
     return chosen
 
 
-def _check(approx: ApproxModule, chosen: Selections) -> None:
+def check_selections(approx: ApproxModule, chosen: Sequence[Selection | None]) -> None:
+    """ValueError unless ``chosen`` has one selection, or None, for each that ``approx`` makes ahead."""
     shared = list(approx._fx_approx.resample.each()) if approx._fx_approx.resample is not None else []
     if len(chosen) != len(shared):
         raise ValueError(f"selections: expected {len(shared)}, one for each that the model makes, got {len(chosen)}")

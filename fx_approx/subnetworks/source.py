@@ -1,0 +1,202 @@
+"""What subnetworks are cut out of, for both frontends: a transformed model, or a backend's graphs."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fx_approx.distributed.agreement import check_chosen
+from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.runtime.controls import set_each, synchronize_scores
+from fx_approx.runtime.handle import GraphHandle
+from fx_approx.runtime.rng import SELECTION_INTERVAL
+from fx_approx.runtime.upcoming import use_up
+from fx_approx.sampling.base import Selection
+from fx_approx.subnetworks.extract import extract
+from fx_approx.subnetworks.from_backend import graphs_of
+from fx_approx.subnetworks.record import record_of
+from fx_approx.subnetworks.reselect import cut_anew, fits, reselect_graphs
+from fx_approx.subnetworks.selections import Selections, selections_of
+
+
+class Source(abc.ABC):
+    """Where :class:`fx_approx.subnetworks.Phases` gets its subnetworks.
+
+    Attributes:
+        given: The transformed model, or the backend, as functions on both take it.
+        full: What is called where no subnetwork is.
+        example: A batch, on which the model's own Python is tried.
+    """
+
+    given: ApproxModule | GraphHandle
+    full: nn.Module
+    example: Any
+
+    @property
+    @abc.abstractmethod
+    def pieces(self) -> tuple[ApproxModule, ...]:
+        """The transformed graphs."""
+
+    @abc.abstractmethod
+    def sample_sub(self) -> nn.Module | None:
+        """A subnetwork by any selections, to be thrown away; None where there is nothing to cut yet."""
+
+    @abc.abstractmethod
+    def chosen(self, group: Any) -> Selections | None:
+        """The next selections, equal on all ranks of ``group``; None where each graph tells when it is cut."""
+
+    @abc.abstractmethod
+    def anew(self, sub: nn.Module, chosen: Selections | None, group: Any) -> bool:
+        """Cuts ``sub`` anew in place; False, with nothing changed, where the sizes are others."""
+
+    @property
+    def interval(self) -> int:
+        """Steps that the transform keeps a selection for."""
+        return max((int(one._fx_approx.state[SELECTION_INTERVAL]) for one in self.pieces), default=1)
+
+    @property
+    def samples(self) -> bool:
+        """Whether a layer is sampled in training."""
+        return any(one._fx_approx.samples for one in self.pieces)
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """All ratios and switches."""
+        return tuple(one._fx_approx.setting for one in self.pieces)
+
+    def settings(self) -> dict[Any, tuple[float, bool]]:
+        """Ratio and switch of each selector, to be set again by ``set_each``."""
+        return {
+            one: (one.spec.ratio, one.enabled) for piece in self.pieces for one in piece._fx_approx.selectors.values()
+        }
+
+    def switch_off(self) -> None:
+        """Leaves the full model exact."""
+        set_each(self.given, {one: (ratio, False) for one, (ratio, _) in self.settings().items()})
+
+    def check_learnt(self) -> None:
+        """ValueError where selections would follow scores that have learnt nothing."""
+        for piece in self.pieces:
+            resample = piece._fx_approx.resample
+            if resample is not None and not resample.known:
+                raise ValueError(
+                    "schedule: scores ema have learnt nothing yet, and a subnetwork teaches them nothing; expected "
+                    "exact steps before the first phase, such as ExactWarmup(schedule, 50)"
+                )
+
+    def compare(self, sub: nn.Module, group: Any) -> None:
+        """DistributedMismatchError where ranks have cut by other selections."""
+        start, chosen = 0, record_of(sub).selections
+        for approx in self.graphs(sub):
+            count = _count(approx)
+            if count:
+                check_chosen(approx, chosen[start : start + count], group)
+            start += count
+
+    def use_up(self, sub: nn.Module, steps: int | None) -> bool:
+        """Counts steps that were taken by ``sub``; returns whether the next selections are made anew."""
+        start, chosen, over = 0, record_of(sub).selections, False
+        for approx in self.graphs(sub):
+            count = _count(approx)
+            over |= use_up(approx, chosen[start : start + count], steps)
+            start += count
+        return over
+
+    @abc.abstractmethod
+    def graphs(self, sub: nn.Module) -> Sequence[ApproxModule]:
+        """The graphs that ``sub`` was cut out of, in the order of its selections."""
+
+    def make(self, chosen: Selections | None, group: Any) -> nn.Module:
+        """A subnetwork by these selections."""
+        return extract(self.given, chosen, example_inputs=self.example, process_group=group)
+
+
+class TransformedSource(Source):
+    """A transformed model."""
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self.given = self.full = self.approx = find(model)
+        self.example = example
+
+    @property
+    def pieces(self) -> tuple[ApproxModule, ...]:
+        return (self.approx,)
+
+    def sample_sub(self) -> nn.Module | None:
+        resample, device = self.approx._fx_approx.resample, self.approx._fx_approx.state.device
+        chosen = [
+            None if one.exact else Selection(torch.arange(one.k, device=device).repeat(one.groups, 1), None)
+            for one in (() if resample is None else resample.each())
+        ]
+        return extract(self.approx, chosen or None)
+
+    def chosen(self, group: Any) -> Selections | None:
+        if group is not None:
+            synchronize_scores(self.approx, group)
+        found = selections_of(self.approx, None, group)
+        self.check_learnt()
+        return found
+
+    def anew(self, sub: nn.Module, chosen: Selections | None, group: Any) -> bool:
+        record = record_of(sub)
+        assert chosen is not None
+        if not fits(record, chosen):
+            return False
+        cut_anew(sub, record, self.approx, chosen)
+        return True
+
+    def graphs(self, sub: nn.Module) -> Sequence[ApproxModule]:
+        return (self.approx,)
+
+
+class BackendSource(Source):
+    """What a backend of ``torch.compile`` runs."""
+
+    def __init__(self, handle: GraphHandle, example: Any) -> None:
+        """Needs a batch.
+
+        Raises:
+            ValueError: There is no example, or the backend has compiled no model, or several.
+        """
+        if example is None:
+            raise ValueError("example_inputs: expected a batch, which a subnetwork of a backend's model is tried on")
+        self.given = self.handle = handle
+        self.full, self.example = handle.compiled(handle.model("Phases")), example
+
+    @property
+    def pieces(self) -> tuple[ApproxModule, ...]:
+        return self.handle.pieces
+
+    def sample_sub(self) -> nn.Module | None:
+        return None
+
+    def chosen(self, group: Any) -> Selections | None:
+        for piece in self.pieces if group is not None else ():
+            synchronize_scores(piece, group)
+        self.check_learnt()
+        return None
+
+    def anew(self, sub: nn.Module, chosen: Selections | None, group: Any) -> bool:
+        try:
+            reselect_graphs(sub, record_of(sub), self.handle, chosen, group)
+        except ValueError:
+            return False
+        return True
+
+    def graphs(self, sub: nn.Module) -> Sequence[ApproxModule]:
+        return graphs_of(record_of(sub), self.handle)
+
+
+def _count(approx: ApproxModule) -> int:
+    """Selections that a graph makes ahead."""
+    resample = approx._fx_approx.resample
+    return 0 if resample is None else len(resample.shared)
+
+
+def source_of(model: nn.Module | GraphHandle, example: Any) -> Source:
+    """What subnetworks of ``model`` are cut out of."""
+    return BackendSource(model, example) if isinstance(model, GraphHandle) else TransformedSource(model, example)
