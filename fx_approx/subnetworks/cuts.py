@@ -73,10 +73,13 @@ class Cut:
             if scaled and self.scaled:
                 value = value / self.scale(full)
             value = value.to(full.dtype)
+            if self.transposed and full.dim() == 2:
+                dataclasses.replace(self, transposed=False).put(full.t(), value.t(), scaled=False)
+                return
             if self.outputs is None:
                 self._put_inputs(full, value)
                 return
-            rows = self.outputs.indices[0]
+            rows = self.outputs.indices[0].to(full.device)
             if self.inputs is not None and full.dim() > 1:
                 inputs, value = value, full.index_select(0, rows)
                 self._put_inputs(value, inputs)
@@ -85,7 +88,7 @@ class Cut:
     def _put_inputs(self, rows: Tensor, value: Tensor) -> None:
         """Writes ``value``, which has the inputs that are there, into whole rows."""
         assert self.inputs is not None
-        index = self.inputs.indices
+        index = self.inputs.indices.to(rows.device)
         if self.groups == 1:
             rows.index_copy_(1, index[0], value)
             return
