@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import statistics
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -26,6 +27,7 @@ from fx_approx.subnetworks.record import check_origin, record_of, tensors_of
 from fx_approx.utils.tables import human
 from fx_approx.utils.timing import in_turn, seconds
 
+_COLUMNS = 100
 _ROUNDS, _WARMUP = 20, 3
 _BLOCK = 2e-3  # seconds: shorter calls are repeated within a measurement
 _KINDS = {
@@ -149,8 +151,10 @@ class Summary:
             disable_numparse=True,
         )
         form, _, reason = self.form.partition(": ")
-        head = f"{self.model} and its subnetwork ({form})"
-        return "\n".join([head, *(f"  {part}" for part in reason.split("; ") if part), table])
+        lines = [f"{self.model} and its subnetwork ({form})"]
+        for part in filter(None, reason.split("; ")):
+            lines += textwrap.wrap(part, _COLUMNS, initial_indent="  ", subsequent_indent="    ")
+        return "\n".join([*lines, table])
 
 
 def summary(
