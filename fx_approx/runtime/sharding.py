@@ -21,7 +21,7 @@ def is_shard(tensor: Tensor) -> bool:
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """``tensor``, gathered from all ranks if it is held in shards; all ranks are to call this alike then."""
-    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def fill(tensor: Tensor, whole: Tensor) -> None:
