@@ -40,13 +40,13 @@ def merge(sub: nn.Module, model: nn.Module | GraphHandle, *, preserve: bool = Fa
     approx = full_model(record, model)
     _check(record, approx, preserve)
     own, full = tensors_of(subnetwork_in(sub)), tensors_of(approx)
-    missing = sorted(name for name in full if name not in own)
+    missing = sorted(name for name in record.cuts if name not in own)
     if missing:
         raise ValueError(f"sub: it has no {missing[0]}, so that it is not what extract returned")
     done: set[int] = set()
     with torch.no_grad():
         for name, tensor in full.items():
-            if id(tensor) in done:  # tied: it has several names
+            if id(tensor) in done or name not in own:  # it has several names, or the graph of sub never reads it
                 continue
             done.add(id(tensor))
             cut = record.cut_of(name)

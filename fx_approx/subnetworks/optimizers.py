@@ -51,8 +51,9 @@ def narrow_optimizer(
     """Has an optimiser of the full model train ``sub`` instead, with its moments cut out.
 
     It stays the same object with the same groups, so that schedulers of rates, gradient scalers and hooks go on.
-    Parameters in it that are none of ``model`` stay where they are. A gradient that waits for a step is cut out, too;
-    the rest of it is dropped, as ``sub`` holds the rest of the weights. :func:`widen_optimizer` takes it back.
+    Parameters in it that are none of ``model``, or that its forward never reads, stay where they are. A gradient that
+    waits for a step is cut out, too; the rest of it is dropped, as ``sub`` holds the rest of the weights.
+    :func:`widen_optimizer` takes it back.
 
     Moments that belong to single entries are cut exactly, so that SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop,
     Adagrad, Adadelta, ASGD, Rprop and Lion go on as the full optimiser would with all else held. Adafactor's means over
@@ -178,7 +179,7 @@ def _counterparts(sub: nn.Module, record: Subnetwork, approx: nn.Module) -> dict
             f"sub: {sharded} is sharded, and no optimiser of whole parameters goes on with it; build one on "
             "sub.parameters()"
         )
-    return {own[name]: (full, name, record.cut_of(name)) for name, full in approx.named_parameters()}
+    return {own[name]: (full, name, record.cut_of(name)) for name, full in approx.named_parameters() if name in own}
 
 
 def _places(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], int, nn.Parameter]]:

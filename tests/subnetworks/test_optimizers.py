@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fx_approx
 from fx_approx.errors import UnsupportedError
+from fx_approx.policies import Uniform
 from fx_approx.runtime.approx_module import find
 from fx_approx.sampling import Selection
 from fx_approx.subnetworks import extract, merge, narrow_optimizer, record_of, reselect, widen_optimizer
@@ -361,6 +362,31 @@ def test_groups_keep_their_settings_and_take_others_on() -> None:
     assert optimizer.state[approx[5].weight]["momentum_buffer"].shape == approx[5].weight.shape
     steps(approx, optimizer, X, 1)
     assert told == [2, 3, 3]
+
+
+def test_what_no_forward_reads_stays_where_it_is() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.spare = nn.Linear(20, 16), nn.Linear(16, 4), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.second(self.first(x).relu())
+            return result
+
+    approx = fx_approx.transform(Unused().double(), Uniform(0.5, min_k=1), X)
+    optimizer = torch.optim.SGD(approx.parameters(), 1e-3, momentum=0.9)
+    steps(approx, optimizer, X, 1)
+    for example in (None, X):  # as a graph, and as the model's own class
+        sub = extract(approx, example_inputs=example)
+        before = approx.spare.weight.detach().clone()
+        narrow_optimizer(optimizer, sub, approx)
+        steps(sub, optimizer, X, 1)
+        merge(sub, approx)
+        widen_optimizer(optimizer, sub)
+        assert list(optimizer.param_groups[0]["params"]) == list(approx.parameters())
+        assert torch.equal(approx.spare.weight, before)
+        reselect(sub, approx)
 
 
 def test_gradients_that_wait_are_cut_and_put_back() -> None:
