@@ -22,7 +22,7 @@ from fx_approx.runtime.graph_program import PROLOGUE
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.derivations import Derivations, first_row, same_selections
-from fx_approx.subnetworks.parts import take_part, tap_part, tap_part_of_relu
+from fx_approx.subnetworks.parts import take_part
 
 INDICES = "_selected"
 """Prefix of the buffers with indices, where a part of a wide value is read."""
@@ -164,8 +164,8 @@ class Specializer:
             self._narrow_product(path, given.value)
             return self._copied(node, args[:1], {})
         if len(args) == 3 and isinstance(args[2], Known):  # a ReLU of which a part is read as well
-            inplace = bool(getattr(self.root.get_submodule(path), "inplace", False))
-            return self._tapped(tap_part_of_relu, args[0], args[1], args[2], inplace)
+            whole = self._copied(node, args[:1], {})
+            return whole, self._select(whole, args[1], args[2])
         if any(isinstance(one, Known) and one.value is not None for one in args[2:]) or args[4:] == (True,):
             raise UnsupportedError("its gradients are sampled apart from its output")
         if isinstance(given, Known):
@@ -197,9 +197,10 @@ class Specializer:
         if target is channel_slices.narrow:
             return self._select(*args[:3])
         if target is channel_slices.tapped:
-            return self._tapped(tap_part, *args[:3])
+            return args[0], self._select(*args[:3])
         if target is channel_slices.tapped_relu:
-            return self._tapped(tap_part_of_relu, *args)
+            whole = self.graph.call_function(F.relu, (args[0], *args[3:]))
+            return whole, self._select(whole, args[1], args[2])
         if target is channel_slices.resize:
             input, shape, axis, parts, method = args
             sizes = list(shape) if isinstance(shape, (tuple, list)) else [shape]
@@ -287,24 +288,10 @@ class Specializer:
 
     def _select(self, value: Any, dim: int, chosen: Any) -> Any:
         """The chosen entries of a wide value."""
-        index = self._index(chosen)
-        return value if index is None else self.graph.call_function(take_part, (value, dim, index))
-
-    def _tapped(self, function: Any, value: Any, dim: int, chosen: Any, *options: Any) -> tuple[Any, Any]:
-        """A wide value and the chosen entries of it."""
-        index = self._index(chosen)
-        if index is None:
-            whole = value if function is tap_part else self.graph.call_function(F.relu, (value, *options))
-            return whole, whole
-        both = self.graph.call_function(function, (value, dim, index, *options))
-        whole, part = (self.graph.call_function(operator.getitem, (both, place)) for place in (0, 1))
-        return whole, part
-
-    def _index(self, chosen: Any) -> fx.Node | None:
-        """The indices that are selected, as a buffer; None for all."""
         selection = chosen.value if isinstance(chosen, Known) else chosen
         if selection is None:
-            return None
+            return value
+        index = selection.indices[0]
         key = id(chosen)  # one value of the graph, and not one set of numbers: others come in its place
         if key not in self._index_names:
             name = f"{INDICES}{len(self._index_names)}"
@@ -313,7 +300,7 @@ class Specializer:
             self._index_names[key] = name
             self._held.append(chosen)
         self.reasons.append("a part of a wide value is read")
-        return self.graph.get_attr(self._index_names[key])
+        return self.graph.call_function(take_part, (value, dim, self.graph.get_attr(self._index_names[key])))
 
     def _copied(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
         new = self.graph.create_node(node.op, node.target, _revealed(args), _revealed(kwargs), node.name)
