@@ -134,7 +134,8 @@ def _unscaled(chosen: Selection | None) -> Selection | None:
 def same_cut(one: Cut, other: Cut) -> bool:
     """Whether two cuts take the same part of a tensor."""
     pairs = (one.inputs, other.inputs), (one.outputs, other.outputs)
-    return (one.groups, one.depthwise) == (other.groups, other.depthwise) and all(_equal(*pair) for pair in pairs)
+    layouts = [(cut.groups, cut.depthwise, cut.transposed) for cut in (one, other)]
+    return layouts[0] == layouts[1] and all(_equal(*pair) for pair in pairs)
 
 
 def _equal(one: Selection | None, other: Selection | None) -> bool:

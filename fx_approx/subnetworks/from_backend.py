@@ -159,7 +159,7 @@ class _Pieces:
             chosen = next_selections(approx)
         else:
             chosen, self.given = tuple(self.given[:count]), self.given[count:]
-            check_selections(approx, chosen)
+            check_selections(approx, chosen, sum(len(piece.chosen) for piece in self.made))
         graph = approx._fx_approx.program.graph
         assert graph is not None
         maker = Specializer(skeleton(exact_copy(approx)), approx, chosen)

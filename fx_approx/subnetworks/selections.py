@@ -37,12 +37,15 @@ def selections_of(
     return chosen
 
 
-def check_selections(approx: ApproxModule, chosen: Sequence[Selection | None]) -> None:
-    """ValueError unless ``chosen`` has one selection, or None, for each that ``approx`` makes ahead."""
+def check_selections(approx: ApproxModule, chosen: Sequence[Selection | None], before: int = 0) -> None:
+    """ValueError unless ``chosen`` has one selection, or None, for each that ``approx`` makes ahead.
+
+    ``before`` is how many were given for other graphs.
+    """
     shared = list(approx._fx_approx.resample.each()) if approx._fx_approx.resample is not None else []
     if len(chosen) != len(shared):
         raise ValueError(f"selections: expected {len(shared)}, one for each that the model makes, got {len(chosen)}")
-    for place, (one, given) in enumerate(zip(shared, chosen, strict=True)):
+    for place, (one, given) in enumerate(zip(shared, chosen, strict=True), before):
         if given is None:
             continue
         index = given.indices
