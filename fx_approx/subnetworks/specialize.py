@@ -291,7 +291,6 @@ class Specializer:
         selection = chosen.value if isinstance(chosen, Known) else chosen
         if selection is None:
             return value
-        index = selection.indices[0]
         key = id(chosen)  # one value of the graph, and not one set of numbers: others come in its place
         if key not in self._index_names:
             name = f"{INDICES}{len(self._index_names)}"
