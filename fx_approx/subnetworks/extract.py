@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
-from fx_approx._compat import parameters_of
-from fx_approx.capture.containers import leaves
-from fx_approx.capture.error_text import describe
-from fx_approx.capture.module_snapshot import kept_training_flags
-from fx_approx.capture.trace import kept_random_state, skeleton
+from fx_approx.capture.split_sections import split
+from fx_approx.capture.trace import skeleton
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.exact import exact_copy
+from fx_approx.runtime.graph_program import PROLOGUE
 from fx_approx.runtime.upcoming import next_selections
 from fx_approx.sampling.base import Selection
-from fx_approx.subnetworks.cuts import Cut
+from fx_approx.subnetworks.assemble import Part, assembled
+from fx_approx.subnetworks.graph_form import Serves
+from fx_approx.subnetworks.narrowing import Narrowing
 from fx_approx.subnetworks.record import (
     RECORD,
     Subnetwork,
@@ -29,9 +28,7 @@ from fx_approx.subnetworks.record import (
     tensors_of,
     versions_of,
 )
-from fx_approx.subnetworks.specialize import Specializer
-
-_NO_EXAMPLE = "no example_inputs were given, to see whether the model's own Python serves"
+from fx_approx.subnetworks.specialize import handed, specialise
 
 
 def extract(
@@ -61,19 +58,39 @@ def extract(
     """
     approx = find(model)
     runtime = approx._fx_approx
-    graph = runtime.program.graph
-    if graph is None or runtime.program.capture.sections:
-        raise UnsupportedError(
-            "model: its forward could not be traced as one graph, so that no subnetwork follows from it"
-        )
+    if runtime.program.graph is None:
+        raise UnsupportedError("model: its forward could not be traced, so that no subnetwork follows from it")
     if runtime.resample is None:
         raise ValueError("model: no selection is made ahead, so that there is nothing to cut out")
     chosen = next_selections(approx) if selections is None else tuple(selections)
     _check(approx, chosen)
     root = skeleton(exact_copy(approx), shared=False)
-    maker = Specializer(root, approx, chosen)
-    made = maker.run(graph)
-    return _finished(approx, maker, made, chosen, example_inputs)
+    narrowing = Narrowing(root, approx)
+    parts = _parts(approx, narrowing, chosen)
+    narrowing.apply()
+    root.train(approx.training)
+    sub, reason = assembled(root, parts, narrowing, example_inputs)
+    vars(sub)[RECORD] = Subnetwork(
+        narrowing.cuts, chosen, identity_of(approx), type(sub) is type(root), reason, versions_of(approx)
+    )
+    return sub
+
+
+def _parts(approx: ApproxModule, narrowing: Narrowing, chosen: tuple[Selection | None, ...]) -> list[Part]:
+    """The specialised graph of the model, or of each of its sections."""
+    program = approx._fx_approx.program
+    captured, graph = program.capture, program.graph
+    assert graph is not None
+    if not captured.sections:
+        made = specialise({"": graph}, approx, narrowing, (), chosen)
+        return [Part("", made[""], Serves(captured.form, captured.guard, bool(captured.branching)))]
+    head, own = split(graph, len(captured.sections), PROLOGUE)
+    graphs = {section.path: part for section, part in zip(captured.sections, own, strict=True)}
+    made = specialise(graphs, approx, narrowing, handed(head, chosen), chosen)
+    return [
+        Part(section.path, made[section.path], Serves(section.form, section.guard, bool(each.branching)))
+        for section, each in zip(captured.sections, captured.each, strict=True)
+    ]
 
 
 def reselect(
@@ -132,69 +149,3 @@ def _check(approx: ApproxModule, chosen: tuple[Selection | None, ...]) -> None:
             )
         if any(len(row.unique()) != row.numel() for row in index):
             raise ValueError(f"selections[{place}]: expected units once each, got some of them twice")
-
-
-def _finished(
-    approx: ApproxModule, maker: Specializer, graph: fx.Graph, chosen: tuple[Selection | None, ...], example: Any
-) -> nn.Module:
-    root, reason = maker.root, "; ".join(dict.fromkeys(maker.reasons))
-    _tie(approx, root, maker.cuts)
-    module = fx.GraphModule(root, graph, f"{type(root).__name__}Subnetwork")
-    module.train(approx.training)
-    if not reason:
-        reason = _NO_EXAMPLE if example is None else _differs(root, module, example)
-    if reason and approx._fx_approx.program.capture.branching:
-        module.register_forward_pre_hook(_refuse_evaluation)
-    sub: nn.Module = module if reason else root
-    vars(sub)[RECORD] = Subnetwork(maker.cuts, chosen, identity_of(approx), not reason, reason, versions_of(approx))
-    return sub
-
-
-def _refuse_evaluation(module: nn.Module, args: Any) -> None:
-    """A hook of a graph that serves training only.
-
-    Raises:
-        RuntimeError: The subnetwork is in evaluation mode.
-    """
-    if not module.training:
-        raise RuntimeError(
-            "sub: its graph serves training only, since the model's Python does something else in eval(): write it "
-            "back with fx_approx.subnetworks.merge and evaluate the model"
-        )
-
-
-def _tie(approx: ApproxModule, root: nn.Module, cuts: Mapping[str, Cut]) -> None:
-    """Parameters that are one in the full model are one here, where both are cut alike."""
-    places: dict[int, str] = {}
-    for name, parameter in approx.named_parameters(remove_duplicate=False):
-        first = places.setdefault(id(parameter), name)
-        if first == name:
-            continue
-        one, other = cuts.get(first), cuts.get(name)
-        if (one is None) is not (other is None):
-            raise UnsupportedError(f"model: {first} and {name} are one parameter, and only one of them is narrowed")
-        holder, _, attribute = name.rpartition(".")
-        parameters_of(root.get_submodule(holder))[attribute] = operator.attrgetter(first)(root)
-
-
-def _differs(root: nn.Module, graph: nn.Module, example: Any) -> str:
-    """Why the forward of ``root`` does not compute what the graph does, in training; empty if it does."""
-    given = (example,) if isinstance(example, Tensor) else example
-    args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else (tuple(given), {})
-    results = []
-    for module in (root, graph):
-        states = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        with kept_random_state(), torch.no_grad(), kept_training_flags(module.modules()):
-            try:
-                results.append(module.train()(*args, **kwargs))
-            except Exception as error:  # whatever a forward says of narrow layers
-                return f"the model's own Python does not run on narrow layers: {describe(error)}"
-            finally:
-                for name, buffer in module.named_buffers():
-                    buffer.copy_(states[name])
-    one, other = (leaves(result) for result in results)
-    same = len(one) == len(other) and all(
-        torch.allclose(a, b, rtol=1e-4, atol=1e-5) if isinstance(a, Tensor) else a == b
-        for a, b in zip(one, other, strict=True)
-    )
-    return "" if same else "the model's own Python gives other numbers on narrow layers"

@@ -1,0 +1,106 @@
+"""A subnetwork, or a part of one, whose forward is a specialised graph."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx.graph_module import reduce_graph_module
+
+from fx_approx._compat import buffers_of, children_of, parameters_of
+from fx_approx.capture.records import CallForm
+from fx_approx.capture.size_guards import SizeGuard
+from fx_approx.subnetworks.record import RECORD
+
+_SERVES = "_fx_approx_serves"
+"""Where a graph keeps which calls it serves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Serves:
+    """Which calls a graph serves: a hook that gives it its inputs.
+
+    Attributes:
+        form: How the captured forward is called.
+        guard: What the inputs must share with those of the capture.
+        training_only: The model's Python does something else in evaluation.
+    """
+
+    form: CallForm
+    guard: SizeGuard | None
+    training_only: bool
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The inputs of the graph for a call.
+
+        Raises:
+            RuntimeError: The graph does not serve it.
+        """
+        if self.training_only and not module.training:
+            raise RuntimeError(
+                "sub: its graph serves training only, since the model's Python does something else in eval(): write it "
+                "back with fx_approx.subnetworks.merge and evaluate the model"
+            )
+        values = self.form.bind(args, kwargs)
+        if values is None:
+            raise RuntimeError(
+                "sub: its graph serves calls of the captured form only, with the inputs "
+                f"{', '.join(self.form.dynamic)} and all else as it was"
+            )
+        misfit = None if self.guard is None else self.guard.misfit(values, next(module.parameters(), None))
+        if misfit is not None:
+            raise RuntimeError(f"sub: its graph does not serve this call: {misfit}")
+        return tuple(values), {}
+
+
+class SubnetworkGraph(fx.GraphModule):
+    """A ``torch.fx.GraphModule`` that has all of the model's modules, and whose copies serve the same calls."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SubnetworkGraph:
+        new = super().__deepcopy__(memo)
+        kept = {name: copy.deepcopy(vars(self)[name], memo) for name in (_SERVES, RECORD) if name in vars(self)}
+        return _dressed(new, kept)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        _, given = super().__reduce__()
+        kept = {name: vars(self)[name] for name in (_SERVES, RECORD) if name in vars(self)}
+        return _rebuilt, (*given, type(self).__name__, kept)
+
+
+def graph_module(
+    owner: nn.Module, graph: fx.Graph, name: str, tensors: Mapping[str, Tensor], serves: Serves | None
+) -> SubnetworkGraph:
+    """``graph`` as a module with the tensors and modules of ``owner``.
+
+    Args:
+        owner: Targets of the graph are paths in it, or names of ``tensors``.
+        graph: What it runs.
+        name: Of its class, as it is printed.
+        tensors: Indices and constants; constants are no part of its state.
+        serves: Which calls it serves; None where its inputs are those of the model.
+    """
+    made = SubnetworkGraph(nn.Module(), fx.Graph(), name)
+    children_of(made).update(children_of(owner))
+    parameters_of(made).update(parameters_of(owner))
+    buffers_of(made).update(buffers_of(owner))
+    for key, tensor in tensors.items():
+        made.register_buffer(key, tensor, persistent=not key.startswith("_constant"))
+    made.training = owner.training
+    made.graph = graph
+    return _dressed(made, {} if serves is None else {_SERVES: serves})
+
+
+def _dressed(module: SubnetworkGraph, kept: Mapping[str, Any]) -> SubnetworkGraph:
+    vars(module).update(kept)
+    if _SERVES in kept:
+        module.register_forward_pre_hook(kept[_SERVES], with_kwargs=True)
+    return module
+
+
+def _rebuilt(body: dict[str, Any], imports: str, name: str, kept: Mapping[str, Any]) -> SubnetworkGraph:
+    module = reduce_graph_module(body, imports)
+    made = graph_module(module, module.graph, name, {}, None)
+    return _dressed(made, kept)
