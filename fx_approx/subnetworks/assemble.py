@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 
 from fx_approx._compat import children_of
 from fx_approx.capture.trace import skeleton
-from fx_approx.subnetworks.comparing import differs, recorded
-from fx_approx.subnetworks.graph_form import Serves, SubnetworkGraph, graph_module
+from fx_approx.subnetworks.comparing import Call, differs, recorded
+from fx_approx.subnetworks.graph_form import Serves, graph_module, run_by_graph
 from fx_approx.subnetworks.narrowing import Narrowing
 from fx_approx.subnetworks.specialize import Specialised
 from fx_approx.subnetworks.wide_values import WideValues
@@ -43,29 +43,34 @@ def assembled(root: nn.Module, parts: list[Part], narrowing: Narrowing, example:
         narrowing: How its layers were narrowed.
         example: Inputs of the model, or None.
     """
-    own = None if example is None else _own(root, parts, narrowing)
-    graphs = {part.path: _graph(root, part) for part in parts if part.path}
-    for path, module in graphs.items():
-        _put(root, path, module)
-    graphs |= {part.path: _graph(root, part) for part in parts if not part.path}
+    trials = [] if example is None else [_own(root, parts, narrowing, widens) for widens in (False, True)]
+    graphs = {part.path: _graph(root, part) for part in sorted(parts, key=lambda one: not one.path)}
     whole = graphs.get("", root)
-    if own is None:
+    if not trials:
         return whole, _NO_EXAMPLE
     given = (example,) if isinstance(example, Tensor) else example
     call = ((), dict(given)) if isinstance(given, Mapping) else (tuple(given), {})
     reasons = []
     for path, calls in recorded(whole, {path: one for path, one in graphs.items() if path}, call).items():
-        why = differs(own.get_submodule(path), graphs[path], calls)
+        module, why = _serving([trial.get_submodule(path) for trial in trials], graphs[path], calls)
+        for model in (root, *trials):
+            _put(model, path, module)
         if why:
-            _put(own, path, graphs[path])
             reasons.append(f"{path}: {why}")
-        else:
-            _put(root, path, own.get_submodule(path))
-    if "" in graphs:
-        why = differs(own, whole, [call])
-        if why:
-            return whole, "; ".join([why, *reasons])
-    return own, "; ".join(reasons)
+    if "" not in graphs:
+        return root, "; ".join(reasons)
+    module, why = _serving(trials, whole, [call])
+    return module, "; ".join([*([why] if why else []), *reasons])
+
+
+def _serving(trials: list[nn.Module], graph: nn.Module, calls: list[Call]) -> tuple[nn.Module, str]:
+    """The first of ``trials`` that computes what ``graph`` does; else that, and why the first did not."""
+    reasons = []
+    for own in trials:
+        reasons.append(differs(own, graph, calls))
+        if not reasons[-1]:
+            return own, ""
+    return graph, reasons[0]
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -73,19 +78,21 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     children_of(model.get_submodule(holder))[name] = module
 
 
-def _own(root: nn.Module, parts: list[Part], narrowing: Narrowing) -> nn.Module:
+def _own(root: nn.Module, parts: list[Part], narrowing: Narrowing, widens: bool) -> nn.Module:
     """A copy, on the same tensors, in which layers read parts of wide values themselves."""
-    own, values = skeleton(root), WideValues(narrowing)
+    own, values = skeleton(root), WideValues(narrowing, widens)
     for part in parts:
         values.follow(part.made)
     values.install(own)
     return own
 
 
-def _graph(root: nn.Module, part: Part) -> SubnetworkGraph:
-    owner = root.get_submodule(part.path)
-    name = f"{type(owner).__name__}Subnetwork"
-    return graph_module(owner, _below(root, part), name, part.made.tensors, part.serves)
+def _graph(root: nn.Module, part: Part) -> nn.Module:
+    """A module that runs the graph: of a section one of its own class, whose methods others may call."""
+    if not part.path:
+        return graph_module(root, part.made.graph, f"{type(root).__name__}Subnetwork", part.made.tensors, part.serves)
+    run_by_graph(root.get_submodule(part.path), _below(root, part), part.made.tensors, part.serves)
+    return root.get_submodule(part.path)
 
 
 def _below(root: nn.Module, part: Part) -> fx.Graph:

@@ -13,10 +13,14 @@ from torch.fx.graph_module import reduce_graph_module
 from fx_approx._compat import buffers_of, children_of, parameters_of
 from fx_approx.capture.records import CallForm
 from fx_approx.capture.size_guards import SizeGuard
+from fx_approx.core.layer_types import with_forward
 from fx_approx.subnetworks.record import RECORD
 
 _SERVES = "_fx_approx_serves"
 """Where a graph keeps which calls it serves."""
+
+_CODE = "_fx_approx_code"
+"""Where a module whose forward is a graph keeps the code of that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,55 @@ class Serves:
         return tuple(values), {}
 
 
+class GraphForward(nn.Module):
+    """In front of the class of a module: its forward is a specialised graph, and all else is as it was."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module, for the calls that the graph serves."""
+        own = vars(self)
+        values, _ = own[_SERVES](self, args, kwargs)
+        return own[_CODE](self, *values)
+
+
+class Code:
+    """The Python code of a graph, called with the module that has its tensors, and its inputs; copies share it."""
+
+    def __init__(self, source: str, names: Mapping[str, Any]) -> None:
+        self.source, self.names = source, dict(names)
+        namespace = dict(names)
+        exec(compile(source, "<fx_approx subnetwork>", "exec"), namespace)
+        self.function = namespace["forward"]
+
+    def __call__(self, *given: Any) -> Any:
+        return self.function(*given)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Code:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Code, (self.source, self.names)
+
+
+def run_by_graph(module: nn.Module, graph: fx.Graph, tensors: Mapping[str, Tensor], serves: Serves) -> None:
+    """Gives ``module``, in place, the forward of ``graph``; it stays an instance of its class, with its methods.
+
+    Args:
+        module: Targets of the graph are paths in it, or names of ``tensors``.
+        graph: What it runs.
+        tensors: Indices and constants; constants are no part of its state.
+        serves: Which calls it serves.
+    """
+    code = graph.python_code("self")
+    vars(module).update({_SERVES: serves, _CODE: Code(code.src, code.globals)})
+    _register(module, tensors)
+    module.__class__ = with_forward(GraphForward, type(module))
+
+
+def _register(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        module.register_buffer(key, tensor, persistent=not key.startswith("_constant"))
+
+
 class SubnetworkGraph(fx.GraphModule):
     """A ``torch.fx.GraphModule`` that has all of the model's modules, and whose copies serve the same calls."""
 
@@ -86,8 +139,7 @@ def graph_module(
     children_of(made).update(children_of(owner))
     parameters_of(made).update(parameters_of(owner))
     buffers_of(made).update(buffers_of(owner))
-    for key, tensor in tensors.items():
-        made.register_buffer(key, tensor, persistent=not key.startswith("_constant"))
+    _register(made, tensors)
     made.training = owner.training
     made.graph = graph
     return _dressed(made, {} if serves is None else {_SERVES: serves})

@@ -1,10 +1,9 @@
-"""Layers of torch that read some channels of a wide value, or write some: what a narrow layer is in the user's class."""
+"""Layers of torch that read some channels of a wide value, or write some: narrow layers in a class of the user's."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -106,6 +105,3 @@ def make_heads_attention(layer: nn.MultiheadAttention, reads: Tensor | None) -> 
     vars(layer)[ONE_PROJECTION] = False  # the fused way of torch would take sizes from the query
     layer.__class__ = with_forward(HeadsAttention, type(layer))
     layer.register_buffer("reads", reads)
-
-
-__all__ = ["HeadsAttention", "PartLayer", "make_heads_attention", "make_part_layer"]

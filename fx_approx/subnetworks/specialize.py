@@ -142,6 +142,8 @@ class _Specializer:
             return self._runtime_call(node)
         if node.op == "get_attr":
             return Read(str(node.target))
+        if node.target is operator.getitem and isinstance(args[0], Sizes):
+            return args[0].at(_known(args[1]))
         if node.target is operator.getitem and isinstance(args[0], (Known, tuple)):
             value = args[0].value if isinstance(args[0], Known) else args[0]
             found = value[args[1]]
@@ -326,11 +328,8 @@ class _Specializer:
         return self.graph.call_function(F.pad, (input, sizes, "constant", value))
 
     def _whole_size(self, input: Any, dim: int, size: int, which: Any = None) -> Any:
-        if which is not None:
-            asked = which.value if isinstance(which, Known) else which
-            return size if asked == dim else self.graph.call_method("size", (input, asked))
-        whole = self.graph.call_method("size", (input,))
-        return _Sizes(self.graph, whole, dim, size)
+        sizes = Sizes(input, dim, size)
+        return sizes if which is None else sizes.at(which.value if isinstance(which, Known) else which)
 
     def _sliced_call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         """A functional product: its weight is a parameter of the model, narrowed where it stands."""
@@ -399,25 +398,32 @@ class _Specializer:
         return made
 
 
-class _Sizes(tuple[Any, ...]):
-    """The sizes of a value of which one is known; a place of it is a number or a node."""
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes of a value, of which that along ``dim`` is said to be ``size``."""
 
-    def __new__(cls, graph: fx.Graph, whole: fx.Node, dim: int, size: int) -> _Sizes:
-        made = super().__new__(cls, ())
-        made.graph, made.whole, made.dim, made.size = graph, whole, dim, size  # type: ignore[attr-defined]
-        return made
+    input: fx.Node
+    dim: int
+    size: int
 
-    def __getitem__(self, place: Any) -> Any:
-        one: Any = self
-        if isinstance(place, slice):
-            raise UnsupportedError("a part of its sizes is read")
-        return one.size if place == one.dim else one.graph.call_function(operator.getitem, (one.whole, place))
+    def at(self, place: Any) -> Any:
+        """One of them, or a stretch."""
+        if isinstance(place, int) and place >= 0 and self.dim >= 0:
+            return self.size if place == self.dim else self.input.graph.call_method("size", (self.input, place))
+        return self.input.graph.call_function(operator.getitem, (self.node(), place))
+
+    def node(self) -> fx.Node:
+        """All of them."""
+        given = self.input, self.dim, self.size
+        return self.input.graph.call_function(channel_slices.whole_size, given)
 
 
 def _known(value: Any, read: Any = None) -> Any:
     """A value, or what a node is called with, in which what is known is plain; ``read`` makes nodes of what is read."""
     if isinstance(value, Known):
         return value.value
+    if isinstance(value, Sizes):
+        return value.node()
     if isinstance(value, Read):
         return read(value)
     if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):

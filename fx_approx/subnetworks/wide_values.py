@@ -19,6 +19,9 @@ from fx_approx.subnetworks.part_layers import make_heads_attention, make_part_la
 from fx_approx.subnetworks.specialize import Specialised
 
 _ASK = (getattr, "size", "dim", len)
+_SPLIT = (torch.split, torch.chunk, "split", "chunk", "narrow")
+_MOVE = (*_SPLIT, torch.cat, torch.concat, torch.flatten, "flatten")
+_PAIRS = (torch.matmul, torch.bmm, torch.einsum, operator.matmul, F.scaled_dot_product_attention, "matmul", "bmm")
 _PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
@@ -50,8 +53,14 @@ class WideValues:
         problem: Why there is no such form.
     """
 
-    def __init__(self, narrowing: Narrowing) -> None:
-        self.narrowing = narrowing
+    def __init__(self, narrowing: Narrowing, widens: bool = False) -> None:
+        """Nothing is known yet.
+
+        Args:
+            narrowing: How the layers were narrowed.
+            widens: Values that are split by number are made wide, as Python splits them.
+        """
+        self.narrowing, self.widens = narrowing, widens
         self.reads: dict[str, Tensor | None] = {}
         self.writes: set[str] = set()
         self.problem = ""
@@ -116,7 +125,7 @@ class _Walk:
         index = chosen.indices[0]
         if source.wide is None:
             return _State(index, everything)
-        return _State(source.wide[index] if everything is False else source.wide, source.everything)
+        return _State(source.wide[index] if source.wide.numel() else source.wide, source.everything)
 
     def _module(self, node: fx.Node) -> _State:
         path, given = str(node.target), self._of(node.args[0] if node.args else None)
@@ -175,15 +184,17 @@ class _Walk:
         given = [self.states[one] for one in node.all_input_nodes]
         wide = [one for one in given if one.wide is not None]
         makers = frozenset().union(*(one.makers for one in given))
-        if not wide:
-            return _State(makers=makers)
-        if makers:
+        if makers and (wide or (self.found.widens and node.target in _SPLIT)):
             if "" in makers:
                 self.found.problem = f"{node.name} adds a part to a wide value"
             self.found.writes |= makers - {""}
-        everything = all(one.everything for one in wide)
-        if node.target is torch.cat:  # a part in each: where it begins is known only if all are there
-            return _State(wide[0].wide, everything)
+        if not wide:
+            return _State(makers=makers)
+        if node.target in _PAIRS:
+            self.found.problem = f"{node.name} would multiply more than what is read"
+        everything = all(one.everything for one in wide) and not makers
+        if node.target in _MOVE:  # where the entries stand is known only if all are there
+            return _State(wide[0].wide.new_empty(0), everything)
         return dataclasses.replace(wide[0], everything=everything)
 
 
