@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
+from collections.abc import Iterator
 
 import torch
 
 from fx_approx.capture.module_snapshot import kept_training_flags
+from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule
+from fx_approx.runtime.graph_runtime import Runtime, selector_target
+from fx_approx.runtime.rng import Draw
+from fx_approx.runtime.selector import Selector
 from fx_approx.sampling.base import Selection
 
 
@@ -22,13 +28,59 @@ def next_selections(approx: ApproxModule) -> tuple[Selection | None, ...]:
         return ()
     node = next(node for node in graph.nodes if node.op == "call_module" and str(node.target).endswith(".resample"))
     weights = [operator.attrgetter(str(argument.target))(approx) for argument in node.args[1:]]
-    kept = resample.held and bool(resample.held_key[0] >= 0)
     resample.note_known()
+    with _sampling(runtime):
+        result: tuple[Selection | None, ...] = resample(_drawn(runtime), *weights)
+    return result
+
+
+def outside_selectors(approx: ApproxModule) -> dict[str, Selector]:
+    """By path, the selectors of layers that are called by Python, outside of all graphs."""
+    runtime = approx._fx_approx
+    graph = runtime.program.graph
+    called = set() if graph is None else {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    paths = {id(module): path for path, module in approx.named_modules()}
+    return {
+        paths[id(one.owner[0])]: one
+        for one in runtime.selectors.values()
+        if not one.shared and selector_target(one) not in called and id(one.owner[0]) in paths
+    }
+
+
+def outside_selections(approx: ApproxModule) -> dict[str, Selection | None]:
+    """By path, the selections that the first call of each such layer makes in the next training step.
+
+    Raises:
+        UnsupportedError: One is no selection of the output that is made ahead.
+    """
+    runtime = approx._fx_approx
+    found: dict[str, Selection | None] = {}
+    with _sampling(runtime):
+        for path, selector in outside_selectors(approx).items():
+            if not selector.ahead:
+                raise UnsupportedError(
+                    f"model: {path}: its selection follows the activations or gradients of the step, so that no fixed "
+                    "network computes the same; expected scores weight, ema or uniform, of the output"
+                )
+            weight = selector.owner[0].weight
+            made = selector(None, weight, _drawn(runtime))
+            found[path] = made if isinstance(made, Selection) else None
+    return found
+
+
+@contextlib.contextmanager
+def _sampling(runtime: Runtime) -> Iterator[None]:
+    """Layers are in training, where they sample."""
     owners = {selector.owner[0] for selector in runtime.selectors.values()}
     with torch.no_grad(), kept_training_flags(owners):
-        for owner in owners:  # layers as in training, where they sample
+        for owner in owners:
             owner.training = True
-        draws = runtime.randomness
-        drawn = draws.of(resample.held_key.clone()) if kept else draws.upcoming(runtime.state)
-        result: tuple[Selection | None, ...] = resample(drawn, *weights)
-    return result
+        yield
+
+
+def _drawn(runtime: Runtime) -> Draw | None:
+    """The randomness of the next step, or that under which selections are kept."""
+    resample, draws = runtime.resample, runtime.randomness
+    if resample is not None and resample.held and bool(resample.held_key[0] >= 0):
+        return draws.of(resample.held_key.clone())
+    return draws.upcoming(runtime.state)

@@ -45,13 +45,14 @@ def _recorder(calls: list[Call]) -> Any:
     return note
 
 
-def differs(own: nn.Module, graph: nn.Module, calls: Sequence[Call]) -> str:
-    """Why ``own`` does not compute what ``graph`` does in training, gradients included; empty if it does.
+def differs(own: nn.Module, other: nn.Module, calls: Sequence[Call], shared: bool = True) -> str:
+    """Why ``own`` does not compute what ``other`` does in training, gradients included; empty if it does.
 
     Args:
         own: A module of the model's own.
-        graph: The same on the same parameters.
+        other: What it should compute.
         calls: Arguments of each call.
+        shared: They have the same parameters; else their gradients are not compared, but have to be finite.
     """
     wanted = [parameter for parameter in own.parameters() if parameter.requires_grad]
     for call in calls:
@@ -59,7 +60,11 @@ def differs(own: nn.Module, graph: nn.Module, calls: Sequence[Call]) -> str:
             mine = _run(own, call, wanted)
         except Exception as error:  # whatever a forward says of narrow layers
             return f"the model's own Python does not run on narrow layers: {describe(error)}"
-        if not _same(mine, _run(graph, call, wanted)):
+        expected = _run(other, call, wanted if shared else [])
+        if not shared:
+            finite = all(grad is None or bool(grad.isfinite().all()) for grad in mine[1])
+            mine = (mine[0], []) if finite else ([], [])
+        if not _same(mine, expected):
             return "the model's own Python gives other numbers on narrow layers"
     return ""
 
@@ -69,7 +74,7 @@ def _run(module: nn.Module, call: Call, wanted: Sequence[Tensor]) -> tuple[list[
         args, kwargs = copied(call)
         result = module(*args, **kwargs)
         made = leaves(result)
-        if not any(one.requires_grad for one in tensors(result)):
+        if not wanted or not any(one.requires_grad for one in tensors(result)):
             return made, []
         grads = torch.autograd.grad(mean_square(result), wanted, allow_unused=True)
         return [one.detach() if isinstance(one, Tensor) else one for one in made], list(grads)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fx_approx.capture.split_sections import split
 from fx_approx.capture.trace import skeleton
-from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.exact import exact_copy
 from fx_approx.runtime.graph_program import PROLOGUE
-from fx_approx.runtime.upcoming import next_selections
+from fx_approx.runtime.selector import Selector
+from fx_approx.runtime.shared_selection import SharedSelection
+from fx_approx.runtime.upcoming import next_selections, outside_selections, outside_selectors
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.assemble import Part, assembled
 from fx_approx.subnetworks.graph_form import Serves
@@ -57,36 +58,41 @@ def extract(
             called with several selections.
     """
     approx = find(model)
-    runtime = approx._fx_approx
-    if runtime.program.graph is None:
-        raise UnsupportedError("model: its forward could not be traced, so that no subnetwork follows from it")
-    if runtime.resample is None:
+    outside = outside_selections(approx)
+    if approx._fx_approx.resample is None and not outside:
         raise ValueError("model: no selection is made ahead, so that there is nothing to cut out")
-    chosen = next_selections(approx) if selections is None else tuple(selections)
+    chosen = (*next_selections(approx), *outside.values()) if selections is None else tuple(selections)
     _check(approx, chosen)
     root = skeleton(exact_copy(approx), shared=False)
     narrowing = Narrowing(root, approx)
-    parts = _parts(approx, narrowing, chosen)
+    ahead = len(chosen) - len(outside)
+    parts = _parts(approx, narrowing, chosen[:ahead], dict(zip(outside, chosen[ahead:], strict=True)))
     narrowing.apply()
     root.train(approx.training)
-    sub, reason = assembled(root, parts, narrowing, example_inputs)
-    vars(sub)[RECORD] = Subnetwork(
-        narrowing.cuts, chosen, identity_of(approx), type(sub) is type(root), reason, versions_of(approx)
-    )
+    sub, reason = assembled(approx, root, parts, narrowing, example_inputs)
+    own = not isinstance(sub, fx.GraphModule)
+    vars(sub)[RECORD] = Subnetwork(narrowing.cuts, chosen, identity_of(approx), own, reason, versions_of(approx))
     return sub
 
 
-def _parts(approx: ApproxModule, narrowing: Narrowing, chosen: tuple[Selection | None, ...]) -> list[Part]:
-    """The specialised graph of the model, or of each of its sections."""
+def _parts(
+    approx: ApproxModule,
+    narrowing: Narrowing,
+    chosen: tuple[Selection | None, ...],
+    outside: Mapping[str, Selection | None],
+) -> list[Part]:
+    """The specialised graph of the model, or of each of its sections; none where nothing could be traced."""
     program = approx._fx_approx.program
     captured, graph = program.capture, program.graph
-    assert graph is not None
+    if graph is None:
+        specialise({}, approx, narrowing, (), chosen, outside)
+        return []
     if not captured.sections:
-        made = specialise({"": graph}, approx, narrowing, (), chosen)
+        made = specialise({"": graph}, approx, narrowing, (), chosen, outside)
         return [Part("", made[""], Serves(captured.form, captured.guard, bool(captured.branching)))]
     head, own = split(graph, len(captured.sections), PROLOGUE)
     graphs = {section.path: part for section, part in zip(captured.sections, own, strict=True)}
-    made = specialise(graphs, approx, narrowing, handed(head, chosen), chosen)
+    made = specialise(graphs, approx, narrowing, handed(head, chosen), chosen, outside)
     return [
         Part(section.path, made[section.path], Serves(section.form, section.guard, bool(each.branching)))
         for section, each in zip(captured.sections, captured.each, strict=True)
@@ -136,15 +142,16 @@ def reselect(
 
 def _check(approx: ApproxModule, chosen: tuple[Selection | None, ...]) -> None:
     shared = list(approx._fx_approx.resample.each()) if approx._fx_approx.resample is not None else []
-    if len(chosen) != len(shared):
-        raise ValueError(f"selections: expected {len(shared)}, one for each that the model makes, got {len(chosen)}")
-    for place, (one, given) in enumerate(zip(shared, chosen, strict=True)):
+    made: list[SharedSelection | Selector] = [*shared, *outside_selectors(approx).values()]
+    if len(chosen) != len(made):
+        raise ValueError(f"selections: expected {len(made)}, one for each that the model makes, got {len(chosen)}")
+    for place, (one, given) in enumerate(zip(made, chosen, strict=True)):
         if given is None:
             continue
-        index = given.indices
-        if index.dim() != 2 or index.shape[0] != one.groups or int(index.max()) >= one.pairs or int(index.min()) < 0:
+        index, most = given.indices, one.pairs or 0
+        if index.dim() != 2 or index.shape[0] != one.groups or int(index.max()) >= most or int(index.min()) < 0:
             raise ValueError(
-                f"selections[{place}]: expected indices [{one.groups}, k] below {one.pairs}, got shape "
+                f"selections[{place}]: expected indices [{one.groups}, k] below {most}, got shape "
                 f"{tuple(index.shape)} with values from {int(index.min())} to {int(index.max())}"
             )
         if any(len(row.unique()) != row.numel() for row in index):

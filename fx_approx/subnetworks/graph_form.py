@@ -37,6 +37,14 @@ class Serves:
     guard: SizeGuard | None
     training_only: bool
 
+    def problem(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        """Why the graph does not serve a call; empty if it does."""
+        values = self.form.bind(args, kwargs)
+        if values is None:
+            return f"it is called in another way than it was captured ({', '.join(self.form.dynamic)})"
+        misfit = None if self.guard is None else self.guard.misfit(values, next(module.parameters(), None))
+        return misfit or ""
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The inputs of the graph for a call.
 
@@ -48,16 +56,10 @@ class Serves:
                 "sub: its graph serves training only, since the model's Python does something else in eval(): write it "
                 "back with fx_approx.subnetworks.merge and evaluate the model"
             )
-        values = self.form.bind(args, kwargs)
-        if values is None:
-            raise RuntimeError(
-                "sub: its graph serves calls of the captured form only, with the inputs "
-                f"{', '.join(self.form.dynamic)} and all else as it was"
-            )
-        misfit = None if self.guard is None else self.guard.misfit(values, next(module.parameters(), None))
-        if misfit is not None:
-            raise RuntimeError(f"sub: its graph does not serve this call: {misfit}")
-        return tuple(values), {}
+        problem = self.problem(module, args, kwargs)
+        if problem:
+            raise RuntimeError(f"sub: its graph does not serve this call: {problem}")
+        return tuple(self.form.bind(args, kwargs) or ()), {}
 
 
 class GraphForward(nn.Module):

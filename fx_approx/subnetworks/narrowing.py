@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx._compat import buffers_of, parameters_of
+from fx_approx.ops.gather import flat_indices
 from fx_approx.runtime.layers import become_sampled
 from fx_approx.runtime.narrow_layers import swap_channelwise
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
+from fx_approx.subnetworks.part_layers import make_part_layer
 
 _SIZES = (
     "in_features",
@@ -73,6 +75,9 @@ class Narrowing:
         self._tensors = {name: t for name, t in _named_tensors(full) if not name.startswith("_fx_approx")}
         first: dict[int, str] = {}
         self._first = {name: first.setdefault(id(tensor), name) for name, tensor in self._tensors.items()}
+        paths: dict[int, str] = {}
+        place = {path: paths.setdefault(id(one), path) for path, one in full.named_modules(remove_duplicate=False)}
+        self._place = {name: (place[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in self._tensors}
         self._kept: set[str] = set()
         self.begin_anew(None)
 
@@ -81,6 +86,8 @@ class Narrowing:
         if whole is not None:
             self._kept.add(whole)
         self._uses: dict[str, Cut] = {}
+        self._read: set[tuple[str, str]] = set()
+        self._outside: dict[str, tuple[Selection, bool]] = {}
         self.layers: dict[str, Narrowed] = {}
 
     @property
@@ -132,6 +139,20 @@ class Narrowing:
         self.layers[path] = Narrowed(inputs, weight.outputs, size, resize)
         return False
 
+    def narrow_outside(self, path: str, chosen: Selection) -> None:
+        """A layer that Python calls, outside of all graphs, reads these channels of its input."""
+        layer: Any = self.root.get_submodule(path)
+        groups = getattr(layer, "groups", 1)
+        bias = None if layer.bias is None else Cut(f"{path}.bias")
+        whole = self.narrow_product(path, Cut(f"{path}.weight", chosen, None, groups), bias, groups)
+        self._outside[path] = chosen, whole
+
+    def check_ties(self) -> None:
+        """SeveralError if a tensor that is cut is one with that of another layer, which Python may read."""
+        for name, first in self._first.items():
+            if first in self._uses and not self._uses[first].whole and self._place[name] not in self._read:
+                raise SeveralError(first)
+
     def narrow_channels(self, path: str, chosen: Selection) -> bool:
         """A layer with parameters of each channel has these; True if it stays whole, and takes them in each call."""
         layer: Any = self.root.get_submodule(path)
@@ -172,6 +193,7 @@ class Narrowing:
 
     def _use(self, cut: Cut) -> None:
         source = self._first[cut.source]
+        self._read.add(self._place[cut.source])
         known = self._uses.setdefault(source, cut)
         if source not in self._kept and not _same(known, cut):
             raise SeveralError(source)
@@ -196,6 +218,10 @@ class Narrowing:
             own[attribute] = made[first]
         for path, one in self.layers.items():
             one.change(self.root.get_submodule(path))
+        for path, (chosen, whole) in self._outside.items():
+            layer: Any = self.root.get_submodule(path)
+            pairs = self._tensors[f"{path}.weight"].shape[1]
+            make_part_layer(layer, flat_indices(chosen.indices, pairs), columns=chosen if whole else None)
 
 
 def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fx_approx._compat import ONE_PROJECTION, has_one_projection
+from fx_approx._compat import ONE_PROJECTION, convolve, has_one_projection
 from fx_approx.core.layer_types import with_forward
 from fx_approx.errors import UnsupportedError
+from fx_approx.sampling.base import Selection
 
 
 class PartLayer(nn.Module):
@@ -19,10 +21,14 @@ class PartLayer(nn.Module):
         reads: Which entries of the input the layer reads, ``[k]``; None for all.
         writes: Which entries of the result it makes, ``[k]``; the others are zero, and never read. None for all.
         made: Entries of the result, where ``writes`` is given.
+        columns: Which inputs of its weight it reads, ``[groups, k]``, where others read all of it; None for all.
+        column_scale: Their scale, or None.
     """
 
     reads: Tensor | None
     writes: Tensor | None
+    columns: Tensor | None
+    column_scale: Tensor | None
     made: int
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -30,12 +36,21 @@ class PartLayer(nn.Module):
         dim = -1 if isinstance(self, nn.Linear) else 1
         if self.reads is not None:
             input = input.index_select(dim, self.reads)
-        result: Tensor = super().forward(input, *args, **kwargs)
+        result: Tensor = super().forward(input, *args, **kwargs) if self.columns is None else self._sliced(input)
         if self.writes is None:
             return result
         shape = list(result.shape)
         shape[dim] = self.made
         return result.new_zeros(shape).index_copy(dim, self.writes, result)
+
+    def _sliced(self, input: Tensor) -> Tensor:
+        own: Any = self
+        weight = take_columns(own.weight, own.columns, own.column_scale)
+        return (
+            F.linear(input, weight, own.bias)
+            if isinstance(self, nn.Linear)
+            else convolve(self, input, weight, own.bias)
+        )
 
 
 class HeadsAttention(nn.MultiheadAttention):
@@ -89,12 +104,44 @@ class HeadsAttention(nn.MultiheadAttention):
         return tuple(F.linear(x, w, b) for x, w, b in zip(given, weights, biases, strict=True))
 
 
-def make_part_layer(layer: nn.Module, reads: Tensor | None = None, writes: Tensor | None = None, made: int = 0) -> None:
-    """Has ``layer`` read a part of its input, or write a part of its result; in place, same object and parameters."""
+def make_part_layer(
+    layer: nn.Module,
+    reads: Tensor | None = None,
+    writes: Tensor | None = None,
+    made: int = 0,
+    columns: Selection | None = None,
+) -> None:
+    """Has ``layer`` read a part of its input, or write a part of its result; in place, same object and parameters.
+
+    ``columns`` says which inputs of its weight it reads where that stays whole.
+    """
     layer.__class__ = with_forward(PartLayer, type(layer))
     layer.register_buffer("reads", reads)
     layer.register_buffer("writes", writes)
+    layer.register_buffer("columns", None if columns is None else columns.indices.clone())
+    scale = None if columns is None or columns.scale is None else columns.scale.clone()
+    layer.register_buffer("column_scale", scale)
     layer.__dict__["made"] = made
+
+
+def take_columns(weight: Tensor, index: Tensor, scale: Tensor | None = None) -> Tensor:
+    """The chosen inputs of a weight, with their scale.
+
+    Args:
+        weight: ``[O, I, ...]``, I inputs in each group.
+        index: ``[groups, k]``.
+        scale: ``[groups, k]`` or None.
+
+    Returns:
+        ``[O, k, ...]``.
+    """
+    groups, count = index.shape
+    rest = [1] * (weight.dim() - 2)
+    by_group = weight.unflatten(0, (groups, -1))
+    taken = torch.take_along_dim(by_group, index.view(groups, 1, count, *rest), 2)
+    if scale is not None:
+        taken = taken * scale.to(weight.dtype).view(groups, 1, count, *rest)
+    return taken.flatten(0, 1)
 
 
 def make_heads_attention(layer: nn.MultiheadAttention, reads: Tensor | None) -> None:

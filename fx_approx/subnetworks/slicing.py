@@ -13,6 +13,7 @@ from fx_approx.core.layer_types import PRODUCT_LAYERS, layer_type
 from fx_approx.ops.layer_arguments import op_kwargs_of
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
+from fx_approx.subnetworks.part_layers import take_columns
 
 INDICES = "_selected"
 """Prefix of the buffers with indices, where a part of a wide value is read."""
@@ -80,23 +81,3 @@ class Slicing:
             input = self.graph.call_function(F.pad, (input, padding_of(layer)), {"mode": layer.padding_mode})
             op_kwargs["padding"] = 0
         return self.graph.call_function(getattr(F, kind), (input, weight, bias), op_kwargs)
-
-
-def take_columns(weight: Tensor, index: Tensor, scale: Tensor | None = None) -> Tensor:
-    """The chosen inputs of a weight, with their scale.
-
-    Args:
-        weight: ``[O, I, ...]``, I inputs in each group.
-        index: ``[groups, k]``.
-        scale: ``[groups, k]`` or None.
-
-    Returns:
-        ``[O, k, ...]``.
-    """
-    groups, count = index.shape
-    rest = [1] * (weight.dim() - 2)
-    by_group = weight.unflatten(0, (groups, -1))
-    taken = torch.take_along_dim(by_group, index.view(groups, 1, count, *rest), 2)
-    if scale is not None:
-        taken = taken * scale.to(weight.dtype).view(groups, 1, count, *rest)
-    return taken.flatten(0, 1)

@@ -69,7 +69,12 @@ class Specialised:
 
 
 def specialise(
-    graphs: Mapping[str, fx.Graph], full: nn.Module, narrowing: Narrowing, head: Sequence[Any], chosen: Sequence[Any]
+    graphs: Mapping[str, fx.Graph],
+    full: nn.Module,
+    narrowing: Narrowing,
+    head: Sequence[Any],
+    chosen: Sequence[Any],
+    outside: Mapping[str, Selection | None],
 ) -> dict[str, Specialised]:
     """Copies graphs of a transformed model, with ordinary layers and functions in place of those with selections.
 
@@ -79,13 +84,18 @@ def specialise(
         narrowing: Is told how each tensor of the model is read.
         head: What the sections are handed: a selection or None each.
         chosen: The selections that are made ahead, in order.
+        outside: By path, those of layers that Python calls.
 
     Raises:
         UnsupportedError: A selection is made within the step.
     """
     while True:
         try:
+            for path, selection in outside.items():
+                if selection is not None:
+                    narrowing.narrow_outside(path, selection)
             made = {name: _Specializer(graph, full, narrowing, head, chosen).run() for name, graph in graphs.items()}
+            narrowing.check_ties()
             return made
         except SeveralError as error:  # it stays whole, and the graphs slice it
             narrowing.begin_anew(error.source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class WideValues:
     Attributes:
         reads: By path of a layer, the entries of its input that it reads.
         writes: Paths of the layers that write into zeros.
-        problem: Why there is no such form.
+        problems: By name of a graph, why there is no such form.
     """
 
     def __init__(self, narrowing: Narrowing, widens: bool = False) -> None:
@@ -63,17 +64,16 @@ class WideValues:
         self.narrowing, self.widens = narrowing, widens
         self.reads: dict[str, Tensor | None] = {}
         self.writes: set[str] = set()
-        self.problem = ""
+        self.problems: dict[str, str] = {}
 
-    def follow(self, made: Specialised) -> None:
-        """Looks at one graph."""
-        while True:
-            before, self.problem = len(self.writes), ""
-            reads = dict(self.reads)
-            _Walk(self, made, reads).run()
-            if len(self.writes) == before:
-                self.reads = reads
-                return
+    def follow(self, graphs: Mapping[str, Specialised]) -> None:
+        """Looks at all graphs of a model, until no further layer has to write into zeros."""
+        count = -1
+        while len(self.writes) > count:
+            count = len(self.writes)
+            self.reads, self.problems = {}, {}
+            for name, made in graphs.items():
+                _Walk(self, name, made).run()
 
     def install(self, own: nn.Module) -> None:
         """Gives ``own``, a copy of the narrow model, layers that do so."""
@@ -95,8 +95,8 @@ class WideValues:
 class _Walk:
     """One way through a graph."""
 
-    def __init__(self, found: WideValues, made: Specialised, reads: dict[str, Tensor | None]) -> None:
-        self.found, self.made, self.reads = found, made, reads
+    def __init__(self, found: WideValues, part: str, made: Specialised) -> None:
+        self.found, self.part, self.made = found, part, made
         self.root, self.layers = found.narrowing.root, found.narrowing.layers
         self.states: dict[fx.Node, _State] = {}
 
@@ -135,7 +135,7 @@ class _Walk:
             changes = layer_type(module) in PRODUCT_LAYERS or bool(children_of(module))
             return _State() if changes else given
         if narrowed.sampled:
-            self.found.problem = f"{path} takes its selections in each call"
+            self.found.problems[self.part] = f"{path} takes its selections in each call"
             return _State()
         self._read(path, self._index(path, given, narrowed.inputs))
         if narrowed.outputs is None:
@@ -158,13 +158,13 @@ class _Walk:
             flat = spread(inputs, full.weight.shape[1])
             assert flat is not None
             return flat.indices[0]
-        self.found.problem = f"{path} reads a part of a value of which a part is there"
+        self.found.problems[self.part] = f"{path} reads a part of a value of which a part is there"
         return None
 
     def _read(self, path: str, index: Tensor | None) -> None:
-        known = self.reads.setdefault(path, index)
+        known = self.found.reads.setdefault(path, index)
         if (known is None) is not (index is None) or (known is not None and not torch.equal(known, index)):
-            self.found.problem = f"{path} is called with wide and with narrow values"
+            self.found.problems[self.part] = f"{path} is called with wide and with narrow values"
 
     def _product(self, node: fx.Node) -> _State:
         """A functional product, by a parameter of the model."""
@@ -176,7 +176,7 @@ class _Walk:
             if isinstance(self.root.get_submodule(owner), nn.MultiheadAttention):
                 self._read(owner, given.wide)
             else:
-                self.found.problem = f"{node.name} reads a part of a wide value"
+                self.found.problems[self.part] = f"{node.name} reads a part of a wide value"
         return _State() if cut is None or cut.outputs is None else _State(makers=frozenset(("",)))
 
     def _joined(self, node: fx.Node) -> _State:
@@ -186,12 +186,12 @@ class _Walk:
         makers = frozenset().union(*(one.makers for one in given))
         if makers and (wide or (self.found.widens and node.target in _SPLIT)):
             if "" in makers:
-                self.found.problem = f"{node.name} adds a part to a wide value"
+                self.found.problems[self.part] = f"{node.name} adds a part to a wide value"
             self.found.writes |= makers - {""}
         if not wide:
             return _State(makers=makers)
         if node.target in _PAIRS:
-            self.found.problem = f"{node.name} would multiply more than what is read"
+            self.found.problems[self.part] = f"{node.name} would multiply more than what is read"
         everything = all(one.everything for one in wide) and not makers
         if node.target in _MOVE:  # where the entries stand is known only if all are there
             return _State(wide[0].wide.new_empty(0), everything)
