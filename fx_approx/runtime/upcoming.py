@@ -34,37 +34,48 @@ def next_selections(approx: ApproxModule) -> tuple[Selection | None, ...]:
     return result
 
 
-def outside_selectors(approx: ApproxModule) -> dict[str, Selector]:
-    """By path, the selectors of layers that are called by Python, outside of all graphs."""
+def further_selectors(approx: ApproxModule) -> tuple[dict[str, Selector], dict[str, Selector]]:
+    """The selectors of the output that are asked one by one, of what can be said before a step.
+
+    Returns:
+        By path, those of layers that Python calls, outside of all graphs; by target of their node, those of a graph,
+        which are of products of two values of the step.
+    """
     runtime = approx._fx_approx
     graph = runtime.program.graph
     called = set() if graph is None else {str(node.target) for node in graph.nodes if node.op == "call_module"}
     paths = {id(module): path for path, module in approx.named_modules()}
-    return {
-        paths[id(one.owner[0])]: one
-        for one in runtime.selectors.values()
-        if not one.shared and selector_target(one) not in called and id(one.owner[0]) in paths
-    }
+    outside, inside = {}, {}
+    for one in runtime.selectors.values():
+        if one.shared:
+            continue
+        if selector_target(one) not in called:
+            outside[paths[id(one.owner[0])]] = one
+        elif one.ahead and not one.spec.per_batch and one.pairs:
+            inside[selector_target(one)] = one
+    return outside, inside
 
 
-def outside_selections(approx: ApproxModule) -> dict[str, Selection | None]:
-    """By path, the selections that the first call of each such layer makes in the next training step.
+def further_selections(approx: ApproxModule) -> list[Selection | None]:
+    """The selections that these make in the next training step, layers that are called several times in the first call.
 
     Raises:
         UnsupportedError: One is no selection of the output that is made ahead.
     """
+    found: list[Selection | None] = []
+    outside, inside = further_selectors(approx)
     runtime = approx._fx_approx
-    found: dict[str, Selection | None] = {}
     with _sampling(runtime):
-        for path, selector in outside_selectors(approx).items():
+        drawn = _drawn(runtime)
+        for path, selector in outside.items():
             if not selector.ahead:
                 raise UnsupportedError(
                     f"model: {path}: its selection follows the activations or gradients of the step, so that no fixed "
                     "network computes the same; expected scores weight, ema or uniform, of the output"
                 )
-            weight = selector.owner[0].weight
-            made = selector(None, weight, _drawn(runtime))
-            found[path] = made if isinstance(made, Selection) else None
+            made = selector(None, selector.owner[0].weight, drawn)
+            found.append(made if isinstance(made, Selection) else None)
+        found += [selector.blind(drawn) for selector in inside.values()]
     return found
 
 

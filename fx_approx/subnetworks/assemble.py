@@ -21,6 +21,9 @@ from fx_approx.subnetworks.record import tensors_of
 from fx_approx.subnetworks.specialize import Specialised
 from fx_approx.subnetworks.wide_values import WideValues
 
+Forms = dict[str, bool | None]
+"""By path of a part, the form it has: None for a graph; else Python, and whether values that it splits are wide."""
+
 _NO_EXAMPLE = "no example_inputs were given, to see whether the model's own Python serves"
 
 
@@ -48,8 +51,8 @@ class _Trial:
 
 
 def assembled(
-    approx: ApproxModule, root: nn.Module, parts: list[Part], narrowing: Narrowing, example: Any
-) -> tuple[nn.Module, str]:
+    approx: ApproxModule, root: nn.Module, parts: Sequence[Part], narrowing: Narrowing, example: Any
+) -> tuple[nn.Module, Forms, str]:
     """The subnetwork, and why it, or a part of it, is no Python of the model's own.
 
     Args:
@@ -59,87 +62,112 @@ def assembled(
         narrowing: How its layers were narrowed.
         example: Inputs of the model, or None.
 
+    Returns:
+        The subnetwork, in which form each part of it is, and the reasons.
+
     Raises:
         UnsupportedError: Neither a graph nor the model's own Python serves ``example``.
     """
-    trials = [] if example is None else _trials(root, parts, narrowing)
-    graphs = {part.path: _graph(root, part) for part in sorted(parts, key=lambda one: not one.path)}
-    whole = graphs.get("", root)
     if example is None:
-        return whole, _NO_EXAMPLE if parts else ""
+        forms: Forms = {part.path: None for part in parts}
+        return reassembled(root, parts, narrowing, forms), forms, _NO_EXAMPLE if parts else ""
     given = (example,) if isinstance(example, Tensor) else example
     call = ((), dict(given)) if isinstance(given, Mapping) else (tuple(given), {})
-    reasons = []
-    exact = exact_copy(approx)
-    sections = {part.path: exact.get_submodule(part.path) for part in parts if part.path}
-    references = _References(approx, narrowing, {part.path: part.serves for part in parts}, graphs)
-    for path, calls in recorded(exact, sections, call).items():
-        module, why = _serving(trials, path, references.of(path, calls), calls)
-        for model in (root, *(trial.model for trial in trials)):
-            _put(model, path, module)
+    exact, inner = exact_copy(approx), [part for part in parts if part.path]
+    calls = recorded(exact, {part.path: exact.get_submodule(part.path) for part in inner}, call)
+    trials = _trials(root, parts, narrowing)
+    forms, reasons = {}, []
+    for part in (*inner, *(part for part in parts if not part.path)):
+        reference = _reference(approx, root, part, narrowing, calls.get(part.path, [call]))
+        own = {widens: one for widens, one in trials.items() if part.path not in one.problems}
+        problem = next((one.problems[part.path] for one in trials.values() if part.path in one.problems), "")
+        forms[part.path], why = _serving(part, own, reference, calls.get(part.path, [call]), problem)
         if why:
-            reasons.append(f"{path}: {why}")
-    if "" not in graphs:
-        return root, "; ".join(reasons)
-    module, why = _serving(trials, "", references.of("", [call]), [call])
-    return module, "; ".join([*([why] if why else []), *reasons])
+            reasons.append(f"{part.path}: {why}" if part.path else why)
+        if part.path:
+            chosen = forms[part.path]
+            module = reference.graph if chosen is None else trials[chosen].model.get_submodule(part.path)
+            for model in (root, *(trial.model for trial in trials.values())):
+                _put(model, part.path, module)
+        elif forms[""] is None:
+            return reference.graph, forms, "; ".join([reasons[-1], *reasons[:-1]])
+        else:
+            return trials[forms[""]].model, forms, "; ".join(reasons)
+    return root, forms, "; ".join(reasons)
 
 
-class _References:
-    """What the model's own Python is compared with."""
+def reassembled(root: nn.Module, parts: Sequence[Part], narrowing: Narrowing, forms: Forms) -> nn.Module:
+    """The subnetwork in known forms; see :func:`assembled`."""
+    trials = _trials(root, parts, narrowing) if any(form is not None for form in forms.values()) else {}
+    for part in sorted(parts, key=lambda one: not one.path):
+        form = forms[part.path]
+        module = _graph(root, part) if form is None else trials[form].model.get_submodule(part.path)
+        if not part.path:
+            return module
+        for model in (root, *(trial.model for trial in trials.values())):
+            _put(model, part.path, module)
+    return root
 
-    def __init__(
-        self,
-        approx: ApproxModule,
-        narrowing: Narrowing,
-        serves: Mapping[str, Serves],
-        graphs: Mapping[str, nn.Module],
-    ) -> None:
-        self.approx, self.narrowing, self.serves, self.graphs = approx, narrowing, serves, graphs
 
-    def of(self, path: str, calls: Sequence[Call]) -> tuple[nn.Module, str]:
-        """A module that computes what a part should, and why that is not the graph, if so.
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+    """What the model's own Python is compared with.
 
-        Where the graph does not serve the calls, it is the exact module with zeros for the weights that are not read.
-        """
-        for args, kwargs in calls:
-            problem = self.serves[path].problem(self.graphs[path], args, kwargs)
-            if problem:
-                return self._masked(path), problem
-        return self.graphs[path], ""
+    Attributes:
+        graph: The graph of the part.
+        module: That, or the exact module with zeros for the weights that are not read.
+        problem: Why the graph does not serve the calls, if so.
+    """
 
-    def _masked(self, path: str) -> nn.Module:
-        whole = skeleton(exact_copy(self.approx), shared=False)
-        tensors = tensors_of(whole)
-        for name, cut in self.narrowing.cuts.items():
+    graph: nn.Module
+    module: nn.Module
+    problem: str
+
+
+def _reference(
+    approx: ApproxModule, root: nn.Module, part: Part, narrowing: Narrowing, calls: Sequence[Call]
+) -> _Reference:
+    graph = _graph(root, part)
+    found = (part.serves.problem(graph, args, kwargs) for args, kwargs in calls)
+    problem = next((one for one in found if one), "")
+    return _Reference(graph, _masked(approx, narrowing, part.path) if problem else graph, problem)
+
+
+def _masked(approx: ApproxModule, narrowing: Narrowing, path: str) -> nn.Module:
+    """The exact module at ``path`` with zeros for the weights that the subnetwork does not read."""
+    whole = skeleton(exact_copy(approx), shared=False)
+    tensors = tensors_of(whole)
+    with torch.no_grad():
+        for name, cut in narrowing.cuts.items():
             if cut.inputs is not None and tensors[name].dim() > 1:
-                with torch.no_grad():
-                    kept = dataclasses.replace(cut, outputs=None)
-                    value = torch.zeros_like(tensors[name])
-                    kept.put(value, kept.of(tensors[name]), scaled=False)
-                    tensors[name].copy_(value)
-        return whole.get_submodule(path)
+                kept = dataclasses.replace(cut, outputs=None)
+                value = torch.zeros_like(tensors[name])
+                kept.put(value, kept.of(tensors[name]), scaled=False)
+                tensors[name].copy_(value)
+    return whole.get_submodule(path)
 
 
 def _serving(
-    trials: Sequence[_Trial], path: str, reference: tuple[nn.Module, str], calls: list[Call]
-) -> tuple[nn.Module, str]:
-    """The first of ``trials`` that computes what ``reference`` does; else the graph, and why the first did not.
+    part: Part, trials: Mapping[bool, _Trial], reference: _Reference, calls: Sequence[Call], problem: str
+) -> tuple[bool | None, str]:
+    """The first of ``trials`` that computes what it should, or None for the graph; and why, if so.
 
     Raises:
         UnsupportedError: The graph does not serve the calls either.
     """
-    graph, problem = reference
-    reasons = []
-    for trial in trials:
-        own = trial.model.get_submodule(path)
-        reasons.append(trial.problems.get(path) or differs(own, graph, calls, not problem))
-        if not reasons[-1]:
-            return own, ""
-    if problem:
-        part = path or type(graph).__name__
-        raise UnsupportedError(f"model: {part}: its graph does not serve example_inputs: {problem}; and {reasons[0]}")
-    return graph, reasons[0]
+    reasons = [problem] if problem else []
+    for widens, trial in trials.items():
+        why = differs(trial.model.get_submodule(part.path), reference.module, calls, not reference.problem)
+        if not why:
+            return widens, ""
+        reasons.append(why)
+    if reference.problem:
+        name = part.path or "the model"
+        raise UnsupportedError(
+            f"model: {name}: its graph does not serve example_inputs: {reference.problem}; and {reasons[0]}"
+        )
+    hints = "; ".join(dict.fromkeys(part.made.hints))
+    return None, f"{reasons[0]} ({hints})" if hints else reasons[0]
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -147,9 +175,12 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     children_of(model.get_submodule(holder))[name] = module
 
 
-def _trials(root: nn.Module, parts: Sequence[Part], narrowing: Narrowing) -> list[_Trial]:
-    """Copies, on the same tensors, in which layers read parts of wide values themselves, in one way or another."""
-    made: list[_Trial] = []
+def _trials(root: nn.Module, parts: Sequence[Part], narrowing: Narrowing) -> dict[bool, _Trial]:
+    """Copies, on the same tensors, in which layers read parts of wide values themselves.
+
+    By whether values are made wide that Python splits by number.
+    """
+    made: dict[bool, _Trial] = {}
     ways: list[tuple[Any, ...]] = []
     for widens in (False, True):
         values = WideValues(narrowing, widens)
@@ -158,7 +189,7 @@ def _trials(root: nn.Module, parts: Sequence[Part], narrowing: Narrowing) -> lis
             ways.append((values.writes, values.problems))
             own = skeleton(root)
             values.install(own)
-            made.append(_Trial(own, values.problems))
+            made[widens] = _Trial(own, values.problems)
     return made
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from fx_approx.runtime.exact import exact_copy
 from fx_approx.runtime.graph_program import PROLOGUE
 from fx_approx.runtime.selector import Selector
 from fx_approx.runtime.shared_selection import SharedSelection
-from fx_approx.runtime.upcoming import next_selections, outside_selections, outside_selectors
+from fx_approx.runtime.upcoming import further_selections, further_selectors, next_selections
 from fx_approx.sampling.base import Selection
-from fx_approx.subnetworks.assemble import Part, assembled
+from fx_approx.subnetworks.assemble import Forms, Part, assembled, reassembled
 from fx_approx.subnetworks.graph_form import Serves
 from fx_approx.subnetworks.narrowing import Narrowing
 from fx_approx.subnetworks.record import (
@@ -29,7 +29,9 @@ from fx_approx.subnetworks.record import (
     tensors_of,
     versions_of,
 )
-from fx_approx.subnetworks.specialize import handed, specialise
+from fx_approx.subnetworks.specialize import Chosen, handed, specialise
+
+Assemble = Callable[[nn.Module, list[Part], Narrowing], tuple[nn.Module, Forms, str]]
 
 
 def extract(
@@ -58,41 +60,53 @@ def extract(
             called with several selections.
     """
     approx = find(model)
-    outside = outside_selections(approx)
-    if approx._fx_approx.resample is None and not outside:
+    return _extracted(approx, selections, lambda *made: assembled(approx, *made, example_inputs))
+
+
+def _extracted(approx: ApproxModule, selections: Sequence[Selection | None] | None, assemble: Assemble) -> nn.Module:
+    """A subnetwork that ``assemble`` puts together of a narrow copy and its graphs."""
+    further = further_selections(approx)
+    if approx._fx_approx.resample is None and not further:
         raise ValueError("model: no selection is made ahead, so that there is nothing to cut out")
-    chosen = (*next_selections(approx), *outside.values()) if selections is None else tuple(selections)
+    chosen = (*next_selections(approx), *further) if selections is None else tuple(selections)
     _check(approx, chosen)
     root = skeleton(exact_copy(approx), shared=False)
     narrowing = Narrowing(root, approx)
-    ahead = len(chosen) - len(outside)
-    parts = _parts(approx, narrowing, chosen[:ahead], dict(zip(outside, chosen[ahead:], strict=True)))
+    parts = _parts(approx, narrowing, _placed(approx, chosen))
     narrowing.apply()
     root.train(approx.training)
-    sub, reason = assembled(approx, root, parts, narrowing, example_inputs)
+    sub, forms, reason = assemble(root, parts, narrowing)
     own = not isinstance(sub, fx.GraphModule)
-    vars(sub)[RECORD] = Subnetwork(narrowing.cuts, chosen, identity_of(approx), own, reason, versions_of(approx))
+    vars(sub)[RECORD] = Subnetwork(
+        narrowing.cuts, chosen, identity_of(approx), own, reason, versions_of(approx), forms=forms
+    )
     return sub
 
 
-def _parts(
-    approx: ApproxModule,
-    narrowing: Narrowing,
-    chosen: tuple[Selection | None, ...],
-    outside: Mapping[str, Selection | None],
-) -> list[Part]:
+def _placed(approx: ApproxModule, chosen: tuple[Selection | None, ...]) -> Chosen:
+    outside, inside = further_selectors(approx)
+    ahead = len(chosen) - len(outside) - len(inside)
+    behind = ahead + len(outside)
+    return Chosen(
+        chosen[:ahead],
+        dict(zip(outside, chosen[ahead:behind], strict=True)),
+        dict(zip(inside, chosen[behind:], strict=True)),
+    )
+
+
+def _parts(approx: ApproxModule, narrowing: Narrowing, chosen: Chosen) -> list[Part]:
     """The specialised graph of the model, or of each of its sections; none where nothing could be traced."""
     program = approx._fx_approx.program
     captured, graph = program.capture, program.graph
     if graph is None:
-        specialise({}, approx, narrowing, (), chosen, outside)
+        specialise({}, approx, narrowing, (), chosen)
         return []
     if not captured.sections:
-        made = specialise({"": graph}, approx, narrowing, (), chosen, outside)
+        made = specialise({"": graph}, approx, narrowing, (), chosen)
         return [Part("", made[""], Serves(captured.form, captured.guard, bool(captured.branching)))]
     head, own = split(graph, len(captured.sections), PROLOGUE)
     graphs = {section.path: part for section, part in zip(captured.sections, own, strict=True)}
-    made = specialise(graphs, approx, narrowing, handed(head, chosen), chosen, outside)
+    made = specialise(graphs, approx, narrowing, handed(head, chosen.ahead), chosen)
     return [
         Part(section.path, made[section.path], Serves(section.form, section.guard, bool(each.branching)))
         for section, each in zip(captured.sections, captured.each, strict=True)
@@ -123,7 +137,9 @@ def reselect(
     check_origin(record, approx)
     if not record.merged:
         raise ValueError("sub: what it has learnt would be lost; call fx_approx.subnetworks.merge(sub, model) first")
-    fresh = extract(approx, selections)
+    fresh = _extracted(
+        approx, selections, lambda *made: (reassembled(*made, record.forms), record.forms, record.reason)
+    )
     new, old = tensors_of(fresh), tensors_of(sub)
     for name in dict.fromkeys((*old, *new)):
         mine, other = (None if name not in one else tuple(one[name].shape) for one in (old, new))
@@ -142,7 +158,10 @@ def reselect(
 
 def _check(approx: ApproxModule, chosen: tuple[Selection | None, ...]) -> None:
     shared = list(approx._fx_approx.resample.each()) if approx._fx_approx.resample is not None else []
-    made: list[SharedSelection | Selector] = [*shared, *outside_selectors(approx).values()]
+    made: list[SharedSelection | Selector] = [
+        *shared,
+        *(one for some in further_selectors(approx) for one in some.values()),
+    ]
     if len(chosen) != len(made):
         raise ValueError(f"selections: expected {len(made)}, one for each that the model makes, got {len(chosen)}")
     for place, (one, given) in enumerate(zip(made, chosen, strict=True)):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -88,7 +90,12 @@ class Code:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Code, (self.source, self.names)
+        modules = {name: one.__name__ for name, one in self.names.items() if isinstance(one, ModuleType)}
+        return _code, (self.source, {k: v for k, v in self.names.items() if k not in modules}, modules)
+
+
+def _code(source: str, names: Mapping[str, Any], modules: Mapping[str, str]) -> Code:
+    return Code(source, {**names, **{name: importlib.import_module(one) for name, one in modules.items()}})
 
 
 def run_by_graph(module: nn.Module, graph: fx.Graph, tensors: Mapping[str, Tensor], serves: Serves) -> None:

@@ -23,10 +23,11 @@ class Subnetwork:
         cuts: By name of each narrowed parameter or buffer, what it holds of the full one.
         selections: The selections, in the order in which the model makes them.
         identity: What the full model must be: its layers and their shapes.
-        own_forward: Its forward is the model's own Python.
-        reason: Why it is not, if so.
+        own_forward: Its forward is the model's own Python, and it an instance of the model's class.
+        reason: Why it is not, or why a part of it runs a graph, if so.
         versions: Of the full parameters when it was cut out; a change since is refused by :func:`merge`.
         merged: It has been written back since it was cut out.
+        forms: By path of the model ("") or a section of it, how its forward was made; None for a graph.
     """
 
     cuts: Mapping[str, Cut]
@@ -36,6 +37,7 @@ class Subnetwork:
     reason: str
     versions: dict[str, int]
     merged: bool = False
+    forms: Mapping[str, bool | None] = dataclasses.field(default_factory=dict)
 
     def cut_of(self, name: str) -> Cut:
         """What the parameter or buffer ``name`` holds of the full model's; all of it where nothing is cut off."""

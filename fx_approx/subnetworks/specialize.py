@@ -51,6 +51,21 @@ class Sliced:
     groups: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Fixed selections.
+
+    Attributes:
+        ahead: Those that are made ahead together, in order.
+        outside: By path, those of layers that Python calls, outside of all graphs.
+        further: By target of the node that makes one, those of products of two values of the step.
+    """
+
+    ahead: Sequence[Selection | None]
+    outside: Mapping[str, Selection | None]
+    further: Mapping[str, Selection | None]
+
+
 @dataclasses.dataclass
 class Specialised:
     """A graph without selections.
@@ -73,8 +88,7 @@ def specialise(
     full: nn.Module,
     narrowing: Narrowing,
     head: Sequence[Any],
-    chosen: Sequence[Any],
-    outside: Mapping[str, Selection | None],
+    chosen: Chosen,
 ) -> dict[str, Specialised]:
     """Copies graphs of a transformed model, with ordinary layers and functions in place of those with selections.
 
@@ -83,15 +97,14 @@ def specialise(
         full: The transformed model.
         narrowing: Is told how each tensor of the model is read.
         head: What the sections are handed: a selection or None each.
-        chosen: The selections that are made ahead, in order.
-        outside: By path, those of layers that Python calls.
+        chosen: The selections.
 
     Raises:
         UnsupportedError: A selection is made within the step.
     """
     while True:
         try:
-            for path, selection in outside.items():
+            for path, selection in chosen.outside.items():
                 if selection is not None:
                     narrowing.narrow_outside(path, selection)
             made = {name: _Specializer(graph, full, narrowing, head, chosen).run() for name, graph in graphs.items()}
@@ -120,7 +133,7 @@ class _Specializer:
     """Copies one graph."""
 
     def __init__(
-        self, source: fx.Graph, full: nn.Module, narrowing: Narrowing, head: Sequence[Any], chosen: Sequence[Any]
+        self, source: fx.Graph, full: nn.Module, narrowing: Narrowing, head: Sequence[Any], chosen: Chosen
     ) -> None:
         self.source, self.full, self.narrowing = source, full, narrowing
         self.head, self.chosen = head, chosen
@@ -143,7 +156,7 @@ class _Specializer:
         def now(value: Any) -> Any:
             return fx.map_arg(value, lambda one: made[one])
 
-        args, kwargs = now(node.args), now(dict(node.kwargs))
+        args, kwargs = now(node.args), dict(now(dict(node.kwargs)))
         if node.op == "placeholder" and node.target == "head":
             return Known(self.head)
         if node.op == "output":
@@ -171,9 +184,11 @@ class _Specializer:
         if node.target == PROLOGUE:
             return Known(None)
         if node.target == f"{PROLOGUE}.resample":
-            return Known(self.chosen)
+            return Known(self.chosen.ahead)
         if str(node.target).startswith(f"{PROLOGUE}.o"):  # running norms: nothing is learnt any more
             return Known(None)
+        if node.target in self.chosen.further:
+            return Known(self.chosen.further[str(node.target)])
         raise UnsupportedError(
             "its selection follows the activations or gradients of the step, so that no fixed network computes the "
             "same; expected scores weight, ema or uniform, of the output"
