@@ -52,7 +52,7 @@ def zoo(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Made]]
     def build(family: str, name: str) -> Made:
         (entry,) = [one for one in entries if (one.family, one.name) == (family, name)]
         made = entry.make()
-        return made.model, made.args, made.keywords
+        return made.model, made.inputs, made.keywords
 
     try:
         yield build
