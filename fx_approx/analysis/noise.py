@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-from fx_approx._compat import buffers_of, in_backward, set_parameters, uncompiled
+from fx_approx._compat import buffers_of, in_backward, set_parameters
 from fx_approx.analysis.noise_report import NoiseReport, ProductNoise, Tally, noise_of, sampled_text
 from fx_approx.capture.containers import copied
 from fx_approx.capture.module_snapshot import AttributeSnapshot
@@ -24,13 +24,12 @@ from fx_approx.errors import CaptureWarning
 from fx_approx.ops.base import OPS, SAMPLING_ARGUMENTS
 from fx_approx.ops.gradient_selection import ProductSampling
 from fx_approx.passes.find_candidates import META_KEY
-from fx_approx.runtime.approx_module import find
+from fx_approx.runtime.approx_module import find, unwrapped
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.layers import SampledLayer
 from fx_approx.runtime.rng import SEED, SELECTION_INTERVAL, STEP, Draw, further
 from fx_approx.runtime.selector import Selector
 
-_WRAPPERS = ("DistributedDataParallel", "DataParallel")
 _EXACT = ProductSampling()
 
 
@@ -82,7 +81,7 @@ def gradient_noise(
     name, runtime = approx.exact_class.__name__, approx._fx_approx
     if not approx.training:
         raise ValueError(f"model: {name} is in eval(), where nothing is sampled; call model.train() first")
-    target = _unwrapped(model)
+    target = unwrapped(model)
     parameters = {path: p for path, p in target.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(f"model: no parameter of {name} requires a gradient, so there is no step to measure")
@@ -111,18 +110,6 @@ def gradient_noise(
     note = "Nothing here is random, so one draw says it all: the error is the bias."
     note = note if runtime.samples else "Nothing is sampled at present."
     return NoiseReport(name, draws, whole, each, rows, () if random else (note,))
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module in ``torch.compile`` and data-parallel wrappers, which act on ``.grad`` or on compiled code."""
-    while True:
-        inner = uncompiled(model)
-        if inner is not None:
-            model = inner
-        elif type(model).__name__ in _WRAPPERS and isinstance(model.module, nn.Module):
-            model = model.module
-        else:
-            return model
 
 
 def _scalar(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:

@@ -35,7 +35,7 @@ from fx_approx.compiler.graph_view import GraphView
 from fx_approx.compiler.pipeline import install, prepare
 from fx_approx.compiler.transform import report
 from fx_approx.core.plan import Decision, Plan, Policy, make_plan
-from fx_approx.dynamo.frame import Frame, Known, compiled_in_place, current_frame, is_skipped
+from fx_approx.dynamo.frame import Frame, Known, current_frame, is_skipped, module_in_compile
 from fx_approx.dynamo.graph_runner import CompiledGraph
 from fx_approx.dynamo.layer_recovery import LayerRecovery, higher_order, lift, multiplying, place_of
 from fx_approx.dynamo.report import CapturedGraph, Key, Left, Owners, Steps, whole_report
@@ -137,6 +137,7 @@ class Backend(GraphHandle):
         self._warned: set[str] = set()
         self._streams: dict[Key, int] = {}
         self._numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._given: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()
         self._known: Known = weakref.WeakKeyDictionary()
         self._unmatched = list(policy.rules) if isinstance(policy, Override) else []
 
@@ -147,12 +148,17 @@ class Backend(GraphHandle):
     def __name__(self) -> str:
         """``fx_approx``; torch.compile asks for it when it is given the backend, before any frame runs.
 
+        So the backend sees which module it is given for: frames of parts are all that is seen of a forward that Dynamo
+        leaves to Python.
+
         Warns:
             CaptureWarning: It compiles a module in place whose frames torch skips, so that it would do so silently.
         """
-        module = compiled_in_place()
-        if module is not None and is_skipped(module):
+        module, in_place = module_in_compile()
+        if module is not None and in_place and is_skipped(module):
             self._warn(f"{type(module).__name__}.compile() compiles nothing of its own: {_SKIPPED}", CaptureWarning)
+        elif module is not None:
+            self._given[module] = None
         return "fx_approx"
 
     @property
@@ -163,7 +169,7 @@ class Backend(GraphHandle):
     @property
     def models(self) -> tuple[nn.Module, ...]:
         """The user's own modules that were compiled, of those inside another only that other."""
-        known = list(self._numbers)
+        known = list(dict.fromkeys((*self._given, *self._numbers)))
         inner = {part for one in known for part in one.modules() if part is not one}
         return tuple(one for one in known if one not in inner)
 

@@ -191,13 +191,17 @@ def current_frame(known: Known | None = None) -> Frame:
     return Frame(tuple(outer), output.root_tx.f_code, tensors, sources, tuple(inner), *values)
 
 
-def compiled_in_place() -> nn.Module | None:
-    """The module whose ``compile`` the caller's caller is in, None for another call of ``torch.compile``."""
+def module_in_compile() -> tuple[nn.Module | None, bool]:
+    """The module that the call of ``torch.compile`` around was given, None for none, and whether by its own method."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not nn.Module.compile.__code__:
+    while frame is not None:
+        if frame.f_code is nn.Module.compile.__code__:
+            return frame.f_locals.get("self"), True
+        given = frame.f_locals.get("model") if frame.f_code is torch.compile.__code__ else None
+        if isinstance(given, nn.Module):
+            return given, False
         frame = frame.f_back  # type: ignore[assignment]
-    module = None if frame is None else frame.f_locals.get("self")
-    return module if isinstance(module, nn.Module) else None
+    return None, False
 
 
 def is_skipped(module: nn.Module) -> bool:

@@ -30,6 +30,7 @@ class CompiledGraph:
         "inputs",
         "run",
         "scalars",
+        "turned",
     )  # no __dict__:
     # Dynamo would copy it.
 
@@ -45,7 +46,12 @@ class CompiledGraph:
         self.handle, self.approx, self.run = handle, approx, run
         self.exact: Callable[[str], Callable[..., Any]] | None = exact
         self.inputs, self.dynamic, self.scalars = lifted.inputs, lifted.dynamic, lifted.scalars
-        self.held = [(place, _tensor(approx, path)) for place, path in lifted.parameters]
+        self.held = [(place, _tensor(approx, path)) for place, path in lifted.parameters if path not in lifted.turned]
+        self.turned = [
+            (place, approx.get_submodule(path.rpartition(".")[0]))
+            for place, path in lifted.parameters
+            if path in lifted.turned
+        ]
         self.cold = _learns_yet(approx)
         # Dynamo drops its own reference with the modules; but what it notes of the stack while it compiles the inner
         # graph refers to the outer code, a cycle that no garbage collector sees.
@@ -58,9 +64,13 @@ class CompiledGraph:
         if changed:  # someone has put other parameters into the model
             _replace(self.approx, changed)
             self.held = [(place, inputs[place]) for place, _ in self.held]
+        for place, layer in self.turned:
+            parameters_of(layer)["weight"] = inputs[place].t()
         for place, dim in self.dynamic:
             mark_dynamic(inputs[place], dim)
         values = [inputs[place].item() if place in self.scalars else inputs[place] for place in self.inputs]
+        if self.handle.stand_in is not None:
+            return self.handle.stand_in(self.approx)(*values)
         if self.handle.uncompiled is not None:
             with self.handle.uncompiled():
                 return self.approx(*values)
@@ -84,6 +94,7 @@ class CompiledGraph:
         """From now on the graph runs as Dynamo gave it."""
         count = len(inputs)
         self.inputs, self.held, self.dynamic, self.scalars = tuple(range(count)), [], (), frozenset()
+        self.turned = []
         self.run, self.exact = exact, None
         return exact(*inputs)
 
@@ -103,7 +114,7 @@ def _learns_yet(approx: ApproxModule) -> bool:
 def _release(compiled: weakref.ref[CompiledGraph]) -> None:
     gone = compiled()
     if gone is not None and hasattr(gone, "approx"):
-        del gone.approx, gone.run, gone.held
+        del gone.approx, gone.run, gone.held, gone.turned
         gone.exact = None
 
 

@@ -63,6 +63,8 @@ class LayerRecovery:
         parameters: Position among Dynamo's inputs, and path, of the parameters and buffers.
         dynamic: Position among Dynamo's inputs, and dimension, of the sizes that are not fixed.
         scalars: Position among Dynamo's inputs of the tensors that stand for a Python number.
+        turned: Paths of the weights that are transposed in their layers: a product with one that is stored
+            ``[inputs, outputs]``, as in ``Conv1D`` of Hugging Face, is a linear layer on its transpose.
         higher_order: Names of the operators in the graph that hold graphs themselves, or transform functions.
         frame: The frame.
     """
@@ -73,6 +75,7 @@ class LayerRecovery:
     parameters: tuple[tuple[int, str], ...]
     dynamic: tuple[tuple[int, int], ...]
     scalars: frozenset[int]
+    turned: frozenset[str]
     higher_order: frozenset[str]
     frame: Frame
 
@@ -114,6 +117,8 @@ class _Lifter:
         self.inputs: list[int] = []
         self.sizes: list[fx.Node] = []
         self.names: dict[int, str] = {}
+        self.readers: dict[str, int] = {}
+        self.turned: set[str] = set()
         for root in frame.roots:
             prefix = prefix_of(frame, root)
             for path, tensor in (*root.module.named_parameters(prefix), *root.module.named_buffers(prefix)):
@@ -143,6 +148,7 @@ class _Lifter:
         for position, path in parameters.items():
             self._hold(path, self.frame.tensors[given[position].name])
             self.copies[given[position]] = self.graph.create_node("get_attr", path)
+            self.readers[path] = self.readers.get(path, 0) + len(given[position].users)
         for node in sizes.values():
             if node not in self.copies:
                 place, dim = places[_symbol(node.meta["example_value"])]
@@ -157,9 +163,8 @@ class _Lifter:
         marks = tuple((position, dim) for position, dim, _ in dynamic)
         held = tuple(parameters.items())
         scalars = frozenset(position for position in self.inputs if _is_number(given[position]))
-        return LayerRecovery(
-            self.root, captured, tuple(self.inputs), held, marks, scalars, higher_order(self.gm), self.frame
-        )
+        turned, special = frozenset(self.turned), higher_order(self.gm)
+        return LayerRecovery(self.root, captured, tuple(self.inputs), held, marks, scalars, turned, special, self.frame)
 
     def _path(self, node: fx.Node) -> str | None:
         """Where the parameter or buffer that an input stands for is in the skeleton; None for another input."""
@@ -267,7 +272,7 @@ class _Lifter:
         self._module(owner)
         if node.op == "call_method" and node.target == "add_" and isinstance(copy.args[0], fx.Node):
             self.counts[copy.args[0]] = copy
-        call = self._layer_call(copy, owner)
+        call = self._layer_call(copy, owner) or self._turned_call(node, copy, owner)
         if call is None:
             return copy
         with self.graph.inserting_after(copy):
@@ -292,6 +297,37 @@ class _Lifter:
                 return tuple(given[name] for name in _ATTENTION[:3]), {name: given.get(name) for name in _ATTENDING}
             return (given["input"],), {}
         return None
+
+    def _turned_call(self, node: fx.Node, copy: fx.Node, owner: str) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What ``owner`` is called with as a linear layer, if ``copy`` multiplies by its weight ``[inputs, outputs]``.
+
+        Only if nothing else reads that weight: in the skeleton it stands transposed.
+        """
+        if node.target is not torch.addmm or len(node.args) != 3 or node.kwargs or not owner:
+            return None
+        bias, input, weight = copy.args
+        bare, source = self._module(owner), node.args[2]
+        stored = parameters_of(bare).get("weight")
+        fits = (
+            type(bare) is nn.Module
+            and not children_of(bare)
+            and self._is(weight, bare, "weight")
+            and self._is(bias, bare, "bias")
+            and self.readers.get(f"{owner}.weight") == 1
+            and isinstance(source, fx.Node)
+            and len(source.users) == 1
+        )
+        if not fits or stored is None or stored.dim() != 2:
+            return None
+        layer = nn.Linear.__new__(nn.Linear)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = stored.shape
+        layer.training = bare.training
+        with torch.enable_grad():
+            parameters_of(layer).update(weight=stored.t(), bias=parameters_of(bare)["bias"])
+        self.root.set_submodule(owner, layer)
+        self.turned.add(f"{owner}.weight")
+        return (input,), {}
 
     def is_linear(self, module: nn.Module, given: dict[str, Any]) -> bool:
         """Whether ``F.linear`` with ``given`` is the call of ``module``."""

@@ -9,12 +9,14 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from fx_approx._compat import Moved, is_compiled
+from fx_approx._compat import Moved, is_compiled, uncompiled
 from fx_approx.capture.records import Section
 from fx_approx.core.layer_types import EXACT_CLASS, HELD
 from fx_approx.errors import CaptureError
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.utils.graph_diff import passes_text
+
+_WRAPPERS = ("DistributedDataParallel", "DataParallel")
 
 
 class ApproxModule(Moved):
@@ -152,3 +154,15 @@ def find(model: nn.Module) -> ApproxModule:
         hint = ", or the backend that compiles it" if any(is_compiled(module) for module in model.modules()) else ""
         raise ValueError(f"model: {type(model).__name__} {what}; expected what fx_approx.transform returned{hint}")
     return found[0]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module in ``torch.compile`` and data-parallel wrappers, which act on ``.grad`` or on compiled code."""
+    while True:
+        inner = uncompiled(model)
+        if inner is not None:
+            model = inner
+        elif type(model).__name__ in _WRAPPERS and isinstance(model.module, nn.Module):
+            model = model.module
+        else:
+            return model

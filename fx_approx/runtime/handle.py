@@ -30,12 +30,14 @@ class GraphHandle(abc.ABC):
             they are ratios or switches.
         states: Sampler states that wait for their graphs.
         uncompiled: While it is set, graphs run node by node inside of these contexts, and not as they were compiled.
+        stand_in: While it is set, what it returns for a graph is called in the place of that graph.
     """
 
     def __init__(self) -> None:
         self.settings: dict[tuple[tuple[str, ...], Role | None, str], Settings] = {}
         self.states: list[Mapping[str, Any]] = []
         self.uncompiled: Callable[[], contextlib.AbstractContextManager[Any]] | None = None
+        self.stand_in: Callable[[ApproxModule], Callable[..., Any]] | None = None
         self._followers: list[Follower] = []
 
     @property
@@ -89,6 +91,15 @@ class GraphHandle(abc.ABC):
             yield
         finally:
             self.uncompiled = before
+
+    @contextlib.contextmanager
+    def replaced(self, stand_in: Callable[[ApproxModule], Callable[..., Any]]) -> Iterator[None]:
+        """What ``stand_in`` returns for a graph is called in its place meanwhile."""
+        before, self.stand_in = self.stand_in, stand_in
+        try:
+            yield
+        finally:
+            self.stand_in = before
 
 
 def pieces_of(model: nn.Module | GraphHandle) -> tuple[ApproxModule, ...]:

@@ -24,7 +24,7 @@ def undone(model: ApproxModule | GraphHandle) -> Iterator[None]:
     with kept_random_state(), contextlib.ExitStack() as stack:
         if isinstance(model, GraphHandle):
             for one in model.models:
-                stack.enter_context(_kept(one))
+                stack.enter_context(kept_values(one))
             stack.enter_context(_kept_switches(model))
         for approx in pieces_of(model):
             stack.enter_context(_undone(approx))
@@ -40,7 +40,7 @@ def _undone(approx: ApproxModule) -> Iterator[None]:
     dropouts: list[tuple[nn.Module, str, float]] = [(m, "p", m.p) for m in modules if isinstance(m, DropoutBase)]
     dropouts += [(m, "dropout", m.dropout) for m in modules if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))]
     switches = [(selector, selector.enabled) for selector in runtime.selectors.values()]
-    with _kept(approx):
+    with kept_values(approx):
         try:
             for module, name, _ in dropouts:
                 setattr(module, name, 0.0)
@@ -55,7 +55,7 @@ def _undone(approx: ApproxModule) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
+def kept_values(model: nn.Module) -> Iterator[None]:
     """Puts buffers and plain attributes back, such as a count of calls."""
     buffers = TensorSnapshot(model.buffers())
     plain = [

@@ -17,6 +17,7 @@ from fx_approx.runtime.exact import exact_copy
 from fx_approx.subnetworks.comparing import Call, differs, recorded
 from fx_approx.subnetworks.graph_form import Serves, graph_module, run_by_graph
 from fx_approx.subnetworks.narrowing import Narrowing
+from fx_approx.subnetworks.own_class import fit_attributes
 from fx_approx.subnetworks.record import tensors_of
 from fx_approx.subnetworks.specialize import Specialised
 from fx_approx.subnetworks.wide_values import WideValues
@@ -81,7 +82,8 @@ def assembled(
         reference = _reference(approx, root, part, narrowing, calls.get(part.path, [call]))
         own = {widens: one for widens, one in trials.items() if part.path not in one.problems}
         problem = next((one.problems[part.path] for one in trials.values() if part.path in one.problems), "")
-        forms[part.path], why = _serving(part, own, reference, calls.get(part.path, [call]), problem)
+        full = exact.get_submodule(part.path)
+        forms[part.path], why = _serving(part, own, full, reference, calls.get(part.path, [call]), problem)
         if why:
             reasons.append(f"{part.path}: {why}" if part.path else why)
         if part.path:
@@ -148,7 +150,12 @@ def _masked(approx: ApproxModule, narrowing: Narrowing, path: str) -> nn.Module:
 
 
 def _serving(
-    part: Part, trials: Mapping[bool, _Trial], reference: _Reference, calls: Sequence[Call], problem: str
+    part: Part,
+    trials: Mapping[bool, _Trial],
+    full: nn.Module,
+    reference: _Reference,
+    calls: Sequence[Call],
+    problem: str,
 ) -> tuple[bool | None, str]:
     """The first of ``trials`` that computes what it should, or None for the graph; and why, if so.
 
@@ -156,9 +163,14 @@ def _serving(
         UnsupportedError: The graph does not serve the calls either.
     """
     reasons = [problem] if problem else []
+
+    def check(module: nn.Module) -> str:
+        return differs(module, reference.module, calls, not reference.problem)
+
     for widens, trial in trials.items():
-        why = differs(trial.model.get_submodule(part.path), reference.module, calls, not reference.problem)
-        if not why:
+        own = trial.model.get_submodule(part.path)
+        why = check(own)
+        if not why or not fit_attributes(own, full, why, check):
             return widens, ""
         reasons.append(why)
     if reference.problem:

@@ -22,6 +22,7 @@ class Cut:
         outputs: Of its first axis, ``[1, k]``; None for all.
         groups: Of the convolution.
         depthwise: Every group has one input, and goes with its outputs.
+        transposed: The weight is stored ``[inputs, outputs]``.
     """
 
     source: str
@@ -29,11 +30,16 @@ class Cut:
     outputs: Selection | None = None
     groups: int = 1
     depthwise: bool = False
+    transposed: bool = False
 
     @property
     def whole(self) -> bool:
         """Whether nothing is cut off."""
         return self.inputs is None and self.outputs is None
+
+    def inputs_of(self, full: Tensor) -> int:
+        """How many inputs each group of the full weight reads."""
+        return full.shape[0 if self.transposed else 1]
 
     def of(self, full: Tensor) -> Tensor:
         """The compact tensor, with the scale of the sample; a copy."""
@@ -77,6 +83,8 @@ class Cut:
         return self._cut(torch.ones_like(full), self.inputs)
 
     def _cut(self, full: Tensor, inputs: Selection | None) -> Tensor:
+        if self.transposed and not self.whole:
+            return dataclasses.replace(self, transposed=False)._cut(full.t(), inputs).t().contiguous()
         if full.dim() < 2 or inputs is None:
             return full if self.outputs is None or full.dim() == 0 else full.index_select(0, self.outputs.indices[0])
         slices = slice_weights(full, None, inputs, self.outputs, self.groups, self.depthwise)
@@ -85,3 +93,15 @@ class Cut:
 
 def _unscaled(chosen: Selection | None) -> Selection | None:
     return None if chosen is None else Selection(chosen.indices, None)
+
+
+def same_cut(one: Cut, other: Cut) -> bool:
+    """Whether two cuts take the same part of a tensor."""
+    pairs = (one.inputs, other.inputs), (one.outputs, other.outputs)
+    return (one.groups, one.depthwise) == (other.groups, other.depthwise) and all(_equal(*pair) for pair in pairs)
+
+
+def _equal(one: Selection | None, other: Selection | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or torch.equal(one.indices, other.indices)

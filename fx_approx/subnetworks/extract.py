@@ -13,17 +13,19 @@ from fx_approx.capture.trace import skeleton
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.exact import exact_copy
 from fx_approx.runtime.graph_program import PROLOGUE
-from fx_approx.runtime.selector import Selector
-from fx_approx.runtime.shared_selection import SharedSelection
+from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.upcoming import further_selections, further_selectors, next_selections
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.assemble import Forms, Part, assembled, reassembled
+from fx_approx.subnetworks.from_backend import extract_from_backend, recut_from_backend
+from fx_approx.subnetworks.given import check_selections
 from fx_approx.subnetworks.graph_form import Serves
 from fx_approx.subnetworks.narrowing import Narrowing
 from fx_approx.subnetworks.record import (
     RECORD,
     Subnetwork,
     check_origin,
+    full_model,
     identity_of,
     record_of,
     tensors_of,
@@ -35,7 +37,7 @@ Assemble = Callable[[nn.Module, list[Part], Narrowing], tuple[nn.Module, Forms, 
 
 
 def extract(
-    model: nn.Module, selections: Sequence[Selection | None] | None = None, *, example_inputs: Any = None
+    model: nn.Module | GraphHandle, selections: Sequence[Selection | None] | None = None, *, example_inputs: Any = None
 ) -> nn.Module:
     """The subnetwork of a transformed model: ordinary layers of torch with compact parameters of their own.
 
@@ -44,23 +46,31 @@ def extract(
     other. :func:`fx_approx.subnetworks.merge` writes it back.
 
     Args:
-        model: A transformed model, or what wraps it, all of whose selections are made ahead (scores ``weight``, ``ema``
-            or ``uniform``).
+        model: A transformed model, or what wraps it, or a backend that has compiled one; all selections are made ahead
+            (scores ``weight``, ``ema`` or ``uniform``).
         selections: One for each selection that the model makes, in its order; by default those of its next step.
         example_inputs: A batch as the model is called with it. With it, the model's own Python runs the subnetwork
-            where it gives the same numbers as the graph; without it the graph does.
+            where it gives the same numbers as the graph; without it the graph does. Required with a backend, whose
+            graphs are of parts.
 
     Returns:
         An instance of the model's own class where its forward serves, else a ``torch.fx.GraphModule``;
         ``subnetworks.record_of(sub).reason`` says why.
 
     Raises:
-        ValueError: ``model`` is not transformed, samples nothing, or ``selections`` are of another model.
-        UnsupportedError: A selection follows the activations, the forward could not be traced whole, or one layer is
-            called with several selections.
+        ValueError: ``model`` is not transformed, samples nothing, ``selections`` are of another model, or a backend has
+            compiled none yet or is given no ``example_inputs``.
+        UnsupportedError: A selection follows the activations or gradients of the step; or neither a graph nor the
+            model's own Python serves ``example_inputs``; with a backend, the model's own Python does not.
     """
+    if isinstance(model, GraphHandle):
+        return extract_from_backend(model, selections, example_inputs)
     approx = find(model)
-    return _extracted(approx, selections, lambda *made: assembled(approx, *made, example_inputs))
+
+    def assemble(root: nn.Module, parts: list[Part], narrowing: Narrowing) -> tuple[nn.Module, Forms, str]:
+        return assembled(approx, root, parts, narrowing, example_inputs)
+
+    return _extracted(approx, selections, assemble)
 
 
 def _extracted(approx: ApproxModule, selections: Sequence[Selection | None] | None, assemble: Assemble) -> nn.Module:
@@ -69,7 +79,7 @@ def _extracted(approx: ApproxModule, selections: Sequence[Selection | None] | No
     if approx._fx_approx.resample is None and not further:
         raise ValueError("model: no selection is made ahead, so that there is nothing to cut out")
     chosen = (*next_selections(approx), *further) if selections is None else tuple(selections)
-    _check(approx, chosen)
+    check_selections(approx, chosen)
     root = skeleton(exact_copy(approx), shared=False)
     narrowing = Narrowing(root, approx)
     parts = _parts(approx, narrowing, _placed(approx, chosen))
@@ -114,7 +124,7 @@ def _parts(approx: ApproxModule, narrowing: Narrowing, chosen: Chosen) -> list[P
 
 
 def reselect(
-    sub: nn.Module, model: nn.Module, selections: Sequence[Selection | None] | None = None
+    sub: nn.Module, model: nn.Module | GraphHandle, selections: Sequence[Selection | None] | None = None
 ) -> tuple[Selection | None, ...]:
     """Cuts ``sub`` out of ``model`` anew, by other selections of the same sizes, into the same tensors.
 
@@ -123,7 +133,7 @@ def reselect(
 
     Args:
         sub: What :func:`fx_approx.subnetworks.extract` returned.
-        model: The model that it was cut out of.
+        model: The model that it was cut out of, or the backend.
         selections: As in ``extract``; by default those of the model's next step.
 
     Returns:
@@ -133,14 +143,18 @@ def reselect(
         ValueError: ``sub`` is of another model, has not been written back, or the sizes differ. Nothing is changed
             then.
     """
-    record, approx = record_of(sub), find(model)
-    check_origin(record, approx)
+    record = record_of(sub)
+    check_origin(record, full_model(record, model))
     if not record.merged:
         raise ValueError("sub: what it has learnt would be lost; call fx_approx.subnetworks.merge(sub, model) first")
-    fresh = _extracted(
-        approx, selections, lambda *made: (reassembled(*made, record.forms), record.forms, record.reason)
-    )
-    new, old = tensors_of(fresh), tensors_of(sub)
+    if record.graphs:
+        if not isinstance(model, GraphHandle):
+            raise ValueError("model: expected the backend that compiles it, whose graphs make the selections")
+        new, again = recut_from_backend(sub, model, selections)
+    else:
+        fresh = _recut(find(model), selections, record)  # type: ignore[arg-type]
+        new, again = tensors_of(fresh), record_of(fresh)
+    old = tensors_of(sub)
     for name in dict.fromkeys((*old, *new)):
         mine, other = (None if name not in one else tuple(one[name].shape) for one in (old, new))
         if mine != other:
@@ -151,27 +165,14 @@ def reselect(
     with torch.no_grad():
         for name, tensor in old.items():
             tensor.copy_(new[name])
-    again = record_of(fresh)
     record.cuts, record.selections, record.versions, record.merged = again.cuts, again.selections, again.versions, False
     return record.selections
 
 
-def _check(approx: ApproxModule, chosen: tuple[Selection | None, ...]) -> None:
-    shared = list(approx._fx_approx.resample.each()) if approx._fx_approx.resample is not None else []
-    made: list[SharedSelection | Selector] = [
-        *shared,
-        *(one for some in further_selectors(approx) for one in some.values()),
-    ]
-    if len(chosen) != len(made):
-        raise ValueError(f"selections: expected {len(made)}, one for each that the model makes, got {len(chosen)}")
-    for place, (one, given) in enumerate(zip(made, chosen, strict=True)):
-        if given is None:
-            continue
-        index, most = given.indices, one.pairs or 0
-        if index.dim() != 2 or index.shape[0] != one.groups or int(index.max()) >= most or int(index.min()) < 0:
-            raise ValueError(
-                f"selections[{place}]: expected indices [{one.groups}, k] below {most}, got shape "
-                f"{tuple(index.shape)} with values from {int(index.min())} to {int(index.max())}"
-            )
-        if any(len(row.unique()) != row.numel() for row in index):
-            raise ValueError(f"selections[{place}]: expected units once each, got some of them twice")
+def _recut(approx: ApproxModule, selections: Sequence[Selection | None] | None, record: Subnetwork) -> nn.Module:
+    """The subnetwork anew, in the form that it has."""
+
+    def assemble(root: nn.Module, parts: list[Part], narrowing: Narrowing) -> tuple[nn.Module, Forms, str]:
+        return reassembled(root, parts, narrowing, record.forms), record.forms, record.reason
+
+    return _extracted(approx, selections, assemble)

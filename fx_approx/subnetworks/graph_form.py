@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
@@ -122,7 +122,7 @@ class SubnetworkGraph(fx.GraphModule):
     """A ``torch.fx.GraphModule`` that has all of the model's modules, and whose copies serve the same calls."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SubnetworkGraph:
-        new = super().__deepcopy__(memo)
+        new = cast(SubnetworkGraph, super().__deepcopy__(memo))
         kept = {name: copy.deepcopy(vars(self)[name], memo) for name in (_SERVES, RECORD) if name in vars(self)}
         return _dressed(new, kept)
 
@@ -162,6 +162,6 @@ def _dressed(module: SubnetworkGraph, kept: Mapping[str, Any]) -> SubnetworkGrap
 
 
 def _rebuilt(body: dict[str, Any], imports: str, name: str, kept: Mapping[str, Any]) -> SubnetworkGraph:
-    module = reduce_graph_module(body, imports)
+    module = cast(fx.GraphModule, reduce_graph_module(body, imports))
     made = graph_module(module, module.graph, name, {}, None)
     return _dressed(made, kept)

@@ -14,7 +14,7 @@ from fx_approx.ops.gather import flat_indices
 from fx_approx.runtime.layers import become_sampled
 from fx_approx.runtime.narrow_layers import swap_channelwise
 from fx_approx.sampling.base import Selection
-from fx_approx.subnetworks.cuts import Cut
+from fx_approx.subnetworks.cuts import Cut, same_cut
 from fx_approx.subnetworks.part_layers import make_part_layer
 
 _SIZES = (
@@ -98,6 +98,11 @@ class Narrowing:
             for name, first in self._first.items()
             if first in self._uses and not self._uses[first].whole
         }
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """Paths of the tensors that stay whole since several selections read them."""
+        return frozenset(self._kept & self._first.keys())
 
     # ---- uses
 
@@ -195,7 +200,7 @@ class Narrowing:
         source = self._first[cut.source]
         self._read.add(self._place[cut.source])
         known = self._uses.setdefault(source, cut)
-        if source not in self._kept and not _same(known, cut):
+        if source not in self._kept and not same_cut(known, cut):
             raise SeveralError(source)
         if source in self._kept:
             self._uses[source] = Cut(source)
@@ -228,15 +233,5 @@ def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
 
 
-def _same(one: Cut, other: Cut) -> bool:
-    return (
-        one.groups == other.groups
-        and one.depthwise == other.depthwise
-        and all(_equal(a, b) for a, b in ((one.inputs, other.inputs), (one.outputs, other.outputs)))
-    )
-
-
 def _equal(one: Selection | None, other: Selection | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one is other or torch.equal(one.indices, other.indices)
+    return one is other or (one is not None and other is not None and torch.equal(one.indices, other.indices))

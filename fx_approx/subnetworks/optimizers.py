@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fx_approx.errors import UnsupportedError
-from fx_approx.runtime.approx_module import find
+from fx_approx.runtime.handle import GraphHandle
 from fx_approx.subnetworks.cuts import Cut
-from fx_approx.subnetworks.record import check_origin, record_of
+from fx_approx.subnetworks.record import check_origin, full_model, record_of
 
 Rest = Literal["cpu", "keep", "drop"]
 
@@ -41,7 +41,9 @@ class _Moved:
 _moved: weakref.WeakKeyDictionary[Optimizer, _Moved] = weakref.WeakKeyDictionary()
 
 
-def narrow_optimizer(optimizer: Optimizer, sub: nn.Module, model: nn.Module, *, rest: Rest = "cpu") -> None:
+def narrow_optimizer(
+    optimizer: Optimizer, sub: nn.Module, model: nn.Module | GraphHandle, *, rest: Rest = "cpu"
+) -> None:
     """Has an optimiser of the full model train ``sub`` instead, with its moments cut out.
 
     It stays the same object with the same groups, so that schedulers of rates and gradient scalers go on.
@@ -51,7 +53,7 @@ def narrow_optimizer(optimizer: Optimizer, sub: nn.Module, model: nn.Module, *, 
         optimizer: Of parameters of ``model``; changed in place. Its state has one tensor of the parameter's shape for
             each moment, as in SGD, Adam, AdamW, RMSprop, Adagrad or Lion.
         sub: What :func:`fx_approx.subnetworks.extract` returned.
-        model: The model that it was cut out of.
+        model: The model that it was cut out of; of a backend's, the model itself or the backend.
         rest: Where the full moments wait: ``"cpu"``; ``"keep"``, where they are; ``"drop"``, nowhere: what ``sub`` does
             not have begins at zero again.
 
@@ -62,11 +64,12 @@ def narrow_optimizer(optimizer: Optimizer, sub: nn.Module, model: nn.Module, *, 
     """
     if rest not in ("cpu", "keep", "drop"):
         raise ValueError(f"rest: expected 'cpu', 'keep' or 'drop', got {rest!r}")
-    record, approx = record_of(sub), find(model)
-    check_origin(record, approx)
+    record = record_of(sub)
+    full = full_model(record, model)
+    check_origin(record, full)
     if optimizer in _moved:
         raise ValueError("optimizer: it works on a subnetwork already; call widen_optimizer first")
-    names = {id(parameter): name for name, parameter in approx.named_parameters()}
+    names = {id(parameter): name for name, parameter in full.named_parameters()}
     own = dict(sub.named_parameters(remove_duplicate=False))
     pairs: dict[int, nn.Parameter] = {}
     states: dict[nn.Parameter, dict[str, Any]] = {}

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from fx_approx.runtime.approx_module import find
 from fx_approx.runtime.controls import set_sampling
+from fx_approx.runtime.handle import GraphHandle
 from fx_approx.sampling.base import Selection
 from fx_approx.schedules.schedule import Schedule, check_step
 from fx_approx.subnetworks.extract import extract, reselect
@@ -33,13 +34,13 @@ class Phases:
             phases.step()
 
     Attributes:
-        model: What is to be called in this step: the full model, or a subnetwork.
+        model: What is to be called in this step: the full model, of a backend compiled by it, or a subnetwork.
         last_step: The step that it is for.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | GraphHandle,
         optimizer: Optimizer,
         schedule: Schedule,
         *,
@@ -51,7 +52,7 @@ class Phases:
         """Begins with step 0.
 
         Args:
-            model: A transformed model whose selections are made ahead.
+            model: A transformed model whose selections are made ahead, or a backend that compiles one.
             optimizer: Of its parameters.
             schedule: The ratio at each step; where it is 1 the full model trains exactly.
             interval: Steps from one selection to the next within a phase; None keeps the first.
@@ -60,17 +61,26 @@ class Phases:
             rest: Where the moments of what the subnetwork does not have wait, see
                 :func:`fx_approx.subnetworks.narrow_optimizer`.
             example_inputs: A batch, so that subnetworks may run the model's own Python, see
-                :func:`fx_approx.subnetworks.extract`.
+                :func:`fx_approx.subnetworks.extract`; required with a backend.
 
         Raises:
             TypeError: An argument of the wrong type.
-            ValueError: ``model`` is not transformed, or ``interval`` is below 1.
+            ValueError: ``model`` is not transformed, or ``interval`` is below 1; of a backend, it compiles no model
+                yet, or there are no ``example_inputs``.
         """
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule: expected a schedule such as Constant(0.5), got {schedule!r}")
         if interval is not None:
             check_step("interval", interval, 1)
-        self._full, self._optimizer, self._schedule = find(model), optimizer, schedule
+        if isinstance(model, GraphHandle) and example_inputs is None:
+            raise ValueError("example_inputs: expected a batch, which a subnetwork of a backend's model is tried on")
+        self._full: nn.Module
+        self._source: nn.Module | GraphHandle
+        if isinstance(model, GraphHandle):
+            self._full, self._source = model.compiled(model.model("Phases")), model
+        else:
+            self._full = self._source = find(model)
+        self._optimizer, self._schedule = optimizer, schedule
         self._interval, self._preserve, self._rest, self._example = interval, preserve, rest, example_inputs
         self._sub: nn.Module | None = None
         self._ratio: float | None = 1.0
@@ -92,8 +102,8 @@ class Phases:
             self._enter(ratio)
         elif self._sub is not None and self._interval is not None and self._since >= self._interval:
             self._write_back(False)
-            reselect(self._sub, self._full)
-            narrow_optimizer(self._optimizer, self._sub, self._full, rest=self._rest)
+            reselect(self._sub, self._source)
+            narrow_optimizer(self._optimizer, self._sub, self._source, rest=self._rest)
             self._since = 0
 
     def finish(self) -> nn.Module:
@@ -110,18 +120,18 @@ class Phases:
 
     def _write_back(self, preserve: bool) -> None:
         assert self._sub is not None
-        merge(self._sub, self._full, preserve=preserve)
+        merge(self._sub, self._source, preserve=preserve)
         widen_optimizer(self._optimizer, self._sub)
 
     def _enter(self, ratio: float | None, selections: tuple[Selection | None, ...] | None = None) -> None:
         self._ratio, self._since = ratio, 0
         if ratio == 1:
-            set_sampling(self._full, enabled=False)
+            set_sampling(self._source, enabled=False)
             return
-        set_sampling(self._full, ratio, enabled=True)
-        self._sub = extract(self._full, selections, example_inputs=self._example)
+        set_sampling(self._source, ratio, enabled=True)
+        self._sub = extract(self._source, selections, example_inputs=self._example)
         self._sub.train(self._full.training)
-        narrow_optimizer(self._optimizer, self._sub, self._full, rest=self._rest)
+        narrow_optimizer(self._optimizer, self._sub, self._source, rest=self._rest)
 
     def state_dict(self) -> dict[str, Any]:
         """All that goes on from here, beside the states of the full model and of the optimiser."""

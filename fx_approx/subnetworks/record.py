@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from fx_approx._compat import version_of
+from fx_approx.runtime.approx_module import find, unwrapped
+from fx_approx.runtime.handle import GraphHandle
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
 
@@ -28,6 +30,9 @@ class Subnetwork:
         versions: Of the full parameters when it was cut out; a change since is refused by :func:`merge`.
         merged: It has been written back since it was cut out.
         forms: By path of the model ("") or a section of it, how its forward was made; None for a graph.
+        graphs: Of what a backend of ``torch.compile`` runs, the names of the tensors that each graph works with, in the
+            order in which they make their selections; empty for a transformed model.
+        notes: What its user should know, as that its config does not describe it.
     """
 
     cuts: Mapping[str, Cut]
@@ -37,7 +42,9 @@ class Subnetwork:
     reason: str
     versions: dict[str, int]
     merged: bool = False
-    forms: Mapping[str, bool | None] = dataclasses.field(default_factory=dict)
+    forms: dict[str, bool | None] = dataclasses.field(default_factory=dict)
+    graphs: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def cut_of(self, name: str) -> Cut:
         """What the parameter or buffer ``name`` holds of the full model's; all of it where nothing is cut off."""
@@ -54,6 +61,22 @@ def record_of(sub: nn.Module) -> Subnetwork:
     if not isinstance(found, Subnetwork):
         raise ValueError(f"sub: expected what fx_approx.subnetworks.extract returned, got a {type(sub).__name__}")
     return found
+
+
+def full_model(record: Subnetwork, model: nn.Module | GraphHandle) -> nn.Module:
+    """The full model of a subnetwork in ``model``: the transformed one, or the user's own that a backend compiles.
+
+    Raises:
+        TypeError: ``model`` is no module, and no backend whose graphs the subnetwork was cut out of.
+        ValueError: It is not transformed, or the backend has compiled no model, or several.
+    """
+    if not record.graphs:
+        return find(model)  # type: ignore[arg-type]
+    if isinstance(model, GraphHandle):
+        return model.model("a subnetwork")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected the model that the backend compiles, or the backend, got {model!r}")
+    return unwrapped(model)
 
 
 def check_origin(record: Subnetwork, model: nn.Module) -> None:

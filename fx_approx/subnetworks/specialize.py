@@ -306,9 +306,9 @@ class _Specializer:
         if getattr(target, "__module__", "") == channel_slices.__name__:
             args = tuple(self._whole(one) if isinstance(one, Read) else one for one in args)
         if target is channel_slices.narrow:
-            return self._select(*args[:3], node.args[2])
+            return self._select(args[0], args[1], args[2], node.args[2])
         if target is channel_slices.tapped:
-            return args[0], self._select(*args[:3], node.args[2])
+            return args[0], self._select(args[0], args[1], args[2], node.args[2])
         if target is channel_slices.tapped_relu:
             whole = self.graph.call_function(F.relu, (args[0], *args[3:]))
             return whole, self._select(whole, args[1], args[2], node.args[2])

@@ -163,7 +163,8 @@ class _Walk:
 
     def _read(self, path: str, index: Tensor | None) -> None:
         known = self.found.reads.setdefault(path, index)
-        if (known is None) is not (index is None) or (known is not None and not torch.equal(known, index)):
+        same = known is index or (known is not None and index is not None and torch.equal(known, index))
+        if not same:
             self.found.problems[self.part] = f"{path} is called with wide and with narrow values"
 
     def _product(self, node: fx.Node) -> _State:
@@ -194,7 +195,7 @@ class _Walk:
             self.found.problems[self.part] = f"{node.name} would multiply more than what is read"
         everything = all(one.everything for one in wide) and not makers
         if node.target in _MOVE:  # where the entries stand is known only if all are there
-            return _State(wide[0].wide.new_empty(0), everything)
+            return _State(torch.empty(0, dtype=torch.int64), everything)
         return dataclasses.replace(wide[0], everything=everything)
 
 

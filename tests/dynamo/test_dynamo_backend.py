@@ -232,6 +232,53 @@ def test_parameters_put_in_later_are_used() -> None:
     torch.testing.assert_close(gradients(model, compiled, x), gradients(approx, approx, x))
 
 
+class Stored(nn.Module):
+    """A layer that stores its weight ``[inputs, outputs]``."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(layer.weight.detach().t().contiguous()), nn.Parameter(layer.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_weight_stored_transposed_is_that_of_a_linear_layer(inner: str) -> None:
+    twin, x = Block(), torch.randn(4, 32)
+    model = copy.deepcopy(twin)
+    for name, layer in twin.named_children():
+        setattr(model, name, Stored(layer))
+    backend = fx_approx.backend(VALUE, inner=inner)
+    compiled, approx = torch.compile(model, backend=backend), fx_approx.transform(twin, VALUE, x)
+    for _ in range(3):
+        ours, theirs = gradients(model, compiled, x), gradients(approx, approx, x)
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other.t() if other.dim() == 2 else other)
+        with torch.no_grad():
+            for one, other in zip(model.parameters(), approx.parameters(), strict=True):
+                step = torch.randn_like(other)
+                other.add_(step)
+                one.add_(step.t() if step.dim() == 2 else step)
+    assert backend.report()["fc2"].demanded == fx_approx.report(approx)["fc2"].demanded > 0
+    model.fc2.weight = nn.Parameter(approx.fc2.weight.detach().flip(0).t().contiguous())
+    with torch.no_grad():
+        approx.fc2.weight.copy_(approx.fc2.weight.flip(0))
+    torch.testing.assert_close(gradients(model, compiled, x)[2], gradients(approx, approx, x)[2].t())
+
+
+def test_a_stored_weight_that_is_read_twice_stays_as_it_is() -> None:
+    class Decayed(Stored):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.weight.square().sum()
+
+    model, x = Decayed(nn.Linear(32, 8)), torch.randn(4, 32)
+    backend = fx_approx.backend(VALUE, inner="eager")
+    gradients(model, torch.compile(model, backend=backend), x)
+    assert backend.report()["addmm"].samples
+
+
 def test_nothing_is_kept_of_a_model_that_is_gone() -> None:
     backend = fx_approx.backend(VALUE, inner="eager")
 

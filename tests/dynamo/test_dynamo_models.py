@@ -81,7 +81,7 @@ def timm_vit() -> Made:
 # A layer that must be sampled, with how many rows of its weight its readers leave out: whole heads, hidden units.
 CASES: list[tuple[Callable[[], Made], str, str | None]] = [
     (bert, "bert.encoder.layer.0.attention.output.dense", "bert.encoder.layer.0.attention.self.query"),
-    (gpt2, "transformer.h.0.mlp.c_fc.addmm", None),
+    (gpt2, "transformer.h.0.mlp.c_proj", "transformer.h.0.mlp.c_fc"),
     (llama, "model.layers.0.self_attn.o_proj", "model.layers.0.self_attn.k_proj"),
     (vit, "vit.layers.0.mlp.fc2", "vit.layers.0.mlp.fc1"),
     (timm_resnet, "layer2.0.conv2", "layer2.0.conv1"),

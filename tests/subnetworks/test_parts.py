@@ -251,7 +251,7 @@ def test_products_of_two_activations_and_straight_through_layers() -> None:
     assert torch.allclose(one, other, rtol=1e-6)
     assert "matmul_1 is a product of chosen pairs" in record_of(sub).reason
     grads = [torch.autograd.grad(value, model.out.weight)[0] for value, model in ((one, sub), (other, kept))]
-    assert torch.allclose(*grads, rtol=1e-5)
+    assert torch.allclose(*grads, rtol=1e-4, atol=1e-4)
     merge(sub, approx)
 
 

@@ -1,0 +1,276 @@
+"""A narrow instance of the model's own class: compact tensors, sizes in attributes, and a check that it serves."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fx_approx._compat import buffers_of, parameters_of
+from fx_approx.capture.containers import leaves
+from fx_approx.ops.gather import flat_indices
+from fx_approx.subnetworks.cuts import Cut
+from fx_approx.subnetworks.own_config import fit_config, has_config
+
+READ = "_selected_inputs"
+"""Buffer of a layer that is given all of a value of which it reads a part: the indices of what it reads."""
+
+Check = Callable[[nn.Module], str]
+"""Why the forward of a module does not compute what it should; empty if it does."""
+
+Change = tuple[nn.Module, str, int]
+"""A module, an attribute of it, and a value."""
+
+_TRIES = 32
+_TOGETHER = 3
+_NORMALISED = ("num_features", "num_channels", "num_parameters")
+_UNFIT_CONFIG = "no config of its class describes it, so that save_pretrained writes what from_pretrained cannot load"
+
+
+def narrow_tensors(root: nn.Module, full: nn.Module, cuts: Mapping[str, Cut]) -> None:
+    """Puts compact tensors in the place of those of a copy, and their sizes into its layers.
+
+    Args:
+        root: A copy of ``full`` with tensors of its own; changed in place. What is one tensor under several names stays
+            one.
+        full: The model.
+        cuts: By the first name of each tensor of ``full`` that is cut, how.
+    """
+    first: dict[int, str] = {}
+    made: dict[int, Tensor] = {}
+    holders: dict[str, int] = {}
+    for name, tensor in _named_tensors(full).items():
+        cut = cuts.get(first.setdefault(id(tensor), name))
+        if cut is None:
+            continue
+        if id(tensor) not in made:
+            compact = cut.of(tensor)
+            trains = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(compact, tensor.requires_grad) if trains else compact
+        holder, _, attribute = name.rpartition(".")
+        module = root.get_submodule(holder)
+        own = parameters_of(module) if attribute in parameters_of(module) else buffers_of(module)
+        own[attribute] = made[id(tensor)]
+        groups = made[id(tensor)].shape[0] if cut.depthwise else cut.groups
+        holders[holder] = max(groups, holders.get(holder, 1))
+    for holder, groups in holders.items():
+        _fit_sizes(root.get_submodule(holder), groups)
+
+
+def fit_own_class(
+    root: nn.Module, full: nn.Module, cuts: Mapping[str, Cut], check: Check
+) -> tuple[str, tuple[str, ...]]:
+    """Makes the own forward of a narrow copy serve, as far as that can be done.
+
+    A layer that is given all of a value of which it reads a part takes that out first. Attributes that name narrowed
+    sizes, those of the model's config too, follow where a config makes exactly this model; else as few of them as make
+    the forward serve. Nothing is believed: ``check`` has the last word.
+
+    Args:
+        root: A copy of ``full`` after :func:`narrow_tensors`; changed in place.
+        full: The model.
+        cuts: By the first name of each tensor of ``full`` that is cut, how.
+        check: Runs a module.
+
+    Returns:
+        Why it does not serve, empty if it does; and what its user should know.
+    """
+    fitted = fit_config(root, full)
+    with _reading_parts(root, full, cuts) as readers:
+        reason = check(root)
+        if reason and fitted is not None:
+            fitted.undo()
+            fitted = None
+        if fitted is None:
+            reason = fit_attributes(root, full, reason, check)
+    if reason:
+        return reason, ()
+    wide = [reader for reader in readers if reader.wide]
+    if wide:
+        for reader in wide:
+            reader.settle()
+        if fitted is not None:
+            fitted.undo()
+            fitted = None
+        reason = check(root)
+    return reason, (_UNFIT_CONFIG,) if fitted is None and has_config(full) else ()
+
+
+def inputs_read(cut: Cut, full: Tensor) -> Tensor:
+    """Which inputs of its layer a weight reads, as a flat index; ``full`` is all of the weight."""
+    assert cut.inputs is not None
+    return flat_indices(cut.inputs.indices, cut.inputs_of(full))
+
+
+def difference(result: Any, expected: Any) -> str:
+    """How what a narrow model returns differs from what it should, in words; empty if it does not."""
+    one, other = leaves(result), leaves(expected)
+    return "" if len(one) == len(other) and all(map(_equal, one, other)) else "it gives other numbers on narrow layers"
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        coarse = one.is_floating_point() and torch.finfo(one.dtype).eps > 1e-6
+        close = {"rtol": 2e-2, "atol": 2e-2} if coarse else {"rtol": 1e-4, "atol": 1e-5}
+        return torch.allclose(one, other, **close, equal_nan=True)
+    # Objects that know no equality, as a cache of keys and values.
+    unknown = getattr(type(one), "__eq__", None) is object.__eq__
+    return type(one) is type(other) if unknown else bool(one == other)
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+# ---- layers
+
+
+def _fit_sizes(layer: Any, groups: int) -> None:
+    """Sets the attributes of a layer that name the sizes of its tensors; nothing where it has none."""
+    weight = parameters_of(layer).get("weight")
+    if weight is None:
+        return
+    if hasattr(layer, "in_features"):
+        layer.out_features, layer.in_features = weight.shape
+    elif hasattr(layer, "in_channels"):
+        layer.groups, layer.out_channels, layer.in_channels = groups, weight.shape[0], weight.shape[1] * groups
+    elif hasattr(layer, "nx") and hasattr(layer, "nf"):  # Conv1D of Hugging Face
+        layer.nx, layer.nf = weight.shape
+    if isinstance(layer, nn.GroupNorm):
+        layer.num_groups = weight.shape[0] * layer.num_groups // layer.num_channels
+    for name in _NORMALISED:
+        if hasattr(layer, name):
+            setattr(layer, name, weight.shape[0])
+
+
+def read_part(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A hook before the forward of a layer: it is given what it reads of the value that it is called with."""
+    index: Any = buffers_of(layer)[READ]
+    input: Tensor = args[0]
+    return input.index_select(_axis(layer), index), *args[1:]
+
+
+def _axis(layer: nn.Module) -> int:
+    """The axis of a layer's input that has its channels."""
+    weight = parameters_of(layer)["weight"]
+    assert weight is not None
+    return 1 if weight.dim() > 2 else -1
+
+
+class _Reader:
+    """A hook that sees whether a layer is given all of the value of which it reads a part."""
+
+    def __init__(self, layer: nn.Module, index: Tensor, whole: int) -> None:
+        self.layer, self.index, self.whole, self.wide = layer, index, whole, False
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> Any:
+        """Takes out the part, and notes that."""
+        axis = _axis(layer)
+        if not args or not isinstance(args[0], Tensor) or args[0].shape[axis] != self.whole:
+            return None
+        self.wide = True
+        return args[0].index_select(axis, self.index), *args[1:]
+
+    def settle(self) -> None:
+        """Has the layer do that from now on."""
+        self.layer.register_buffer(READ, self.index.clone())
+        self.layer.register_forward_pre_hook(read_part)
+
+
+@contextlib.contextmanager
+def _reading_parts(root: nn.Module, full: nn.Module, cuts: Mapping[str, Cut]) -> Iterator[list[_Reader]]:
+    """Layers may be given all of the values that they read a part of, meanwhile."""
+    tensors = _named_tensors(full)
+    readers: list[_Reader] = []
+    for name, cut in cuts.items():
+        holder, _, attribute = name.rpartition(".")
+        if cut.inputs is None or attribute != "weight":
+            continue
+        index, whole = inputs_read(cut, tensors[name]), cut.inputs_of(tensors[name]) * cut.groups
+        if index.numel() < whole:
+            readers.append(_Reader(root.get_submodule(holder), index, whole))
+    hooks = [reader.layer.register_forward_pre_hook(reader) for reader in readers]
+    try:
+        yield readers
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# ---- attributes of the user's modules
+
+
+def fit_attributes(root: nn.Module, full: nn.Module, reason: str, check: Check) -> str:
+    """Sets as few attributes as make the forward serve; and numbers of heads, where it serves with them as well.
+
+    Returns:
+        Why it does not serve; nothing is changed then.
+    """
+    options = _options(root, full)
+    if reason:
+        for chosen in itertools.islice(_subsets(list(options)), _TRIES):
+            undo = _set([change for kind in chosen for change in options[kind]])
+            if not check(root):
+                reason = ""
+                break
+            _set(undo)
+    if not reason:
+        heads = [change for kind, changes in options.items() if kind[1].endswith("heads") for change in changes]
+        undo = _set(heads)
+        if heads and check(root):
+            _set(undo)
+    return reason
+
+
+def _subsets(kinds: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """Some of them, the fewest first."""
+    for count in range(1, min(_TOGETHER, len(kinds)) + 1):
+        yield from itertools.combinations(kinds, count)
+
+
+def _set(changes: Sequence[Change]) -> list[Change]:
+    """Sets attributes; returns what puts them back."""
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    for module, name, value in changes:
+        setattr(module, name, value)
+    return before[::-1]
+
+
+def _options(root: nn.Module, full: nn.Module) -> dict[tuple[type[nn.Module], str], list[Change]]:
+    """By class and name of an attribute, what it would be if it named a size that has been narrowed.
+
+    That is a size of a layer directly in the module, a part of it (as of query, key and value made by one layer), or
+    into how many units of neighbouring channels it falls.
+    """
+    found: dict[tuple[type[nn.Module], str], list[Change]] = {}
+    for path, module in full.named_modules():
+        own = root.get_submodule(path)
+        sizes = {
+            sizes
+            for name, child in module.named_children()
+            for key, tensor in parameters_of(child).items()
+            if tensor is not None
+            for sizes in _changed(tensor, parameters_of(own.get_submodule(name))[key])
+        }
+        for name, value in vars(module).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                continue
+            fitting = [(old != value, new * value // old) for old, new in sizes if _counts(value, old, new)]
+            if fitting:
+                found.setdefault((type(module), name), []).append((own, name, min(fitting)[1]))
+    return found
+
+
+def _changed(before: Tensor, now: Tensor | None) -> list[tuple[int, int]]:
+    assert now is not None
+    return [(old, new) for old, new in zip(before.shape, now.shape, strict=True) if old != new]
+
+
+def _counts(value: int, old: int, new: int) -> bool:
+    return old % value == 0 and new * value % old == 0

@@ -1,0 +1,462 @@
+"""Subnetworks of models that run under a backend of ``torch.compile``, those of Hugging Face above all."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fx_approx
+from fx_approx.dynamo.backend import Backend
+from fx_approx.errors import UnsupportedError
+from fx_approx.policies import Exact, Override, Uniform
+from fx_approx.sampling import Selection
+from fx_approx.schedules import ExactTail, ExactWarmup, PlanRatios
+from fx_approx.subnetworks import Phases, extract, merge, narrow_optimizer, record_of, reselect, widen_optimizer
+
+pytestmark = [
+    # Graphs without anything to sample, as those of embeddings, say so.
+    pytest.mark.filterwarnings("ignore:a graph stays exact"),
+    # Dynamo looks at it on the tensors that it resumes with.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+
+HALF = Uniform(0.5)
+SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+Made = tuple[nn.Module, dict[str, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+def transformers() -> Any:
+    library = pytest.importorskip("transformers")
+    library.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
+    return library
+
+
+def tokens() -> Tensor:
+    return torch.randint(3, 100, (4, 8))
+
+
+def bert() -> Made:
+    library = transformers()
+    model = library.BertForSequenceClassification(library.BertConfig(vocab_size=100, **SIZES, **NO_DROPOUT))
+    return model, {"input_ids": tokens(), "labels": torch.randint(0, 2, (4,))}
+
+
+def distilbert() -> Made:
+    library = transformers()
+    sizes = {"dim": 64, "hidden_dim": 128, "n_layers": 1, "n_heads": 4}
+    model = library.DistilBertForSequenceClassification(library.DistilBertConfig(vocab_size=100, **sizes))
+    return model, {"input_ids": tokens(), "labels": torch.randint(0, 2, (4,))}
+
+
+def gpt2() -> Made:
+    library = transformers()
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 1}
+    ids = tokens()
+    config = library.GPT2Config(vocab_size=100, use_cache=False, **sizes)
+    return library.GPT2LMHeadModel(config), {"input_ids": ids, "labels": ids}
+
+
+def llama() -> Made:
+    library = transformers()
+    ids = tokens()
+    config = library.LlamaConfig(vocab_size=100, num_key_value_heads=2, use_cache=False, **SIZES)
+    return library.LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
+
+
+def vit() -> Made:
+    library = transformers()
+    model = library.ViTForImageClassification(library.ViTConfig(image_size=16, patch_size=8, **SIZES, **NO_DROPOUT))
+    return model, {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.randint(0, 2, (4,))}
+
+
+def compiled(build: Callable[[], Made], policy: Any = HALF, inner: str = "eager") -> tuple[Any, Backend, Any]:
+    """A model after its first training step, the backend, and its batch."""
+    torch.manual_seed(0)
+    model, batch = build()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    batch = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+    backend = fx_approx.backend(policy, inner=inner)
+    model.compile(backend=backend)
+    loss_of(model, batch).backward()
+    model.zero_grad()
+    return model, backend, batch
+
+
+def loss_of(model: Any, batch: Any) -> Tensor:
+    result = model(**batch)
+    return result if isinstance(result, Tensor) else result.loss
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, count: int = 5) -> None:
+    for step in range(count):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+
+
+def largest(one: nn.Module, other: nn.Module) -> float:
+    pairs = zip((*one.parameters(), *one.buffers()), (*other.parameters(), *other.buffers()), strict=True)
+    return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)
+
+
+def restore(model: nn.Module, before: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(before[name])
+
+
+def assert_trains_alike(made: tuple[Any, Backend, Any], tolerance: float = 1e-10) -> Any:
+    """The subnetwork's training, merged, is that of the compiled model under one kept selection; returns it."""
+    model, backend, batch = made
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sub = extract(backend, example_inputs=batch)
+    assert type(sub) is type(model) and record_of(sub).own_forward and not record_of(sub).reason
+    assert sum(p.numel() for p in sub.parameters()) < sum(p.numel() for p in model.parameters())
+    steps(sub, torch.optim.SGD(sub.parameters(), 1e-3), batch)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "not yet"
+    merge(sub, model)
+    merged = copy.deepcopy(model)
+    restore(model, before)
+    with fx_approx.reuse_selection(backend):
+        steps(model, torch.optim.SGD(model.parameters(), 1e-3), batch)
+    moved = max(float((p.detach() - before[n]).abs().max()) for n, p in model.named_parameters())
+    assert moved > 0 and largest(merged, model) <= tolerance * moved
+    return sub
+
+
+# ---- the same training, in the user's own class
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("build", [bert, pytest.param(distilbert, marks=SLOW), pytest.param(vit, marks=SLOW)])
+def test_plain_sgd_is_that_of_the_compiled_model_under_one_selection(build: Callable[[], Made]) -> None:
+    made = compiled(build)
+    sub = assert_trains_alike(made)
+    heads = [value for module in sub.modules() for name, value in vars(module).items() if name.endswith("heads")]
+    assert set(heads) == {2}
+    # Heads of another size would follow from a config with fewer of them.
+    assert sub.config.to_dict() == made[0].config.to_dict() and sub.config is not made[0].config
+    assert "no config of its class describes it" in record_of(sub).notes[0]
+
+
+def test_layers_that_store_their_weight_transposed_and_sizes_of_heads_in_attributes() -> None:
+    sub = assert_trains_alike(compiled(gpt2, Override({"*c_proj": HALF}, Exact())))
+    block = sub.transformer.h[0]
+    assert [(layer.nx, layer.nf) for layer in (block.attn.c_attn, block.attn.c_proj)] == [(64, 96), (32, 64)]
+    assert (block.attn.split_size, block.attn.num_heads, block.attn.embed_dim) == (32, 2, 64)
+    assert block.mlp.c_fc.weight.shape == (64, 128) and block.mlp.c_fc.weight.is_contiguous()
+    assert sub.generate(tokens()[:2], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 11)
+
+
+def test_tied_weights_of_which_one_place_would_be_narrow_are_named() -> None:
+    _, backend, batch = compiled(gpt2, Override({"lm_head": HALF}, Exact()))
+    with pytest.raises(UnsupportedError, match=r"transformer\.wte\.weight is narrowed by one reader and read whole"):
+        extract(backend, example_inputs=batch)
+
+
+@pytest.mark.slow
+def test_heads_that_share_keys_go_in_whole_groups() -> None:
+    # Its norms are in float32, where sums of the gradients differ in order.
+    sub = assert_trains_alike(compiled(llama), tolerance=1e-6)
+    attention = sub.model.layers[0].self_attn
+    assert (attention.q_proj.out_features, attention.k_proj.out_features) == (32, 16)
+
+
+def test_the_config_follows_and_the_model_is_saved_and_loaded_again(tmp_path: Path) -> None:
+    made = compiled(llama, Override({"*o_proj": HALF, "*down_proj": HALF}, Exact()))
+    sub, (model, _, batch) = assert_trains_alike(made), made
+    assert sub.model.layers[0].self_attn.k_proj.weight.shape == (16, 64), "heads that share keys go together"
+    assert record_of(sub).notes == ()
+    config = sub.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (2, 1, 64)
+    assert (model.config.num_attention_heads, model.config.intermediate_size) == (4, 128)
+    sub.save_pretrained(tmp_path)
+    again = type(sub).from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.equal(again.eval()(**batch).logits, sub.eval()(**batch).logits)
+    prompt = batch["input_ids"][:2, :4]
+    tokens = sub.generate(prompt, max_new_tokens=4, do_sample=False, use_cache=True, pad_token_id=0)
+    assert tokens.shape == (2, 8)
+    assert torch.equal(
+        tokens, again.generate(prompt, max_new_tokens=4, do_sample=False, use_cache=True, pad_token_id=0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "layer"),
+    [
+        (bert, "*output.dense"),
+        pytest.param(gpt2, "*mlp.c_proj", marks=SLOW),
+        pytest.param(distilbert, "*lin2", marks=SLOW),
+        pytest.param(vit, "*fc2", marks=SLOW),
+    ],
+)
+def test_hidden_units_are_in_the_config(build: Callable[[], Made], layer: str, tmp_path: Path) -> None:
+    _, backend, batch = compiled(build, Override({"*attention*": Exact(), layer: HALF}, Exact()))
+    sub = extract(backend, example_inputs=batch)
+    assert record_of(sub).notes == ()
+    sub.save_pretrained(tmp_path)
+    again = type(sub).from_pretrained(tmp_path, dtype=torch.float64)
+    assert again.num_parameters() == sub.num_parameters() < backend.models[0].num_parameters()
+    assert torch.equal(again.eval()(**batch).logits, sub.eval()(**batch).logits)
+
+
+@pytest.mark.slow
+def test_a_trainer_takes_a_subnetwork_as_any_model(tmp_path: Path) -> None:
+    library = transformers()
+    pytest.importorskip("accelerate")
+    model, backend, batch = compiled(bert)
+    sub = extract(backend, example_inputs=batch).float()
+    rows = [{name: value[row] for name, value in batch.items()} for row in range(4)]
+    before = sub.bert.pooler.dense.weight.detach().clone()
+    how = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True, "save_strategy": "no"}
+    library.Trainer(sub, library.TrainingArguments(str(tmp_path), **how), train_dataset=rows).train()
+    assert not torch.equal(sub.bert.pooler.dense.weight, before)
+    merge(sub, model)
+    assert record_of(sub).merged
+
+
+# ---- models of the user's own
+
+
+class Attention(nn.Module):
+    """Names its sizes in attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.size, self.inner = 4, 8, 32
+        self.qkv, self.out = nn.Linear(16, 96), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).split(self.inner, 2)
+        q, k, v = (t.view(*x.shape[:2], self.heads, self.size).transpose(1, 2) for t in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*x.shape[:2], self.inner)
+        return x + self.out(mixed)
+
+
+class Blocks(nn.Module):
+    """With a break of the graph behind each block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.ModuleList([Attention(), Attention()])
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attention[0](x)
+        torch._dynamo.graph_break()
+        x = self.attention[1](x)
+        torch._dynamo.graph_break()
+        return (x + self.down(F.gelu(self.up(self.norm(x))))).square().mean()
+
+
+class Looped(Blocks):
+    """Whose own frame Dynamo leaves to Python."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.attention:
+            x = block(x)
+            torch._dynamo.graph_break()
+        return (x + self.down(F.gelu(self.up(self.norm(x))))).square().mean()
+
+
+def blocks() -> Made:
+    return Blocks(), {"x": torch.randn(4, 5, 16)}
+
+
+def test_several_graphs_and_attributes_that_name_sizes() -> None:
+    sub = assert_trains_alike(compiled(blocks, Override({"*out": HALF, "down": HALF}, Exact())))
+    assert [(block.heads, block.size, block.inner) for block in sub.attention] == [(2, 8, 16)] * 2
+    assert len(record_of(sub).graphs) == 3, "one for each part between the breaks"
+    assert (sub.up.out_features, sub.down.in_features) == (32, 32)
+
+
+def test_where_only_parts_of_a_forward_are_compiled_the_rest_stays_whole() -> None:
+    sub = assert_trains_alike(compiled(lambda: (Looped(), {"x": torch.randn(4, 5, 16)})))
+    assert len(record_of(sub).graphs) == 2 and sub.up.weight.shape == (64, 16)
+
+
+def test_given_selections_go_to_the_graphs_in_order() -> None:
+    model, backend, batch = compiled(blocks, Override({"*out": HALF, "down": HALF}, Exact()))
+    chosen = [Selection(torch.tensor([index]), None) for index in ([0, 3], [1, 2], list(range(10, 42)))]
+    sub = extract(backend, chosen, example_inputs=batch)
+    assert torch.equal(sub.up.weight, model.up.weight[10:42])
+    assert torch.equal(sub.attention[1].out.weight, model.attention[1].out.weight[:, 8:24])
+    for wrong in (chosen[:2], [*chosen, None]):
+        with pytest.raises(ValueError, match="selections: expected"):
+            extract(backend, wrong, example_inputs=batch)
+
+
+# ---- back, and again
+
+
+def test_other_selections_come_into_the_same_tensors() -> None:
+    model, backend, batch = compiled(blocks)
+    sub = extract(backend, example_inputs=batch)
+    assert any(name.endswith("_selected_inputs") for name, _ in sub.named_buffers()), "wide values are read in part"
+    tensors = {id(t) for t in (*sub.parameters(), *sub.buffers())}
+    with pytest.raises(ValueError, match="first"):
+        reselect(sub, backend)
+    merge(sub, backend)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.flip(-1))
+    with pytest.raises(ValueError, match="expected the backend"):
+        reselect(sub, model)
+    reselect(sub, backend)
+    assert {id(t) for t in (*sub.parameters(), *sub.buffers())} == tensors
+    fresh = extract(backend, example_inputs=batch)
+    assert all(torch.equal(t, sub.state_dict()[name]) for name, t in fresh.state_dict().items())
+    assert loss_of(sub, batch).item() == loss_of(fresh, batch).item()
+
+
+def test_an_optimiser_goes_along_and_nothing_is_half_written() -> None:
+    model, backend, batch = compiled(blocks)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    steps(model, optimizer, batch, 2)
+    sub = extract(backend, example_inputs=batch)
+    copied = torch.load(pickled(sub), weights_only=False)
+    assert loss_of(copied, batch).item() == loss_of(sub, batch).item()
+    narrow_optimizer(optimizer, sub, model)
+    steps(sub, optimizer, batch, 2)
+    merge(sub, model)
+    widen_optimizer(optimizer, sub)
+    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in model.parameters())
+    with pytest.raises(ValueError, match="written back before"):
+        merge(sub, model)
+    sub = extract(backend, example_inputs=batch)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="cut out of another model"):
+        merge(sub, Attention())
+    with torch.no_grad():
+        model.up.weight.add_(1.0)
+    before["up.weight"] += 1.0
+    with pytest.raises(ValueError, match=r"up\.weight was changed since"):
+        merge(sub, model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def pickled(module: nn.Module) -> io.BytesIO:
+    stream = io.BytesIO()
+    torch.save(module, stream)
+    stream.seek(0)
+    return stream
+
+
+def test_phases_of_a_compiled_model() -> None:
+    model, backend, batch = compiled(blocks)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    schedule = ExactTail(ExactWarmup(PlanRatios(), 2), total=9, steps=2)
+    phases = Phases(backend, optimizer, schedule, interval=3, example_inputs=batch)
+    losses, widths = [], []
+    while phases.last_step < 9:
+        loss = loss_of(phases.model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        widths.append(phases.model.down.weight.shape[1])
+        phases.step()
+    assert widths == [64] * 2 + [32] * 5 + [64] * 2
+    assert losses[7] < losses[6] < losses[0], "no jump where the full model takes over"
+    assert phases.finish() is model
+
+
+# ---- nothing happens to the model
+
+
+def test_extracting_changes_nothing() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.norm, self.down = nn.Linear(16, 64), nn.BatchNorm1d(64), nn.Linear(64, 1)
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.dropout(F.relu(self.norm(self.up(x))), 0.5, self.training)).square().mean()
+
+    for sampler in ("topk", "systematic"):
+        policy = Override({"up": Exact()}, Uniform(0.5, sampler=sampler))
+        runs = []
+        for extracting in (False, True):
+            model, backend, batch = compiled(lambda: (Net(), {"x": torch.randn(8, 16)}), policy)
+            torch.manual_seed(1)
+            if extracting:
+                model.eval()
+                sub = extract(backend, example_inputs=batch)
+                assert not sub.training and not model.training and sub.up.out_features == 32
+                model.train()
+            losses = [loss_of(model, batch).item() for _ in range(3)]
+            runs.append((losses, copy.deepcopy(model.state_dict())))
+        assert runs[0][0] == runs[1][0]
+        assert all(torch.equal(value, runs[1][1][name]) for name, value in runs[0][1].items())
+
+
+# ---- what is refused
+
+
+def test_what_cannot_be_cut_out_says_why() -> None:
+    with pytest.raises(ValueError, match="has none yet; run a training step first"):
+        extract(fx_approx.backend(HALF), example_inputs=torch.ones(1))
+    _, backend, batch = compiled(blocks)
+    with pytest.raises(ValueError, match="example_inputs: expected a batch"):
+        extract(backend)
+    with pytest.raises(ValueError, match="example_inputs: expected a batch"):
+        Phases(backend, torch.optim.SGD(backend.models[0].parameters(), 1e-3), PlanRatios())
+    _, backend, batch = compiled(blocks, Uniform(0.5, scores="online"))
+    with pytest.raises(UnsupportedError, match="follows the activations"):
+        extract(backend, example_inputs=batch)
+    _, backend, batch = compiled(blocks, Exact())
+    with pytest.raises(ValueError, match="nothing to cut out"):
+        extract(backend, example_inputs=batch)
+
+
+def test_tensors_that_graphs_read_in_two_ways_are_named() -> None:
+    class Twice(Blocks):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.down(F.gelu(self.up(x)))
+            torch._dynamo.graph_break()
+            return (x + self.up(x).mean()).square().mean()
+
+    _, backend, batch = compiled(lambda: (Twice(), {"x": torch.randn(4, 5, 16)}), Override({"down": HALF}, Exact()))
+    with pytest.raises(UnsupportedError, match=r"Twice: it gives other numbers on narrow layers"):
+        extract(backend, example_inputs=batch)
+
+
+def test_python_that_names_sizes_in_no_attribute_does_not_serve() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.relu(self.up(x)).reshape(4, 64)).square().mean()
+
+    _, backend, batch = compiled(lambda: (Fixed(), {"x": torch.randn(4, 16)}), Override({"down": HALF}, Exact()))
+    with pytest.raises(UnsupportedError, match=r"Fixed: its own Python does not run on narrow layers.*no graph of the"):
+        extract(backend, example_inputs=batch)
