@@ -64,7 +64,7 @@ class HeadsAttention(nn.MultiheadAttention):
     reads: Tensor | None
     one_projection: bool
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -87,10 +87,10 @@ class HeadsAttention(nn.MultiheadAttention):
             )
         axis = -2 if self.batch_first else 0
         given = [one.movedim(axis, 0) for one in (query, key, value)]
-        heads = [one.unflatten(-1, (-1, self.head_dim)).movedim(0, -2) for one in self._projected(given)]
+        q, k, v = (one.unflatten(-1, (-1, self.head_dim)).movedim(0, -2) for one in self._projected(given))
         dropout = self.dropout if self.training else 0.0
         made = F.scaled_dot_product_attention(
-            *heads, attn_mask=None if is_causal else attn_mask, dropout_p=dropout, is_causal=is_causal
+            q, k, v, attn_mask=None if is_causal else attn_mask, dropout_p=dropout, is_causal=is_causal
         )
         result: Tensor = self.out_proj(made.movedim(-2, 0).flatten(-2).contiguous())
         return result.movedim(0, axis), None
@@ -150,5 +150,6 @@ def make_heads_attention(layer: nn.MultiheadAttention, reads: Tensor | None) -> 
     layer.one_projection = has_one_projection(layer)  # type: ignore[assignment]
     layer.num_heads = width // layer.head_dim
     vars(layer)[ONE_PROJECTION] = False  # the fused way of torch would take sizes from the query
-    layer.__class__ = with_forward(HeadsAttention, type(layer))
+    cls: Any = with_forward(HeadsAttention, type(layer))
+    layer.__class__ = cls
     layer.register_buffer("reads", reads)
