@@ -84,7 +84,6 @@ def _extracted(approx: ApproxModule, selections: Sequence[Selection | None] | No
     narrowing = Narrowing(root, approx)
     parts = _parts(approx, narrowing, _placed(approx, chosen))
     narrowing.apply()
-    root.train(approx.training)
     sub, forms, reason = assemble(root, parts, narrowing)
     own = not isinstance(sub, fx.GraphModule)
     vars(sub)[RECORD] = Subnetwork(

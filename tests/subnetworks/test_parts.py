@@ -19,6 +19,8 @@ from fx_approx.policies import Uniform
 from fx_approx.runtime.approx_module import find
 from fx_approx.sampling import SamplerConfig
 from fx_approx.subnetworks import extract, merge, record_of, reselect
+from fx_approx.subnetworks.part_layers import PartLayer
+from tests.helpers.demand_nets import NETS
 from tests.helpers.hoisting import Layers, loss_of, perturbed
 
 pytestmark = pytest.mark.filterwarnings("ignore:not traced:fx_approx.errors.CaptureWarning")
@@ -253,6 +255,25 @@ def test_products_of_two_activations_and_straight_through_layers() -> None:
     grads = [torch.autograd.grad(value, model.out.weight)[0] for value, model in ((one, sub), (other, kept))]
     assert torch.allclose(*grads, rtol=1e-4, atol=1e-4)
     merge(sub, approx)
+
+
+# ---- with other tools
+
+
+@pytest.mark.parametrize("example", [True, False], ids=["own", "graph"])
+def test_parts_of_wide_values_are_exported_and_compiled(example: bool) -> None:
+    torch.manual_seed(0)
+    build, shape = NETS["post-activation"]
+    x = torch.randn(*shape)
+    approx = fx_approx.transform(build(), Layers("topk", 0.5, "weight", "value"), x)
+    approx[1].eval()
+    sub = extract(approx, example_inputs=x if example else None)
+    assert record_of(sub).own_forward is example and not sub.get_submodule("1").training
+    assert example is any(isinstance(module, PartLayer) for module in sub.modules())
+    expected = sub.eval()(x)
+    assert torch.allclose(torch.export.export(sub, (x,)).module()(x), expected, atol=1e-6)
+    assert torch.allclose(torch.compile(sub, backend="aot_eager", fullgraph=True)(x), expected, atol=1e-6)
+    assert torch.equal(copy.deepcopy(sub).double().float()(x), expected)
 
 
 # ---- which calls a graph serves
