@@ -143,10 +143,15 @@ _SAMPLED: dict[type[nn.Module], type[nn.Module]] = {
 def swap(module: nn.Module, site: Site) -> None:
     """Makes an exact layer its sampled subclass in place: same object, parameters, hooks and path."""
     if not isinstance(module, SampledLayer):
-        exact = layer_type(module)
-        assert exact is not None
-        become(module, _SAMPLED[exact])
+        become_sampled(module)
         module.__dict__["site"] = site
+
+
+def become_sampled(module: nn.Module) -> None:
+    """Makes an exact layer its sampled subclass in place, which samples where a call hands it selections."""
+    exact = layer_type(module)
+    assert exact is not None
+    become(module, _SAMPLED[exact])
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -14,7 +14,7 @@ from fx_approx.ops.grad_norm_ema import new_running
 from fx_approx.ops.gradient_selection import BackwardDrawn, Choice, ForwardDrawn, Rule
 from fx_approx.runtime.rng import Draw, draw
 from fx_approx.runtime.sharding import refuse_shard
-from fx_approx.sampling.base import get_sampler
+from fx_approx.sampling.base import Selection, get_sampler
 from fx_approx.sampling.scores import get_score
 from fx_approx.sampling.spec import SamplerConfig
 
@@ -152,6 +152,19 @@ class Selector(nn.Module):
         if not fixed_shape:
             self.last_count = selection.indices.shape[1]
         return selection if self.role is Role.OUTPUT else ForwardDrawn(selection, self.spec.positions, self.running)
+
+    def blind(self, given: Draw | None) -> Selection | None:
+        """The selection of a call whose operands are not known, by scores that read none; None if it is exact.
+
+        Args:
+            given: The randomness of the forward.
+        """
+        if not self.active or self.exact or self.score.reads:
+            return None
+        assert self.pairs is not None
+        numbers = self._numbers(self.pairs, self.k, self.groups, given)
+        scores = torch.ones(self.groups, self.pairs, device=None if numbers is None else numbers.device)
+        return self.sampler.draw(scores, self.k, numbers, epsilon=self.epsilon, fixed_shape=False)
 
     def _runs(self, lhs: Tensor, rhs: Tensor) -> bool:
         """Whether autograd will run this product."""

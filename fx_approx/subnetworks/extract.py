@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from fx_approx._compat import parameters_of
-from fx_approx.capture.containers import leaves
-from fx_approx.capture.error_text import describe
-from fx_approx.capture.module_snapshot import kept_training_flags
-from fx_approx.capture.trace import kept_random_state, skeleton
+from fx_approx.capture.split_sections import split
+from fx_approx.capture.trace import skeleton
 from fx_approx.compiler.graph_view import extractor
-from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.exact import exact_copy
+from fx_approx.runtime.graph_program import PROLOGUE
 from fx_approx.runtime.handle import GraphHandle
+from fx_approx.runtime.upcoming import further_selectors
 from fx_approx.sampling.base import Selection
-from fx_approx.subnetworks.cuts import Cut
-from fx_approx.subnetworks.derivations import same_selections
+from fx_approx.subnetworks.assemble import Part, assembled
 from fx_approx.subnetworks.description import origin_of
 from fx_approx.subnetworks.from_backend import extract_from_backend
-from fx_approx.subnetworks.record import (
-    ModelReference,
-    Subnetwork,
-    attach,
-    identity_of,
-    versions_of,
-)
+from fx_approx.subnetworks.graph_form import Serves
+from fx_approx.subnetworks.narrowing import Narrowing
+from fx_approx.subnetworks.record import ModelReference, Subnetwork, attach, identity_of, versions_of
 from fx_approx.subnetworks.selections import selections_of
-from fx_approx.subnetworks.specialize import Specializer
-from fx_approx.subnetworks.training_only import refuse_evaluation
-
-_NO_EXAMPLE = "no example_inputs were given, to see whether the model's own Python serves"
+from fx_approx.subnetworks.specialize import Chosen, handed, specialise
 
 
 def extract(
@@ -69,26 +57,34 @@ def extract(
     Raises:
         ValueError: ``model`` is not transformed, samples nothing, ``selections`` are of another model, or a backend has
             compiled none yet or is given no ``example_inputs``.
-        UnsupportedError: A selection follows the activations, the forward could not be traced whole, or one layer is
-            called with several selections; with a backend, the model's own Python does not serve.
+        UnsupportedError: A selection follows the activations or gradients of the step; or neither a graph nor the
+            model's own Python serves ``example_inputs``; with a backend, the model's own Python does not.
         DistributedMismatchError: The selections differ between the ranks of ``process_group``, on every rank.
     """
     if isinstance(model, GraphHandle):
         return extract_from_backend(model, selections, example_inputs, process_group)
     approx = find(model)
-    runtime = approx._fx_approx
-    graph = runtime.program.graph
-    if graph is None or runtime.program.capture.sections:
-        raise UnsupportedError(
-            "model: its forward could not be traced as one graph, so that no subnetwork follows from it"
-        )
-    if runtime.resample is None:
+    if approx._fx_approx.resample is None and not any(further_selectors(approx)):
         raise ValueError("model: no selection is made ahead, so that there is nothing to cut out")
     chosen = selections_of(approx, selections, process_group)
     root = skeleton(exact_copy(approx), shared=False)
-    maker = Specializer(root, approx, chosen)
-    made = maker.run(graph)
-    return _finished(approx, maker, made, chosen, example_inputs)
+    narrowing = Narrowing(root, approx)
+    parts = parts_of(approx, narrowing, chosen)
+    narrowing.apply()
+    sub, forms, reason = assembled(approx, root, parts, narrowing, example_inputs)
+    own = not isinstance(sub, fx.GraphModule)
+    record = Subnetwork(
+        narrowing.cuts,
+        chosen,
+        identity_of(approx),
+        own,
+        reason,
+        versions_of(approx),
+        forms=forms,
+        model=ModelReference(approx),
+    )
+    attach(sub, dataclasses.replace(record, origin=origin_of(approx, sub)))
+    return sub
 
 
 @extractor
@@ -97,64 +93,32 @@ def _extracted(approx: nn.Module, example: Any) -> nn.Module:
     return extract(approx, example_inputs=example)
 
 
-def _finished(
-    approx: ApproxModule, maker: Specializer, graph: fx.Graph, chosen: tuple[Selection | None, ...], example: Any
-) -> nn.Module:
-    root, reason = maker.root, "; ".join(dict.fromkeys(maker.reasons))
-    _tie(approx, root, maker)
-    module = fx.GraphModule(root, graph, f"{type(root).__name__}Subnetwork")
-    if not reason:
-        reason = _NO_EXAMPLE if example is None else _differs(root, module, example)
-    if reason and approx._fx_approx.program.capture.branching:
-        refuse_evaluation(module)
-    sub: nn.Module = module if reason else root
-    record = Subnetwork(
-        maker.cuts,
-        chosen,
-        identity_of(approx),
-        not reason,
-        reason,
-        versions_of(approx),
-        recipe=maker.derivations.recipe(maker.cuts, maker.buffers),
-        model=ModelReference(approx),
+def _placed(approx: ApproxModule, chosen: tuple[Selection | None, ...]) -> Chosen:
+    outside, inside = further_selectors(approx)
+    ahead = len(chosen) - len(outside) - len(inside)
+    behind = ahead + len(outside)
+    return Chosen(
+        chosen[:ahead],
+        dict(zip(outside, chosen[ahead:behind], strict=True)),
+        dict(zip(inside, chosen[behind:], strict=True)),
     )
-    attach(sub, dataclasses.replace(record, origin=origin_of(approx, sub)))
-    return sub
 
 
-def _tie(approx: ApproxModule, root: nn.Module, maker: Specializer) -> None:
-    """Parameters that are one in the full model are one here, where both are cut alike."""
-    places: dict[int, str] = {}
-    for name, parameter in approx.named_parameters(remove_duplicate=False):
-        first = places.setdefault(id(parameter), name)
-        if first == name:
-            continue
-        one, other = (maker.cuts.get(path, Cut(path)) for path in (first, name))
-        if not same_selections(one.inputs, one.outputs, other.inputs, other.outputs):
-            raise UnsupportedError(f"model: {first} and {name} are one parameter, and two parts of it are read")
-        maker.derivations.note_alike(first, one, other)
-        holder, _, attribute = name.rpartition(".")
-        parameters_of(root.get_submodule(holder))[attribute] = operator.attrgetter(first)(root)
-
-
-def _differs(root: nn.Module, graph: nn.Module, example: Any) -> str:
-    """Why the forward of ``root`` does not compute what the graph does, in training; empty if it does."""
-    given = (example,) if isinstance(example, Tensor) else example
-    args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else (tuple(given), {})
-    results = []
-    for module in (root, graph):
-        states = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        with kept_random_state(), torch.no_grad(), kept_training_flags(module.modules()):
-            try:
-                results.append(module.train()(*args, **kwargs))
-            except Exception as error:  # whatever a forward says of narrow layers
-                return f"the model's own Python does not run on narrow layers: {describe(error)}"
-            finally:
-                for name, buffer in module.named_buffers():
-                    buffer.copy_(states[name])
-    one, other = (leaves(result) for result in results)
-    same = len(one) == len(other) and all(
-        torch.allclose(a, b, rtol=1e-4, atol=1e-5) if isinstance(a, Tensor) else a == b
-        for a, b in zip(one, other, strict=True)
-    )
-    return "" if same else "the model's own Python gives other numbers on narrow layers"
+def parts_of(approx: ApproxModule, narrowing: Narrowing, selections: tuple[Selection | None, ...]) -> list[Part]:
+    """The specialised graph of the model, or of each of its sections; none where nothing could be traced."""
+    chosen = _placed(approx, selections)
+    program = approx._fx_approx.program
+    captured, graph = program.capture, program.graph
+    if graph is None:
+        specialise({}, approx, narrowing, (), chosen)
+        return []
+    if not captured.sections:
+        made = specialise({"": graph}, approx, narrowing, (), chosen)
+        return [Part("", made[""], Serves(captured.form, captured.guard, bool(captured.branching)))]
+    head, own = split(graph, len(captured.sections), PROLOGUE)
+    graphs = {section.path: part for section, part in zip(captured.sections, own, strict=True)}
+    made = specialise(graphs, approx, narrowing, handed(head, chosen.ahead), chosen)
+    return [
+        Part(section.path, made[section.path], Serves(section.form, section.guard, bool(each.branching)))
+        for section, each in zip(captured.sections, captured.each, strict=True)
+    ]

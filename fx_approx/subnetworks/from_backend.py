@@ -25,6 +25,7 @@ from fx_approx.runtime.validation import check_inputs
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut, same_cut
 from fx_approx.subnetworks.description import origin_of
+from fx_approx.subnetworks.narrowing import Narrowing
 from fx_approx.subnetworks.own_class import READ, difference, fit_own_class, inputs_read, narrow_tensors
 from fx_approx.subnetworks.record import (
     ModelReference,
@@ -36,7 +37,7 @@ from fx_approx.subnetworks.record import (
     versions_of,
 )
 from fx_approx.subnetworks.selections import check_selections
-from fx_approx.subnetworks.specialize import Specializer
+from fx_approx.subnetworks.specialize import Chosen, specialise
 
 Selections = Sequence[Selection | None]
 
@@ -51,6 +52,7 @@ class _Piece:
         run: Computes what it does, all of its channels that are read.
         cuts: By path in ``approx``, what is cut of its tensors.
         whole: Paths of the tensors that it reads as they are.
+        sliced: Paths of those of which it takes slices, since several selections read them.
     """
 
     approx: ApproxModule
@@ -58,6 +60,7 @@ class _Piece:
     run: Callable[..., Any]
     cuts: Mapping[str, Cut]
     whole: frozenset[str]
+    sliced: frozenset[str]
 
 
 def extract_from_backend(
@@ -162,10 +165,12 @@ class _Pieces:
             check_selections(approx, chosen, sum(len(piece.chosen) for piece in self.made))
         graph = approx._fx_approx.program.graph
         assert graph is not None
-        maker = Specializer(skeleton(exact_copy(approx)), approx, chosen)
-        made = maker.run(graph)
-        whole = frozenset(_read(made, maker.root)) - set(maker.cuts)
-        return _Piece(approx, chosen, _AtSelections(approx, chosen).run, maker.cuts, whole)
+        narrowing = Narrowing(skeleton(exact_copy(approx)), approx)
+        made = specialise({"": graph}, approx, narrowing, (), Chosen(chosen, {}, {}))[""]
+        narrowing.apply()
+        whole = frozenset(_read(made.graph, narrowing.root)) - set(narrowing.cuts)
+        run = _AtSelections(approx, chosen).run
+        return _Piece(approx, chosen, run, narrowing.cuts, whole, narrowing.kept)
 
     def compare(self, process_group: Any) -> None:
         """DistributedMismatchError where the selections differ between the ranks of a group, if there is one."""
@@ -250,6 +255,11 @@ def _united(pieces: Sequence[_Piece], model: nn.Module) -> dict[str, Cut]:
             if not same_cut(cuts.setdefault(found, own), own):
                 raise UnsupportedError(f"model: {found} is read with several selections")
     for piece in pieces:
+        for path in sorted(piece.sliced):
+            raise UnsupportedError(
+                f"model: {name_of(piece, path)[0]} is narrowed by one reader and read whole, or in another way, by "
+                "another; keep one of the layers exact"
+            )
         for path in piece.whole:
             found = None if path.startswith("_") else name_of(piece, path)[0]
             if found in cuts:

@@ -86,7 +86,7 @@ def fit_own_class(
             fitted.undo()
             fitted = None
         if fitted is None:
-            reason = _fit_attributes(root, full, reason, check)
+            reason = fit_attributes(root, full, reason, check)
     if reason:
         return reason, ()
     wide = [reader for reader in readers if reader.wide]
@@ -206,7 +206,7 @@ def _reading_parts(root: nn.Module, full: nn.Module, cuts: Mapping[str, Cut]) ->
 # ---- attributes of the user's modules
 
 
-def _fit_attributes(root: nn.Module, full: nn.Module, reason: str, check: Check) -> str:
+def fit_attributes(root: nn.Module, full: nn.Module, reason: str, check: Check) -> str:
     """Sets as few attributes as make the forward serve; and numbers of heads, where it serves with them as well.
 
     Returns:

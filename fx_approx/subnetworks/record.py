@@ -14,7 +14,6 @@ from fx_approx.runtime.approx_module import find, unwrapped
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
-from fx_approx.subnetworks.derivations import Recipe
 
 RECORD = "_fx_approx_subnetwork"
 """Where a subnetwork keeps what it was cut out of."""
@@ -67,13 +66,13 @@ class Subnetwork:
         cuts: By name of each narrowed parameter or buffer, what it holds of the full one.
         selections: The selections, in the order in which the model makes them.
         identity: What the full model must be: its layers and their shapes.
-        own_forward: Its forward is the model's own Python.
-        reason: Why it is not, if so.
+        own_forward: Its forward is the model's own Python, and it an instance of the model's class.
+        reason: Why it is not, or why a part of it runs a graph, if so.
         versions: Of the full parameters and buffers when it was cut out; a change since is refused by :func:`merge`.
         merged: It has been written back since it was cut out.
         origin: What it was made from; None where that is not known.
         model: The model that it was cut out of; of a copy nobody knows whether it was changed.
-        recipe: How ``cuts`` and the buffers with indices follow from ``selections``; None where that is not known yet.
+        forms: By path of the model ("") or a section of it, how its forward was made; None for a graph.
         graphs: Of what a backend of ``torch.compile`` runs, the names of the tensors that each graph works with, in the
             order in which they make their selections; empty for a transformed model.
         notes: What its user should know, as that its config does not describe it.
@@ -88,7 +87,7 @@ class Subnetwork:
     merged: bool = False
     origin: Origin | None = None
     model: ModelReference = dataclasses.field(default_factory=ModelReference)
-    recipe: Recipe | None = None
+    forms: dict[str, bool | None] = dataclasses.field(default_factory=dict)
     graphs: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.runtime.exact import exact_copy
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.sharding import fill
 from fx_approx.runtime.upcoming import use_up
 from fx_approx.sampling.base import Selection
-from fx_approx.subnetworks.extract import extract
+from fx_approx.subnetworks.assemble import index_tensors
+from fx_approx.subnetworks.extract import parts_of
 from fx_approx.subnetworks.from_backend import recut_from_backend
+from fx_approx.subnetworks.narrowing import Narrowing
 from fx_approx.subnetworks.record import (
     Subnetwork,
     check_origin,
@@ -99,17 +103,24 @@ def reselect_graphs(
 def cut_anew(sub: nn.Module, record: Subnetwork, approx: ApproxModule, chosen: Selections) -> None:
     """Cuts ``sub`` out of ``approx`` by selections that were checked; errors as :func:`reselect`."""
     _check_sizes(record.selections, chosen)
-    recipe = record.recipe or record_of(extract(approx, record.selections)).recipe
-    assert recipe is not None
-    cuts, buffers = recipe.follow(chosen)
+    narrowing = Narrowing(exact_copy(approx), approx)
+    parts = parts_of(approx, narrowing, chosen)
+    cuts = narrowing.cuts
+    if cuts.keys() != record.cuts.keys():
+        odd = sorted(cuts.keys() ^ record.cuts.keys())[0]
+        raise UnsupportedError(
+            f"model: {odd} is read with several selections, or no longer is, so that it has another shape: call "
+            "fx_approx.subnetworks.extract"
+        )
+    indices = index_tensors(sub, parts, narrowing, record.forms)
     full = tensors_of(approx)
     with torch.no_grad():
         for name, tensor in _each_once(tensors_of(sub)):
-            if name in buffers:
-                fill(tensor, buffers[name])
+            if name in indices:
+                fill(tensor, indices[name])
             elif name in full:  # else it is a constant of the forward
                 fill(tensor, cuts[name].part(full[name]) if name in cuts else full[name].detach())
-    record.cuts, record.selections, record.merged, record.recipe = cuts, chosen, False, recipe
+    record.cuts, record.selections, record.merged = cuts, chosen, False
     record.versions = versions_of(approx)
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from fx_approx.distributed.agreement import check_chosen
 from fx_approx.runtime.approx_module import ApproxModule
-from fx_approx.runtime.upcoming import next_selections
+from fx_approx.runtime.selector import Selector
+from fx_approx.runtime.shared_selection import SharedSelection
+from fx_approx.runtime.upcoming import further_selections, further_selectors, next_selections
 from fx_approx.sampling.base import Selection
 
 Selections = tuple[Selection | None, ...]
@@ -28,7 +30,7 @@ def selections_of(
         DistributedMismatchError: They differ between the ranks, on every rank.
     """
     if given is None:
-        chosen = next_selections(approx)
+        chosen = (*next_selections(approx), *further_selections(approx))
     else:
         chosen = tuple(given)
         check_selections(approx, chosen)
@@ -40,18 +42,25 @@ def selections_of(
 def check_selections(approx: ApproxModule, chosen: Sequence[Selection | None], before: int = 0) -> None:
     """ValueError unless ``chosen`` has one selection, or None, for each that ``approx`` makes ahead.
 
-    ``before`` is how many were given for other graphs.
+    Args:
+        approx: The model.
+        chosen: Its selections.
+        before: How many others the caller gave before these.
     """
     shared = list(approx._fx_approx.resample.each()) if approx._fx_approx.resample is not None else []
-    if len(chosen) != len(shared):
-        raise ValueError(f"selections: expected {len(shared)}, one for each that the model makes, got {len(chosen)}")
-    for place, (one, given) in enumerate(zip(shared, chosen, strict=True), before):
+    outside, inside = further_selectors(approx)
+    made: list[SharedSelection | Selector] = [*shared, *outside.values(), *inside.values()]
+    if len(chosen) != len(made):
+        raise ValueError(
+            f"selections: expected {len(made) + before}, one for each that the model makes, got {len(chosen) + before}"
+        )
+    for place, (one, given) in enumerate(zip(made, chosen, strict=True), before):
         if given is None:
             continue
-        index = given.indices
-        if index.dim() != 2 or index.shape[0] != one.groups or int(index.max()) >= one.pairs or int(index.min()) < 0:
+        index, most = given.indices, one.pairs or 0
+        if index.dim() != 2 or index.shape[0] != one.groups or int(index.max()) >= most or int(index.min()) < 0:
             raise ValueError(
-                f"selections[{place}]: expected indices [{one.groups}, k] below {one.pairs}, got shape "
+                f"selections[{place}]: expected indices [{one.groups}, k] below {most}, got shape "
                 f"{tuple(index.shape)} with values from {int(index.min())} to {int(index.max())}"
             )
         if any(len(row.unique()) != row.numel() for row in index):

@@ -19,16 +19,21 @@ from fx_approx.subnetworks import extract, merge, record_of, reselect
 from tests.helpers.demand_nets import NETS
 from tests.subnetworks.nets import TWICE, X, hidden, largest, mlp, steps, transformed
 
+BY_NUMBER = ("fused-heads", "written-attention", "stacked-heads")  # their Python names numbers of channels
+
 # ---- the same training
 
 
 @pytest.mark.parametrize("scope", ["value", "group"])
-@pytest.mark.parametrize("name", [name for name in NETS if name != TWICE])
+@pytest.mark.parametrize("name", NETS)
 def test_plain_sgd_is_that_of_the_model_under_one_selection(name: str, scope: str) -> None:
     approx, x = transformed(name, scope)
     kept, before = copy.deepcopy(approx), copy.deepcopy(approx.state_dict())
     sub = extract(approx, example_inputs=x)
-    assert sum(p.numel() for p in sub.parameters()) < 0.55 * sum(p.numel() for p in approx.parameters())
+    assert sum(p.numel() for p in sub.parameters()) < (0.75 if name == TWICE else 0.55) * sum(
+        p.numel() for p in approx.parameters()
+    )
+    assert name in (TWICE, *BY_NUMBER) or type(sub) is type(NETS[name][0]())
     assert not any(isinstance(module, type(find(approx))) for module in sub.modules())
     with fx_approx.reuse_selection(kept):
         steps(kept, torch.optim.SGD(kept.parameters(), 1e-3), x)
@@ -162,9 +167,6 @@ def test_what_cannot_be_cut_out_says_why() -> None:
         extract(fx_approx.transform(mlp(), GradientSampling.backward(0.5)))
     with pytest.raises(ValueError, match="is not a transformed model"):
         extract(mlp())
-    approx, _ = transformed(TWICE)
-    with pytest.raises(UnsupportedError, match="c is called with several selections"):
-        extract(approx)
     approx = hidden()
     count = len(list(find(approx)._fx_approx.resample.each()))
     for wrong, message in (

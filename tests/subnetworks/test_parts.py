@@ -1,0 +1,319 @@
+"""Subnetworks of models that are not one graph, and of what keeps its whole weights."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fx_approx
+from fx_approx.core.candidates import Role
+from fx_approx.core.plan import Decision
+from fx_approx.errors import UnsupportedError
+from fx_approx.policies import Uniform
+from fx_approx.runtime.approx_module import find
+from fx_approx.sampling import SamplerConfig
+from fx_approx.subnetworks import extract, merge, record_of, reselect
+from fx_approx.subnetworks.part_layers import PartLayer
+from tests.helpers.demand_nets import NETS
+from tests.helpers.hoisting import Layers, loss_of, perturbed
+
+pytestmark = pytest.mark.filterwarnings("ignore:not traced:fx_approx.errors.CaptureWarning")
+
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+
+
+class Head(nn.Module):
+    """Its parent calls a method of it that no graph has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU())
+        self.boxes, self.classes = nn.Conv2d(12, 4, 1), nn.Conv2d(12, 6, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.tower(x)
+        return {"boxes": self.boxes(x), "classes": self.classes(x)}
+
+    def decode(self, found: dict[str, Tensor]) -> Tensor:
+        return found["boxes"].mean((2, 3)) * found["classes"].amax((1, 2, 3)).unsqueeze(1)
+
+
+class NumberedHead(Head):
+    """Names the number of its channels."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.tower(x)
+        x = x.view(x.shape[0], 12, 8, 8)
+        return {"boxes": self.boxes(x), "classes": self.classes(x)}
+
+
+class Detector(nn.Module):
+    """Decides by values between its parts, calls the last layer itself, and decodes in evaluation."""
+
+    def __init__(self, head: type[Head] = Head) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(
+            *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+            *(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        )
+        self.head, self.last = head(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.backbone(x)
+        found = self.head(x) if x.abs().max() > 0 else {}
+        if self.training:
+            return found, self.last(found["boxes"].mean((2, 3)))
+        return self.head.decode(found)
+
+
+def detector(head: type[Head] = Head, scope: str = "value", sampler: str = "topk") -> nn.Module:
+    torch.manual_seed(0)
+    return fx_approx.transform(perturbed(Detector(head).double()), Layers(sampler, 0.5, "weight", scope), X)
+
+
+def steps(model: nn.Module, count: int = 5) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for _ in range(count):
+        optimizer.zero_grad()
+        loss_of(model(X)).backward()
+        optimizer.step()
+
+
+def assert_trains_as(approx: nn.Module, sub: nn.Module, x: Any = None) -> None:
+    """The same steps, merged, to 1e-10 of the largest change of a weight."""
+    kept, before = copy.deepcopy(approx), copy.deepcopy(approx.state_dict())
+    with fx_approx.reuse_selection(kept):
+        steps(kept)
+    steps(sub)
+    merge(sub, approx)
+    moved = max(float((p.detach() - before[n]).abs().max()) for n, p in kept.named_parameters())
+    pairs = zip((*approx.parameters(), *approx.buffers()), (*kept.parameters(), *kept.buffers()), strict=True)
+    assert moved > 0 and max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs) <= 1e-10 * moved
+
+
+# ---- sections
+
+
+@pytest.mark.parametrize("scope", ["value", "group"])
+@pytest.mark.parametrize("example", [X, None], ids=["own", "graphs"])
+@pytest.mark.parametrize("head", [Head, NumberedHead])
+def test_sections_train_as_the_model_does(head: type[Head], example: Tensor | None, scope: str) -> None:
+    approx = detector(head, scope)
+    assert [s.path for s in find(approx)._fx_approx.program.capture.sections] == ["backbone", "head"]
+    sub = extract(approx, example_inputs=example)
+    assert type(sub) is Detector and isinstance(sub.head, head) and record_of(sub).own_forward
+    assert (type(sub.head) is head) is (example is not None and head is Head)
+    if head is NumberedHead:
+        assert "head: the model's own Python does not run" in record_of(sub).reason or example is None
+    assert sub.head.tower[0].out_channels == 6
+    assert_trains_as(approx, sub)
+    assert sub.eval()(X).shape == (4, 4), "decoded by the head's own method"
+
+
+def test_layers_that_python_calls_are_narrowed_too() -> None:
+    approx = detector(sampler="systematic")
+    sub = extract(approx, example_inputs=X)
+    assert sub.last.weight.shape == (4, 2) and isinstance(sub.last, nn.Linear)
+    chosen = record_of(sub).selections
+    assert chosen[-1] is not None and chosen[-1].indices.shape == (1, 2)
+    again = extract(approx, chosen, example_inputs=X)
+    assert torch.equal(again.last.weight, sub.last.weight)
+    with pytest.raises(ValueError, match=f"expected {len(chosen)}, one for each"):
+        extract(approx, chosen[:-1])
+
+
+def test_other_selections_come_into_the_same_tensors_of_sections() -> None:
+    approx = detector(sampler="systematic")
+    sub = extract(approx, example_inputs=X)
+    steps(sub, 1)
+    merge(sub, approx)
+    objects = {id(t) for t in (*sub.parameters(), *sub.buffers())}
+    steps(approx, 1)
+    reselect(sub, approx)
+    assert {id(t) for t in (*sub.parameters(), *sub.buffers())} == objects
+    fresh = extract(approx, record_of(sub).selections, example_inputs=X)
+    assert list(sub.state_dict()) == list(fresh.state_dict())
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in sub.state_dict().items())
+
+
+@pytest.mark.parametrize("example", [X, None], ids=["own", "graphs"])
+def test_copied_and_pickled(example: Tensor | None) -> None:
+    sub = extract(detector(NumberedHead), example_inputs=example)
+    expected = loss_of(sub(X))
+    for other in (copy.deepcopy(sub), pickle.loads(pickle.dumps(sub))):
+        assert torch.equal(loss_of(other(X)), expected)
+        assert isinstance(other.head, NumberedHead) and record_of(other).reason == record_of(sub).reason
+        assert not {id(p) for p in other.parameters()} & {id(p) for p in sub.parameters()}
+
+
+# ---- one graph
+
+
+class Tied(nn.Module):
+    """The head has the weights of the embedding, and reads a part of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(30, 16), nn.Linear(16, 64), nn.Linear(64, 16)
+        self.head = nn.Linear(16, 30, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.flatten(1)[:, :6].abs().mul(3).long())
+        result: Tensor = self.head(x + self.down(F.relu(self.up(x))))
+        return result
+
+
+class Twice(nn.Module):
+    """A convolution, a normalisation and a grouped convolution on two values each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 3, padding=1)
+        self.norm, self.shared = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")
+        self.grouped, self.out = nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 4, 1)
+        self.other = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = (F.relu(self.norm(layer(x))) for layer in (self.first, self.second))
+        return self.out(F.relu(self.grouped(a))), self.other(F.relu(self.grouped(self.shared(b))))
+
+
+class Transposed(nn.Module):
+    """A transposed convolution with one kernel for each channel, as a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.kernel, self.bias = nn.Parameter(torch.randn(8, 1, 2, 2)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv_transpose2d(self.up(x), self.kernel, self.bias, 2, 0, 0, 8)
+        result: Tensor = self.down(F.relu(x))
+        return result
+
+
+@pytest.mark.parametrize("sampler", ["topk", "systematic"])
+@pytest.mark.parametrize("scope", ["value", "group"])
+@pytest.mark.parametrize("build", [Tied, Twice, Transposed])
+def test_what_several_selections_read_stays_whole(build: type[nn.Module], scope: str, sampler: str) -> None:
+    torch.manual_seed(0)
+    approx = fx_approx.transform(perturbed(build().double()), Layers(sampler, 0.5, "weight", scope), X)
+    sub = extract(approx, example_inputs=X)
+    kept, one = copy.deepcopy(approx), copy.deepcopy(sub)
+    with fx_approx.reuse_selection(kept):  # which keeps scales in float32
+        assert torch.allclose(loss_of(one(X)), loss_of(kept(X)), rtol=1e-6)
+    if sampler == "topk":  # the scale of an unbiased one makes other steps
+        assert_trains_as(approx, sub)
+
+
+class Products(nn.Module):
+    """Two activations are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.out = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, 0]
+        q, k = self.q(x), self.k(x)
+        result: Tensor = self.out(torch.softmax(q @ k.transpose(1, 2) / 3, -1) + torch.einsum("bic,bjc->bij", q, k))
+        return result
+
+
+class Everything:
+    """Samples every product, those of two activations by uniform scores; layers straight through."""
+
+    needs_shapes = True
+
+    def decide(self, candidates: Any) -> list[Decision]:
+        return [
+            Decision(
+                c.name,
+                {Role.OUTPUT: SamplerConfig("systematic", 0.5, scores="weight" if c.kind == "linear" else "uniform")},
+                straight_through=c.name == "out",
+            )
+            for c in candidates
+        ]
+
+
+def test_products_of_two_activations_and_straight_through_layers() -> None:
+    torch.manual_seed(0)
+    approx = fx_approx.transform(Products().double(), Everything(), X)
+    kept = copy.deepcopy(approx)
+    sub = extract(approx, example_inputs=X)
+    with fx_approx.reuse_selection(kept):
+        one, other = (loss_of(model(X)) for model in (sub, kept))
+    assert torch.allclose(one, other, rtol=1e-6)
+    assert "matmul_1 is a product of chosen pairs" in record_of(sub).reason
+    grads = [torch.autograd.grad(value, model.out.weight)[0] for value, model in ((one, sub), (other, kept))]
+    assert torch.allclose(*grads, rtol=1e-4, atol=1e-4)
+    merge(sub, approx)
+
+
+# ---- with other tools
+
+
+@pytest.mark.parametrize("example", [True, False], ids=["own", "graph"])
+def test_parts_of_wide_values_are_exported_and_compiled(example: bool) -> None:
+    torch.manual_seed(0)
+    build, shape = NETS["post-activation"]
+    x = torch.randn(*shape)
+    approx = fx_approx.transform(build(), Layers("topk", 0.5, "weight", "value"), x)
+    approx[1].eval()
+    sub = extract(approx, example_inputs=x if example else None)
+    assert record_of(sub).own_forward is example and not sub.get_submodule("1").training
+    assert example is any(isinstance(module, PartLayer) for module in sub.modules())
+    expected = sub.eval()(x)
+    assert torch.allclose(torch.export.export(sub, (x,)).module()(x), expected, atol=1e-6)
+    assert torch.allclose(torch.compile(sub, backend="aot_eager", fullgraph=True)(x), expected, atol=1e-6)
+    assert torch.equal(copy.deepcopy(sub).double().float()(x), expected)
+
+
+# ---- which calls a graph serves
+
+
+class Scaled(nn.Module):
+    """Has an argument that is no tensor, and an unused layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.unused = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        result: Tensor = self.b(F.relu(self.a(x * scale)))
+        return result + self.b(x.new_ones(16)) if not self.training else result
+
+
+def test_a_graph_refuses_calls_that_it_does_not_serve() -> None:
+    x = torch.randn(4, 8)
+    approx = fx_approx.transform(Scaled(), Uniform(0.5), {"x": x, "scale": 2.0})
+    sub = extract(approx)
+    for one in (sub, copy.deepcopy(sub), pickle.loads(pickle.dumps(sub))):
+        assert isinstance(one, torch.fx.GraphModule) and record_of(one).reason
+        assert torch.allclose(one(x, 2.0), sub(x=x, scale=2.0))
+        with pytest.raises(RuntimeError, match="called in another way than it was captured"):
+            one(x)
+        with pytest.raises(RuntimeError, match="serves training only"):
+            one.eval()(x, 2.0)
+        one.train()
+    merge(sub, approx)
+
+
+def test_what_follows_gradients_is_refused() -> None:
+    class Gradients:
+        needs_shapes = True
+
+        def decide(self, candidates: Any) -> list[Decision]:
+            spec, grads = SamplerConfig("topk", 0.5, scores="weight"), SamplerConfig("topk", 0.5, scores="gradient")
+            return [Decision(c.name, {Role.OUTPUT: spec, Role.GRAD_WEIGHT: grads}) for c in candidates]
+
+    approx = fx_approx.transform(Scaled(), Gradients(), torch.randn(4, 8))
+    with pytest.raises(UnsupportedError, match="follows the activations or gradients"):
+        extract(approx)
