@@ -67,10 +67,13 @@ def reselect(
 def cut_anew(sub: nn.Module, record: Subnetwork, approx: ApproxModule, chosen: Selections) -> None:
     """Cuts ``sub`` out of ``approx`` by selections that were checked; errors as :func:`reselect`."""
     _check_sizes(record.selections, chosen)
-    recipe = record.recipe or record_of(extract(approx, record.selections)).recipe
-    assert recipe is not None
-    cuts, buffers = recipe.follow(chosen)
     full = tensors_of(approx)
+    if record.recipe is not None:
+        recipe, (cuts, buffers) = record.recipe, record.recipe.follow(chosen)
+    else:  # it was rebuilt from a description
+        fresh = extract(approx, chosen)
+        recipe, cuts = record_of(fresh).recipe, dict(record_of(fresh).cuts)
+        buffers = {name: tensor for name, tensor in tensors_of(fresh).items() if name not in full}
     with torch.no_grad():
         for name, tensor in _each_once(tensors_of(sub)):
             if name in buffers:
