@@ -108,7 +108,8 @@ def markdown(results: Sequence[Result], environment: Mapping[str, Any]) -> str:
     thin = [one.name for one in results if one.thin]
     parts = [
         "# Subnetworks: which models, beside Torch-Pruning",
-        "Written by `python benchmarks/subnetwork_coverage.py`, which says how. `Uniform(0.5, min_k=16)` at scopes "
+        "Written by `python benchmarks/subnetwork_coverage.py --json docs/results/subnetwork-coverage.jsonl "
+        "--markdown docs/results/subnetwork-coverage.md`, which says how. `Uniform(0.5, min_k=16)` at scopes "
         "`value` and `group`; Torch-Pruning's `BasePruner` at `pruning_ratio=0.5` by magnitude, with the layers that "
         "make the output ignored and heads given, as in its examples. Random weights, float32, two small images.",
         f"{about}.",

@@ -1,7 +1,7 @@
 """Which models become subnetworks at ratio 0.5, beside Torch-Pruning: extracts, trains, counts, exports.
 
-    python benchmarks/subnetwork_coverage.py
-    python benchmarks/subnetwork_coverage.py --models resnet18 yolo --again
+    python benchmarks/subnetwork_coverage.py --json docs/results/subnetwork-coverage.jsonl --markdown FILE.md
+    python benchmarks/subnetwork_coverage.py --models resnet18 yolo
 
 torchvision's classification and segmentation models, 25 of timm, and detectors of the YOLO kind, in their own sizes on
 small images, two in a batch, without dropout; those of more than 100 million parameters a quarter as wide. Each is made
@@ -31,12 +31,10 @@ from _coverage_page import markdown, summary
 from _coverage_run import Outcome, Result, examine, peer_version
 from _header import environment, header
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
-
-def stored(path: Path) -> dict[str, Result]:
+def stored(path: Path | None) -> dict[str, Result]:
     """The lines of a file, by name of the model."""
-    if not path.exists():
+    if path is None or not path.exists():
         return {}
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -46,10 +44,11 @@ def stored(path: Path) -> dict[str, Result]:
     return found
 
 
-def write(path: Path, results: Sequence[Result]) -> None:
-    """Writes all lines."""
-    lines = [json.dumps(dataclasses.asdict(one)) for one in results]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def write(path: Path | None, results: Sequence[Result]) -> None:
+    """Writes all lines; does nothing without a path."""
+    if path is not None:
+        lines = [json.dumps(dataclasses.asdict(one)) for one in results]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _child(entry: Entry, memory: int, pipe: multiprocessing.connection.Connection) -> None:
@@ -86,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="those that have a line, too")
     parser.add_argument("--seconds", type=float, default=120, help="limit for each model (120)")
     parser.add_argument("--gigabytes", type=float, default=6, help="limit for each model (6)")
-    parser.add_argument("--json", type=Path, metavar="FILE", default=RESULTS / "subnetwork-coverage.jsonl")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", default=RESULTS / "subnetwork-coverage.md")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="a line for each model, kept")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
     options = parser.parse_args(arguments)
     every = entries()
     for name, known in (("models", {one.name for one in every}), ("families", {one.family for one in every})):
@@ -111,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write(options.json, sorted(found.values(), key=lambda one: order.get(one.name, len(order))))
     versions = {**environment(), "torch-pruning": peer_version()}
     rows = sorted(found.values(), key=lambda one: order.get(one.name, len(order)))
-    options.markdown.write_text(markdown(rows, versions), encoding="utf-8")
+    if options.markdown is not None:
+        options.markdown.write_text(markdown(rows, versions), encoding="utf-8")
     return int(failed)
 
 

@@ -162,7 +162,7 @@ def test_a_model_is_extracted_trained_counted_and_exported() -> None:
     assert own.parameters == pytest.approx((17 * 32 + 33 * 10) / result.parameters)
 
 
-def test_what_does_not_move_is_told() -> None:
+def test_what_does_not_learn_is_told() -> None:
     run = importlib.import_module("_coverage_run")
     model = Uncut()
     assert run.train(model, torch.zeros(2, 32), {"last.bias"}) == ""
