@@ -17,8 +17,8 @@ from fx_approx.runtime.repeatable import Randomness
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-"""Of the largest value of an output, or gradient; of shorter types more."""
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+"""Of the largest value of an output, or gradient; of shorter types more. Some models compute in float32 in any case."""
 
 
 def recorded(model: nn.Module, inside: Mapping[str, nn.Module], call: Call) -> dict[str, list[Call]]:

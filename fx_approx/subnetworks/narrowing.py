@@ -106,6 +106,10 @@ class Narrowing:
 
     # ---- uses
 
+    def has(self, path: str) -> bool:
+        """Whether a tensor stands at ``path``, and not another attribute such as a training flag."""
+        return path in self._first
+
     def use_whole(self, path: str) -> None:
         """The tensor at ``path`` is read whole; nothing for what is no tensor."""
         if path in self._first:

@@ -382,8 +382,9 @@ class _Specializer:
         exact = _EXACT_CALLS[target]
         if selection is None:
             return self.graph.call_function(exact, self._revealed(args), self._revealed(kwargs))
-        reads = [one for one in (*args[1:], *kwargs.values()) if isinstance(one, Read)]
-        if self.narrowing.cut_all([Cut(one.path, None, selection) for one in reads]):
+        reads = [one.path for one in (*args[1:], *kwargs.values()) if isinstance(one, Read)]
+        cuts = [Cut(path, None, selection) for path in reads if self.narrowing.has(path)]
+        if self.narrowing.cut_all(cuts):
             known = {"chosen": self.slicing.selection(selection), "channels": channels}
             return self.graph.call_function(target, self._revealed(args), {**self._revealed(kwargs), **known})
         args, kwargs = tuple(map(self._read, args)), {name: self._read(one) for name, one in kwargs.items()}

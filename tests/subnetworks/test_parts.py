@@ -199,9 +199,23 @@ class Transposed(nn.Module):
         return result
 
 
+class Functions(nn.Module):
+    """Normalisations as functions, which ask the flag of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.norm
+        args = own.running_mean, own.running_var, own.weight, own.bias, own.training
+        result: Tensor = self.down(F.relu(F.batch_norm(self.up(x), *args, 0.1, 1e-5)))
+        return result
+
+
 @pytest.mark.parametrize("sampler", ["topk", "systematic"])
 @pytest.mark.parametrize("scope", ["value", "group"])
-@pytest.mark.parametrize("build", [Tied, Twice, Transposed])
+@pytest.mark.parametrize("build", [Tied, Twice, Transposed, Functions])
 def test_what_several_selections_read_stays_whole(build: type[nn.Module], scope: str, sampler: str) -> None:
     torch.manual_seed(0)
     approx = fx_approx.transform(perturbed(build().double()), Layers(sampler, 0.5, "weight", scope), X)
