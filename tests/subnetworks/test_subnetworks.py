@@ -15,7 +15,7 @@ from fx_approx.errors import UnsupportedError
 from fx_approx.policies import Exact, GradientSampling, Override, Uniform
 from fx_approx.runtime.approx_module import find
 from fx_approx.sampling import Selection
-from fx_approx.subnetworks import extract, merge, record_of, reselect
+from fx_approx.subnetworks import extract, merge, record_of
 from tests.helpers.demand_nets import NETS
 from tests.subnetworks.nets import TWICE, X, hidden, largest, mlp, steps, transformed
 
@@ -102,7 +102,7 @@ def test_tied_weights_stay_tied() -> None:
     assert torch.equal(approx.head.weight, sub.head.weight) and approx.head.weight is approx.embed.weight
 
 
-def test_tied_weights_that_are_read_differently_are_refused() -> None:
+def test_tied_weights_that_are_read_differently_stay_whole() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -114,17 +114,18 @@ def test_tied_weights_that_are_read_differently_are_refused() -> None:
             return result
 
     torch.manual_seed(0)
-    approx = fx_approx.transform(Tied(), Uniform(0.5, min_k=1), torch.randn(4, 8))
-    with pytest.raises(
-        UnsupportedError, match=r"a.weight and b.weight are one parameter, and two parts of it are read"
-    ):
-        extract(approx)
-    shared = find(approx)._fx_approx.resample.each()
-    equal = [Selection(torch.arange(one.k).view(1, -1), None) for one in shared]
-    sub = extract(approx, equal)
+    x = torch.randn(4, 8).double()
+    approx = fx_approx.transform(Tied().double(), Uniform(0.5, min_k=1), x)
+    kept, before = copy.deepcopy(approx), copy.deepcopy(approx.state_dict())
+    sub = extract(approx, example_inputs=x)
+    assert sub.get_parameter("a.weight") is sub.get_parameter("b.weight")
+    assert sub.get_parameter("a.weight").shape == (8, 8) and sub.get_parameter("head.weight").shape == (3, 4)
+    with fx_approx.reuse_selection(kept):
+        steps(kept, torch.optim.SGD(kept.parameters(), 1e-2), x)
+    steps(sub, torch.optim.SGD(sub.parameters(), 1e-2), x)
     merge(sub, approx)
-    with pytest.raises(UnsupportedError, match=r"a\.weight is called with several selections"):
-        reselect(sub, approx)
+    moved = max(float((p.detach() - before[n]).abs().max()) for n, p in kept.named_parameters())
+    assert moved > 0 and largest(approx, kept) <= 1e-10 * moved
 
 
 # ---- back, and again
