@@ -35,7 +35,7 @@ TIMM = (
 )
 NETS = ("yolo", "unet_transposed", "encoder")
 DETECTORS = ("retinanet_resnet50_fpn",)
-GRAPHS = ("swin_t", "vit_tiny_patch16_224")  # their Python names numbers of heads
+GRAPHS = ("swin_t",)  # its Python names numbers of heads
 
 Made = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
@@ -108,7 +108,8 @@ def test_family(zoo: Callable[[str, str], Made], family: str, name: str, scope: 
     torch.manual_seed(seed)
     made = zoo(family, name)
     sub = assert_trains_as(made, scope)
-    assert name in GRAPHS or type(sub) is type(made[0]), record_of(sub).reason
+    # Normalisations of timm are no layers of torch, and cannot read a part of a wide value themselves.
+    assert family == "timm" or name in GRAPHS or type(sub) is type(made[0]), record_of(sub).reason
 
 
 @pytest.mark.slow
