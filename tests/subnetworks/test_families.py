@@ -62,7 +62,7 @@ def zoo(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Made]]
 
 
 def steps(model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], count: int) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-5)  # larger steps of some models amplify rounding
     for step in range(count):
         torch.manual_seed(step)
         optimizer.zero_grad()
