@@ -87,7 +87,7 @@ def markdown(results: Sequence[Result], environment: Mapping[str, Any]) -> str:
     parts = [
         "# Models: what is sampled, and whether it is right",
         "Written by `python benchmarks/model_zoo.py --json docs/results/model-zoo.json --markdown "
-        "docs/results/model-zoo.md`, which says how. Policy: `Uniform('topk', 0.5, scores='weight', scope='value')`; "
+        "docs/results/model-zoo.md`, which says how. Policy: `Uniform(0.5, 'topk', scores='weight', scope='value')`; "
         "float64, random weights, small images and configurations, layers a quarter as wide where a constructor has no "
         "option for it. So the FLOPs saved are those of these small models.",
         f"{about}.",
