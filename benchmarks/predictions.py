@@ -14,18 +14,26 @@ import itertools
 import statistics
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from _header import add_json_option, header, store
 from _models import MODELS
-from subnetworks import OPTIMIZERS, mlp, policy
+from _subnetwork_cases import perceptron
+from subnetworks import OPTIMIZERS
 from tabulate import tabulate
 
 import fx_approx
-from fx_approx.policies import MeasuredModel, RooflineModel, calibrate
+from fx_approx.policies import Exact, MeasuredModel, Override, RooflineModel, Uniform, calibrate
 
 TITLES = ["model", "scope", "ratio", "clock", "RooflineModel", "MeasuredModel"]
 NAMES = ["resnet50", "wrn_16_4", "vgg11_bn", "mobilenet_v2", "vit_b_16"]
+
+
+def _policy(name: str, scope: str, ratio: float, min_k: int) -> Any:
+    """One ratio for all layers; the first layer of the perceptron reads all pixels."""
+    uniform = Uniform(ratio, scope=scope, min_k=min_k)
+    return Override({"0": Exact()}, uniform) if name == "mlp" else uniform
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = []
     for name in options.models:
         torch.manual_seed(0)
-        model, inputs, _ = mlp() if name == "mlp" else MODELS[name]()
+        model, inputs, _ = (perceptron(), torch.randn(64, 784), None) if name == "mlp" else MODELS[name]()
         if options.batch is not None:
             form = torch.channels_last if inputs.is_contiguous(memory_format=torch.channels_last) else None
             shape, wanted = (options.batch, *inputs.shape[1:]), inputs.requires_grad
@@ -65,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     check = label == "measured"
                     made = fx_approx.analysis.estimate_step_time(
                         model,
-                        policy(name, scope, ratio, options.min_k),
+                        _policy(name, scope, ratio, options.min_k),
                         inputs,
                         cost=cost,
                         check=check,

@@ -109,13 +109,13 @@ def _operation(
         rectified=can_tap_relu(flow, node),
         trained={
             trained[id(p)]: (tuple(p.shape), p.itemsize)
-            for p in _parameters(flow, node, one is not None)
+            for p in _parameters_read(flow, node, one is not None)
             if id(p) in trained
         },
     )
 
 
-def _parameters(flow: Flow, node: fx.Node, multiplies: bool) -> Iterator[nn.Parameter]:
+def _parameters_read(flow: Flow, node: fx.Node, multiplies: bool) -> Iterator[nn.Parameter]:
     """What a layer has, or the function of a layer is given; in arithmetic a parameter is a value like any other."""
     module = flow.module(node)
     if module is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import fx
@@ -207,7 +207,7 @@ class SampleTokens:
     Args:
         graph: Rewritten so far.
         copies: Captured node -> its value in ``graph``.
-        whole_of: A node of ``graph`` that takes a part of the channels of a value -> the node that makes it.
+        whole_of: A node of ``graph`` that takes a part of a value -> the node that makes it; added to.
         stretch: What is to compute some tokens only.
         number: Of the stretch.
         key: The prologue's node.
@@ -217,7 +217,7 @@ class SampleTokens:
         self,
         graph: fx.Graph,
         copies: dict[fx.Node, fx.Node],
-        whole_of: Mapping[fx.Node, fx.Node],
+        whole_of: dict[fx.Node, fx.Node],
         stretch: TokenStretch,
         number: int,
         key: fx.Node,
@@ -292,10 +292,11 @@ class SampleTokens:
             if key not in self._made:
                 with self.graph.inserting_before(own):
                     self._made[key] = self.graph.call_function(narrow, (operand, dim, index))
+                self.whole_of[self._made[key]] = operand
             own.replace_input_with(operand, self._made[key])
 
     def _made_by(self, node: fx.Node) -> fx.Node:
-        """The node that makes the value of which ``node`` is a part of the channels."""
+        """The node that makes the value of which ``node`` is a part."""
         while node in self.whole_of:
             node = self.whole_of[node]
         return node

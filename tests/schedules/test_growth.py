@@ -227,5 +227,5 @@ def test_wrong_uses_are_named_and_change_nothing() -> None:
     online = fx_approx.transform(copy.deepcopy(plain), Layers(scores="online"), x)
     with pytest.warns(fx_approx.errors.NoEffectWarning, match="of 2 sampled layers is not made ahead"):
         assert fx_approx.schedules.zero_unread_weights(online) == {}
-    with pytest.warns(fx_approx.errors.NoEffectWarning, match="preserve: no selection is made ahead"):
+    with pytest.warns(fx_approx.errors.NoEffectWarning, match="preserve: no selection of channels is made ahead"):
         fx_approx.schedules.RatioScheduler(online, schedule, preserve=True)
