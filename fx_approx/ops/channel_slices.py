@@ -191,7 +191,9 @@ def whole_size(input: Tensor, dim: int, size: int, which: int | None = None) -> 
         which: The axis that is asked for; None for all.
     """
     sizes = [*input.shape[:dim], size, *input.shape[dim + 1 :]]
-    return torch.Size(sizes) if which is None else sizes[which]
+    if which is not None:
+        return sizes[which]
+    return torch.Size(sizes) if all(isinstance(one, int) for one in sizes) else tuple(sizes)  # else they are traced
 
 
 def take_parts(input: Tensor, dim: int, before: Sequence[Part], parts: Sequence[Part]) -> Tensor:
