@@ -12,7 +12,7 @@ from fx_approx._compat import ONE_PROJECTION, convolve, has_one_projection
 from fx_approx.core.layer_types import with_forward
 from fx_approx.errors import UnsupportedError
 from fx_approx.sampling.base import Selection
-from fx_approx.subnetworks.parts import take_part
+from fx_approx.subnetworks.parts import put_part, take_part
 
 
 class PartLayer(nn.Module):
@@ -40,9 +40,7 @@ class PartLayer(nn.Module):
         result: Tensor = super().forward(input, *args, **kwargs) if self.columns is None else self._sliced(input)
         if self.writes is None:
             return result
-        shape = list(result.shape)
-        shape[dim] = self.made
-        return result.new_zeros(shape).index_copy(dim, self.writes, result)
+        return put_part(result, dim, self.writes, self.made)
 
     def _sliced(self, input: Tensor) -> Tensor:
         own: Any = self
@@ -79,12 +77,17 @@ class HeadsAttention(nn.MultiheadAttention):
         """As ``nn.MultiheadAttention``, without the weights of the attention.
 
         Raises:
-            UnsupportedError: They are asked for, or there is a ``key_padding_mask``.
+            UnsupportedError: They are asked for, there is a ``key_padding_mask``, or one projection gets three values.
         """
         if need_weights or key_padding_mask is not None:
             raise UnsupportedError(
                 "attention with fewer heads: expected need_weights=False and no key_padding_mask, as the model was "
                 "called when it was transformed"
+            )
+        if self.one_projection and not (query is key and key is value):
+            raise UnsupportedError(
+                "attention with fewer heads: expected one value as query, key and value, as the model was called when "
+                "it was transformed"
             )
         axis = -2 if self.batch_first else 0
         given = [one.movedim(axis, 0) for one in (query, key, value)]
