@@ -81,6 +81,7 @@ def extract(
         reason,
         versions_of(approx),
         forms=forms,
+        sliced=tuple(narrowing.sliced),
         model=ModelReference(approx),
     )
     attach(sub, dataclasses.replace(record, origin=origin_of(approx, sub)))

@@ -68,6 +68,8 @@ class Narrowing:
     Attributes:
         root: A copy of the exact model with tensors of its own.
         layers: By path, the layers that are narrowed.
+        sliced: In order, tensors of which calls read a part of the inputs though all of it is there, and other products
+            that take a selection in each step.
     """
 
     def __init__(self, root: nn.Module, full: nn.Module) -> None:
@@ -88,6 +90,7 @@ class Narrowing:
         self._uses: dict[str, Cut] = {}
         self._read: set[tuple[str, str]] = set()
         self._outside: dict[str, tuple[Selection, bool]] = {}
+        self.sliced: dict[str, None] = {}
         self.layers: dict[str, Narrowed] = {}
 
     @property
@@ -125,6 +128,8 @@ class Narrowing:
         if any(self._first[cut.source] in self._kept for cut in cuts):
             for cut in cuts:
                 self._use(Cut(cut.source))
+                if cut.inputs is not None:
+                    self.sliced[cut.source] = None
             return True
         for cut in cuts:
             self._use(cut)
@@ -194,6 +199,7 @@ class Narrowing:
     def sample(self, path: str) -> None:
         """A layer is called with its selections."""
         self.use_module(path)
+        self.sliced[f"{path}.weight"] = None
         self.layers[path] = Narrowed(None, None, 0, become_sampled, True)
 
     def _inside(self, path: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from typing import Any
 
@@ -15,7 +16,7 @@ from fx_approx.errors import UnsupportedError
 from fx_approx.policies import Exact, Override, Uniform
 from fx_approx.runtime.approx_module import find
 from fx_approx.sampling import Selection
-from fx_approx.subnetworks import extract, merge, record_of, reselect
+from fx_approx.subnetworks import extract, load, merge, record_of, reselect, save
 from fx_approx.subnetworks.record import tensors_of
 from tests.helpers.demand_nets import NETS
 from tests.subnetworks.nets import TWICE, X, hidden, transformed
@@ -109,18 +110,19 @@ def test_a_kept_selection_is_used_up_by_a_subnetwork() -> None:
     assert fx_approx.sampler_state_dict(approx)["step"] == 10
 
 
-def test_a_stored_subnetwork_goes_on() -> None:
-    approx, _ = transformed("grouped")
-    sub = extract(approx)
-    again = pickle.loads(pickle.dumps(sub))
-    for one in (sub, again):
+@pytest.mark.parametrize("example", [True, False], ids=["own", "graph"])
+@pytest.mark.parametrize("name", ["grouped", "post-activation"])
+def test_a_stored_subnetwork_goes_on(name: str, example: bool) -> None:
+    approx, x = transformed(name)
+    sub = extract(approx, example_inputs=x if example else None)
+    file = io.BytesIO()
+    save(sub, file)
+    file.seek(0)
+    copies = [pickle.loads(pickle.dumps(sub)), load(file, approx, example_inputs=x)]
+    for one in (sub, *copies):
         merge(one, approx)
         reselect(one, approx)
-    assert same(sub, again)
-    record_of(again).recipe = None  # of one that was rebuilt from a description
-    merge(again, approx)
-    reselect(again, approx)
-    assert same(sub, again)
+    assert all(same(sub, one) for one in copies)
 
 
 def wrong(error: type[Exception], message: str, *args: Any) -> None:
