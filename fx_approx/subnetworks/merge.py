@@ -34,14 +34,14 @@ def merge(sub: nn.Module, model: nn.Module | GraphHandle, *, preserve: bool = Fa
         preserve: Set the weights to zero by which the full model reads what ``sub`` does not have, so that the exact
             model computes what ``sub`` does; see :func:`fx_approx.schedules.zero_unread_weights`.
 
-    Warns:
-        NoEffectWarning: With ``preserve``: ``sub`` reads a part of a tensor that it holds whole, or multiplies chosen
-            pairs of two activations, so that the exact model computes something else.
-
     Raises:
         ValueError: ``sub`` is of another model, was written back before, or ``model`` was changed since it was cut out;
             or, with ``preserve``, a sampler scales what it reads, so that no exact model computes the same. Nothing is
             changed then.
+
+    Warns:
+        NoEffectWarning: With ``preserve``: ``sub`` reads a part of a tensor that it holds whole, or multiplies chosen
+            pairs of two activations, so that the exact model computes something else.
     """
     record = record_of(sub)
     approx = full_model(record, model)

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fx_approx._compat import buffers_of, parameters_of
@@ -14,8 +13,9 @@ from fx_approx.ops.gather import flat_indices
 from fx_approx.runtime.layers import become_sampled
 from fx_approx.runtime.narrow_layers import swap_channelwise
 from fx_approx.sampling.base import Selection
-from fx_approx.subnetworks.cuts import Cut, same_cut
+from fx_approx.subnetworks.cuts import Cut, same_cut, same_selection
 from fx_approx.subnetworks.part_layers import make_part_layer
+from fx_approx.subnetworks.record import tensors_of
 
 _SIZES = (
     "in_features",
@@ -74,7 +74,7 @@ class Narrowing:
 
     def __init__(self, root: nn.Module, full: nn.Module) -> None:
         self.root, self.full = root, full
-        self._tensors = {name: t for name, t in _named_tensors(full) if not name.startswith("_fx_approx")}
+        self._tensors = {name: t for name, t in tensors_of(full).items() if not name.startswith("_fx_approx")}
         first: dict[int, str] = {}
         self._first = {name: first.setdefault(id(tensor), name) for name, tensor in self._tensors.items()}
         paths: dict[int, str] = {}
@@ -191,7 +191,7 @@ class Narrowing:
             self._kept.add(path)
             return True
         known = self.layers.get(path)
-        if known is not None and not _equal(known.outputs, chosen):
+        if known is not None and not same_selection(known.outputs, chosen):
             raise SeveralError(path)
         self.layers[path] = Narrowed(chosen, chosen, max(before.values()), resize)
         return False
@@ -248,11 +248,3 @@ class Narrowing:
             layer: Any = self.root.get_submodule(path)
             pairs = self._tensors[f"{path}.weight"].shape[1]
             make_part_layer(layer, flat_indices(chosen.indices, pairs), columns=chosen if whole else None)
-
-
-def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-
-
-def _equal(one: Selection | None, other: Selection | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one.indices, other.indices))

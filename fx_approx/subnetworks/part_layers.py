@@ -1,4 +1,4 @@
-"""Layers of torch that read some channels of a wide value, or write some: narrow layers in a class of the user's."""
+"""Layers that read some channels of a wide value, or write some: narrow layers in a class of the user's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fx_approx.subnetworks.parts import put_part, take_part
 
 
 class PartLayer(nn.Module):
-    """In front of a layer of torch: it is called with all channels, or its result has all.
+    """In front of a layer: it is called with all channels, or its result has all.
 
     Attributes:
         reads: Which entries of the input the layer reads, ``[k]``; None for all.
@@ -34,7 +34,7 @@ class PartLayer(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the layer, with its channels on axis 1, of a linear layer on the last."""
-        dim = -1 if isinstance(self, nn.Linear) else 1
+        dim = channel_axis(self)
         if self.reads is not None:
             input = take_part(input, dim, self.reads)
         result: Tensor = super().forward(input, *args, **kwargs) if self.columns is None else self._sliced(input)
@@ -106,6 +106,12 @@ class HeadsAttention(nn.MultiheadAttention):
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         return tuple(F.linear(x, w, b) for x, w, b in zip(given, weights, biases, strict=True))
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """The axis of a layer's input that has its channels."""
+    weight: Any = getattr(layer, "weight", None)
+    return -1 if isinstance(weight, Tensor) and weight.dim() == 2 else 1
 
 
 def make_part_layer(

@@ -18,6 +18,7 @@ from fx_approx.runtime.approx_module import find
 from fx_approx.sampling import Selection
 from fx_approx.subnetworks import extract, load, merge, record_of, reselect, save
 from fx_approx.subnetworks.record import tensors_of
+from fx_approx.subnetworks.source import source_of
 from tests.helpers.demand_nets import NETS
 from tests.subnetworks.nets import TWICE, X, hidden, transformed
 
@@ -71,6 +72,18 @@ def test_the_tensors_are_those_of_a_fresh_subnetwork(name: str, scope: str) -> N
         assert torch.equal(sub(x), fresh(x))
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_the_users_own_class_takes_other_selections_too(name: str) -> None:
+    approx, x = transformed(name)
+    sub = extract(approx, example_inputs=x)
+    merge(sub, approx)
+    chosen = other_selections(sub, approx, False)
+    reselect(sub, approx, chosen)
+    fresh = extract(approx, chosen, example_inputs=x)
+    assert record_of(sub).forms == record_of(fresh).forms and same(sub, fresh)
+    assert torch.equal(sub(x), fresh(x))
+
+
 def test_a_layer_that_serves_two_readers_needs_one_selection_ever_after() -> None:
     approx, _ = transformed(TWICE)
     shared = list(find(approx)._fx_approx.resample.each())
@@ -80,6 +93,7 @@ def test_a_layer_that_serves_two_readers_needs_one_selection_ever_after() -> Non
     differing = [Selection(one.indices + place % 2, None) for place, one in enumerate(equal)]
     with pytest.raises(fx_approx.errors.UnsupportedError, match="several selections"):
         reselect(sub, approx, differing)
+    assert not source_of(approx, None).anew(sub, tuple(differing), None), "a phase makes another one"
     assert record_of(sub).merged
     reselect(sub, approx, [Selection(one.indices + 1, None) for one in equal])
 
