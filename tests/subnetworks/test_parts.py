@@ -373,6 +373,25 @@ def test_parts_of_wide_values_are_exported_and_compiled(example: bool) -> None:
     assert torch.equal(copy.deepcopy(sub).double().float()(x), expected)
 
 
+class Masked(nn.Module):
+    """Gives scores that are masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        scores = self.down(F.relu(self.up(x)))
+        mask = torch.ones(4, 4, dtype=torch.bool).tril()
+        return scores.mean(), scores[:, 0, :4].masked_fill(~mask, float("-inf"))
+
+
+def test_masked_scores_are_compared() -> None:
+    torch.manual_seed(0)
+    approx = fx_approx.transform(Masked().double(), Layers("topk", 0.5, "weight", "value"), X)
+    assert type(extract(approx, example_inputs=X)) is Masked
+
+
 # ---- which calls a graph serves
 
 
