@@ -240,8 +240,6 @@ def _graph(root: nn.Module, part: Part) -> nn.Module:
 def _below(root: nn.Module, part: Part) -> fx.Graph:
     """The graph of a section, whose targets are paths in its own module."""
     graph, above = part.made.graph, f"{part.path}."
-    if not part.path:
-        return graph
     own = {id(module): path for path, module in root.get_submodule(part.path).named_modules(remove_duplicate=False)}
     for node in graph.nodes:
         target = str(node.target)

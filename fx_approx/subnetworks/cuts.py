@@ -135,10 +135,11 @@ def same_cut(one: Cut, other: Cut) -> bool:
     """Whether two cuts take the same part of a tensor."""
     pairs = (one.inputs, other.inputs), (one.outputs, other.outputs)
     layouts = [(cut.groups, cut.depthwise, cut.transposed) for cut in (one, other)]
-    return layouts[0] == layouts[1] and all(_equal(*pair) for pair in pairs)
+    return layouts[0] == layouts[1] and all(same_selection(*pair) for pair in pairs)
 
 
-def _equal(one: Selection | None, other: Selection | None) -> bool:
+def same_selection(one: Selection | None, other: Selection | None) -> bool:
+    """Whether two selections have the same indices, in the same order."""
     if one is None or other is None:
         return one is other
     return one is other or torch.equal(one.indices, other.indices)

@@ -22,7 +22,19 @@ FORMAT = "fx_approx.subnetwork/1"
 """What a description says that it is; another number stands for another layout."""
 
 _KEYS = (
-    *("format", "fx_approx", "torch", "model", "parameters", "form", "reason", "rebuilt_by", "beyond"),
+    *(
+        "format",
+        "fx_approx",
+        "torch",
+        "model",
+        "parameters",
+        "form",
+        "forms",
+        "graphs",
+        "reason",
+        "rebuilt_by",
+        "beyond",
+    ),
     *("selections", "chosen", "cuts", "attributes", "plan", "prune_unread"),
 )
 _PLAIN = (bool, int, float, str, type(None))
@@ -38,13 +50,14 @@ def description(sub: nn.Module) -> dict[str, Any]:
     ``sub.state_dict()`` to be loaded into. :func:`fx_approx.subnetworks.save` writes both.
 
     Args:
-        sub: What :func:`fx_approx.subnetworks.extract` returned.
+        sub: What :func:`fx_approx.subnetworks.extract` returned, or what wraps it.
 
     Returns:
         ``format``, versions, names and shapes of the model's ``parameters``, the ``form`` (``"class"`` or ``"graph"``)
-        with its ``reason``, index lists in ``selections``, which ``cuts`` and ``chosen`` refer to by number, changed
-        ``attributes`` of layers, and ``rebuilt_by``: ``"narrowing"`` of a copy, or ``"tracing"`` of the model by its
-        ``plan`` where something is other ``beyond`` that.
+        with its ``reason``, the ``forms`` of its parts and the ``graphs`` of a backend (see
+        :class:`fx_approx.subnetworks.Subnetwork`), index lists in ``selections``, which ``cuts`` and ``chosen`` refer
+        to by number, changed ``attributes`` of layers, and ``rebuilt_by``: ``"narrowing"`` of a copy, or ``"tracing"``
+        of the model by its ``plan`` where something is other ``beyond`` that.
 
     Raises:
         ValueError: ``sub`` is no subnetwork.
@@ -63,6 +76,8 @@ def description(sub: nn.Module) -> dict[str, Any]:
         "model": origin.model,
         "parameters": [[name, list(shape)] for name, shape in record.identity],
         "form": "class" if record.own_forward else "graph",
+        "forms": dict(record.forms),
+        "graphs": [list(names) for names in record.graphs],
         "reason": record.reason,
         "rebuilt_by": "tracing" if origin.beyond else "narrowing",
         "beyond": origin.beyond,
@@ -117,7 +132,17 @@ def record_from(data: Any, model: nn.Module) -> Subnetwork:
     }
     origin = Origin(data["model"], data["attributes"], data["beyond"], data["plan"], data["prune_unread"])
     chosen = tuple(of(number) for number in data["chosen"])
-    return Subnetwork(cuts, chosen, identity, data["form"] == "class", data["reason"], {}, origin=origin)
+    return Subnetwork(
+        cuts,
+        chosen,
+        identity,
+        data["form"] == "class",
+        data["reason"],
+        {},
+        origin=origin,
+        forms=dict(data["forms"]),
+        graphs=tuple(tuple(names) for names in data["graphs"]),
+    )
 
 
 def _compare(then: Mapping[str, Any], now: Mapping[str, Any], name: str) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from fx_approx.capture.split_sections import split
 from fx_approx.capture.trace import skeleton
@@ -72,7 +72,7 @@ def extract(
     parts = parts_of(approx, narrowing, chosen)
     narrowing.apply()
     sub, forms, reason = assembled(approx, root, parts, narrowing, example_inputs)
-    own = not isinstance(sub, fx.GraphModule)
+    own = forms.get("", True) is not None
     record = Subnetwork(
         narrowing.cuts,
         chosen,
@@ -81,6 +81,7 @@ def extract(
         reason,
         versions_of(approx),
         forms=forms,
+        sliced=tuple(narrowing.sliced),
         model=ModelReference(approx),
     )
     attach(sub, dataclasses.replace(record, origin=origin_of(approx, sub)))

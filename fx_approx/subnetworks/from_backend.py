@@ -26,7 +26,7 @@ from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut, same_cut
 from fx_approx.subnetworks.description import origin_of
 from fx_approx.subnetworks.narrowing import Narrowing
-from fx_approx.subnetworks.own_class import READ, difference, fit_own_class, inputs_read, narrow_tensors
+from fx_approx.subnetworks.own_class import difference, fit_own_class, inputs_read, narrow_tensors
 from fx_approx.subnetworks.record import (
     ModelReference,
     Subnetwork,
@@ -112,7 +112,7 @@ def recut_from_backend(
     fresh = {name: cuts.get(name, Cut(name)).of(tensor) for name, tensor in full.items()}
     for name, tensor in tensors_of(sub).items():
         holder, _, attribute = name.rpartition(".")
-        if attribute == READ:
+        if attribute == "reads" and name not in full:
             weight = f"{holder}.weight".lstrip(".")
             cut = cuts.get(weight, Cut(weight))
             fresh[name] = tensor if cut.inputs is None else inputs_read(cut, full[weight])

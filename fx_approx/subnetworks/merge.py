@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
+from fx_approx.errors import NoEffectWarning
 from fx_approx.ops.channel_slices import keep_columns
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.handle import GraphHandle
@@ -35,6 +38,10 @@ def merge(sub: nn.Module, model: nn.Module | GraphHandle, *, preserve: bool = Fa
         ValueError: ``sub`` is of another model, was written back before, or ``model`` was changed since it was cut out;
             or, with ``preserve``, a sampler scales what it reads, so that no exact model computes the same. Nothing is
             changed then.
+
+    Warns:
+        NoEffectWarning: With ``preserve``: ``sub`` reads a part of a tensor that it holds whole, or multiplies chosen
+            pairs of two activations, so that the exact model computes something else.
     """
     record = record_of(sub)
     approx = full_model(record, model)
@@ -53,6 +60,8 @@ def merge(sub: nn.Module, model: nn.Module | GraphHandle, *, preserve: bool = Fa
             if preserve:
                 zero_unread(tensor, cut)
             cut.put(tensor, whole_tensor(own[name]))
+    if preserve and record.sliced:
+        warnings.warn(f"{record.why_inexact()}: the exact model computes something else", NoEffectWarning, stacklevel=2)
     if preserve:  # the statistics of what is read were gathered by the network that the exact model is now
         for one in model.pieces if isinstance(model, GraphHandle) else (approx,):
             if isinstance(one, ApproxModule):

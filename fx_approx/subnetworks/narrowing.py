@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fx_approx._compat import buffers_of, parameters_of
@@ -14,8 +13,9 @@ from fx_approx.ops.gather import flat_indices
 from fx_approx.runtime.layers import become_sampled
 from fx_approx.runtime.narrow_layers import swap_channelwise
 from fx_approx.sampling.base import Selection
-from fx_approx.subnetworks.cuts import Cut, same_cut
+from fx_approx.subnetworks.cuts import Cut, same_cut, same_selection
 from fx_approx.subnetworks.part_layers import make_part_layer
+from fx_approx.subnetworks.record import tensors_of
 
 _SIZES = (
     "in_features",
@@ -68,11 +68,13 @@ class Narrowing:
     Attributes:
         root: A copy of the exact model with tensors of its own.
         layers: By path, the layers that are narrowed.
+        sliced: In order, tensors of which calls read a part of the inputs though all of it is there, and other products
+            that take a selection in each step.
     """
 
     def __init__(self, root: nn.Module, full: nn.Module) -> None:
         self.root, self.full = root, full
-        self._tensors = {name: t for name, t in _named_tensors(full) if not name.startswith("_fx_approx")}
+        self._tensors = {name: t for name, t in tensors_of(full).items() if not name.startswith("_fx_approx")}
         first: dict[int, str] = {}
         self._first = {name: first.setdefault(id(tensor), name) for name, tensor in self._tensors.items()}
         paths: dict[int, str] = {}
@@ -88,6 +90,7 @@ class Narrowing:
         self._uses: dict[str, Cut] = {}
         self._read: set[tuple[str, str]] = set()
         self._outside: dict[str, tuple[Selection, bool]] = {}
+        self.sliced: dict[str, None] = {}
         self.layers: dict[str, Narrowed] = {}
 
     @property
@@ -125,6 +128,8 @@ class Narrowing:
         if any(self._first[cut.source] in self._kept for cut in cuts):
             for cut in cuts:
                 self._use(Cut(cut.source))
+                if cut.inputs is not None:
+                    self.sliced[cut.source] = None
             return True
         for cut in cuts:
             self._use(cut)
@@ -186,7 +191,7 @@ class Narrowing:
             self._kept.add(path)
             return True
         known = self.layers.get(path)
-        if known is not None and not _equal(known.outputs, chosen):
+        if known is not None and not same_selection(known.outputs, chosen):
             raise SeveralError(path)
         self.layers[path] = Narrowed(chosen, chosen, max(before.values()), resize)
         return False
@@ -194,6 +199,7 @@ class Narrowing:
     def sample(self, path: str) -> None:
         """A layer is called with its selections."""
         self.use_module(path)
+        self.sliced[f"{path}.weight"] = None
         self.layers[path] = Narrowed(None, None, 0, become_sampled, True)
 
     def _inside(self, path: str) -> list[str]:
@@ -242,11 +248,3 @@ class Narrowing:
             layer: Any = self.root.get_submodule(path)
             pairs = self._tensors[f"{path}.weight"].shape[1]
             make_part_layer(layer, flat_indices(chosen.indices, pairs), columns=chosen if whole else None)
-
-
-def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-
-
-def _equal(one: Selection | None, other: Selection | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one.indices, other.indices))

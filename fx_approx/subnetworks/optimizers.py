@@ -131,7 +131,7 @@ def widen_optimizer(optimizer: Optimizer, sub: nn.Module) -> None:
         ValueError: The optimiser is not one of ``sub``.
         UnsupportedError: As in :func:`narrow_optimizer`, of a state that has come since. Nothing is changed then.
     """
-    moved = check_moved(optimizer, sub)
+    moved = _check_moved(optimizer, sub)
     for _, _, compact in _places(optimizer):
         if compact in moved.full:
             check_moments(optimizer, optimizer.state.get(compact, {}), moved.full[compact][2], compact.shape)
@@ -151,7 +151,7 @@ def widen_optimizer(optimizer: Optimizer, sub: nn.Module) -> None:
     del _moved[optimizer]
 
 
-def check_moved(optimizer: Optimizer, sub: nn.Module) -> _Moved:
+def _check_moved(optimizer: Optimizer, sub: nn.Module) -> _Moved:
     """Where the parts of an optimiser are that trains ``sub``; ValueError if it does not."""
     moved = _moved.get(optimizer)
     if moved is None or not moved.full.keys() <= set(sub.parameters()):

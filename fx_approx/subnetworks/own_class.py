@@ -15,9 +15,9 @@ from fx_approx.capture.containers import leaves
 from fx_approx.ops.gather import flat_indices
 from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.own_config import fit_config, has_config
-
-READ = "_selected_inputs"
-"""Buffer of a layer that is given all of a value of which it reads a part: the indices of what it reads."""
+from fx_approx.subnetworks.part_layers import channel_axis, make_part_layer
+from fx_approx.subnetworks.parts import take_part
+from fx_approx.subnetworks.record import tensors_of
 
 Check = Callable[[nn.Module], str]
 """Why the forward of a module does not compute what it should; empty if it does."""
@@ -43,7 +43,7 @@ def narrow_tensors(root: nn.Module, full: nn.Module, cuts: Mapping[str, Cut]) ->
     first: dict[int, str] = {}
     made: dict[int, Tensor] = {}
     holders: dict[str, int] = {}
-    for name, tensor in _named_tensors(full).items():
+    for name, tensor in tensors_of(full).items():
         cut = cuts.get(first.setdefault(id(tensor), name))
         if cut is None:
             continue
@@ -124,10 +124,6 @@ def _equal(one: Any, other: Any) -> bool:
     return type(one) is type(other) if unknown else bool(one == other)
 
 
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-
-
 # ---- layers
 
 
@@ -149,20 +145,6 @@ def _fit_sizes(layer: Any, groups: int) -> None:
             setattr(layer, name, weight.shape[0])
 
 
-def read_part(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A hook before the forward of a layer: it is given what it reads of the value that it is called with."""
-    index: Any = buffers_of(layer)[READ]
-    input: Tensor = args[0]
-    return input.index_select(_axis(layer), index), *args[1:]
-
-
-def _axis(layer: nn.Module) -> int:
-    """The axis of a layer's input that has its channels."""
-    weight = parameters_of(layer)["weight"]
-    assert weight is not None
-    return 1 if weight.dim() > 2 else -1
-
-
 class _Reader:
     """A hook that sees whether a layer is given all of the value of which it reads a part."""
 
@@ -171,22 +153,21 @@ class _Reader:
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> Any:
         """Takes out the part, and notes that."""
-        axis = _axis(layer)
+        axis = channel_axis(layer)
         if not args or not isinstance(args[0], Tensor) or args[0].shape[axis] != self.whole:
             return None
         self.wide = True
-        return args[0].index_select(axis, self.index), *args[1:]
+        return take_part(args[0], axis, self.index), *args[1:]
 
     def settle(self) -> None:
         """Has the layer do that from now on."""
-        self.layer.register_buffer(READ, self.index.clone())
-        self.layer.register_forward_pre_hook(read_part)
+        make_part_layer(self.layer, self.index.clone())
 
 
 @contextlib.contextmanager
 def _reading_parts(root: nn.Module, full: nn.Module, cuts: Mapping[str, Cut]) -> Iterator[list[_Reader]]:
     """Layers may be given all of the values that they read a part of, meanwhile."""
-    tensors = _named_tensors(full)
+    tensors = tensors_of(full)
     readers: list[_Reader] = []
     for name, cut in cuts.items():
         holder, _, attribute = name.rpartition(".")

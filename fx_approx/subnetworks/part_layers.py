@@ -1,4 +1,4 @@
-"""Layers of torch that read some channels of a wide value, or write some: narrow layers in a class of the user's."""
+"""Layers that read some channels of a wide value, or write some: narrow layers in a class of the user's."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fx_approx._compat import ONE_PROJECTION, convolve, has_one_projection
 from fx_approx.core.layer_types import with_forward
 from fx_approx.errors import UnsupportedError
 from fx_approx.sampling.base import Selection
-from fx_approx.subnetworks.parts import take_part
+from fx_approx.subnetworks.parts import put_part, take_part
 
 
 class PartLayer(nn.Module):
-    """In front of a layer of torch: it is called with all channels, or its result has all.
+    """In front of a layer: it is called with all channels, or its result has all.
 
     Attributes:
         reads: Which entries of the input the layer reads, ``[k]``; None for all.
@@ -34,15 +34,13 @@ class PartLayer(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the layer, with its channels on axis 1, of a linear layer on the last."""
-        dim = -1 if isinstance(self, nn.Linear) else 1
+        dim = channel_axis(self)
         if self.reads is not None:
             input = take_part(input, dim, self.reads)
         result: Tensor = super().forward(input, *args, **kwargs) if self.columns is None else self._sliced(input)
         if self.writes is None:
             return result
-        shape = list(result.shape)
-        shape[dim] = self.made
-        return result.new_zeros(shape).index_copy(dim, self.writes, result)
+        return put_part(result, dim, self.writes, self.made)
 
     def _sliced(self, input: Tensor) -> Tensor:
         own: Any = self
@@ -79,12 +77,17 @@ class HeadsAttention(nn.MultiheadAttention):
         """As ``nn.MultiheadAttention``, without the weights of the attention.
 
         Raises:
-            UnsupportedError: They are asked for, or there is a ``key_padding_mask``.
+            UnsupportedError: They are asked for, there is a ``key_padding_mask``, or one projection gets three values.
         """
         if need_weights or key_padding_mask is not None:
             raise UnsupportedError(
                 "attention with fewer heads: expected need_weights=False and no key_padding_mask, as the model was "
                 "called when it was transformed"
+            )
+        if self.one_projection and not (query is key and key is value):
+            raise UnsupportedError(
+                "attention with fewer heads: expected one value as query, key and value, as the model was called when "
+                "it was transformed"
             )
         axis = -2 if self.batch_first else 0
         given = [one.movedim(axis, 0) for one in (query, key, value)]
@@ -103,6 +106,12 @@ class HeadsAttention(nn.MultiheadAttention):
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         return tuple(F.linear(x, w, b) for x, w, b in zip(given, weights, biases, strict=True))
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """The axis of a layer's input that has its channels."""
+    weight: Any = getattr(layer, "weight", None)
+    return -1 if isinstance(weight, Tensor) and weight.dim() == 2 else 1
 
 
 def make_part_layer(

@@ -1,4 +1,4 @@
-"""Reads a part of a wide value, in torch's own operations."""
+"""Reads a part of a wide value, or writes one, in torch's own operations."""
 
 from __future__ import annotations
 
@@ -30,3 +30,21 @@ def take_part(value: Tensor, dim: int, index: Tensor) -> Tensor:
     else:
         part = torch.index_select(moved, -1, index)
     return part.movedim(-1, dim)
+
+
+def put_part(part: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    """Zeros with ``part`` at the entries ``index`` along ``dim``; keeps channels_last.
+
+    Args:
+        part: Any shape, ``k`` long along ``dim``.
+        dim: The axis.
+        index: ``[k]`` int64.
+        size: How long the result is along ``dim``.
+    """
+    dim %= part.dim()
+    moved = part if channels_last_order(part) is None else part.movedim(dim, -1)
+    axis = dim if moved is part else -1
+    shape = list(moved.shape)
+    shape[axis] = size
+    made = moved.new_zeros(shape).index_copy(axis, index, moved)
+    return made if moved is part else made.movedim(-1, dim)

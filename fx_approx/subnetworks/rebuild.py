@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,13 +15,14 @@ from fx_approx._compat import buffers_of, parameters_of
 from fx_approx.capture.trace import skeleton
 from fx_approx.compiler.transform import transform
 from fx_approx.core.plan import Plan
+from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.exact import exact_copy
 from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.description import description, record_from
 from fx_approx.subnetworks.extract import extract
 from fx_approx.subnetworks.merge import zero_unread
-from fx_approx.subnetworks.record import RECORD, Origin, Subnetwork, check_origin, record_of, tensors_of
+from fx_approx.subnetworks.record import RECORD, Origin, Subnetwork, check_origin, record_of, subnetwork_in, tensors_of
 
 
 def rebuild(model: nn.Module, described: Mapping[str, Any], *, example_inputs: Any = None) -> nn.Module:
@@ -60,7 +62,7 @@ def restore(sub: nn.Module, model: nn.Module) -> nn.Module:
     unbiased samplers, too: the scale stays in the weights.
 
     Args:
-        sub: What :func:`fx_approx.subnetworks.extract` or :func:`fx_approx.subnetworks.load` returned.
+        sub: What :func:`fx_approx.subnetworks.extract` or :func:`fx_approx.subnetworks.load` returned, or its wrapper.
         model: The plain full model, or a transformed one; it is not changed. What ``sub`` does not have is taken from
             it, and is zero where it is on the meta device.
 
@@ -69,10 +71,13 @@ def restore(sub: nn.Module, model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: ``sub`` is no subnetwork, or one of another model.
+        UnsupportedError: It reads a part of a tensor that it holds whole, so that no exact model computes the same.
     """
     record, full = record_of(sub), plain(model)
     check_origin(record, full)
-    return widened(full, record, tensors_of(sub), preserve=True).train(sub.training)
+    if record.sliced:
+        raise UnsupportedError(f"sub: {record.why_inexact()}, so that no exact model computes the same")
+    return widened(full, record, tensors_of(subnetwork_in(sub)), preserve=True).train(sub.training)
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -119,12 +124,14 @@ def traced(full: nn.Module, record: Subnetwork, example_inputs: Any) -> nn.Modul
         warnings.simplefilter("ignore")  # said at the first transform
         approx = transform(full, Plan.from_dict(origin.plan), example_inputs, prune_unread=origin.prunes)
     sub = extract(approx, record.selections, example_inputs=example_inputs)
-    if record_of(sub).own_forward and not record.own_forward:  # it was made without example inputs
+    if record_of(sub).forms != record.forms and not any(form is not None for form in record.forms.values()):
+        # It was made without example inputs.
         sub = extract(approx, record.selections)
     found = description(sub)
-    vars(sub)[RECORD], was = record, record_of(sub)
+    was = record_of(sub)
+    vars(sub)[RECORD] = dataclasses.replace(record, sliced=was.sliced)
     wanted = description(sub)
-    if any(found[key] != wanted[key] for key in ("form", "cuts", "chosen", "selections")):
+    if any(found[key] != wanted[key] for key in ("form", "forms", "cuts", "chosen", "selections")):
         raise ValueError(
             "model: its graph is another one than that which was cut, other parts of its weights would be read; "
             f"expected the same code, called with inputs of the same form ({was.reason})"

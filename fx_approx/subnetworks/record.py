@@ -73,6 +73,8 @@ class Subnetwork:
         origin: What it was made from; None where that is not known.
         model: The model that it was cut out of; of a copy nobody knows whether it was changed.
         forms: By path of the model ("") or a section of it, how its forward was made; None for a graph.
+        sliced: Weights that it holds whole and of which it reads a part, or other parts in other calls, and products
+            of chosen pairs: no exact model computes what it does then.
         graphs: Of what a backend of ``torch.compile`` runs, the names of the tensors that each graph works with, in the
             order in which they make their selections; empty for a transformed model.
         notes: What its user should know, as that its config does not describe it.
@@ -88,12 +90,18 @@ class Subnetwork:
     origin: Origin | None = None
     model: ModelReference = dataclasses.field(default_factory=ModelReference)
     forms: dict[str, bool | None] = dataclasses.field(default_factory=dict)
+    sliced: tuple[str, ...] = ()
     graphs: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
 
     def cut_of(self, name: str) -> Cut:
         """What the parameter or buffer ``name`` holds of the full model's; all of it where nothing is cut off."""
         return self.cuts.get(name, Cut(name))
+
+    def why_inexact(self) -> str:
+        """Why no exact model computes what it does, where there is something ``sliced``."""
+        more = f" and {len(self.sliced) - 1} more" if len(self.sliced) > 1 else ""
+        return f"{self.sliced[0]}{more} takes part in a product with a selection of its own in each step"
 
 
 def attach(sub: nn.Module, record: Subnetwork) -> None:

@@ -121,6 +121,7 @@ def cut_anew(sub: nn.Module, record: Subnetwork, approx: ApproxModule, chosen: S
             elif name in full:  # else it is a constant of the forward
                 fill(tensor, cuts[name].part(full[name]) if name in cuts else full[name].detach())
     record.cuts, record.selections, record.merged = cuts, chosen, False
+    record.sliced = tuple(narrowing.sliced)
     record.versions = versions_of(approx)
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from fx_approx.distributed.agreement import check_chosen
+from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.controls import set_each, synchronize_scores
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.rng import SELECTION_INTERVAL
-from fx_approx.runtime.upcoming import use_up
+from fx_approx.runtime.upcoming import further_selections, use_up
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.extract import extract
 from fx_approx.subnetworks.from_backend import graphs_of
@@ -51,7 +52,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def anew(self, sub: nn.Module, chosen: Selections | None, group: Any) -> bool:
-        """Cuts ``sub`` anew in place; False, with nothing changed, where the sizes are others."""
+        """Cuts ``sub`` anew in place; False, with nothing changed, where it takes another subnetwork."""
 
     @property
     def interval(self) -> int:
@@ -131,7 +132,7 @@ class TransformedSource(Source):
         chosen = [
             None if one.exact else Selection(torch.arange(one.k, device=device).repeat(one.groups, 1), None)
             for one in (() if resample is None else resample.each())
-        ]
+        ] + further_selections(self.approx)
         return extract(self.approx, chosen or None)
 
     def chosen(self, group: Any) -> Selections | None:
@@ -146,7 +147,10 @@ class TransformedSource(Source):
         assert chosen is not None
         if not fits(record, chosen):
             return False
-        cut_anew(sub, record, self.approx, chosen)
+        try:
+            cut_anew(sub, record, self.approx, chosen)
+        except UnsupportedError:  # selections of one tensor were equal, or are so now
+            return False
         return True
 
     def graphs(self, sub: nn.Module) -> Sequence[ApproxModule]:
@@ -183,7 +187,7 @@ class BackendSource(Source):
     def anew(self, sub: nn.Module, chosen: Selections | None, group: Any) -> bool:
         try:
             reselect_graphs(sub, record_of(sub), self.handle, chosen, group)
-        except ValueError:
+        except (ValueError, UnsupportedError):  # other sizes, or graphs that are no longer there
             return False
         return True
 

@@ -407,6 +407,7 @@ class _Specializer:
             name = str(getattr(node.target, "__name__", ""))
             return self.graph.call_function(getattr(F, name, None) or getattr(torch, name), args, kwargs)
         self.hints.append(f"{node.name} is a product of chosen pairs")
+        self.narrowing.sliced[node.name] = None
         kwargs |= {"selection": self.slicing.selection(chosen), "straight_through": bool(how["straight_through"])}
         return self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fx_approx.subnetworks.description import description, record_from
 from fx_approx.subnetworks.rebuild import check_example, compact_shape, narrowed, plain, told, traced, widened
-from fx_approx.subnetworks.record import Subnetwork, tensors_of
+from fx_approx.subnetworks.record import Subnetwork, subnetwork_in, tensors_of
 
 File = str | os.PathLike[str] | IO[bytes]
 
@@ -20,14 +20,14 @@ def save(sub: nn.Module, path: File) -> None:
     """Writes a subnetwork to a file that ``torch.load(path, weights_only=True)`` reads: tensors and plain data.
 
     Args:
-        sub: What :func:`fx_approx.subnetworks.extract` returned.
+        sub: What :func:`fx_approx.subnetworks.extract` returned, or what wraps it.
         path: Where to, or a file that is open for writing.
 
     Raises:
         ValueError: ``sub`` is no subnetwork.
         UnsupportedError: See :func:`fx_approx.subnetworks.description`.
     """
-    tensors = {name: tensor.detach() for name, tensor in tensors_of(sub).items()}
+    tensors = {name: tensor.detach() for name, tensor in tensors_of(subnetwork_in(sub)).items()}
     torch.save({"description": description(sub), "tensors": tensors}, path)
 
 

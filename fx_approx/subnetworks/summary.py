@@ -23,7 +23,7 @@ from fx_approx.capture.trace import kept_random_state
 from fx_approx.core.flops import measured_flops
 from fx_approx.runtime.validation import check_inputs
 from fx_approx.subnetworks.rebuild import plain
-from fx_approx.subnetworks.record import check_origin, record_of, tensors_of
+from fx_approx.subnetworks.record import check_origin, record_of, subnetwork_in, tensors_of
 from fx_approx.utils.tables import human
 from fx_approx.utils.timing import in_turn, seconds
 
@@ -95,7 +95,7 @@ class Summary:
 
     Attributes:
         model: Name of the full model's class.
-        form: ``"own class"`` or ``"graph"``, with the reason.
+        form: ``"own class"`` or ``"graph"``, with the reason why it, or a part of it, is a graph.
         optimizer: Name of the optimiser's class; None if it was not asked for.
         full: Costs of the full model, exact.
         sub: Costs of the subnetwork.
@@ -171,7 +171,7 @@ def summary(
     parameters, gradients, buffers and random states are as before at the end.
 
     Args:
-        sub: What :func:`fx_approx.subnetworks.extract` returned.
+        sub: What :func:`fx_approx.subnetworks.extract` returned; of what wraps it, the subnetwork inside is measured.
         model: The plain full model, or the transformed one; its exact form is what is measured.
         example_inputs: A batch as the model is called with it. Without it there are no operations and activations.
         optimizer: Count its state: a class of ``torch.optim`` or its name (``"adamw"``), with its defaults, or an
@@ -185,6 +185,7 @@ def summary(
     """
     record, full = record_of(sub), plain(model)
     check_origin(record, full)
+    sub = subnetwork_in(sub)
     if latency and example_inputs is None:
         raise ValueError("example_inputs: expected a batch as the model is called with it, for latency=True, got None")
     args, kwargs = check_inputs(full, example_inputs)
@@ -216,7 +217,7 @@ def summary(
             )
         )
     kind = None if named is None else (named if isinstance(named, type) else type(named)).__name__
-    form = "own class" if record.own_forward else f"graph: {record.reason}"
+    form = ": ".join(filter(None, ("own class" if record.own_forward else "graph", record.reason)))
     return Summary(type(full).__name__, form, kind, *costs)
 
 

@@ -16,7 +16,7 @@ from fx_approx.core.layer_types import PRODUCT_LAYERS, layer_type
 from fx_approx.ops.channel_slices import spread
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.narrowing import Narrowing
-from fx_approx.subnetworks.part_layers import make_heads_attention, make_part_layer
+from fx_approx.subnetworks.part_layers import PartLayer, make_heads_attention, make_part_layer
 from fx_approx.subnetworks.specialize import Specialised
 
 _ASK = (getattr, "size", "dim", len)
@@ -97,6 +97,9 @@ class WideValues:
             if path in self.writes and narrowed.outputs is not None:
                 index = narrowed.outputs.indices[0].clone()
             make_part_layer(layer, _copy(self.reads.get(path)), index, narrowed.size)
+        for layer in own.modules():
+            if isinstance(layer, nn.TransformerEncoderLayer) and any(map(_is_part_layer, layer.children())):
+                layer.activation_relu_or_gelu = 0  # the fused way of torch would call none of these
         cut = {name.rpartition(".")[0] for name in self.narrowing.cuts}
         for path, layer in own.named_modules():
             if isinstance(layer, nn.MultiheadAttention) and {path, f"{path}.out_proj"} & cut:
@@ -208,6 +211,10 @@ class _Walk:
         if node.target in _MOVE:  # where the entries stand is known only if all are there
             return _State(torch.empty(0, dtype=torch.int64), everything)
         return dataclasses.replace(wide[0], everything=everything)
+
+
+def _is_part_layer(module: nn.Module) -> bool:
+    return isinstance(module, PartLayer)
 
 
 def _copy(index: Tensor | None) -> Tensor | None:

@@ -19,7 +19,18 @@ from fx_approx.errors import UnsupportedError
 from fx_approx.policies import Exact, Override, Uniform
 from fx_approx.sampling import Selection
 from fx_approx.schedules import ExactTail, ExactWarmup, PlanRatios
-from fx_approx.subnetworks import Phases, extract, merge, narrow_optimizer, record_of, reselect, widen_optimizer
+from fx_approx.subnetworks import (
+    Phases,
+    extract,
+    load,
+    merge,
+    narrow_optimizer,
+    record_of,
+    reselect,
+    save,
+    widen_optimizer,
+)
+from fx_approx.subnetworks.part_layers import PartLayer
 
 pytestmark = [
     # Graphs without anything to sample, as those of embeddings, say so.
@@ -318,7 +329,7 @@ def test_given_selections_go_to_the_graphs_in_order() -> None:
 def test_other_selections_come_into_the_same_tensors() -> None:
     model, backend, batch = compiled(blocks)
     sub = extract(backend, example_inputs=batch)
-    assert any(name.endswith("_selected_inputs") for name, _ in sub.named_buffers()), "wide values are read in part"
+    assert any(isinstance(module, PartLayer) for module in sub.modules()), "wide values are read in part"
     tensors = {id(t) for t in (*sub.parameters(), *sub.buffers())}
     with pytest.raises(ValueError, match="first"):
         reselect(sub, backend)
@@ -359,6 +370,20 @@ def test_an_optimiser_goes_along_and_nothing_is_half_written() -> None:
     with pytest.raises(ValueError, match=r"up\.weight was changed since"):
         merge(sub, model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_stored_one_is_written_back_and_goes_on() -> None:
+    model, backend, batch = compiled(llama, Override({"*down_proj": HALF}, Exact()))
+    sub, stream = extract(backend, example_inputs=batch), io.BytesIO()
+    save(sub, stream)
+    stream.seek(0)
+    again = load(stream, model)
+    assert loss_of(again, batch).item() == loss_of(sub, batch).item()
+    steps(again, torch.optim.SGD(again.parameters(), 1e-2), batch, 1)
+    merge(again, model)
+    reselect(again, backend)
+    fresh = extract(backend, example_inputs=batch)
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in fresh.state_dict().items())
 
 
 def pickled(module: nn.Module) -> io.BytesIO:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from typing import Any
 
@@ -15,11 +16,12 @@ import fx_approx
 from fx_approx.core.candidates import Role
 from fx_approx.core.plan import Decision
 from fx_approx.errors import UnsupportedError
-from fx_approx.policies import Uniform
+from fx_approx.policies import Exact, Override, Uniform
 from fx_approx.runtime.approx_module import find
 from fx_approx.sampling import SamplerConfig
-from fx_approx.subnetworks import extract, merge, record_of, reselect
-from fx_approx.subnetworks.part_layers import PartLayer
+from fx_approx.schedules import PlanRatios
+from fx_approx.subnetworks import Phases, extract, load, merge, record_of, reselect, restore, save, summary
+from fx_approx.subnetworks.part_layers import PartLayer, make_heads_attention
 from tests.helpers.demand_nets import NETS
 from tests.helpers.hoisting import Layers, loss_of, perturbed
 
@@ -152,6 +154,31 @@ def test_copied_and_pickled(example: Tensor | None) -> None:
         assert not {id(p) for p in other.parameters()} & {id(p) for p in sub.parameters()}
 
 
+@pytest.mark.parametrize("example", [X, None], ids=["own", "graphs"])
+def test_stored_in_the_forms_of_its_parts(example: Tensor | None) -> None:
+    approx, file = detector(NumberedHead), io.BytesIO()
+    sub = extract(approx, example_inputs=example)
+    save(sub, file)
+    file.seek(0)
+    again = load(file, approx, example_inputs=X)
+    assert record_of(again).forms == record_of(sub).forms and torch.equal(loss_of(again(X)), loss_of(sub(X)))
+    merge(again, approx)
+    reselect(again, approx)
+    assert "head: " in str(summary(sub, approx)) or example is None
+
+
+def test_phases_of_sections() -> None:
+    approx = detector()
+    optimizer = torch.optim.SGD(approx.parameters(), 1e-3)
+    phases = Phases(approx, optimizer, PlanRatios(), interval=2, preserve=False, example_inputs=X)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss_of(phases.model(X)).backward()
+        optimizer.step()
+        phases.step()
+    assert phases.finish() is find(approx)
+
+
 # ---- one graph
 
 
@@ -223,8 +250,64 @@ def test_what_several_selections_read_stays_whole(build: type[nn.Module], scope:
     kept, one = copy.deepcopy(approx), copy.deepcopy(sub)
     with fx_approx.reuse_selection(kept):  # which keeps scales in float32
         assert torch.allclose(loss_of(one(X)), loss_of(kept(X)), rtol=1e-6)
+    if record_of(sub).sliced:
+        with pytest.raises(UnsupportedError, match="no exact model computes the same"):
+            restore(sub, approx)
     if sampler == "topk":  # the scale of an unbiased one makes other steps
         assert_trains_as(approx, sub)
+
+
+@pytest.mark.parametrize(("build", "name"), [(Tied, "head.weight"), (Twice, "grouped.weight")])
+def test_what_no_exact_model_computes_is_said(build: type[nn.Module], name: str) -> None:
+    torch.manual_seed(0)
+    approx = fx_approx.transform(perturbed(build().double()), Layers("topk", 0.5, "weight", "value"), X)
+    sub = extract(approx)
+    assert record_of(sub).sliced[0] == name
+    with pytest.raises(UnsupportedError, match=f"sub: {name} "):
+        restore(sub, approx)
+    with pytest.warns(fx_approx.errors.NoEffectWarning, match=f"^{name} .*: the exact model computes something else"):
+        merge(sub, approx, preserve=True)
+
+
+class Encoder(nn.Module):
+    """Layers that torch computes in one call in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 16)
+        self.layers = nn.Sequential(*(nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True) for _ in range(2)))
+        self.last = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(self.layers(self.first(x.flatten(2).mT)))
+        return result
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *(Override({f"*{name}": Uniform(0.5)}, Exact()) for name in ("linear1", "linear2", "self_attn*")),
+        *(Layers("topk", 0.5, "weight", scope) for scope in ("value", "group")),
+    ],
+    ids=["linear1", "linear2", "attention", "value", "group"],
+)
+def test_fused_layers_compute_the_same_in_evaluation(policy: fx_approx.Policy) -> None:
+    torch.manual_seed(0)
+    approx = fx_approx.transform(perturbed(Encoder().double()), policy, X)
+    sub = extract(approx, example_inputs=X)
+    assert record_of(sub).own_forward, record_of(sub).reason
+    full, other = restore(sub, approx).eval(), torch.cat([X, X])[:6, :, :5]
+    with torch.no_grad():
+        assert torch.allclose(sub.eval()(other), full(other), rtol=1e-10)
+
+
+def test_heads_of_three_values_are_refused() -> None:
+    layer = nn.MultiheadAttention(8, 2, batch_first=True)
+    make_heads_attention(layer, None)
+    x = torch.randn(2, 3, 8)
+    layer(x, x, x, need_weights=False)
+    with pytest.raises(UnsupportedError, match="one value as query, key and value"):
+        layer(x, x + 1, x, need_weights=False)
 
 
 class Products(nn.Module):
@@ -288,6 +371,25 @@ def test_parts_of_wide_values_are_exported_and_compiled(example: bool) -> None:
     assert torch.allclose(torch.export.export(sub, (x,)).module()(x), expected, atol=1e-6)
     assert torch.allclose(torch.compile(sub, backend="aot_eager", fullgraph=True)(x), expected, atol=1e-6)
     assert torch.equal(copy.deepcopy(sub).double().float()(x), expected)
+
+
+class Masked(nn.Module):
+    """Gives scores that are masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        scores = self.down(F.relu(self.up(x)))
+        mask = torch.ones(4, 4, dtype=torch.bool).tril()
+        return scores.mean(), scores[:, 0, :4].masked_fill(~mask, float("-inf"))
+
+
+def test_masked_scores_are_compared() -> None:
+    torch.manual_seed(0)
+    approx = fx_approx.transform(Masked().double(), Layers("topk", 0.5, "weight", "value"), X)
+    assert type(extract(approx, example_inputs=X)) is Masked
 
 
 # ---- which calls a graph serves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from typing import Any
 
@@ -15,8 +16,9 @@ from fx_approx.errors import UnsupportedError
 from fx_approx.policies import Exact, Override, Uniform
 from fx_approx.runtime.approx_module import find
 from fx_approx.sampling import Selection
-from fx_approx.subnetworks import extract, merge, record_of, reselect
+from fx_approx.subnetworks import extract, load, merge, record_of, reselect, save
 from fx_approx.subnetworks.record import tensors_of
+from fx_approx.subnetworks.source import source_of
 from tests.helpers.demand_nets import NETS
 from tests.subnetworks.nets import TWICE, X, hidden, transformed
 
@@ -70,6 +72,18 @@ def test_the_tensors_are_those_of_a_fresh_subnetwork(name: str, scope: str) -> N
         assert torch.equal(sub(x), fresh(x))
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_the_users_own_class_takes_other_selections_too(name: str) -> None:
+    approx, x = transformed(name)
+    sub = extract(approx, example_inputs=x)
+    merge(sub, approx)
+    chosen = other_selections(sub, approx, False)
+    reselect(sub, approx, chosen)
+    fresh = extract(approx, chosen, example_inputs=x)
+    assert record_of(sub).forms == record_of(fresh).forms and same(sub, fresh)
+    assert torch.equal(sub(x), fresh(x))
+
+
 def test_a_layer_that_serves_two_readers_needs_one_selection_ever_after() -> None:
     approx, _ = transformed(TWICE)
     shared = list(find(approx)._fx_approx.resample.each())
@@ -79,6 +93,7 @@ def test_a_layer_that_serves_two_readers_needs_one_selection_ever_after() -> Non
     differing = [Selection(one.indices + place % 2, None) for place, one in enumerate(equal)]
     with pytest.raises(fx_approx.errors.UnsupportedError, match="several selections"):
         reselect(sub, approx, differing)
+    assert not source_of(approx, None).anew(sub, tuple(differing), None), "a phase makes another one"
     assert record_of(sub).merged
     reselect(sub, approx, [Selection(one.indices + 1, None) for one in equal])
 
@@ -109,18 +124,19 @@ def test_a_kept_selection_is_used_up_by_a_subnetwork() -> None:
     assert fx_approx.sampler_state_dict(approx)["step"] == 10
 
 
-def test_a_stored_subnetwork_goes_on() -> None:
-    approx, _ = transformed("grouped")
-    sub = extract(approx)
-    again = pickle.loads(pickle.dumps(sub))
-    for one in (sub, again):
+@pytest.mark.parametrize("example", [True, False], ids=["own", "graph"])
+@pytest.mark.parametrize("name", ["grouped", "post-activation"])
+def test_a_stored_subnetwork_goes_on(name: str, example: bool) -> None:
+    approx, x = transformed(name)
+    sub = extract(approx, example_inputs=x if example else None)
+    file = io.BytesIO()
+    save(sub, file)
+    file.seek(0)
+    copies = [pickle.loads(pickle.dumps(sub)), load(file, approx, example_inputs=x)]
+    for one in (sub, *copies):
         merge(one, approx)
         reselect(one, approx)
-    assert same(sub, again)
-    record_of(again).recipe = None  # of one that was rebuilt from a description
-    merge(again, approx)
-    reselect(again, approx)
-    assert same(sub, again)
+    assert all(same(sub, one) for one in copies)
 
 
 def wrong(error: type[Exception], message: str, *args: Any) -> None:

@@ -21,6 +21,7 @@ from fx_approx.subnetworks import description, extract, load, merge, rebuild, re
 from fx_approx.subnetworks.record import tensors_of
 from tests.helpers.demand_nets import NETS, BasicBlock
 from tests.helpers.hoisting import Layers, loss_of, perturbed
+from tests.subnetworks.nets import X, hidden, transformed
 
 TWICE = "plain-residual"  # a layer that is called with two selections
 
@@ -303,3 +304,34 @@ def test_tensors_that_no_file_has_are_named() -> None:
     assert record_of(sub).own_forward
     with pytest.raises(ValueError, match=r"\.offset is a tensor on the meta device"):
         load(written(sub), without_weights(Offset))
+
+
+def test_what_wraps_a_subnetwork_is_looked_into() -> None:
+    approx = hidden()
+    sub = extract(approx, example_inputs=X)
+    wrapped = torch.optim.swa_utils.AveragedModel(sub)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            parameter.mul_(2)
+    file = io.BytesIO()
+    save(wrapped, file)
+    file.seek(0)
+    full = restore(wrapped, approx).eval()
+    assert torch.allclose(full(X), wrapped.eval()(X))
+    assert torch.equal(load(file, approx).eval()(X), wrapped(X))
+
+
+@pytest.mark.parametrize("scope", ["value", "group"])
+@pytest.mark.parametrize("name", NETS)
+def test_in_evaluation_and_on_other_batches_it_computes_what_full_size_does(name: str, scope: str) -> None:
+    approx, x = transformed(name, scope)
+    sub = extract(approx, example_inputs=x)
+    other = torch.randn(2 * len(x) + 1, *x.shape[1:]).double()
+    if record_of(sub).sliced:
+        with pytest.raises(UnsupportedError, match="no exact model computes the same"):
+            restore(sub, approx)
+        return
+    full = restore(sub, approx)
+    assert torch.allclose(copy.deepcopy(sub)(other), copy.deepcopy(full)(other), rtol=1e-8, atol=1e-10)
+    with torch.no_grad():
+        assert torch.allclose(sub.eval()(other), full.eval()(other), rtol=1e-8, atol=1e-10)

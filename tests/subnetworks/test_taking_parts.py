@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fx_approx
+from fx_approx.ops.gather import channels_last_order
 from fx_approx.policies import Uniform
 from fx_approx.subnetworks import extract, record_of
-from fx_approx.subnetworks.parts import take_part
+from fx_approx.subnetworks.parts import put_part, take_part
 
 INDEX = torch.tensor([0, 2, 5])
 
@@ -44,6 +45,19 @@ def test_a_part_keeps_channels_last() -> None:
     value = torch.randn(2, 6, 4, 4).contiguous(memory_format=torch.channels_last)
     part = take_part(value, 1, INDEX)
     assert part.is_contiguous(memory_format=torch.channels_last) and not part.is_contiguous()
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_a_part_is_put_among_zeros_in_its_layout(case: int) -> None:
+    value, dim = values()[case]
+    part, index = value.clone(memory_format=torch.preserve_format).requires_grad_(), torch.tensor([0, 2, 3, 5, 6, 8])
+    index = index[: part.shape[dim]]
+    whole = put_part(part, dim, index, 9)
+    assert whole.shape[dim] == 9 and torch.equal(torch.index_select(whole, dim, index), part)
+    assert whole.count_nonzero() == part.count_nonzero()
+    assert channels_last_order(whole) == channels_last_order(part)
+    whole.pow(3).sum().backward()
+    assert part.grad is not None and torch.allclose(part.grad, 3 * value**2)
 
 
 class Residual(nn.Module):
