@@ -368,7 +368,7 @@ class SampleTokens:
         assert step.layout is not None
         parts = self._parts(step.layout)
         sections = tuple(parts[start:end] for start, end in step.sections)
-        name = node.target if isinstance(node.target, str) else node.target.__name__  # type: ignore[union-attr]
+        name = node.target if isinstance(node.target, str) else node.target.__name__
         with self.graph.inserting_before(own):
             given = (own.args[0], sections, step.layout.dim, step.layout.size)
             how = (name, tuple(own.args[1:]), dict(own.kwargs))

@@ -195,3 +195,13 @@ def test_a_subnetwork_of_a_model_that_samples_tokens_is_refused() -> None:
     approx = fx_approx.transform(model, Tokens(0.5, layers=Uniform(0.5, scores="weight")), x)
     with pytest.raises(UnsupportedError, match="it samples tokens"):
         fx_approx.subnetworks.extract(approx)
+
+
+@pytest.mark.parametrize("inner", [rows, parts, split])
+def test_compiled_as_one_graph(inner: Any) -> None:
+    model = Model(inner).double()
+    eager = fx_approx.transform(model, Tokens(0.5), examples())
+    compiled = torch.compile(copy.deepcopy(eager), backend="aot_eager", fullgraph=True)
+    for tokens in (TOKENS, *((14,) if inner is not split else ())):
+        x = examples(2, tokens)
+        assert torch.allclose(compiled(x), eager(x), rtol=1e-12)
