@@ -7,19 +7,29 @@ on both axes. With ``skip`` they come back where it ends; with ``drop`` they sta
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
 from fx_approx.core.plan_effects import TokenShare
 from fx_approx.core.token_sampling import TokenSampling
-from fx_approx.ops.channel_slices import narrow, positions, resize, split_parts, take_parts
-from fx_approx.ops.token_slices import fewer_tokens, put_back, told_size
+from fx_approx.ops.channel_slices import narrow, positions, resize
+from fx_approx.ops.token_slices import (
+    entries,
+    fewer_tokens,
+    put_back,
+    sampled_count,
+    split_tokens,
+    take_tokens,
+    told_size,
+)
 from fx_approx.passes.channel_flow import AS_ANOTHER, Flow, Link, asks_sizes
 from fx_approx.passes.channel_spaces import Layout
 from fx_approx.passes.reshape_rules import spelled_out
+from fx_approx.passes.token_checks import Sum, are_rows, is_sized_once, misread, spelled_slice, sums_along
 from fx_approx.passes.token_flow import Block, TokenStream
 from fx_approx.runtime.graph_program import PROLOGUE
 from fx_approx.runtime.graph_runtime import Runtime
@@ -38,6 +48,7 @@ class TokenStretch:
         end: The value behind which they come back; None if they do not.
         inside: The values of which only the chosen tokens are computed.
         sampled: The space of the tokens that may be left out.
+        sums: What is summed over values that go along, and goes along itself.
     """
 
     stream: TokenStream
@@ -45,6 +56,7 @@ class TokenStretch:
     end: fx.Node | None
     inside: frozenset[fx.Node]
     sampled: int
+    sums: tuple[Sum, ...] = ()
 
     @property
     def flow(self) -> Flow:
@@ -70,13 +82,17 @@ def choose_stretches(streams: Iterable[TokenStream], sampling: TokenSampling) ->
     for stream in streams:
         dropped, why = (None, "") if sampling.mode == "skip" else _drop(stream, sampling)
         if dropped is not None:
-            found.append(dropped)
+            made, more = [dropped], []
         elif sampling.mode == "drop":
-            reasons.append(why)
+            made, more = [], [why]
         else:
-            skipped, more = _skip(stream, sampling)
-            found += skipped
-            reasons += more
+            made, more = _skip(stream, sampling)
+        reasons += more
+        for one in made:
+            if any(one.inside & other.inside for other in found if other.stream is not stream):
+                reasons.append(f"{stream.origin.name}: its tokens are combined with those of another stack")
+            else:
+                found.append(one)
     return found, reasons
 
 
@@ -88,13 +104,23 @@ def _drop(stream: TokenStream, sampling: TokenSampling) -> tuple[TokenStretch | 
             f"{stream.origin.name}: it has {len(stream.blocks)} blocks, and the first {sampling.first} are whole",
         )
     inside = frozenset().union(*(block.inside for block in blocks), stream.tail)
-    stops = [stop for block in blocks for stop in block.stops] or list(stream.needs) or _odd(stream.flow, inside)
-    if stops:
-        return None, f"{stream.origin.name}: tokens cannot be dropped: {stops[0]}"
+    flow, start = stream.flow, blocks[0].start
+    sums = sums_along(flow, start, inside)
+    stops = itertools.chain(
+        (stop for block in blocks for stop in block.stops),
+        stream.needs,
+        (f"the model puts out all positions of {node.name}" for node in inside if _is_output(node)),
+        _odd(flow, inside),
+        misread(flow, start, inside, sums),
+    )
+    if why := next(iter(stops), ""):
+        return None, f"{stream.origin.name}: tokens cannot be dropped: {why}"
     space = _sampled(stream, inside)
-    if space is None or not all(_stays(stream.flow, node, space) for node in stream.flow.steps):
+    if space is None or not is_sized_once(flow, start):
+        return None, f"{stream.origin.name}: tokens cannot be dropped: tokens at different places are combined"
+    if not all(_stays(stream.flow, node, space) for node in stream.flow.steps):
         return None, f"{stream.origin.name}: tokens cannot be dropped: single ones are read between others"
-    return TokenStretch(stream, blocks[0].start, None, inside, space), ""
+    return TokenStretch(stream, start, None, inside, space, sums), ""
 
 
 def _skip(stream: TokenStream, sampling: TokenSampling) -> tuple[list[TokenStretch], list[str]]:
@@ -112,9 +138,12 @@ def _skip(stream: TokenStream, sampling: TokenSampling) -> tuple[list[TokenStret
             runs.append([])
         else:
             runs[-1].append(block)
+            if _is_output(block.end):
+                runs.append([])
     parts = [[block] for run in runs for block in run] if sampling.per_layer else [run for run in runs if run]
     space = _sampled(stream, frozenset())
-    assert space is not None
+    if space is None or not all(is_sized_once(stream.flow, part[0].start) for part in parts):
+        return [], [*reasons, f"{name}: tokens at different places are combined"]
     found = [
         TokenStretch(stream, run[0].start, run[-1].end, frozenset().union(*(one.inside for one in run)), space)
         for run in parts
@@ -129,7 +158,11 @@ def _unfit(flow: Flow, block: Block) -> str:
         return block.stops[0]
     if first != last or flow.shape(block.start) != flow.shape(block.end):
         return "what it puts out has another shape than what it reads"
-    return next(iter(_odd(flow, block.inside)), "")
+    return next(iter((*_odd(flow, block.inside), *misread(flow, block.start, block.inside))), "")
+
+
+def _is_output(node: fx.Node) -> bool:
+    return any(user.op == "output" for user in node.users)
 
 
 def _odd(flow: Flow, inside: frozenset[fx.Node]) -> list[str]:
@@ -139,14 +172,8 @@ def _odd(flow: Flow, inside: frozenset[fx.Node]) -> list[str]:
         for node in inside
         if flow.steps[node].action not in _ACTIONS
         or (node.target in AS_ANOTHER and node.op == "call_method" and node.args[1] not in inside)
-        or (_are_rows(flow, node) and any(map(asks_sizes, node.users)))
+        or (are_rows(flow, node) and any(map(asks_sizes, node.users)))
     ]
-
-
-def _are_rows(flow: Flow, node: fx.Node) -> bool:
-    """Whether examples and tokens are one axis."""
-    layout, shape = flow.layout(node), flow.shape(node)
-    return layout is not None and shape is not None and shape[layout.dim] != layout.size
 
 
 def _sampled(stream: TokenStream, inside: frozenset[fx.Node]) -> int | None:
@@ -207,7 +234,7 @@ class SampleTokens:
     Args:
         graph: Rewritten so far.
         copies: Captured node -> its value in ``graph``.
-        whole_of: A node of ``graph`` that takes a part of a value -> the node that makes it; added to.
+        whole_of: A node of ``graph`` that takes a part of the channels of a value -> the node that makes it.
         stretch: What is to compute some tokens only.
         number: Of the stretch.
         key: The prologue's node.
@@ -217,7 +244,7 @@ class SampleTokens:
         self,
         graph: fx.Graph,
         copies: dict[fx.Node, fx.Node],
-        whole_of: dict[fx.Node, fx.Node],
+        whole_of: Mapping[fx.Node, fx.Node],
         stretch: TokenStretch,
         number: int,
         key: fx.Node,
@@ -232,12 +259,16 @@ class SampleTokens:
         self.layout: Layout = layout
         self._behind = self.chosen
         self._made: dict[Any, fx.Node] = {}
+        self._narrowed: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> None:
         """Rewrites every node of the stretch, in order."""
+        sums = {one.node: one for one in self.stretch.sums}
         for node in self.flow.graph.nodes:
             if node in self.stretch.inside:
                 self._narrow(node)
+            elif node in sums:
+                self._sum(sums[node])
         for node in self.stretch.inside:
             self._tell_sizes(node)
         if self.stretch.end is not None:
@@ -268,10 +299,18 @@ class SampleTokens:
             return self.chosen
         return self._once(("positions", parts), lambda: self.graph.call_function(positions, (parts,)))
 
-    def _parts(self, layout: Layout) -> tuple[tuple[fx.Node | None, int, int], ...]:
+    def _parts(self, layout: Layout) -> tuple[tuple[fx.Node | None, Any, int], ...]:
         return tuple(
-            (self.chosen if self.stretch.is_sampled(s.space) else None, s.count, s.block) for s in layout.segments
+            (self.chosen, self._count(), s.block) if self.stretch.is_sampled(s.space) else (None, s.count, s.block)
+            for s in layout.segments
         )
+
+    def _count(self) -> fx.Node:
+        """How many tokens of this call may be left out."""
+        own = self.layout.segments
+        others = sum(segment.count for segment in own if not self.stretch.is_sampled(segment.space))
+        given = self.copies[self.stretch.start], self.layout.dim, others
+        return self._once("count", lambda: self.graph.call_function(sampled_count, given))
 
     def _once(self, what: Any, make: Any) -> fx.Node:
         """A node behind the selection, made once."""
@@ -292,13 +331,18 @@ class SampleTokens:
             if key not in self._made:
                 with self.graph.inserting_before(own):
                     self._made[key] = self.graph.call_function(narrow, (operand, dim, index))
-                self.whole_of[self._made[key]] = operand
+                self._narrowed[self._made[key]] = operand
             own.replace_input_with(operand, self._made[key])
 
+    def _sum(self, one: Sum) -> None:
+        layout = self.flow.layout(one.reader)
+        assert layout is not None
+        self._replace(self.copies[one.node], one.rider, one.axis, self._index(layout))
+
     def _made_by(self, node: fx.Node) -> fx.Node:
-        """The node that makes the value of which ``node`` is a part."""
-        while node in self.whole_of:
-            node = self.whole_of[node]
+        """The node that makes the value of which ``node`` is a part of the channels, or of the tokens."""
+        while (known := self._narrowed.get(node) or self.whole_of.get(node)) is not None:
+            node = known
         return node
 
     def _resize(self, node: fx.Node, own: fx.Node) -> None:
@@ -307,14 +351,11 @@ class SampleTokens:
         if node.op == "call_method" and node.target in AS_ANOTHER:
             return  # the other has as many tokens
         parts = self._parts(step.layout)
-        shape = self.flow.shape(node)
-        assert shape is not None
-        times = shape[0] // step.layout.size if step.action == "rows" else 1
         given = own.args[1:2] if own.target is resize else own.args[1:]
         name = "shape" if "shape" in own.kwargs else "size"
         sizes = given[0] if len(given) == 1 else given if given else own.kwargs[name]
         with self.graph.inserting_before(own):
-            fewer = self.graph.call_function(fewer_tokens, (sizes, step.axis, parts, times))
+            fewer = self.graph.call_function(fewer_tokens, (sizes, step.axis, parts))
         if own.target is resize:
             own.args = (own.args[0], fewer, *own.args[2:])
         elif given:
@@ -327,8 +368,11 @@ class SampleTokens:
         assert step.layout is not None
         parts = self._parts(step.layout)
         sections = tuple(parts[start:end] for start, end in step.sections)
+        name = node.target if isinstance(node.target, str) else node.target.__name__
         with self.graph.inserting_before(own):
-            new = self.graph.call_function(split_parts, (own.args[0], sections, step.layout.dim))
+            given = (own.args[0], sections, step.layout.dim, step.layout.size)
+            how = (name, tuple(own.args[1:]), dict(own.kwargs))
+            new = self.graph.call_function(split_tokens, (*given, *how))
         self._take_over(node, own, new)
 
     def _take(self, node: fx.Node, own: fx.Node) -> None:
@@ -338,15 +382,17 @@ class SampleTokens:
         assert step.layout is not None and source is not None
         parts = self._parts(source)
         before, taken = parts[: link.start], parts[link.start : link.start + link.count]
+        sizes = self.flow.shape(link.source)
+        assert sizes is not None
+        if node.target is operator.getitem:
+            places = spelled_out(node.args[1], len(sizes))
+        else:
+            places = [*[slice(None)] * source.dim, spelled_slice(node)]
+        assert places is not None
+        axes = [at for at, place in enumerate(places) if place is not None]
+        given = (own.args[0], source.dim, before, taken, tuple(places), axes[source.dim])
         with self.graph.inserting_before(own):
-            new = self.graph.call_function(take_parts, (own.args[0], source.dim, before, taken))
-            if node.target is operator.getitem:
-                sizes = self.flow.shape(link.source)
-                places = None if sizes is None else spelled_out(node.args[1], len(sizes))
-                assert places is not None
-                axes = [at for at, place in enumerate(places) if place is not None]
-                places[axes[source.dim]] = slice(None)
-                new = self.graph.call_function(operator.getitem, (new, tuple(places)))
+            new = self.graph.call_function(take_tokens, given)
         self._take_over(node, own, new)
 
     def _take_over(self, node: fx.Node, own: fx.Node, new: fx.Node) -> None:
@@ -377,9 +423,10 @@ class SampleTokens:
                 reader.replace_input_with(own, new)
 
     def _tokens(self, layout: Layout) -> Any:
-        """How many tokens an axis has where all are there: of this call, where it is the whole sequence."""
+        """How many tokens an axis has in this call where all are there."""
         if layout.segments != self.layout.segments:
-            return layout.size
+            parts = self._parts(layout)
+            return self._once(("entries", parts), lambda: self.graph.call_function(entries, (parts,)))
         start = self.copies[self.stretch.start]
         call = lambda: self.graph.call_method("size", (start, self.layout.dim))  # noqa: E731
         return self._once("tokens", call)

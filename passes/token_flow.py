@@ -21,6 +21,7 @@ from fx_approx.passes.channel_flow import Flow, Handler, Step, reads_shape_only
 from fx_approx.passes.channel_rules import find_handler
 from fx_approx.passes.channel_spaces import Layout, Restart
 from fx_approx.passes.reshape_rules import argument
+from fx_approx.passes.token_checks import are_rows
 from fx_approx.passes.token_rules import rule_of_call, rule_of_module
 
 _OUTPUT = "output"
@@ -251,7 +252,7 @@ def _attends_itself(flow: Flow, node: fx.Node) -> bool:
 def _holds(flow: Flow, node: fx.Node, tokens: Layout) -> bool:
     """Whether ``node`` holds all of ``tokens``, one by one."""
     layout = flow.layout(node)
-    if layout is None or not _single(layout):
+    if layout is None or not _single(layout) or are_rows(flow, node):
         return False
     own = {flow.spaces.find(segment.space) for segment in tokens.segments}
     return sum(s.count for s in layout.segments if flow.spaces.find(s.space) in own) == tokens.size

@@ -22,6 +22,7 @@ from fx_approx.passes.elementwise_rules import elementwise
 from fx_approx.passes.layer_rules import CONVOLUTIONS, TRANSPOSED
 from fx_approx.passes.operations import FUNCTIONS, MODULES
 from fx_approx.passes.reshape_rules import RESHAPES, argument, spelled_out, through
+from fx_approx.passes.token_checks import are_rows
 
 
 def row_wise(flow: Flow, node: fx.Node) -> Step | None:
@@ -125,6 +126,8 @@ def joined(flow: Flow, node: fx.Node) -> Step | None:
 
 def item(flow: Flow, node: fx.Node) -> Step | None:
     """Indexing; one token by its number is a token that must be there."""
+    if are_rows(flow, first(node)):
+        return None
     step = RESHAPES[operator.getitem](flow, node)
     if step is not None:
         return step
@@ -153,6 +156,8 @@ def pooled(flow: Flow, node: fx.Node) -> Step | None:
         return step
     source = first(node)
     layout, shape = flow.layout(source), flow.shape(source)
+    if node.target in ("max", torch.max) and not all(map(_reads_values, node.users)):
+        return None  # places would be counted among those that are there
     given = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     axes = (given,) if isinstance(given, int) else given
     if layout is None or shape is None or not isinstance(axes, (tuple, list)):
@@ -160,6 +165,16 @@ def pooled(flow: Flow, node: fx.Node) -> Step | None:
     if not all(isinstance(axis, int) for axis in axes) or layout.dim not in {axis % len(shape) for axis in axes}:
         return None
     return Step(None, (Link(source, 0, 0, len(layout.segments)),), (), "pool")
+
+
+def _reads_values(user: fx.Node) -> bool:
+    """Whether ``user`` takes the values of a maximum with its places."""
+    return user.target in (operator.getitem, getattr) and user.args[1] in (0, "values")
+
+
+def pieces(flow: Flow, node: fx.Node) -> Step | None:
+    """Splits and stretches; not of rows, which begin anew with each example."""
+    return None if are_rows(flow, first(node)) else RESHAPES[node.target](flow, node)
 
 
 def _merged(flow: Flow, node: fx.Node) -> Step | None:
@@ -199,6 +214,8 @@ TOKEN_FUNCTIONS: dict[Any, Handler | None] = {
     **dict.fromkeys(("add", "add_", "sub", "__add__", "__radd__", "__sub__", "__rsub__"), elementwise),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), joined),
     operator.getitem: item,
+    **dict.fromkeys((torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split"), pieces),
+    **dict.fromkeys((torch.narrow, "narrow"), pieces),
     **dict.fromkeys((*_POOLS, *(getattr(torch, name) for name in _POOLS)), pooled),
     **dict.fromkeys((torch.reshape, "view", "reshape"), _merged),
 }

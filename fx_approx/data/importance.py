@@ -184,6 +184,7 @@ class ImportanceSampler(Sampler[int]):
         """
         places = self._numbers(index).flatten()
         values = losses.detach().to("cpu", torch.float64).flatten()
+        values = torch.where(values.isfinite(), values, math.nan)  # of an example whose loss overflows nothing is known
         if places.shape != values.shape:
             raise ValueError(f"losses: expected {places.numel()}, one for each index, got {values.numel()}")
         if bool((values < 0).any()):
@@ -243,8 +244,9 @@ class ImportanceSampler(Sampler[int]):
 
     def _numbers(self, index: Tensor) -> Tensor:
         places = torch.as_tensor(index).detach().to("cpu", torch.int64)
-        if places.numel() and (int(places.min()) < 0 or int(places.max()) >= self.size):
-            raise ValueError(f"index: expected numbers from 0 to {self.size - 1}, got {int(places.max())}")
+        wrong = places[(places < 0) | (places >= self.size)]
+        if wrong.numel():
+            raise ValueError(f"index: expected numbers from 0 to {self.size - 1}, got {int(wrong[0])}")
         return places
 
     def _draw(self) -> None:

@@ -57,8 +57,9 @@ def extract(
     Raises:
         ValueError: ``model`` is not transformed, samples nothing, ``selections`` are of another model, or a backend has
             compiled none yet or is given no ``example_inputs``.
-        UnsupportedError: A selection follows the activations or gradients of the step; or neither a graph nor the
-            model's own Python serves ``example_inputs``; with a backend, the model's own Python does not.
+        UnsupportedError: The model samples tokens; a selection follows the activations or gradients of the step; or
+            neither a graph nor the model's own Python serves ``example_inputs``; with a backend, the model's own
+            Python does not.
         DistributedMismatchError: The selections differ between the ranks of ``process_group``, on every rank.
     """
     if isinstance(model, GraphHandle):

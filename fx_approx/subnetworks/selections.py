@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fx_approx.distributed.agreement import check_chosen
+from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.selector import Selector
 from fx_approx.runtime.shared_selection import SharedSelection
@@ -27,8 +28,13 @@ def selections_of(
 
     Raises:
         ValueError: ``given`` are of another model.
+        UnsupportedError: The model samples tokens.
         DistributedMismatchError: They differ between the ranks, on every rank.
     """
+    if approx._fx_approx.tokens:
+        raise UnsupportedError(
+            "model: it samples tokens, which a subnetwork does not; transform it with the policy of the layers alone"
+        )
     if given is None:
         chosen = (*next_selections(approx), *further_selections(approx))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -154,3 +155,12 @@ def test_with_a_data_loader() -> None:
 def test_bad_arguments(make: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_loss_that_overflows_counts_as_unknown() -> None:
+    sampler = ImportanceSampler(4, 0.5, exact_first=0, min_probability=0.1)
+    sampler.update(torch.arange(4), torch.tensor([1.0, math.inf, 2.0, math.nan]))
+    sampler.set_epoch(1)
+    assert len(sampler) == 2 and sampler.weights(torch.arange(4)).isfinite().all()
+    with pytest.raises(ValueError, match="index: expected numbers from 0 to 3, got -1"):
+        sampler.weights(torch.tensor([-1, 2]))

@@ -1,0 +1,229 @@
+"""What reads the tokens of a stretch in a way that some of them cannot serve, though each step alone could.
+
+A size that is used as a number, a count over a mask, a value that is changed later: no rule of a single operation sees
+these. What is found here leaves a stretch whole, and the report says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fx_approx.passes.aliasing import changes_in_place, same_memory
+from fx_approx.passes.channel_flow import AS_ANOTHER, Flow, asks_sizes, first
+from fx_approx.passes.reshape_rules import RESHAPES, argument
+
+_SUMS = (*("sum", "mean", "amax", "amin"), torch.sum, torch.mean, torch.amax, torch.amin)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """A sum or mean over what goes along with the tokens, which goes along itself: ``mask.sum(1)`` below a mean.
+
+    Attributes:
+        node: The sum.
+        rider: What is summed.
+        axis: Where it has an entry for each token.
+        reader: A value of the stretch that reads it, too.
+    """
+
+    node: fx.Node
+    rider: fx.Node
+    axis: int
+    reader: fx.Node
+
+
+def sums_along(flow: Flow, start: fx.Node, inside: Iterable[fx.Node]) -> tuple[Sum, ...]:
+    """The sums over values that go along, where the tokens do not come back."""
+    among = set(inside)
+    place = {node: at for at, node in enumerate(flow.graph.nodes)}
+    found = []
+    for rider, ways in _riders(flow, among).items():
+        axes = {axis for axis, _ in ways}
+        for user in rider.users if len(axes) == 1 else ():
+            if user in among or place[user] < place[start] or first(user) is not rider or user.target not in _SUMS:
+                continue
+            if _sums_over(flow, user, ways[0][0]):
+                found.append(Sum(user, rider, *ways[0]))
+    return tuple(found)
+
+
+def _sums_over(flow: Flow, node: fx.Node, axis: int) -> bool:
+    given, sizes = argument(node, 1, "dim"), flow.shape(first(node))
+    axes = (given,) if isinstance(given, int) else given
+    if sizes is None or not isinstance(axes, (tuple, list)) or not all(isinstance(one, int) for one in axes):
+        return False
+    return axis in {one % len(sizes) for one in axes}
+
+
+def _riders(flow: Flow, inside: set[fx.Node]) -> dict[fx.Node, list[tuple[int, fx.Node]]]:
+    """What goes along with the tokens: at which axis, and who reads it."""
+    found: dict[fx.Node, list[tuple[int, fx.Node]]] = {}
+    for node in flow.graph.nodes:
+        for operand, axis in flow.steps[node].follow if node in inside else ():
+            found.setdefault(operand, []).append((axis, node))
+    return found
+
+
+def misread(
+    flow: Flow, start: fx.Node, inside: Iterable[fx.Node], sums: Collection[Sum] | None = None
+) -> Iterator[str]:
+    """Why the tokens between ``start`` and the end of a stretch are all needed; nothing if some serve.
+
+    Args:
+        flow: Where the tokens lie in each value.
+        start: The value at which they would leave.
+        inside: The values of which only some tokens would be computed.
+        sums: Those of :func:`sums_along` where they do not come back, so that all that is made of them counts.
+    """
+    among = set(inside)
+    behind = among if sums is None else _behind(flow, start)
+    riders = _riders(flow, among)
+    for node in flow.graph.nodes:
+        if node in behind and node.op != "output":
+            yield from _counted(flow, start, node)
+        if node in among:
+            yield from _as_wide(node, among)
+            if flow.steps[node].follow and _in_blocks(flow, node):
+                yield f"{node.name} reads values for tokens and examples together"
+    yield from _changed(flow, start, riders)
+    yield from _summed(flow, start, {*riders, *(one.node for one in sums or ())}, behind)
+
+
+def _behind(flow: Flow, start: fx.Node) -> set[fx.Node]:
+    found = {start}
+    for node in flow.graph.nodes:
+        if node.name in flow.values.shapes and any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found - {start}
+
+
+def _counted(flow: Flow, start: fx.Node, node: fx.Node) -> Iterator[str]:
+    """The number of tokens as a factor or a bound, as in ``x.sum(1) / x.shape[1]``."""
+    if node.target in RESHAPES:
+        return
+    for operand in node.all_input_nodes:
+        if operand.name not in flow.values.shapes and _counts_tokens(flow, start, operand):
+            yield f"{node.name} computes with the number of tokens"
+            return
+
+
+def _counts_tokens(flow: Flow, start: fx.Node, number: fx.Node) -> bool:
+    """Whether a number is made of the length of an axis of tokens, or of one as long where that is not known."""
+    waiting, seen = [number], {number}
+    while waiting:
+        found = waiting.pop()
+        asked = first(found)
+        if asks_sizes(found) and found.op == "call_method" and len(found.args) > 1:
+            if _is_tokens(flow, start, asked, found.args[1]):
+                return True
+        elif found.target is operator.getitem and isinstance(asked, fx.Node) and asks_sizes(asked):
+            if _is_tokens(flow, start, first(asked), found.args[1]):
+                return True
+        elif found.op == "placeholder":
+            return True  # a number that is handed in may be any size
+        elif not asks_sizes(found):
+            more = {one for one in found.all_input_nodes if one.name not in flow.values.shapes} - seen
+            seen |= more
+            waiting += more
+    return False
+
+
+def _is_tokens(flow: Flow, start: fx.Node, value: object, axis: Any) -> bool:
+    sizes, layout, tokens = flow.shape(value), flow.layout(value), flow.layout(start)
+    if sizes is None or tokens is None:
+        return False
+    asked = range(len(sizes))[axis] if isinstance(axis, (int, slice)) else range(len(sizes))
+    axes = [asked] if isinstance(asked, int) else list(asked)
+    return layout.dim in axes if layout is not None else tokens.size in [sizes[one] for one in axes]
+
+
+def _as_wide(node: fx.Node, inside: set[fx.Node]) -> Iterator[str]:
+    """Another value that is made as large as one of which some tokens are there."""
+    for user in node.users:
+        if user.op == "call_method" and user.target in AS_ANOTHER and user not in inside and user.args[0] is not node:
+            yield f"{user.name} takes its size from {node.name}"
+
+
+def _in_blocks(flow: Flow, node: fx.Node) -> bool:
+    layout = flow.layout(node)
+    return layout is not None and any(segment.block > 1 for segment in layout.segments)
+
+
+def _changed(flow: Flow, start: fx.Node, riders: Iterable[fx.Node]) -> Iterator[str]:
+    """What goes along with the tokens is gathered once, so it must stay as it is."""
+    place = {node: at for at, node in enumerate(flow.graph.nodes)}
+    for rider in riders:
+        for value in same_memory(flow, rider):
+            for user in value.users:
+                if first(user) is value and place[user] > place[start] and changes_in_place(flow, user):
+                    yield f"{user.name} changes {rider.name} in place, which goes along with the tokens"
+
+
+def _summed(flow: Flow, start: fx.Node, riders: Iterable[fx.Node], behind: set[fx.Node]) -> Iterator[str]:
+    """A sum over what goes along, read beside the tokens: the number of ones in a padding mask, for a mean."""
+    tokens, along = flow.layout(start), set(riders)
+    assert tokens is not None
+    family = _family(flow, along, tokens.size, behind)
+    for node in flow.graph.nodes:
+        if node in behind or node in along or flow.layout(node) is not None or node.name not in flow.values.shapes:
+            continue
+        known = [one for one in node.all_input_nodes if one in family]
+        if not known or _times(flow, node, tokens.size) >= max(_times(flow, one, tokens.size) for one in known):
+            continue
+        if any(user in behind for user in _beside(flow, node, along, behind)):
+            yield f"{node.name} is made of all tokens' entries of what goes along with them"
+
+
+def _family(flow: Flow, along: set[fx.Node], tokens: int, behind: set[fx.Node]) -> set[fx.Node]:
+    """What goes along, what it is made of, and what else that becomes, as far as it has an axis as long."""
+    waiting, found = list(along), set(along)
+    while waiting:
+        node = waiting.pop()
+        for one in (*node.all_input_nodes, *node.users):
+            if one not in found and one not in behind and flow.layout(one) is None and _times(flow, one, tokens):
+                found.add(one)
+                waiting.append(one)
+    return found
+
+
+def _times(flow: Flow, node: fx.Node, tokens: int) -> int:
+    """How many axes are as long as there are tokens."""
+    return (flow.shape(node) or ()).count(tokens)
+
+
+def _beside(flow: Flow, node: fx.Node, along: set[fx.Node], behind: set[fx.Node]) -> set[fx.Node]:
+    """Who reads what is made of ``node`` other than by way of what goes along."""
+    waiting, found = [node], set()
+    while waiting:
+        for user in waiting.pop().users:
+            if user not in found and user not in along:
+                found.add(user)
+                if user not in behind and user.op != "output":
+                    waiting.append(user)
+    return found
+
+
+def are_rows(flow: Flow, value: object) -> bool:
+    """Whether examples and tokens are one axis of ``value``."""
+    layout, shape = flow.layout(value), flow.shape(value)
+    return layout is not None and shape is not None and shape[layout.dim] != layout.size
+
+
+def is_sized_once(flow: Flow, value: fx.Node) -> bool:
+    """Whether no two stretches of the tokens of ``value`` are one space, as where a token is added to its neighbour."""
+    layout = flow.layout(value)
+    assert layout is not None
+    roots = [flow.spaces.find(segment.space) for segment in layout.segments]
+    return len(roots) == len(set(roots))
+
+
+def spelled_slice(node: fx.Node) -> slice:
+    """The index that ``narrow(dim, start, length)`` stands for, along its axis."""
+    start, length = argument(node, 2, "start"), argument(node, 3, "length")
+    return slice(start, None if start < 0 and start + length == 0 else start + length)
