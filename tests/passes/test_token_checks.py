@@ -197,6 +197,7 @@ def test_a_subnetwork_of_a_model_that_samples_tokens_is_refused() -> None:
         fx_approx.subnetworks.extract(approx)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", [rows, parts, split])
 def test_compiled_as_one_graph(inner: Any) -> None:
     model = Model(inner).double()
