@@ -52,7 +52,6 @@ class TokenStream:
     Attributes:
         flow: Where the tokens lie in each value.
         origin: The value where they begin.
-        dim: Their axis in it.
         kept: Spaces of tokens that are always kept.
         blocks: In order.
         tail: Values behind the last block in which tokens lie, and what reads them.
@@ -61,18 +60,10 @@ class TokenStream:
 
     flow: Flow
     origin: fx.Node
-    dim: int
     kept: frozenset[int]
     blocks: tuple[Block, ...]
     tail: frozenset[fx.Node]
     needs: tuple[str, ...]
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens there are in the example."""
-        shape = self.flow.shape(self.origin)
-        assert shape is not None
-        return shape[self.dim]
 
 
 def find_tokens(root: nn.Module, graph: fx.Graph, values: Values, keep: int = 0) -> tuple[list[TokenStream], list[str]]:
@@ -241,7 +232,7 @@ def _stream(
     tail = frozenset(one for one in reached if flow.layout(one) is not None)
     needs = tuple(dict.fromkeys(_needs(flow, {blocks[-1].end, *tail})))
     kept = frozenset({flow.spaces.find(tokens.segments[0].space)} if keep else ())
-    return TokenStream(flow, origin, dim, kept, tuple(blocks), tail, needs)
+    return TokenStream(flow, origin, kept, tuple(blocks), tail, needs)
 
 
 def _attends_itself(flow: Flow, node: fx.Node) -> bool:
