@@ -12,8 +12,8 @@ from torch import fx, nn
 
 from fx_approx._compat import DropoutBase, tree_leaves
 from fx_approx.core.layer_types import layer_type
-from fx_approx.passes.channel_flow import Flow, first
-from fx_approx.passes.reshape_rules import RESHAPES, argument
+from fx_approx.passes.channel_flow import Flow, argument, first
+from fx_approx.passes.reshape_rules import RESHAPES
 
 _IN_PLACE = (
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),

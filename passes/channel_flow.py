@@ -14,8 +14,8 @@ from typing import Any
 from torch import fx, nn
 
 from fx_approx.core.candidates import Shape
-from fx_approx.core.plan_effects import Values
-from fx_approx.passes.channel_spaces import Layout, Restart, Spaces
+from fx_approx.core.values import Values
+from fx_approx.passes.channel_spaces import Layout, Restart, Spaces, stretch
 
 _MANY = 10_000
 
@@ -163,3 +163,32 @@ def asks_sizes(user: fx.Node) -> bool:
 
 AS_ANOTHER = ("view_as", "reshape_as", "expand_as")
 """Methods that take the sizes of another tensor."""
+
+
+def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, however it is given."""
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def through(source: fx.Node, layout: Layout, dim: int | None = None, **extra: Any) -> Step:
+    """All channels of ``source``, one to one, perhaps along another axis."""
+    count = len(layout.segments)
+    moved = Layout(layout.dim if dim is None else dim, layout.segments)
+    return Step(moved, (Link(source, 0, 0, count),), **{"action": "plain", **extra})
+
+
+def fold(flow: Flow, source: fx.Node, layout: Layout, times: int, dim: int, **extra: Any) -> Step | None:
+    """The axis is ``times`` stretches of the same channels, of which one is left, along ``dim``."""
+    parts = []
+    for part in range(times):
+        ends = stretch(flow.spaces, layout.segments, part * layout.size // times, (part + 1) * layout.size // times)
+        if ends is None:
+            return None
+        parts.append(ends)
+    lead = layout.segments[slice(*parts[0])]
+    for start, end in parts[1:]:
+        if not flow.spaces.align(lead, layout.segments[start:end]):
+            return None
+        flow.spaces.merge(lead, layout.segments[start:end])
+    links = tuple(Link(source, start, 0, end - start) for start, end in parts)
+    return Step(Layout(dim, lead), links, **{"action": "plain", **extra})

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fx_approx.core.hooks import is_hooked
 from fx_approx.core.layer_types import layer_type
-from fx_approx.core.plan_effects import Values
+from fx_approx.core.values import Values
 from fx_approx.passes.aliasing import changed_for_others
 from fx_approx.passes.channel_flow import Flow, Handler, Step
 from fx_approx.passes.channel_spaces import Restart

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from fx_approx.core.layer_types import layer_type
-from fx_approx.passes.channel_flow import Flow, Handler, Link, Step, first
+from fx_approx.passes.channel_flow import Flow, Handler, Link, Step, argument, first, through
 from fx_approx.passes.channel_spaces import Layout
-from fx_approx.passes.reshape_rules import argument, through
 
 
 def pointwise(flow: Flow, node: fx.Node) -> Step | None:

@@ -16,8 +16,7 @@ from fx_approx.capture.records import SECTION, Capture, owner
 from fx_approx.core.candidates import Candidate, Frontend
 from fx_approx.core.hooks import is_hooked
 from fx_approx.core.layer_types import FUSED_LAYERS, PRODUCT_LAYERS, layer_type
-from fx_approx.ops.base import OPS, ProductOp, Unsupported, find_op
-from fx_approx.ops.layer_arguments import op_kwargs_of
+from fx_approx.ops.base import OPS, ProductOp, Unsupported, find_op, op_kwargs_of
 
 META_KEY = "fx_approx"
 

@@ -11,11 +11,10 @@ from torch import Tensor, fx, nn
 
 from fx_approx._compat import BatchNormBase, TransposedBase
 from fx_approx.core.layer_types import channels_of
-from fx_approx.passes.channel_flow import Flow, Step, first
+from fx_approx.passes.channel_flow import Flow, Step, argument, first, fold, through
 from fx_approx.passes.channel_spaces import Layout, Segment
 from fx_approx.passes.elementwise_rules import combine, has_batch, pointwise
 from fx_approx.passes.find_candidates import attribute, why_not
-from fx_approx.passes.reshape_rules import argument, fold, through
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _CONVOLUTION_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -26,14 +26,14 @@ from fx_approx.ops.channel_slices import (
 from fx_approx.ops.narrow_calls import NARROW_CALLS, SLICED_CONVOLUTIONS
 from fx_approx.ops.sliced_linear import sliced_linear
 from fx_approx.passes.aliasing import can_tap_relu, is_changed
-from fx_approx.passes.channel_flow import AS_ANOTHER, Flow, asks_sizes, first
+from fx_approx.passes.channel_flow import AS_ANOTHER, Flow, argument, asks_sizes, first
 from fx_approx.passes.channel_liveness import Demand
 from fx_approx.passes.channel_spaces import Layout
 from fx_approx.passes.find_candidates import attribute
 from fx_approx.passes.gradient_readers import asked_inside, handed_out
 from fx_approx.passes.graph_head import GraphHead
 from fx_approx.passes.layer_rules import CONVOLUTIONS
-from fx_approx.passes.reshape_rules import argument, spelled_out
+from fx_approx.passes.reshape_rules import spelled_out
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.layers import swap
 from fx_approx.runtime.narrow_layers import swap_channelwise

@@ -11,37 +11,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fx_approx._compat import native_pad, tree_leaves
-from fx_approx.passes.channel_flow import AS_ANOTHER, Flow, Handler, Link, Step, first
+from fx_approx.passes.channel_flow import AS_ANOTHER, Flow, Handler, Link, Step, argument, first, fold, through
 from fx_approx.passes.channel_spaces import Layout, Segment, regroup, stretch
-
-
-def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
-    """An argument of a call, however it is given."""
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
-
-
-def through(source: fx.Node, layout: Layout, dim: int | None = None, **extra: Any) -> Step:
-    """All channels of ``source``, one to one, perhaps along another axis."""
-    count = len(layout.segments)
-    moved = Layout(layout.dim if dim is None else dim, layout.segments)
-    return Step(moved, (Link(source, 0, 0, count),), **{"action": "plain", **extra})
-
-
-def fold(flow: Flow, source: fx.Node, layout: Layout, times: int, dim: int, **extra: Any) -> Step | None:
-    """The axis is ``times`` stretches of the same channels, of which one is left, along ``dim``."""
-    parts = []
-    for part in range(times):
-        ends = stretch(flow.spaces, layout.segments, part * layout.size // times, (part + 1) * layout.size // times)
-        if ends is None:
-            return None
-        parts.append(ends)
-    lead = layout.segments[slice(*parts[0])]
-    for start, end in parts[1:]:
-        if not flow.spaces.align(lead, layout.segments[start:end]):
-            return None
-        flow.spaces.merge(lead, layout.segments[start:end])
-    links = tuple(Link(source, start, 0, end - start) for start, end in parts)
-    return Step(Layout(dim, lead), links, **{"action": "plain", **extra})
 
 
 def _reshape(flow: Flow, node: fx.Node) -> Step | None:

@@ -16,7 +16,7 @@ from fx_approx.capture.fake_model import UNKNOWABLE, FakeModel, NoValuesError, f
 from fx_approx.capture.records import SECTION, Capture, UnfitGraphError
 from fx_approx.core.candidates import CallShapes, GemmShape, ProductFacts, RoleFlops
 from fx_approx.core.flops import measured_flops, role_flops
-from fx_approx.core.plan_effects import Values
+from fx_approx.core.values import Values
 from fx_approx.ops.base import Unsupported
 from fx_approx.passes.find_candidates import META_KEY, CandidateSite
 

@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from fx_approx.passes.aliasing import changes_in_place, same_memory
-from fx_approx.passes.channel_flow import AS_ANOTHER, Flow, asks_sizes, first
-from fx_approx.passes.reshape_rules import RESHAPES, argument
+from fx_approx.passes.channel_flow import AS_ANOTHER, Flow, argument, asks_sizes, first
+from fx_approx.passes.reshape_rules import RESHAPES
 
 _SUMS = (*("sum", "mean", "amax", "amin"), torch.sum, torch.mean, torch.amax, torch.amin)
 

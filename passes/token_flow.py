@@ -15,12 +15,11 @@ import networkx as nx
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fx_approx.core.plan_effects import Values
+from fx_approx.core.values import Values
 from fx_approx.passes.aliasing import changed_for_others
-from fx_approx.passes.channel_flow import Flow, Handler, Step, reads_shape_only
+from fx_approx.passes.channel_flow import Flow, Handler, Step, argument, reads_shape_only
 from fx_approx.passes.channel_rules import find_handler
 from fx_approx.passes.channel_spaces import Layout, Restart
-from fx_approx.passes.reshape_rules import argument
 from fx_approx.passes.token_checks import are_rows
 from fx_approx.passes.token_rules import rule_of_call, rule_of_module
 

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fx_approx.core.layer_types import PRODUCT_LAYERS
-from fx_approx.passes.channel_flow import Flow, Handler, Link, Step, first
+from fx_approx.passes.channel_flow import Flow, Handler, Link, Step, argument, first, through
 from fx_approx.passes.channel_spaces import Layout, stretch
 from fx_approx.passes.elementwise_rules import elementwise
 from fx_approx.passes.layer_rules import CONVOLUTIONS, TRANSPOSED
 from fx_approx.passes.operations import FUNCTIONS, MODULES
-from fx_approx.passes.reshape_rules import RESHAPES, argument, spelled_out, through
+from fx_approx.passes.reshape_rules import RESHAPES, spelled_out
 from fx_approx.passes.token_checks import are_rows
 
 

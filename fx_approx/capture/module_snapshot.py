@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fx_approx.capture.side_effects import containers
 
+_PLAIN = (bool, int, float, str, type(None))
+
 
 class AttributeSnapshot:
     """Attributes of modules and other objects, and what the containers in them hold; values are not copied.
@@ -65,3 +67,19 @@ def kept_training_flags(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextlib.contextmanager
+def kept_values(model: nn.Module) -> Iterator[None]:
+    """Puts buffers and plain attributes back, such as a count of calls."""
+    buffers = TensorSnapshot(model.buffers())
+    plain = [
+        (vars(m), {name: value for name, value in vars(m).items() if isinstance(value, _PLAIN)})
+        for m in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for attributes, before in plain:
+            attributes.update(before)
+        buffers.restore()

@@ -10,8 +10,9 @@ from torch import nn
 from fx_approx.capture.records import Capture
 from fx_approx.core.candidates import Candidate
 from fx_approx.core.plan import Plan
-from fx_approx.core.plan_effects import PlanEffects, Values
+from fx_approx.core.plan_effects import PlanEffects
 from fx_approx.core.token_sampling import TokenSampling
+from fx_approx.core.values import Values
 from fx_approx.passes.channel_flow import Flow
 from fx_approx.passes.channel_liveness import ChannelAnalysis, analyse_channels
 from fx_approx.passes.find_candidates import CandidateSite

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fx_approx.core.candidates import GemmShape, Role
 from fx_approx.ops.gather import channels_last_order
@@ -188,3 +188,8 @@ def ones_like_scores(reference: Tensor, groups: int, pairs: int) -> Tensor:
 def single(selection: Selection) -> tuple[Tensor, Tensor | None]:
     """The indices and scale of a selection with one group."""
     return selection.indices[0], None if selection.scale is None else selection.scale[0]
+
+
+def op_kwargs_of(module: nn.Module, kind: str) -> dict[str, Any]:
+    """The plain arguments of a layer's product that its op names, such as stride and padding."""
+    return {name: getattr(module, name) for name in OPS[kind].kwarg_names}

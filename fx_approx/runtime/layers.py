@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from fx_approx._compat import convolve, padding_of
 from fx_approx.core.candidates import Role
 from fx_approx.core.layer_types import EXACT_CLASS, HELD, layer_type, with_forward
+from fx_approx.ops.base import op_kwargs_of
 from fx_approx.ops.channel_slices import Slices, check_width
 from fx_approx.ops.conv_gradients import sampled_convolution
 from fx_approx.ops.gather import has_channels, select_channels
 from fx_approx.ops.gradient_selection import ProductSampling
-from fx_approx.ops.layer_arguments import op_kwargs_of
 from fx_approx.ops.linear import linear
 from fx_approx.ops.sliced_linear import sliced_linear
 from fx_approx.runtime.selector import Site

@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from torch import nn
 
 from fx_approx._compat import DropoutBase
-from fx_approx.capture.module_snapshot import TensorSnapshot
+from fx_approx.capture.module_snapshot import kept_values
 from fx_approx.capture.trace import kept_random_state
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict
 from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.repeatable import Randomness
-
-_PLAIN = (bool, int, float, str, type(None))
 
 
 @contextlib.contextmanager
@@ -52,22 +50,6 @@ def _undone(approx: ApproxModule) -> Iterator[None]:
             for selector, on in switches:
                 selector.enabled = on
             load_sampler_state_dict(approx, state)
-
-
-@contextlib.contextmanager
-def kept_values(model: nn.Module) -> Iterator[None]:
-    """Puts buffers and plain attributes back, such as a count of calls."""
-    buffers = TensorSnapshot(model.buffers())
-    plain = [
-        (vars(m), {name: value for name, value in vars(m).items() if isinstance(value, _PLAIN)})
-        for m in model.modules()
-    ]
-    try:
-        yield
-    finally:
-        for attributes, before in plain:
-            attributes.update(before)
-        buffers.restore()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ from typing import Any
 
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.flops import Kept, kept_bytes, kept_pairs, sliced_bytes
-from fx_approx.core.plan_effects import Axis, Operation, PlanEffects, entries, nbytes
+from fx_approx.core.plan_effects import Axis, Operation, PlanEffects, entries
+from fx_approx.core.values import nbytes
 from fx_approx.sampling.base import get_sampler
 from fx_approx.sampling.scores import get_score
 from fx_approx.sampling.spec import SamplerConfig

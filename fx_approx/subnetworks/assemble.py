@@ -15,32 +15,17 @@ from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.exact import exact_copy
 from fx_approx.subnetworks.comparing import Call, differs, recorded
-from fx_approx.subnetworks.graph_form import Serves, graph_module, run_by_graph
+from fx_approx.subnetworks.graph_form import graph_module, run_by_graph
+from fx_approx.subnetworks.model_parts import Part
 from fx_approx.subnetworks.narrowing import Narrowing
 from fx_approx.subnetworks.own_class import fit_attributes
 from fx_approx.subnetworks.record import tensors_of
-from fx_approx.subnetworks.specialize import Specialised
 from fx_approx.subnetworks.wide_values import WideValues
 
 Forms = dict[str, bool | None]
 """By path of a part, the form it has: None for a graph; else Python, and whether values that it splits are wide."""
 
 _NO_EXAMPLE = "no example_inputs were given, to see whether the model's own Python serves"
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """The model, or a section of it.
-
-    Attributes:
-        path: Of the module; "" for the model.
-        made: Its graph.
-        serves: Which calls the graph serves.
-    """
-
-    path: str
-    made: Specialised
-    serves: Serves
 
 
 @dataclasses.dataclass(frozen=True)

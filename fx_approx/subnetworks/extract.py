@@ -8,23 +8,20 @@ from typing import Any
 
 from torch import nn
 
-from fx_approx.capture.split_sections import split
 from fx_approx.capture.trace import skeleton
 from fx_approx.compiler.graph_view import extractor
-from fx_approx.runtime.approx_module import ApproxModule, find
+from fx_approx.runtime.approx_module import find
 from fx_approx.runtime.exact import exact_copy
-from fx_approx.runtime.graph_program import PROLOGUE
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.upcoming import further_selectors
 from fx_approx.sampling.base import Selection
-from fx_approx.subnetworks.assemble import Part, assembled
+from fx_approx.subnetworks.assemble import assembled
 from fx_approx.subnetworks.description import origin_of
 from fx_approx.subnetworks.from_backend import extract_from_backend
-from fx_approx.subnetworks.graph_form import Serves
 from fx_approx.subnetworks.narrowing import Narrowing
 from fx_approx.subnetworks.record import ModelReference, Subnetwork, attach, identity_of, versions_of
+from fx_approx.subnetworks.sections import parts_of
 from fx_approx.subnetworks.selections import selections_of
-from fx_approx.subnetworks.specialize import Chosen, handed, specialise
 
 
 def extract(
@@ -93,34 +90,3 @@ def extract(
 def _extracted(approx: nn.Module, example: Any) -> nn.Module:
     """What a policy for subnetworks has timed."""
     return extract(approx, example_inputs=example)
-
-
-def _placed(approx: ApproxModule, chosen: tuple[Selection | None, ...]) -> Chosen:
-    outside, inside = further_selectors(approx)
-    ahead = len(chosen) - len(outside) - len(inside)
-    behind = ahead + len(outside)
-    return Chosen(
-        chosen[:ahead],
-        dict(zip(outside, chosen[ahead:behind], strict=True)),
-        dict(zip(inside, chosen[behind:], strict=True)),
-    )
-
-
-def parts_of(approx: ApproxModule, narrowing: Narrowing, selections: tuple[Selection | None, ...]) -> list[Part]:
-    """The specialised graph of the model, or of each of its sections; none where nothing could be traced."""
-    chosen = _placed(approx, selections)
-    program = approx._fx_approx.program
-    captured, graph = program.capture, program.graph
-    if graph is None:
-        specialise({}, approx, narrowing, (), chosen)
-        return []
-    if not captured.sections:
-        made = specialise({"": graph}, approx, narrowing, (), chosen)
-        return [Part("", made[""], Serves(captured.form, captured.guard, bool(captured.branching)))]
-    head, own = split(graph, len(captured.sections), PROLOGUE)
-    graphs = {section.path: part for section, part in zip(captured.sections, own, strict=True)}
-    made = specialise(graphs, approx, narrowing, handed(head, chosen.ahead), chosen)
-    return [
-        Part(section.path, made[section.path], Serves(section.form, section.guard, bool(each.branching)))
-        for section, each in zip(captured.sections, captured.each, strict=True)
-    ]

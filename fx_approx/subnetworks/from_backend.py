@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fx_approx.capture.error_text import describe
+from fx_approx.capture.module_snapshot import kept_values
 from fx_approx.capture.trace import kept_random_state, skeleton
 from fx_approx.distributed.agreement import check_chosen
 from fx_approx.errors import UnsupportedError
@@ -19,7 +20,6 @@ from fx_approx.runtime.exact import exact_copy
 from fx_approx.runtime.graph_program import PROLOGUE
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.repeatable import Randomness
-from fx_approx.runtime.snapshot import kept_values
 from fx_approx.runtime.upcoming import next_selections
 from fx_approx.runtime.validation import check_inputs
 from fx_approx.sampling.base import Selection

@@ -13,10 +13,10 @@ from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.sharding import whole_tensor
 from fx_approx.subnetworks.cuts import Cut
+from fx_approx.subnetworks.full_model import full_model
 from fx_approx.subnetworks.record import (
     Subnetwork,
     check_origin,
-    full_model,
     record_of,
     subnetwork_in,
     tensors_of,

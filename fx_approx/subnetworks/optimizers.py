@@ -14,6 +14,7 @@ from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.sharding import is_shard
 from fx_approx.subnetworks.cuts import Cut
+from fx_approx.subnetworks.full_model import full_model
 from fx_approx.subnetworks.moments import (
     State,
     check_moments,
@@ -22,7 +23,7 @@ from fx_approx.subnetworks.moments import (
     put_gradient,
     put_moments,
 )
-from fx_approx.subnetworks.record import Subnetwork, check_origin, full_model, record_of, subnetwork_in
+from fx_approx.subnetworks.record import Subnetwork, check_origin, record_of, subnetwork_in
 
 Rest = Literal["cpu", "keep", "drop"]
 

@@ -10,8 +10,6 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fx_approx._compat import keep_in_copies, version_of
-from fx_approx.runtime.approx_module import find, unwrapped
-from fx_approx.runtime.handle import GraphHandle
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
 
@@ -133,22 +131,6 @@ def record_of(sub: nn.Module) -> Subnetwork:
     """
     record: Subnetwork = vars(subnetwork_in(sub))[RECORD]
     return record
-
-
-def full_model(record: Subnetwork, model: nn.Module | GraphHandle) -> nn.Module:
-    """The full model of a subnetwork in ``model``: the transformed one, or the user's own that a backend compiles.
-
-    Raises:
-        TypeError: ``model`` is no module, and no backend whose graphs the subnetwork was cut out of.
-        ValueError: It is not transformed, or the backend has compiled no model, or several.
-    """
-    if not record.graphs:
-        return find(model)  # type: ignore[arg-type]
-    if isinstance(model, GraphHandle):
-        return model.model("a subnetwork")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected the model that the backend compiles, or the backend, got {model!r}")
-    return unwrapped(model)
 
 
 def check_origin(record: Subnetwork, model: nn.Module) -> None:

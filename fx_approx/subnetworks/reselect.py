@@ -16,18 +16,18 @@ from fx_approx.runtime.sharding import fill
 from fx_approx.runtime.upcoming import use_up
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.assemble import index_tensors
-from fx_approx.subnetworks.extract import parts_of
 from fx_approx.subnetworks.from_backend import recut_from_backend
+from fx_approx.subnetworks.full_model import full_model
 from fx_approx.subnetworks.narrowing import Narrowing
 from fx_approx.subnetworks.record import (
     Subnetwork,
     check_origin,
-    full_model,
     record_of,
     subnetwork_in,
     tensors_of,
     versions_of,
 )
+from fx_approx.subnetworks.sections import parts_of
 from fx_approx.subnetworks.selections import Selections, selections_of
 
 

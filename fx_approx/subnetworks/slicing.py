@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from fx_approx._compat import padding_of
 from fx_approx.core.layer_types import PRODUCT_LAYERS, layer_type
-from fx_approx.ops.layer_arguments import op_kwargs_of
+from fx_approx.ops.base import op_kwargs_of
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.part_layers import take_columns

@@ -20,6 +20,7 @@ from fx_approx.ops.sliced_linear import sliced_linear
 from fx_approx.runtime.graph_program import PROLOGUE
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.cuts import Cut
+from fx_approx.subnetworks.model_parts import Specialised
 from fx_approx.subnetworks.narrowing import Narrowing, SeveralError
 from fx_approx.subnetworks.parts import take_part
 from fx_approx.subnetworks.slicing import Slicing
@@ -67,23 +68,6 @@ class Chosen:
     further: Mapping[str, Selection | None]
 
 
-@dataclasses.dataclass
-class Specialised:
-    """A graph without selections.
-
-    Attributes:
-        graph: It computes the same; targets are paths in the model.
-        tensors: By target, the indices and constants that it reads beside the model's own tensors.
-        parts: Each node that reads a part of a wide value, with what it reads, and whether the value has everything.
-        hints: What may keep the model's own Python from computing the same.
-    """
-
-    graph: fx.Graph
-    tensors: dict[str, Tensor]
-    parts: dict[fx.Node, tuple[Selection, bool]]
-    hints: list[str]
-
-
 def specialise(
     graphs: Mapping[str, fx.Graph],
     full: nn.Module,
@@ -113,21 +97,6 @@ def specialise(
             return made
         except SeveralError as error:  # it stays whole, and the graphs slice it
             narrowing.begin_anew(error.source)
-
-
-def handed(head: fx.Graph, chosen: Sequence[Any]) -> list[Any]:
-    """What the head of the sections hands out, see :mod:`fx_approx.capture.split_sections`."""
-    made: dict[fx.Node, Any] = {}
-    for node in head.nodes:
-        if node.op == "call_module":
-            made[node] = chosen
-        elif node.target is operator.getitem:
-            made[node] = made[node.args[0]][node.args[1]]
-        elif node.op == "output":
-            return [made[one] for one in node.args[0]]
-        else:
-            made[node] = None
-    return []
 
 
 class _Specializer:

@@ -15,9 +15,9 @@ from fx_approx._compat import children_of
 from fx_approx.core.layer_types import PRODUCT_LAYERS, layer_type
 from fx_approx.ops.channel_slices import spread
 from fx_approx.sampling.base import Selection
+from fx_approx.subnetworks.model_parts import Specialised
 from fx_approx.subnetworks.narrowing import Narrowing
 from fx_approx.subnetworks.part_layers import PartLayer, make_heads_attention, make_part_layer
-from fx_approx.subnetworks.specialize import Specialised
 
 _ASK = (getattr, "size", "dim", len)
 _SPLIT = (torch.split, torch.chunk, "split", "chunk", "narrow")

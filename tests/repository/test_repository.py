@@ -14,10 +14,11 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import networkx
 import pytest
 import torch
 from torch import fx, nn
@@ -115,6 +116,7 @@ def _has_private(path: str) -> bool:
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_LINES = 600
+MAX_CHAIN = 17
 
 # A path that exists on one machine only; the look-behind keeps URLs and relative paths out.
 MACHINE_PATH = re.compile(r"(?<![\w.~:/-])/(?:home|root|Users|work|opt|mnt|tmp|private)/\w|\b[A-Z]:\\\w")
@@ -244,6 +246,36 @@ def test_every_pass_reads_only_what_was_found_before() -> None:
 
 def _found(passes: tuple[Pass[Any], ...]) -> tuple[str, ...]:
     return tuple(name for one in passes for name in one.writes)
+
+
+def test_imports_are_acyclic_and_their_chains_short() -> None:
+    chain = longest_chain({name: path.read_text(encoding="utf-8") for name, path in package_sources().items()})
+    assert len(chain) <= MAX_CHAIN, " imports ".join(chain)
+
+
+def test_a_chain_is_followed_through_all_forms_of_import() -> None:
+    sources = {
+        "fx_approx": "from fx_approx.a import x",
+        "fx_approx.a": "import fx_approx.b",
+        "fx_approx.b": "from fx_approx import c",
+        "fx_approx.c": "def f():\n    from fx_approx.d.e import g",
+        "fx_approx.d": "import torch",
+        "fx_approx.d.e": "",
+    }
+    assert longest_chain(sources) == [f"fx_approx{name}" for name in ("", ".a", ".b", ".c", ".d.e")]
+
+
+def longest_chain(sources: Mapping[str, str]) -> list[str]:
+    """The modules of the longest chain of imports; NetworkXUnfeasible if there is a circle."""
+    graph: networkx.DiGraph[str] = networkx.DiGraph()
+    for name, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                inside = [f"{node.module}.{alias.name}" for alias in node.names]
+                imported = [one for one in inside if one in sources] or [node.module]
+            graph.add_edges_from((name, one) for one in imported if one in sources and one != name)
+    return list(networkx.dag_longest_path(graph))
 
 
 def test_every_folder_of_the_package_is_in_the_wheel() -> None:

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fx_approx
 from fx_approx.core.candidates import Role, RoleFlops
-from fx_approx.core.plan_effects import entries, nbytes
+from fx_approx.core.plan_effects import entries
+from fx_approx.core.values import nbytes
 from fx_approx.policies import Exact, Override, Uniform
 from fx_approx.savings.rows import Demanded
 from tests.helpers.demand_nets import NETS
