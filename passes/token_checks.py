@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fx_approx.passes.aliasing import changes_in_place, same_memory
-from fx_approx.passes.channel_flow import AS_ANOTHER, Flow, argument, asks_sizes, first
+from fx_approx.passes.channel_flow import AS_ANOTHER, Flow, argument, asks_sizes, first, reads_shape_only
 from fx_approx.passes.reshape_rules import RESHAPES
 
 _SUMS = (*("sum", "mean", "amax", "amin"), torch.sum, torch.mean, torch.amax, torch.amin)
@@ -98,7 +98,7 @@ def misread(
 def _behind(flow: Flow, start: fx.Node) -> set[fx.Node]:
     found = {start}
     for node in flow.graph.nodes:
-        if node.name in flow.values.shapes and any(source in found for source in node.all_input_nodes):
+        if any(source in found and not reads_shape_only(node, source) for source in node.all_input_nodes):
             found.add(node)
     return found - {start}
 

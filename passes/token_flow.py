@@ -254,8 +254,7 @@ def _below(graph: fx.Graph, flow: Flow, origin: fx.Node) -> nx.DiGraph:
     below.add_node(origin)
     for node in graph.nodes:
         for source in node.all_input_nodes:
-            made = node.op != "output" and node.name in flow.values.shapes
-            if source in below and made and not reads_shape_only(node, source):
+            if source in below and node.op != "output" and not reads_shape_only(node, source):
                 below.add_edge(source, node)
     for node in list(below):
         if isinstance(node, fx.Node) and not below.succ[node]:

@@ -29,6 +29,7 @@ class Model(nn.Module):
         self.embed, self.blocks = nn.Linear(5, WIDTH), nn.ModuleList(Block("plain") for _ in range(4))
         self.inner, self.head, self.index = inner, head, None
         self.table, self.up = nn.Parameter(torch.randn(TOKENS, TOKENS)), nn.Linear(WIDTH, WIDTH)
+        self.lstm = nn.LSTM(WIDTH, WIDTH, batch_first=True)
 
     def forward(self, x: Tensor, there: Tensor | None = None) -> Any:
         x, hidden, table = self.blocks[0](self.embed(x)), None, self.table * 1
@@ -142,9 +143,16 @@ def moving_bias(model: Model, x: Tensor, block: Any, table: Tensor) -> Tensor:
     return x
 
 
+def recurrent(model: Model, x: Tensor, block: Any, table: Tensor) -> Tensor:
+    output: Tensor = model.lstm(x)[0]
+    return x + output
+
+
 @pytest.mark.parametrize(
     ("inner", "head", "reason"),
     [
+        (recurrent, None, "lstm mixes positions"),
+        (None, lambda x, there, hidden: x.sum(1) / (x.numel() / 48), "numel reads every position"),
         (None, lambda x, there, hidden: x.sum(1) / x.shape[1], "computes with the number of tokens"),
         (lambda m, x, b, t: x * (1 + 1 / x.size(1)), None, "computes with the number of tokens"),
         (lambda m, x, b, t: x / x.shape[:-1][1], None, "computes with the number of tokens"),
@@ -158,7 +166,7 @@ def moving_bias(model: Model, x: Tensor, block: Any, table: Tensor) -> Tensor:
         (shifted, None, "tokens at different places are combined"),
         (moving_bias, None, "in place, which goes along with the tokens"),
     ],
-    ids=["mean", "scale", "sizes", "masked", "hidden", "places", "shift", "moving"],
+    ids=["recurrence", "numel", "mean", "scale", "sizes", "masked", "hidden", "places", "shift", "moving"],
 )
 def test_it_stops_with_a_reason(inner: Any, head: Any, reason: str) -> None:
     model, x, there = Model(inner, head).double(), examples(), torch.ones(3, TOKENS, dtype=torch.float64)
