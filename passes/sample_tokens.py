@@ -31,6 +31,7 @@ from fx_approx.passes.channel_spaces import Layout
 from fx_approx.passes.reshape_rules import spelled_out
 from fx_approx.passes.token_checks import Sum, are_rows, is_sized_once, misread, spelled_slice, sums_along
 from fx_approx.passes.token_flow import Block, TokenStream
+from fx_approx.passes.token_words import place
 from fx_approx.runtime.graph_program import PROLOGUE
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.token_selection import TokenSelection
@@ -80,7 +81,7 @@ def choose_stretches(streams: Iterable[TokenStream], sampling: TokenSampling) ->
     found: list[TokenStretch] = []
     reasons: list[str] = []
     for stream in streams:
-        dropped, why = (None, "") if sampling.mode == "skip" else _drop(stream, sampling)
+        dropped, why = (None, "") if sampling.mode == "skip" else drop(stream, sampling)
         if dropped is not None:
             made, more = [dropped], []
         elif sampling.mode == "drop":
@@ -90,18 +91,19 @@ def choose_stretches(streams: Iterable[TokenStream], sampling: TokenSampling) ->
         reasons += more
         for one in made:
             if any(one.inside & other.inside for other in found if other.stream is not stream):
-                reasons.append(f"{stream.origin.name}: its tokens are combined with those of another stack")
+                reasons.append(f"{place(stream.origin)}: its tokens are combined with those of another stack")
             else:
                 found.append(one)
     return found, reasons
 
 
-def _drop(stream: TokenStream, sampling: TokenSampling) -> tuple[TokenStretch | None, str]:
+def drop(stream: TokenStream, sampling: TokenSampling) -> tuple[TokenStretch | None, str]:
+    """The stretch from which on tokens are dropped, or why they cannot be."""
     blocks = stream.blocks[sampling.first :]
     if not blocks:
         return (
             None,
-            f"{stream.origin.name}: it has {len(stream.blocks)} blocks, and the first {sampling.first} are whole",
+            f"{place(stream.origin)}: it has {len(stream.blocks)} blocks, and the first {sampling.first} are whole",
         )
     inside = frozenset().union(*(block.inside for block in blocks), stream.tail)
     flow, start = stream.flow, blocks[0].start
@@ -109,39 +111,39 @@ def _drop(stream: TokenStream, sampling: TokenSampling) -> tuple[TokenStretch | 
     stops = itertools.chain(
         (stop for block in blocks for stop in block.stops),
         stream.needs,
-        (f"the model puts out all positions of {node.name}" for node in inside if _is_output(node)),
+        (f"the model puts out all positions of {place(node)}" for node in inside if _is_output(node)),
         _odd(flow, inside),
         misread(flow, start, inside, sums),
     )
     if why := next(iter(stops), ""):
-        return None, f"{stream.origin.name}: tokens cannot be dropped: {why}"
-    space = _sampled(stream, inside)
+        return None, f"{place(stream.origin)}: tokens cannot be dropped: {why}"
+    space = sampled_space(stream, inside)
     if space is None or not is_sized_once(flow, start):
-        return None, f"{stream.origin.name}: tokens cannot be dropped: tokens at different places are combined"
+        return None, f"{place(stream.origin)}: tokens cannot be dropped: tokens at different places are combined"
     if not all(_stays(stream.flow, node, space) for node in stream.flow.steps):
-        return None, f"{stream.origin.name}: tokens cannot be dropped: single ones are read between others"
+        return None, f"{place(stream.origin)}: tokens cannot be dropped: single ones are read between others"
     return TokenStretch(stream, start, None, inside, space, sums), ""
 
 
 def _skip(stream: TokenStream, sampling: TokenSampling) -> tuple[list[TokenStretch], list[str]]:
     blocks = stream.blocks[sampling.first : len(stream.blocks) - sampling.last]
-    name = stream.origin.name
+    name = place(stream.origin)
     if not blocks:
         whole = f"the first {sampling.first} and the last {sampling.last} are whole"
         return [], [f"{name}: it has {len(stream.blocks)} blocks, and {whole}"]
     runs: list[list[Block]] = [[]]
     reasons = []
     for block in blocks:
-        why = _unfit(stream.flow, block)
+        why = unfit(stream.flow, block)
         if why:
-            reasons.append(f"{name}: {block.end.name} is computed whole: {why}")
+            reasons.append(f"{block.name}: it is computed whole: {why}")
             runs.append([])
         else:
             runs[-1].append(block)
             if _is_output(block.end):
                 runs.append([])
     parts = [[block] for run in runs for block in run] if sampling.per_layer else [run for run in runs if run]
-    space = _sampled(stream, frozenset())
+    space = sampled_space(stream, frozenset())
     if space is None or not all(is_sized_once(stream.flow, part[0].start) for part in parts):
         return [], [*reasons, f"{name}: tokens at different places are combined"]
     found = [
@@ -151,7 +153,7 @@ def _skip(stream: TokenStream, sampling: TokenSampling) -> tuple[list[TokenStret
     return found, reasons
 
 
-def _unfit(flow: Flow, block: Block) -> str:
+def unfit(flow: Flow, block: Block) -> str:
     """Why tokens cannot pass a block by; empty if they can."""
     first, last = flow.layout(block.start), flow.layout(block.end)
     if block.stops:
@@ -168,7 +170,7 @@ def _is_output(node: fx.Node) -> bool:
 def _odd(flow: Flow, inside: frozenset[fx.Node]) -> list[str]:
     """What in a stretch cannot be made to work on some tokens."""
     return [
-        f"{node.name} has parameters or sizes for each token"
+        f"{place(node)} has parameters or sizes for each token"
         for node in inside
         if flow.steps[node].action not in _ACTIONS
         or (node.target in AS_ANOTHER and node.op == "call_method" and node.args[1] not in inside)
@@ -176,7 +178,7 @@ def _odd(flow: Flow, inside: frozenset[fx.Node]) -> list[str]:
     ]
 
 
-def _sampled(stream: TokenStream, inside: frozenset[fx.Node]) -> int | None:
+def sampled_space(stream: TokenStream, inside: frozenset[fx.Node]) -> int | None:
     """The space of which tokens may be left out: the longest that no one picks single tokens of."""
     flow = stream.flow
     picked = {

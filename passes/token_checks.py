@@ -17,6 +17,7 @@ from torch import fx
 from fx_approx.passes.aliasing import changes_in_place, same_memory
 from fx_approx.passes.channel_flow import AS_ANOTHER, Flow, argument, asks_sizes, first, reads_shape_only
 from fx_approx.passes.reshape_rules import RESHAPES
+from fx_approx.passes.token_words import place
 
 _SUMS = (*("sum", "mean", "amax", "amin"), torch.sum, torch.mean, torch.amax, torch.amin)
 
@@ -41,12 +42,12 @@ class Sum:
 def sums_along(flow: Flow, start: fx.Node, inside: Iterable[fx.Node]) -> tuple[Sum, ...]:
     """The sums over values that go along, where the tokens do not come back."""
     among = set(inside)
-    place = {node: at for at, node in enumerate(flow.graph.nodes)}
+    order = {node: at for at, node in enumerate(flow.graph.nodes)}
     found = []
     for rider, ways in _riders(flow, among).items():
         axes = {axis for axis, _ in ways}
         for user in rider.users if len(axes) == 1 else ():
-            if user in among or place[user] < place[start] or first(user) is not rider or user.target not in _SUMS:
+            if user in among or order[user] < order[start] or first(user) is not rider or user.target not in _SUMS:
                 continue
             if _sums_over(flow, user, ways[0][0]):
                 found.append(Sum(user, rider, *ways[0]))
@@ -90,7 +91,7 @@ def misread(
         if node in among:
             yield from _as_wide(node, among)
             if flow.steps[node].follow and _in_blocks(flow, node):
-                yield f"{node.name} reads values for tokens and examples together"
+                yield f"{place(node)} reads values for tokens and examples together"
     yield from _changed(flow, start, riders)
     yield from _summed(flow, start, {*riders, *(one.node for one in sums or ())}, behind)
 
@@ -109,7 +110,7 @@ def _counted(flow: Flow, start: fx.Node, node: fx.Node) -> Iterator[str]:
         return
     for operand in node.all_input_nodes:
         if operand.name not in flow.values.shapes and _counts_tokens(flow, start, operand):
-            yield f"{node.name} computes with the number of tokens"
+            yield f"{place(node)} computes with the number of tokens"
             return
 
 
@@ -147,7 +148,7 @@ def _as_wide(node: fx.Node, inside: set[fx.Node]) -> Iterator[str]:
     """Another value that is made as large as one of which some tokens are there."""
     for user in node.users:
         if user.op == "call_method" and user.target in AS_ANOTHER and user not in inside and user.args[0] is not node:
-            yield f"{user.name} takes its size from {node.name}"
+            yield f"{place(user)} takes its size from {place(node)}"
 
 
 def _in_blocks(flow: Flow, node: fx.Node) -> bool:
@@ -157,12 +158,12 @@ def _in_blocks(flow: Flow, node: fx.Node) -> bool:
 
 def _changed(flow: Flow, start: fx.Node, riders: Iterable[fx.Node]) -> Iterator[str]:
     """What goes along with the tokens is gathered once, so it must stay as it is."""
-    place = {node: at for at, node in enumerate(flow.graph.nodes)}
+    order = {node: at for at, node in enumerate(flow.graph.nodes)}
     for rider in riders:
         for value in same_memory(flow, rider):
             for user in value.users:
-                if first(user) is value and place[user] > place[start] and changes_in_place(flow, user):
-                    yield f"{user.name} changes {rider.name} in place, which goes along with the tokens"
+                if first(user) is value and order[user] > order[start] and changes_in_place(flow, user):
+                    yield f"{place(user)} changes {place(rider)} in place, which goes along with the tokens"
 
 
 def _summed(flow: Flow, start: fx.Node, riders: Iterable[fx.Node], behind: set[fx.Node]) -> Iterator[str]:
@@ -177,7 +178,7 @@ def _summed(flow: Flow, start: fx.Node, riders: Iterable[fx.Node], behind: set[f
         if not known or _times(flow, node, tokens.size) >= max(_times(flow, one, tokens.size) for one in known):
             continue
         if any(user in behind for user in _beside(flow, node, along, behind)):
-            yield f"{node.name} is made of all tokens' entries of what goes along with them"
+            yield f"{place(node)} is made of all tokens' entries of what goes along with them"
 
 
 def _family(flow: Flow, along: set[fx.Node], tokens: int, behind: set[fx.Node]) -> set[fx.Node]:

@@ -15,6 +15,7 @@ import networkx as nx
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fx_approx.capture.records import owner
 from fx_approx.core.values import Values
 from fx_approx.passes.aliasing import changed_for_others
 from fx_approx.passes.channel_flow import Flow, Handler, Step, argument, reads_shape_only
@@ -22,9 +23,10 @@ from fx_approx.passes.channel_rules import find_handler
 from fx_approx.passes.channel_spaces import Layout, Restart
 from fx_approx.passes.token_checks import are_rows
 from fx_approx.passes.token_rules import rule_of_call, rule_of_module
+from fx_approx.passes.token_words import block_names, kind, place, unseen_attention
 
 _OUTPUT = "output"
-_NOWHERE = "no value before it has its tokens along one axis"
+_NOWHERE = "no value before it has its tokens along one axis, as where attention is in windows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +38,14 @@ class Block:
         end: The cut value behind it.
         inside: All values that are computed between, ``end`` included.
         stops: Why it cannot run on some tokens only; empty if it can.
+        name: The module that it is.
     """
 
     start: fx.Node
     end: fx.Node
     inside: frozenset[fx.Node]
     stops: tuple[str, ...]
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +97,10 @@ def find_tokens(root: nn.Module, graph: fx.Graph, values: Values, keep: int = 0)
                 break
         if found is None:
             why = "no value between the layers holds all that follows" if known else _NOWHERE
-            reasons.append(f"{node.name}: {why}")
+            reasons.append(f"{owner(node) or place(node)}: {why}")
     if not seen:
-        reasons.append("no attention (torch.nn.functional.scaled_dot_product_attention) is in the graph")
+        nothing = "no attention that can be followed (torch.nn.functional.scaled_dot_product_attention) is in the graph"
+        reasons.append("; ".join(filter(None, [nothing, unseen_attention(graph)])))
     return streams, reasons
 
 
@@ -190,7 +195,7 @@ def _flow(
 
 def _handle(flow: Flow, node: fx.Node) -> Step | None:
     if seen := changed_for_others(flow, node):
-        flow.stopped[node] = f"{node.name} changes in place what others read"
+        flow.stopped[node] = f"{place(node)} changes in place what others read"
         if not seen <= flow.spaces.dead:
             flow.spaces.dead |= seen
             raise Restart
@@ -213,20 +218,22 @@ def _stream(
     position = {node: place for place, node in enumerate(graph.nodes)}
     marks: list[fx.Node] = []
     for attention in below:
-        if not isinstance(attention, fx.Node) or not _attends_itself(flow, attention):
+        if not isinstance(attention, fx.Node) or not attends_itself(flow, attention):
             continue
         before = [cut for cut in cuts if position[cut] < position[attention]]
         if before and before[-1] not in marks:
             marks.append(before[-1])
     blocks = []
-    for place, start in enumerate(marks):
+    for number, start in enumerate(marks):
         # The last block ends at the first cut value behind all that its residual stream takes up.
-        end = marks[place + 1] if place + 1 < len(marks) else _last(flow, cuts, start, position)
+        end = marks[number + 1] if number + 1 < len(marks) else _last(flow, cuts, start, position)
         if end is not None and end is not start:
             inside = _between(below, start, end)
             blocks.append(Block(start, end, inside, tuple(_stops(flow, inside, end))))
     if not blocks:
         return None
+    names = block_names([_first_attention(flow, block.inside) for block in blocks], [list(b.inside) for b in blocks])
+    blocks = [dataclasses.replace(block, name=name) for block, name in zip(blocks, names, strict=True)]
     reached = {one for one in nx.descendants(below, blocks[-1].end) if isinstance(one, fx.Node)}
     tail = frozenset(one for one in reached if flow.layout(one) is not None)
     needs = tuple(dict.fromkeys(_needs(flow, {blocks[-1].end, *tail})))
@@ -234,7 +241,12 @@ def _stream(
     return TokenStream(flow, origin, kept, tuple(blocks), tail, needs)
 
 
-def _attends_itself(flow: Flow, node: fx.Node) -> bool:
+def _first_attention(flow: Flow, inside: frozenset[fx.Node]) -> fx.Node:
+    found: fx.Node = next(node for node in flow.graph.nodes if node in inside and attends_itself(flow, node))
+    return found
+
+
+def attends_itself(flow: Flow, node: fx.Node) -> bool:
     """Whether ``node`` is an attention whose keys are tokens of the queries' stack."""
     return node.target is F.scaled_dot_product_attention and flow.layout(argument(node, 1, "key")) is not None
 
@@ -281,9 +293,10 @@ def _stops(flow: Flow, inside: frozenset[fx.Node], end: fx.Node) -> Iterable[str
         if node not in inside:
             continue
         if flow.layout(node) is None:
-            yield flow.stopped.get(node, f"{node.name} mixes positions")
+            if any(flow.layout(source) is not None for source in node.all_input_nodes):
+                yield flow.stopped.get(node, f"{place(node)} mixes positions{kind(flow, node)}")
         elif node is not end and any(user.op == "output" for user in node.users):
-            yield f"{node.name} leaves the model, as a cache of keys and values does"
+            yield f"{place(node)} leaves the model, as a cache of keys and values does"
 
 
 def _needs(flow: Flow, values: set[fx.Node]) -> Iterable[str]:
@@ -297,4 +310,4 @@ def _needs(flow: Flow, values: set[fx.Node]) -> Iterable[str]:
             if user.op == "output":
                 yield "the model puts out every position"
             elif flow.layout(user) is None and flow.steps[user].action not in ("pick", "pool"):
-                yield f"{user.name} reads every position"
+                yield f"{place(user)} reads every position{kind(flow, user)}"

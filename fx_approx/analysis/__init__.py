@@ -7,6 +7,7 @@ from fx_approx.analysis.noise_report import NoiseReport
 from fx_approx.analysis.scalar_logger import ScalarLogger
 from fx_approx.analysis.selection_timing import selection_time
 from fx_approx.analysis.time_prediction import StepTimeEstimate, estimate_step_time
+from fx_approx.analysis.token_axis import TokenAnalysis, token_axis
 from fx_approx.analysis.verification import Verification, verify
 from fx_approx.savings.report import Explanation, SavingsReport, SelectionTime
 
@@ -17,6 +18,7 @@ __all__ = [
     "ScalarLogger",
     "SelectionTime",
     "StepTimeEstimate",
+    "TokenAnalysis",
     "Verification",
     "coupling_graph",
     "coupling_text",
@@ -25,5 +27,6 @@ __all__ = [
     "gradient_noise",
     "selection_time",
     "sensitivity",
+    "token_axis",
     "verify",
 ]

@@ -11,6 +11,7 @@ from fx_approx.capture.records import Capture
 from fx_approx.core.candidates import Candidate
 from fx_approx.core.plan import Plan
 from fx_approx.core.plan_effects import PlanEffects
+from fx_approx.core.token_axis import TokenStack
 from fx_approx.core.token_sampling import TokenSampling
 from fx_approx.core.values import Values
 from fx_approx.passes.channel_flow import Flow
@@ -18,7 +19,8 @@ from fx_approx.passes.channel_liveness import ChannelAnalysis, analyse_channels
 from fx_approx.passes.find_candidates import CandidateSite
 from fx_approx.passes.plan_effects import find_effects
 from fx_approx.passes.sample_tokens import TokenStretch, choose_stretches
-from fx_approx.passes.token_flow import find_tokens
+from fx_approx.passes.token_flow import TokenStream, find_tokens
+from fx_approx.passes.token_map import map_tokens
 from fx_approx.savings.report import SavingsReport, build_report
 
 
@@ -42,6 +44,9 @@ class Compilation:
     sites: list[CandidateSite] = dataclasses.field(default_factory=list)
     values: Values | None = None
     flow: Flow | None = None
+    _streams: dict[int, tuple[tuple[TokenStream, ...], tuple[str, ...]]] = dataclasses.field(
+        default_factory=dict, init=False
+    )
     _stretches: dict[TokenSampling, tuple[tuple[TokenStretch, ...], tuple[str, ...]]] = dataclasses.field(
         default_factory=dict, init=False
     )
@@ -58,19 +63,36 @@ class Compilation:
     def effects(self, plan: Plan, analysis: ChannelAnalysis, prune_unread: bool) -> PlanEffects:
         """The same as plain data, of every product and value."""
         stretches, _ = self.token_stretches(plan)
-        return find_effects(self.sites, plan, analysis, self.flow, prune_unread, stretches)
+        found = find_effects(self.sites, plan, analysis, self.flow, prune_unread, stretches)
+        if plan.tokens is None:
+            return found
+        return dataclasses.replace(
+            found, blocks=tuple(one for stack in self.token_stacks(plan) for one in stack.blocks)
+        )
+
+    def token_streams(self, keep: int = 0) -> tuple[tuple[TokenStream, ...], tuple[str, ...]]:
+        """The stacks of blocks whose tokens can be followed, and why there are no more; of ``keep`` tokens each."""
+        if self.captured.graph is None or self.captured.sections or self.values is None:
+            return (), ("tokens: the forward is not traced as one graph; use backend=fx_approx.backend(policy)",)
+        if keep not in self._streams:
+            streams, reasons = find_tokens(self.root, self.captured.graph, self.values, keep)
+            self._streams[keep] = tuple(streams), tuple(reasons)
+        return self._streams[keep]
 
     def token_stretches(self, plan: Plan) -> tuple[tuple[TokenStretch, ...], tuple[str, ...]]:
         """The blocks that compute some tokens only under ``plan``, and why there are no more."""
         if plan.tokens is None:
             return (), ()
-        if self.captured.graph is None or self.captured.sections or self.values is None:
-            return (), ("tokens: the forward is not traced as one graph; use backend=fx_approx.backend(policy)",)
         if plan.tokens not in self._stretches:
-            streams, reasons = find_tokens(self.root, self.captured.graph, self.values, plan.tokens.keep)
+            streams, reasons = self.token_streams(plan.tokens.keep)
             found, more = choose_stretches(streams, plan.tokens)
             self._stretches[plan.tokens] = tuple(found), (*reasons, *more)
         return self._stretches[plan.tokens]
+
+    def token_stacks(self, plan: Plan) -> tuple[TokenStack, ...]:
+        """The stacks block by block, with what ``plan`` makes of them."""
+        streams, _ = self.token_streams(0 if plan.tokens is None else plan.tokens.keep)
+        return map_tokens(streams, self.token_stretches(plan)[0], plan.tokens)
 
     def predicted(self, name: str, plan: Plan, prune_unread: bool) -> SavingsReport:
         """The report of ``plan`` before anything is rewritten."""

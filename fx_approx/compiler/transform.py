@@ -226,10 +226,21 @@ def report(model: nn.Module | GraphHandle) -> SavingsReport:
     return dataclasses.replace(built, selection_time=record.selection_time)
 
 
+def analysed(model: nn.Module, example_inputs: Any) -> Compilation:
+    """What the passes find of a model before a policy decides."""
+    check_model(model)
+    return _prepare(model, example_inputs)
+
+
+def analysed_again(approx: ApproxModule) -> Compilation:
+    """The same of a transformed model, or of a graph of a backend, with what it was called with where that is known."""
+    runtime = approx._fx_approx
+    return prepare(exact_copy(approx), runtime.program.capture, runtime.record.called)
+
+
 def _learn(approx: ApproxModule, runtime: Runtime) -> None:
     record = runtime.record
-    assert record.called is not None
-    made = prepare(exact_copy(approx), runtime.program.capture, record.called)
+    made = analysed_again(approx)
     record.candidates = made.candidates
     record.effects = made.effects(record.plan, record.analysis, False)
     record.learnt = True

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import networkx as nx
 
 from fx_approx.core.candidates import Shape
+from fx_approx.core.token_axis import TokenBlock
 from fx_approx.core.token_sampling import TokenSampling
 from fx_approx.core.values import Values
 from fx_approx.sampling.spec import SamplerConfig
@@ -137,6 +138,7 @@ class PlanEffects:
         hoisted: What is not demanded is not computed.
         packs: The signs of a tapped ReLU take one bit each, and not a byte.
         tokens: The stretches of blocks that compute some tokens only.
+        blocks: The blocks of a model whose plan samples tokens, with how many they compute, and why.
     """
 
     classes: tuple[SelectionGroup, ...] = ()
@@ -148,6 +150,7 @@ class PlanEffects:
     hoisted: bool = False
     packs: bool = False
     tokens: tuple[TokenShare, ...] = ()
+    blocks: tuple[TokenBlock, ...] = ()
 
 
 def tied(effects: PlanEffects, names: Sequence[str]) -> list[tuple[str, ...]]:

@@ -31,6 +31,7 @@ from fx_approx.savings.rows import (
     shape_text,
     total_cells,
 )
+from fx_approx.savings.token_rows import TokenRow, token_lines, token_rows
 from fx_approx.utils.tables import DEMAND, NARROWER, checked, human, table
 
 __all__ = ["Explanation", "Row", "Sample", "SavingsReport", "SelectionTime", "Totals", "build_report", "merged_reports"]
@@ -53,6 +54,8 @@ class SavingsReport:
         stops: Where demand or sharing stopped, and why: ``name of the graph's node: reason``, for each value that is
             computed whole although some reader wants a part of it only.
         selection_time: What choosing costs, where :func:`fx_approx.analysis.selection_time` was called before.
+        tokens: How many tokens each block of a transformer computes, and why, where the plan samples tokens.
+        token_notes: Why there are no more such blocks, and which of them compute all.
     """
 
     model: str
@@ -61,6 +64,8 @@ class SavingsReport:
     notes: tuple[str, ...] = ()
     stops: tuple[str, ...] = ()
     selection_time: SelectionTime | None = None
+    tokens: tuple[TokenRow, ...] = ()
+    token_notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The table for a terminal."""
@@ -121,7 +126,8 @@ class SavingsReport:
         }
         time = None if self.selection_time is None else dataclasses.asdict(self.selection_time)
         parts = {"notes": list(self.notes), "stops": list(self.stops), "selection_time": time}
-        return {"model": self.model, "rows": rows, "totals": totals, **parts}
+        tokens = {"tokens": [dataclasses.asdict(row) for row in self.tokens], "token_notes": list(self.token_notes)}
+        return {"model": self.model, "rows": rows, "totals": totals, **parts, **tokens}
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent)
@@ -157,7 +163,8 @@ class SavingsReport:
         lines[2:2] = self._demand()
         if self.selection_time is not None:
             lines.append(str(self.selection_time))
-        return "\n".join([*lines, *self._bytes(), *self._coverage(), *self._stopped(), *self.notes])
+        tokens = token_lines(self.tokens, self.token_notes)
+        return "\n".join([*lines, *self._bytes(), *self._coverage(), *self._stopped(), *tokens, *self.notes])
 
     def _demand(self) -> list[str]:
         totals, lines = self.totals, []
@@ -272,7 +279,17 @@ def build_report(
     if len(known) < len(rows):
         why = "fake tensors do not get there" if tried else "give example_inputs, or run one eager forward"
         notes.append(f"{len(rows) - len(known)} of {len(rows)} rows without shapes, not in the totals: {why}.")
-    return SavingsReport(model, tuple(rows), totals, tuple(notes), (*effects.stops, *effects.notes, *token_notes))
+    known_tokens = token_rows(effects, tokens)
+    named = {row.block for row in known_tokens}
+    return SavingsReport(
+        model,
+        tuple(rows),
+        totals,
+        tuple(notes),
+        (*effects.stops, *effects.notes),
+        tokens=known_tokens,
+        token_notes=tuple(note for note in token_notes if note.partition(": ")[0] not in named),
+    )
 
 
 def _known_bytes(found: Memory | None) -> dict[str, int]:
@@ -292,6 +309,8 @@ def merged_reports(reports: Sequence[SavingsReport]) -> SavingsReport:
         totals,
         tuple(note for report in reports for note in report.notes),
         tuple(stop for report in reports for stop in report.stops),
+        tokens=tuple(row for report in reports for row in report.tokens),
+        token_notes=tuple(note for report in reports for note in report.token_notes),
     )
 
 

@@ -205,6 +205,20 @@ def test_transform_time(transform_time: ModuleType, tmp_path: Path, capsys: pyte
     assert {"processor", "cores", "torch", "fx_approx"} <= set(stored["environment"])
 
 
+# ---- pictures of tokens
+
+
+def test_token_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    for (module,) in scripts("examples", ("token_pictures",), monkeypatch):
+        module.main(["--out", str(tmp_path)])
+    assert (tmp_path / "tokens.png").stat().st_size > 1000
+    shown = (REPOSITORY / "docs" / "tokens.md").read_text(encoding="utf-8")
+    skipped = capsys.readouterr().out.split('== Tokens(0.5, mode="skip")\n')[1].split("\n\n==")[0]
+    assert skipped in shown, "the page shows what is printed"
+    assert "python examples/token_pictures.py --out docs/figures" in shown
+
+
 # ---- sweep
 
 

@@ -152,7 +152,7 @@ def recurrent(model: Model, x: Tensor, block: Any, table: Tensor) -> Tensor:
     ("inner", "head", "reason"),
     [
         (recurrent, None, "lstm mixes positions"),
-        (None, lambda x, there, hidden: x.sum(1) / (x.numel() / 48), "numel reads every position"),
+        (None, lambda x, there, hidden: x.sum(1) / (x.numel() / 48), "numel behind .* reads every position"),
         (None, lambda x, there, hidden: x.sum(1) / x.shape[1], "computes with the number of tokens"),
         (lambda m, x, b, t: x * (1 + 1 / x.size(1)), None, "computes with the number of tokens"),
         (lambda m, x, b, t: x / x.shape[:-1][1], None, "computes with the number of tokens"),
@@ -162,7 +162,7 @@ def recurrent(model: Model, x: Tensor, block: Any, table: Tensor) -> Tensor:
             "is made of all tokens' entries of what goes along",
         ),
         (None, lambda x, there, hidden: (x.mean(1), hidden), "the model puts out all positions"),
-        (None, lambda x, there, hidden: x.max(1).indices, "max_1 reads every position"),
+        (None, lambda x, there, hidden: x.max(1).indices, "max behind .* reads every position"),
         (shifted, None, "tokens at different places are combined"),
         (moving_bias, None, "in place, which goes along with the tokens"),
     ],
