@@ -154,5 +154,5 @@ def test_a_cache_of_keys_and_values_keeps_every_token_and_says_so() -> None:
     backend = fx_approx.backend(Tokens(0.5), inner="eager")
     model.compile(backend=backend)
     model(input_ids=IDS, labels=IDS).loss.backward()
-    assert "as a cache of keys and values does" in str(fx_approx.report(backend))
+    assert "as a cache of keys and values does" in " ".join(str(fx_approx.report(backend)).split())
     torch.compiler.reset()
