@@ -15,24 +15,31 @@ from fx_approx.passes.channel_flow import Flow, Handler, Step
 from fx_approx.passes.channel_spaces import Restart
 from fx_approx.passes.operations import BY_NAME, FUNCTIONS, MODULES
 
+Modules = Callable[[type[nn.Module]], Handler | None]
+"""The rule of a type of layers."""
 
-def handle(flow: Flow, node: fx.Node) -> Step | None:
-    """What ``node`` does to the channels, None if that is not known."""
+Calls = Callable[[Any], Handler | None]
+"""The rule of a function, or of the name of a method."""
+
+
+def handle(
+    flow: Flow,
+    node: fx.Node,
+    of_module: Modules = MODULES.get,
+    of_call: Calls = FUNCTIONS.get,
+    named: Callable[[fx.Node], str] = str,
+) -> Step | None:
+    """What ``node`` does to the channels, or to what else these rules are of; None if that is not known."""
     if seen := changed_for_others(flow, node):
-        flow.stopped[node] = f"{node.name} changes in place what others read"
+        flow.stopped[node] = f"{named(node)} changes in place what others read"
         if not seen <= flow.spaces.dead:
             flow.spaces.dead |= seen
             raise Restart
-    handler = None if node in flow.spaces.dead else find_handler(flow, node, MODULES.get, FUNCTIONS.get)
+    handler = None if node in flow.spaces.dead else _handler(flow, node, of_module, of_call)
     return None if handler is None else handler(flow, node)
 
 
-def find_handler(
-    flow: Flow,
-    node: fx.Node,
-    of_module: Callable[[type[nn.Module]], Handler | None],
-    of_call: Callable[[Any], Handler | None],
-) -> Handler | None:
+def _handler(flow: Flow, node: fx.Node, of_module: Modules, of_call: Calls) -> Handler | None:
     """The rule of what ``node`` calls, by the type of a layer or by a function or name of a method."""
     if node.op == "call_module":
         module = flow.module(node)

@@ -17,10 +17,9 @@ from torch import fx, nn
 
 from fx_approx.capture.records import owner
 from fx_approx.core.values import Values
-from fx_approx.passes.aliasing import changed_for_others
-from fx_approx.passes.channel_flow import Flow, Handler, Step, argument, reads_shape_only
-from fx_approx.passes.channel_rules import find_handler
-from fx_approx.passes.channel_spaces import Layout, Restart
+from fx_approx.passes.channel_flow import Flow, Step, argument, reads_shape_only
+from fx_approx.passes.channel_rules import handle
+from fx_approx.passes.channel_spaces import Layout
 from fx_approx.passes.token_checks import are_rows
 from fx_approx.passes.token_rules import rule_of_call, rule_of_module
 from fx_approx.passes.token_words import block_names, kind, place, unseen_attention
@@ -179,7 +178,7 @@ def _flow(
         if any(source in behind for source in node.all_input_nodes):
             behind.add(node)
 
-    def handle(flow: Flow, node: fx.Node) -> Step | None:
+    def step_of(flow: Flow, node: fx.Node) -> Step | None:
         if node is origin:
             shape = values.of(origin)
             assert shape is not None
@@ -188,21 +187,9 @@ def _flow(
             return Step(flow.spaces.new(node, dim, shape[dim]))
         if node not in behind or (until is not None and node in flow.steps):
             return None
-        return _handle(flow, node)
+        return handle(flow, node, rule_of_module, rule_of_call, place)
 
-    return Flow(root, graph, values, handle)
-
-
-def _handle(flow: Flow, node: fx.Node) -> Step | None:
-    if seen := changed_for_others(flow, node):
-        flow.stopped[node] = f"{place(node)} changes in place what others read"
-        if not seen <= flow.spaces.dead:
-            flow.spaces.dead |= seen
-            raise Restart
-    handler: Handler | None = (
-        None if node in flow.spaces.dead else find_handler(flow, node, rule_of_module, rule_of_call)
-    )
-    return None if handler is None else handler(flow, node)
+    return Flow(root, graph, values, step_of)
 
 
 def _stream(
@@ -287,7 +274,7 @@ def _between(below: nx.DiGraph, start: fx.Node, end: fx.Node) -> frozenset[fx.No
     return frozenset(node for node in found if isinstance(node, fx.Node))
 
 
-def _stops(flow: Flow, inside: frozenset[fx.Node], end: fx.Node) -> Iterable[str]:
+def _stops(flow: Flow, inside: frozenset[fx.Node], end: fx.Node) -> Iterator[str]:
     """What in a block mixes tokens, or hands some of them out."""
     for node in flow.graph.nodes:
         if node not in inside:
@@ -299,7 +286,7 @@ def _stops(flow: Flow, inside: frozenset[fx.Node], end: fx.Node) -> Iterable[str
             yield f"{place(node)} leaves the model, as a cache of keys and values does"
 
 
-def _needs(flow: Flow, values: set[fx.Node]) -> Iterable[str]:
+def _needs(flow: Flow, values: set[fx.Node]) -> Iterator[str]:
     """Who reads ``values`` and cannot do with some tokens."""
     for node in flow.graph.nodes:
         if node not in values:
