@@ -43,39 +43,64 @@ def make_selectors(root: nn.Module, runtime: Runtime, found: list[CandidateSite]
     runtime.sampling_swapped = any(not one.candidate.node for one in chosen.values())
 
 
-def place_selections(
+def sampled_graph(
     root: nn.Module,
     runtime: Runtime,
     found: list[CandidateSite],
     analysis: ChannelAnalysis,
     flow: Flow | None,
-    stretches: Sequence[TokenStretch] = (),
-) -> None:
-    """Makes the graph in which sampled products read selections; all channels are computed.
+    stretches: Sequence[TokenStretch],
+    prune: bool,
+) -> fx.Graph:
+    """The captured graph with sampled products that read selections.
 
     A functional call becomes a call of our op. Selections are values of the graph: a selector makes one, the sampled
     product takes it. Those that read no activation stand at the beginning, in one node behind the prologue that hands
     out the step.
+
+    Args:
+        root: The model, with its sampled layers.
+        runtime: The selectors, and what was captured.
+        found: All candidates.
+        analysis: Which of them share selections, and which channels anyone reads.
+        flow: Where the channels lie in each value; None where that is not known.
+        stretches: Blocks that compute some tokens only.
+        prune: Compute the channels only that anyone reads.
     """
-    program = runtime.program
-    if program.capture.graph is not None:
-        sampled = _graph(root, runtime, program.capture.graph, found, analysis, flow, False, stretches)
-        program.stages = [("capture", program.capture.graph), ("share", sampled)]
-
-
-def prune_channels(
-    root: nn.Module,
-    runtime: Runtime,
-    found: list[CandidateSite],
-    analysis: ChannelAnalysis,
-    flow: Flow | None,
-    stretches: Sequence[TokenStretch] = (),
-) -> None:
-    """Makes the graph of the same selections that computes only what anyone reads, where that is less."""
-    program = runtime.program
-    if program.capture.graph is not None and analysis.narrows:
-        narrow = _graph(root, runtime, program.capture.graph, found, analysis, flow, True, stretches)
-        program.stages.append(("demand", narrow))
+    captured = runtime.program.capture.graph
+    assert captured is not None
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(captured, copies)
+    graph.output(output)
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in runtime.program.capture.constants:
+            node.target = f"{PROLOGUE}.c{node.target}"
+    chosen = _chosen(runtime, found)
+    if not chosen and not stretches:
+        return graph
+    weights = {name: one.weight for name, one in chosen.items() if one.weight is not None}
+    header = GraphHead(graph, runtime, analysis.sharing, weights)
+    by_name = {node.name: node for node in captured.nodes}
+    for one in chosen.values():
+        if one.candidate.node:
+            node = by_name[one.candidate.node]
+            copies[node] = _SampledNode(root, runtime, header, flow, one, node).sample(copies[node])
+    _keep_exact(chosen, {node.name: copy for node, copy in copies.items()})
+    whole_of: dict[fx.Node, fx.Node] = {}
+    if prune and flow is not None and analysis.demand is not None:
+        narrowed = NarrowGraph(flow, analysis.demand, header, copies, runtime)
+        narrowed.run()
+        whole_of = narrowed.whole_of
+    for number, stretch in enumerate(stretches):
+        SampleTokens(graph, copies, whole_of, stretch, number, header.key).run()
+    # By their mark: in place of a layer's value a part of it may stand in ``copies``, or nothing any more.
+    calls = {name: node for node in graph.nodes for name in node.meta.get(META_KEY, ())}
+    for one in chosen.values():
+        if one.candidate.node:
+            node = by_name[one.candidate.node]
+            _SampledNode(root, runtime, header, flow, one, node).observe(calls[one.candidate.name])
+    return graph
 
 
 def guard_graph(root: nn.Module, program: GraphProgram) -> None:
@@ -146,50 +171,6 @@ def _select(root: nn.Module, runtime: Runtime, one: CandidateSite, place: int, p
         runtime.add(candidate.name, selectors[role])
     if one.module is not None:
         swap(owner, Site(selectors, decision.straight_through, runtime))
-
-
-def _graph(
-    root: nn.Module,
-    runtime: Runtime,
-    captured: fx.Graph,
-    found: list[CandidateSite],
-    analysis: ChannelAnalysis,
-    flow: Flow | None,
-    prune: bool,
-    stretches: Sequence[TokenStretch] = (),
-) -> fx.Graph:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(captured, copies)
-    graph.output(output)
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.target in runtime.program.capture.constants:
-            node.target = f"{PROLOGUE}.c{node.target}"
-    chosen = _chosen(runtime, found)
-    if not chosen and not stretches:
-        return graph
-    weights = {name: one.weight for name, one in chosen.items() if one.weight is not None}
-    header = GraphHead(graph, runtime, analysis.sharing, weights)
-    by_name = {node.name: node for node in captured.nodes}
-    for one in chosen.values():
-        if one.candidate.node:
-            node = by_name[one.candidate.node]
-            copies[node] = _SampledNode(root, runtime, header, flow, one, node).sample(copies[node])
-    _keep_exact(chosen, {node.name: copy for node, copy in copies.items()})
-    whole_of: dict[fx.Node, fx.Node] = {}
-    if prune and flow is not None and analysis.demand is not None:
-        narrowed = NarrowGraph(flow, analysis.demand, header, copies, runtime)
-        narrowed.run()
-        whole_of = narrowed.whole_of
-    for number, stretch in enumerate(stretches):
-        SampleTokens(graph, copies, whole_of, stretch, number, header.key).run()
-    # By their mark: in place of a layer's value a part of it may stand in ``copies``, or nothing any more.
-    calls = {name: node for node in graph.nodes for name in node.meta.get(META_KEY, ())}
-    for one in chosen.values():
-        if one.candidate.node:
-            node = by_name[one.candidate.node]
-            _SampledNode(root, runtime, header, flow, one, node).observe(calls[one.candidate.name])
-    return graph
 
 
 def _keep_exact(chosen: Mapping[str, CandidateSite], by_name: Mapping[str, fx.Node]) -> None:

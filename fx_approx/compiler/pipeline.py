@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
-from torch import nn
+from torch import fx, nn
 
 from fx_approx.capture.records import Capture, Opaque, UnfitGraphError
 from fx_approx.compiler.compilation import Compilation
@@ -23,7 +23,7 @@ from fx_approx.passes.channel_liveness import ChannelAnalysis
 from fx_approx.passes.channel_rules import find_flow
 from fx_approx.passes.decompose_attention import decompose
 from fx_approx.passes.find_candidates import find_candidates
-from fx_approx.passes.rewrite import guard_graph, make_selectors, place_selections, prune_channels
+from fx_approx.passes.rewrite import guard_graph, make_selectors, sampled_graph
 from fx_approx.passes.sample_tokens import TokenStretch, make_token_selections
 from fx_approx.passes.shape_prop import propagate
 from fx_approx.runtime.graph_runtime import Runtime
@@ -125,13 +125,21 @@ def _make_selectors(work: Rewriting) -> None:
     make_selectors(work.made.root, work.runtime, work.made.sites, work.analysis)
 
 
+def _sampled_graph(work: Rewriting, prune: bool) -> fx.Graph:
+    made = work.made
+    return sampled_graph(made.root, work.runtime, made.sites, work.analysis, made.flow, work.stretches, prune)
+
+
 def _place_selections(work: Rewriting) -> None:
-    place_selections(work.made.root, work.runtime, work.made.sites, work.analysis, work.made.flow, work.stretches)
+    program = work.runtime.program
+    if program.capture.graph is not None:
+        program.stages = [("capture", program.capture.graph), ("share", _sampled_graph(work, prune=False))]
 
 
 def _prune_channels(work: Rewriting) -> None:
-    if work.prune_unread:
-        prune_channels(work.made.root, work.runtime, work.made.sites, work.analysis, work.made.flow, work.stretches)
+    program = work.runtime.program
+    if work.prune_unread and program.capture.graph is not None and work.analysis.narrows:
+        program.stages.append(("demand", _sampled_graph(work, prune=True)))
 
 
 def _compile_graph(work: Rewriting) -> None:
