@@ -15,6 +15,7 @@ from torch import Tensor
 from fx_approx.errors import DistributedMismatchError
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.selection_tracker import SelectionTracker
+from fx_approx.runtime.upcoming import further_selectors
 from fx_approx.sampling.base import Selection
 
 _STATE = ("step", "increment", "selection_interval", "seed")
@@ -101,10 +102,11 @@ def check_chosen(model: ApproxModule, chosen: Sequence[Selection | None], group:
         DistributedMismatchError: On every rank; names ranks and the layer that reads the selection.
     """
     runtime = model._fx_approx
-    assert runtime.resample is not None
+    names = {id(selector): name for (name, _), selector in runtime.selectors.items()}
+    further = [names[id(selector)] for found in further_selectors(model) for selector in found.values()]
     hashes = [runtime.state.new_zeros(()) if one is None else _ordered_hash(one.indices.flatten()) for one in chosen]
     digest = torch.cat((runtime.state, torch.stack(hashes)))
-    check_selections(digest, readers_of(model), group)
+    check_selections(digest, [*readers_of(model), *further], group)
 
 
 def _ordered_hash(indices: Tensor) -> Tensor:

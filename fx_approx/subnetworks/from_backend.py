@@ -42,6 +42,10 @@ from fx_approx.subnetworks.specialize import Chosen, specialise
 Selections = Sequence[Selection | None]
 
 
+class MisfitError(ValueError):
+    """A subnetwork cannot be cut anew in place: of other sizes, or of graphs that are no longer there."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Piece:
     """A graph of a backend at fixed selections.
@@ -100,7 +104,8 @@ def recut_from_backend(
     """What the tensors of ``sub`` hold at other selections, and its record then; nothing is changed.
 
     Raises:
-        ValueError: Its graphs are no longer there, or the selections are of another model.
+        MisfitError: Its graphs are no longer there.
+        ValueError: The selections are of another model.
     """
     record, model = record_of(sub), handle.model("reselect")
     pieces = _Pieces(selections)
@@ -123,15 +128,21 @@ def graphs_of(record: Subnetwork, handle: GraphHandle) -> list[ApproxModule]:
     """The graphs that a subnetwork was cut out of, in the order of its selections.
 
     Raises:
-        ValueError: One is no longer there.
+        MisfitError: One is no longer there.
     """
     names, found = _names(handle.model("a subnetwork")), []
     for graph in record.graphs:
         alike = [one for one in handle.pieces if _held(one, names) == graph]
         if not alike:
-            raise ValueError("model: the graphs that sub was cut out of are gone; run a training step first")
+            raise MisfitError("model: the graphs that sub was cut out of are gone; run a training step first")
         found.append(alike[-1])
     return found
+
+
+def made_ahead(approx: ApproxModule) -> int:
+    """How many selections a graph makes ahead together."""
+    resample = approx._fx_approx.resample
+    return 0 if resample is None else len(resample.shared)
 
 
 class _Pieces:
@@ -157,7 +168,7 @@ class _Pieces:
 
     def specialised(self, approx: ApproxModule) -> _Piece:
         """A graph at its next selections, or at the first of those that are given and left."""
-        count = 0 if approx._fx_approx.resample is None else len(approx._fx_approx.resample.shared)
+        count = made_ahead(approx)
         if self.given is None:
             chosen = next_selections(approx)
         else:

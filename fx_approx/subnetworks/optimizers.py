@@ -132,11 +132,7 @@ def widen_optimizer(optimizer: Optimizer, sub: nn.Module) -> None:
         ValueError: The optimiser is not one of ``sub``.
         UnsupportedError: As in :func:`narrow_optimizer`, of a state that has come since. Nothing is changed then.
     """
-    moved = _check_moved(optimizer, sub)
-    for _, _, compact in _places(optimizer):
-        if compact in moved.full:
-            check_moments(optimizer, optimizer.state.get(compact, {}), moved.full[compact][2], compact.shape)
-            _check_gradient(compact)
+    moved = check_widening(optimizer, sub)
     for group, place, compact in _places(optimizer):
         if compact not in moved.full:
             continue
@@ -152,11 +148,15 @@ def widen_optimizer(optimizer: Optimizer, sub: nn.Module) -> None:
     del _moved[optimizer]
 
 
-def _check_moved(optimizer: Optimizer, sub: nn.Module) -> _Moved:
-    """Where the parts of an optimiser are that trains ``sub``; ValueError if it does not."""
+def check_widening(optimizer: Optimizer, sub: nn.Module) -> _Moved:
+    """Where the parts are of an optimiser that :func:`widen_optimizer` takes back; errors as there."""
     moved = _moved.get(optimizer)
     if moved is None or not moved.full.keys() <= set(sub.parameters()):
         raise ValueError("optimizer: it does not work on this subnetwork; call narrow_optimizer first")
+    for _, _, compact in _places(optimizer):
+        if compact in moved.full:
+            check_moments(optimizer, optimizer.state.get(compact, {}), moved.full[compact][2], compact.shape)
+            _check_gradient(compact)
     return moved
 
 

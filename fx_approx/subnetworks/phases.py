@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -17,6 +16,7 @@ from fx_approx.analysis.scalar_logger import ScalarLogger
 from fx_approx.errors import BatchNormWarning
 from fx_approx.runtime.controls import set_each
 from fx_approx.runtime.handle import GraphHandle
+from fx_approx.runtime.upcoming import use_up
 from fx_approx.sampling.base import Selection
 from fx_approx.schedules.preserve import check_preservable
 from fx_approx.schedules.ratio_scheduler import RatioScheduler
@@ -25,14 +25,15 @@ from fx_approx.subnetworks.merge import merge
 from fx_approx.subnetworks.optimizers import (
     Rest,
     check_optimizer,
+    check_widening,
     full_moments,
     narrow_optimizer,
     restore_moments,
     widen_optimizer,
 )
 from fx_approx.subnetworks.record import record_of
-from fx_approx.subnetworks.selections import Selections, selections_of
-from fx_approx.subnetworks.source import TransformedSource, source_of
+from fx_approx.subnetworks.selections import Selections
+from fx_approx.subnetworks.source import source_of
 
 _KEYS = {"scheduler", "since", "sub"}
 
@@ -225,10 +226,12 @@ class Phases:
 
     def _write_back(self, phase: _Phase, preserve: bool, steps: int) -> bool:
         """After so many steps; returns whether the next selection is another one."""
-        merge(phase.sub, self._source.given, preserve=preserve)
+        graphs = self._source.graphs(phase.sub)
         self._clear_spent()
+        check_widening(self._optimizer, phase.sub)  # before anything is written
+        merge(phase.sub, self._source.given, preserve=preserve)
         widen_optimizer(self._optimizer, phase.sub)
-        return self._source.use_up(phase.sub, steps)
+        return any([use_up(approx, chosen, steps) for approx, chosen in graphs])
 
     def _clear_spent(self) -> None:
         if self._stepped:
@@ -237,7 +240,8 @@ class Phases:
     def _anew(self, phase: _Phase, steps: int) -> None:
         """Another selection within a phase."""
         if not self._write_back(phase, False, steps):
-            self._source.use_up(phase.sub, None)
+            for approx, chosen in self._source.graphs(phase.sub):
+                use_up(approx, chosen)
         self._phase, self._idle = None, phase
         self._begin(self._source.chosen(self._group()))
 
@@ -253,11 +257,19 @@ class Phases:
         phase, setting, known = self._idle, self._source.setting, self._group()
         if phase is None or phase.setting != setting or not self._source.anew(phase.sub, chosen, known):
             phase = self._idle = None  # before the next one takes memory
-            sub = self._source.make(chosen, known)
-            phase = _Phase(sub, self._wrapped(sub), setting)
-            group = _group(phase.outer)
-            if group is not None and known is None:
-                self._source.compare(sub, group)
+            phase = self._made(self._source.make(chosen, known))
+        self._train(phase)
+
+    def _made(self, sub: nn.Module) -> _Phase:
+        """A phase in a new subnetwork; selections are compared where its wrapper is the first to name other ranks."""
+        phase, known = _Phase(sub, self._wrapped(sub), self._source.setting), self._group()
+        group = _group(phase.outer)
+        if group is not None and known is None:
+            self._source.compare(sub, group)
+        return phase
+
+    def _train(self, phase: _Phase) -> None:
+        """The optimiser goes over to a subnetwork."""
         narrow_optimizer(self._optimizer, phase.sub, self._source.given, rest=self._rest)
         self._phase, self._idle, self._since = phase, None, 0
 
@@ -290,22 +302,32 @@ class Phases:
         if not set(state) >= _KEYS or (state["sub"] is not None and not {"selections", "moments"} <= set(state)):
             raise ValueError(f"state: expected what Phases.state_dict gives, got the keys {sorted(state)}")
         check_step("since", state["since"])
-        given: Selections | None = None
-        if state["sub"] is not None:
-            given = tuple(None if one is None else Selection(*one) for one in state["selections"])
-            if isinstance(self._source, TransformedSource):
-                given = selections_of(self._source.approx, given, self._group())
+        sub = None if state["sub"] is None else self._restored(state)
+        if self._phase is not None:
+            check_widening(self._optimizer, self._phase.sub)
+        elif sub is not None:
+            check_optimizer(self._optimizer, sub, self._source.given)
         self._scheduler.load_state_dict(state["scheduler"])
         if self._phase is not None:
             widen_optimizer(self._optimizer, self._phase.sub)
-            self._phase, self._idle = None, None
-        if given is not None:
-            self._begin(given)
-            assert self._phase is not None
-            with torch.no_grad():
-                self._phase.sub.load_state_dict(state["sub"])
+        self._phase, self._idle = None, None
+        if sub is not None:
+            self._train(self._made(sub))
             restore_moments(self._optimizer, state["moments"])
         self._since = state["since"]
+
+    def _restored(self, state: Mapping[str, Any]) -> nn.Module:
+        """The subnetwork of a checkpoint; ValueError if it is of another model."""
+        given = tuple(None if one is None else Selection(*one) for one in state["selections"])
+        sub = self._source.make(given, self._group())
+        try:
+            sub.load_state_dict(state["sub"])
+        except RuntimeError as error:
+            raise ValueError(f"state: of another model: {error}") from error
+        unknown = sorted(set(state["moments"]) - {name for name, _ in record_of(sub).identity})
+        if unknown:
+            raise ValueError(f"state: of another model: it has moments of {unknown[0]}, which this one has not")
+        return sub
 
 
 def _group(outer: nn.Module | None) -> Any:

@@ -16,7 +16,7 @@ from fx_approx.runtime.sharding import fill
 from fx_approx.runtime.upcoming import use_up
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.assemble import index_tensors
-from fx_approx.subnetworks.from_backend import recut_from_backend
+from fx_approx.subnetworks.from_backend import MisfitError, recut_from_backend
 from fx_approx.subnetworks.full_model import full_model
 from fx_approx.subnetworks.narrowing import Narrowing
 from fx_approx.subnetworks.record import (
@@ -83,13 +83,17 @@ def reselect_graphs(
     selections: Sequence[Selection | None] | None,
     process_group: Any = None,
 ) -> Selections:
-    """The same for the model of a backend, all checked; errors as :func:`reselect`."""
+    """The same for the model of a backend, all checked; errors as :func:`reselect`.
+
+    Raises:
+        MisfitError: The sizes differ, or graphs are no longer there.
+    """
     new, again = recut_from_backend(sub, handle, selections, process_group)
     old = tensors_of(sub)
     for name in dict.fromkeys((*old, *new)):
         mine, other = (None if name not in one else tuple(one[name].shape) for one in (old, new))
         if mine != other:
-            raise ValueError(
+            raise MisfitError(
                 f"selections: {name} would have the shape {other}, expected {mine}, which it has in sub: another ratio "
                 "needs another subnetwork; call fx_approx.subnetworks.extract"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.controls import set_each, synchronize_scores
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.rng import SELECTION_INTERVAL
-from fx_approx.runtime.upcoming import further_selections, use_up
+from fx_approx.runtime.upcoming import further_selections
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.extract import extract
-from fx_approx.subnetworks.from_backend import graphs_of
+from fx_approx.subnetworks.from_backend import MisfitError, graphs_of, made_ahead
 from fx_approx.subnetworks.record import record_of
 from fx_approx.subnetworks.reselect import cut_anew, fits, reselect_graphs
 from fx_approx.subnetworks.selections import Selections, selections_of
@@ -91,25 +90,17 @@ class Source(abc.ABC):
 
     def compare(self, sub: nn.Module, group: Any) -> None:
         """DistributedMismatchError where ranks have cut by other selections."""
-        start, chosen = 0, record_of(sub).selections
-        for approx in self.graphs(sub):
-            count = _count(approx)
-            if count:
-                check_chosen(approx, chosen[start : start + count], group)
-            start += count
-
-    def use_up(self, sub: nn.Module, steps: int | None) -> bool:
-        """Counts steps that were taken by ``sub``; returns whether the next selections are made anew."""
-        start, chosen, over = 0, record_of(sub).selections, False
-        for approx in self.graphs(sub):
-            count = _count(approx)
-            over |= use_up(approx, chosen[start : start + count], steps)
-            start += count
-        return over
+        for approx, chosen in self.graphs(sub):
+            if chosen:
+                check_chosen(approx, chosen, group)
 
     @abc.abstractmethod
-    def graphs(self, sub: nn.Module) -> Sequence[ApproxModule]:
-        """The graphs that ``sub`` was cut out of, in the order of its selections."""
+    def graphs(self, sub: nn.Module) -> list[tuple[ApproxModule, Selections]]:
+        """The graphs that ``sub`` was cut out of, each with those of its selections that are made ahead together.
+
+        Raises:
+            ValueError: One is no longer there.
+        """
 
     def make(self, chosen: Selections | None, group: Any) -> nn.Module:
         """A subnetwork by these selections."""
@@ -153,8 +144,8 @@ class TransformedSource(Source):
             return False
         return True
 
-    def graphs(self, sub: nn.Module) -> Sequence[ApproxModule]:
-        return (self.approx,)
+    def graphs(self, sub: nn.Module) -> list[tuple[ApproxModule, Selections]]:
+        return [(self.approx, record_of(sub).selections)]
 
 
 class BackendSource(Source):
@@ -164,12 +155,15 @@ class BackendSource(Source):
         """Needs a batch.
 
         Raises:
-            ValueError: There is no example, or the backend has compiled no model, or several.
+            ValueError: There is no example, or the backend has compiled no model, or several, or no graph that samples.
         """
         if example is None:
             raise ValueError("example_inputs: expected a batch, which a subnetwork of a backend's model is tried on")
         self.given = self.handle = handle
         self.full, self.example = handle.compiled(handle.model("Phases")), example
+        if not handle.pieces:
+            raise ValueError("model: the backend has compiled no graph that samples yet; run a training step first")
+        self._held = handle.pieces
 
     @property
     def pieces(self) -> tuple[ApproxModule, ...]:
@@ -184,21 +178,26 @@ class BackendSource(Source):
         self.check_learnt()
         return None
 
+    def make(self, chosen: Selections | None, group: Any) -> nn.Module:
+        made = super().make(chosen, group)
+        # Compiled code alone keeps graphs, and the state of their samplers: they must not go while a subnetwork trains.
+        self._held = tuple(graphs_of(record_of(made), self.handle))
+        return made
+
     def anew(self, sub: nn.Module, chosen: Selections | None, group: Any) -> bool:
         try:
             reselect_graphs(sub, record_of(sub), self.handle, chosen, group)
-        except (ValueError, UnsupportedError):  # other sizes, or graphs that are no longer there
+        except (MisfitError, UnsupportedError):
             return False
         return True
 
-    def graphs(self, sub: nn.Module) -> Sequence[ApproxModule]:
-        return graphs_of(record_of(sub), self.handle)
-
-
-def _count(approx: ApproxModule) -> int:
-    """Selections that a graph makes ahead."""
-    resample = approx._fx_approx.resample
-    return 0 if resample is None else len(resample.shared)
+    def graphs(self, sub: nn.Module) -> list[tuple[ApproxModule, Selections]]:
+        record, found, start = record_of(sub), [], 0
+        for approx in graphs_of(record, self.handle):
+            count = made_ahead(approx)
+            found.append((approx, record.selections[start : start + count]))
+            start += count
+        return found
 
 
 def source_of(model: nn.Module | GraphHandle, example: Any) -> Source:

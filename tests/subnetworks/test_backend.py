@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -393,23 +394,75 @@ def pickled(module: nn.Module) -> io.BytesIO:
     return stream
 
 
-def test_phases_of_a_compiled_model() -> None:
-    model, backend, batch = compiled(blocks)
+def phases_of(made: tuple[Any, Backend, Any], stop: int, resume: Any = None, forget: bool = False) -> Any:
+    """Losses and widths of the steps to ``stop``, a checkpoint, and the phases."""
+    model, backend, batch = made
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     schedule = ExactTail(ExactWarmup(PlanRatios(), 2), total=9, steps=2)
     phases = Phases(backend, optimizer, schedule, interval=3, example_inputs=batch)
-    losses, widths = [], []
-    while phases.last_step < 9:
+    if resume is not None:
+        model.load_state_dict(resume["model"])
+        fx_approx.load_sampler_state_dict(backend, resume["sampler"])
+        phases.load_state_dict(resume["phases"])
+        optimizer.load_state_dict(resume["optimizer"])
+    steps: list[tuple[int, float]] = []
+    while phases.last_step < stop:
+        if forget and phases.last_step == 4:
+            torch._dynamo.reset()
+            gc.collect()
+        width = phases.model.down.weight.shape[1]
         loss = loss_of(phases.model, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-        widths.append(phases.model.down.weight.shape[1])
+        steps.append((width, loss.item()))
         phases.step()
-    assert widths == [64] * 2 + [32] * 5 + [64] * 2
-    assert losses[7] < losses[6] < losses[0], "no jump where the full model takes over"
+    sampler, states = fx_approx.sampler_state_dict(backend), (model, phases, optimizer)
+    state = dict(zip(("model", "phases", "optimizer"), (one.state_dict() for one in states), strict=True))
+    return steps, copy.deepcopy({**state, "sampler": sampler}), phases
+
+
+def test_phases_of_a_compiled_model_resume_bitwise_and_outlive_its_code() -> None:
+    made = compiled(blocks)
+    steps, _, phases = phases_of(made, 9)
+    assert [width for width, _ in steps] == [64] * 2 + [32] * 5 + [64] * 2
+    assert steps[7][1] < steps[6][1] < steps[0][1], "no jump where the full model takes over"
+    assert phases.finish() is made[0]
+    first, state, _ = phases_of(compiled(blocks), 6)
+    second, _, _ = phases_of(compiled(blocks), 9, state)
+    assert first + second == steps
+    assert phases_of(compiled(blocks), 9, forget=True)[0] == steps
+
+
+def test_phases_of_another_state_or_without_graphs_change_nothing() -> None:
+    made = compiled(blocks)
+    model, backend, batch = made
+    _, state, phases = phases_of(made, 4)
+    sub = phases.model
+    given = state["phases"]
+    for wrong, message in (
+        ({"selections": given["selections"][:1]}, "selections: expected"),
+        ({"selections": [*given["selections"], None]}, "selections: expected"),
+        ({"sub": {**given["sub"], "up.bias": torch.zeros(3)}}, r"state: of another model: (.|\n)*up\.bias"),
+        ({"moments": {"other": {}}}, "state: of another model: it has moments of other"),
+        ({"scheduler": {**given["scheduler"], "planned": {}}}, "state: of another model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            phases.load_state_dict({**given, **wrong})
+        assert phases.model is sub and phases.last_step == 4
+    graphs, before = backend._graphs, copy.deepcopy(model.state_dict())
+    backend._graphs = []
+    with pytest.raises(ValueError, match="the graphs that sub was cut out of are gone"):
+        phases.finish()
+    assert phases.model is sub and not record_of(sub).merged
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    backend._graphs = graphs
     assert phases.finish() is model
+    new = Blocks().train()
+    waiting = fx_approx.backend(HALF)
+    new.compile(backend=waiting)
+    with pytest.raises(ValueError, match="compiled no graph that samples yet; run a training step first"):
+        Phases(waiting, torch.optim.SGD(new.parameters(), 1e-3), PlanRatios(), example_inputs=batch)
 
 
 # ---- nothing happens to the model
