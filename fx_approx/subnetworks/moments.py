@@ -45,17 +45,21 @@ _ROW, _COLUMN, _FACTORED = "row_var", "col_var", "variance"
 """Adafactor keeps the second moment of a matrix as means over the last axis and over the last but one."""
 
 
+def check_kind(optimizer: Optimizer) -> None:
+    """UnsupportedError for an optimiser whose state belongs to no parameter."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UnsupportedError(
+            "optimizer: LBFGS keeps directions through all parameters at once, of which no part belongs to a part of "
+            "them; build a new one on sub.parameters()"
+        )
+
+
 def check_moments(optimizer: Optimizer, state: State, cut: Cut, shape: torch.Size) -> None:
     """Nothing if the moments of a parameter of this shape can be cut and put back.
 
     Raises:
         UnsupportedError: They cannot; names the optimiser and the moment.
     """
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise UnsupportedError(
-            "optimizer: LBFGS keeps directions through all parameters at once, of which no part belongs to a part of "
-            "them; build a new one on sub.parameters()"
-        )
     for key, value in _unfactored(state).items():
         if not isinstance(value, Tensor) or value.dim() == 0:
             continue

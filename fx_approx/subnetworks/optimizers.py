@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.full_model import full_model
 from fx_approx.subnetworks.moments import (
     State,
+    check_kind,
     check_moments,
     cut_gradient,
     cut_moments,
@@ -104,18 +105,29 @@ def check_optimizer(optimizer: Optimizer, sub: nn.Module, model: nn.Module | Gra
         raise ValueError("optimizer: it works on a subnetwork already; call widen_optimizer first")
     moved = _Moved(_counterparts(sub, record, approx), {}, rest)
     compacts = {id(full): compact for compact, (full, _, _) in moved.full.items()}
-    if not any(id(parameter) in compacts for _, _, parameter in _places(optimizer)):
-        shapes = [tuple(parameter.shape) for _, _, parameter in _places(optimizer)]
-        raise ValueError(
-            f"optimizer: none of its {len(shapes)} parameters is one of model, such as that of shape {shapes[0]}; "
-            "expected an optimiser built on model.parameters()"
-        )
+    check_parameters(optimizer, compacts)
     for _, _, parameter in _places(optimizer):
         if id(parameter) in compacts:
             _, _, cut = moved.full[compacts[id(parameter)]]
             check_moments(optimizer, optimizer.state.get(parameter, {}), cut, parameter.shape)
             _check_gradient(parameter)
     return moved
+
+
+def check_parameters(optimizer: Optimizer, known: Container[int]) -> None:
+    """Nothing if an optimiser is of a model, by the ids of its parameters, and of a kind that can be moved.
+
+    Raises:
+        ValueError: No parameter is one of the model.
+        UnsupportedError: It is of another kind.
+    """
+    places = list(_places(optimizer))
+    if not any(id(parameter) in known for _, _, parameter in places):
+        raise ValueError(
+            f"optimizer: none of its {len(places)} parameters is one of model, such as that of shape "
+            f"{tuple(places[0][2].shape)}; expected an optimiser built on model.parameters()"
+        )
+    check_kind(optimizer)
 
 
 def widen_optimizer(optimizer: Optimizer, sub: nn.Module) -> None:

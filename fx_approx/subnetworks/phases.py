@@ -25,6 +25,7 @@ from fx_approx.subnetworks.merge import merge
 from fx_approx.subnetworks.optimizers import (
     Rest,
     check_optimizer,
+    check_parameters,
     check_widening,
     full_moments,
     narrow_optimizer,
@@ -211,7 +212,9 @@ class Phases:
     def _try(self) -> None:
         """Makes a subnetwork and throws it away: what does not work is said before the training, and not within it."""
         sub = self._source.sample_sub()
-        if sub is not None:
+        if sub is None:
+            check_parameters(self._optimizer, {id(parameter) for parameter in self._full.parameters()})
+        else:
             check_optimizer(self._optimizer, sub, self._source.given)
 
     def _leave(self, preserve: bool, steps: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from fx_approx.distributed.agreement import check_chosen
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule
@@ -46,12 +48,16 @@ def selections_of(
 
 
 def check_selections(approx: ApproxModule, chosen: Sequence[Selection | None], before: int = 0) -> None:
-    """ValueError unless ``chosen`` has one selection, or None, for each that ``approx`` makes ahead.
+    """Nothing if ``chosen`` has one selection, or None, for each that ``approx`` makes ahead.
 
     Args:
         approx: The model.
         chosen: Its selections.
         before: How many others the caller gave before these.
+
+    Raises:
+        TypeError: One is no selection.
+        ValueError: They are of another model. Both name the place.
     """
     shared = list(approx._fx_approx.resample.each()) if approx._fx_approx.resample is not None else []
     outside, inside = further_selectors(approx)
@@ -63,11 +69,23 @@ def check_selections(approx: ApproxModule, chosen: Sequence[Selection | None], b
     for place, (one, given) in enumerate(zip(made, chosen, strict=True), before):
         if given is None:
             continue
+        if not isinstance(given, Selection):
+            raise TypeError(f"selections[{place}]: expected a Selection or None, got a {type(given).__name__}")
         index, most = given.indices, one.pairs or 0
-        if index.dim() != 2 or index.shape[0] != one.groups or int(index.max()) >= most or int(index.min()) < 0:
+        if index.dim() != 2 or index.shape[0] != one.groups or not index.numel() or index.dtype != torch.int64:
             raise ValueError(
-                f"selections[{place}]: expected indices [{one.groups}, k] below {most}, got shape "
-                f"{tuple(index.shape)} with values from {int(index.min())} to {int(index.max())}"
+                f"selections[{place}]: expected int64 indices [{one.groups}, k], k at least 1, got {index.dtype} of "
+                f"shape {tuple(index.shape)}"
+            )
+        if int(index.max()) >= most or int(index.min()) < 0:
+            raise ValueError(
+                f"selections[{place}]: expected indices from 0 and below {most}, got values from {int(index.min())} to "
+                f"{int(index.max())}"
+            )
+        if given.scale is not None and given.scale.shape != index.shape:
+            raise ValueError(
+                f"selections[{place}]: expected a scale of shape {tuple(index.shape)}, as the indices, got "
+                f"{tuple(given.scale.shape)}"
             )
         if any(len(row.unique()) != row.numel() for row in index):
             raise ValueError(f"selections[{place}]: expected units once each, got some of them twice")

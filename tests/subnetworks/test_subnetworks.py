@@ -173,7 +173,11 @@ def test_what_cannot_be_cut_out_says_why() -> None:
     for wrong, message in (
         ([], f"expected {count}, one for each"),
         ([Selection(torch.tensor([[0, 0]]), None)] * count, "units once each"),
-        ([Selection(torch.tensor([[0, 64]]), None)] * count, "below 64"),
+        ([Selection(torch.tensor([[0, 64]]), None)] * count, r"selections\[0\]: expected indices .* below 64, got"),
+        ([Selection(torch.zeros(1, 0, dtype=torch.int64), None)] * count, r"k at least 1, got torch.int64 of shape"),
+        ([Selection(torch.tensor([[0.0]]), None)] * count, "expected int64 indices .*, got torch.float32"),
+        ([Selection(torch.tensor([0]), None)] * count, r"expected int64 indices \[1, k\].* of shape \(1,\)"),
+        ([Selection(torch.tensor([[0, 1]]), torch.ones(2))] * count, r"a scale of shape \(1, 2\)"),
     ):
         with pytest.raises(ValueError, match=message):
             extract(approx, wrong)
