@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from fx_approx._compat import children_of
@@ -14,12 +13,11 @@ from fx_approx.capture.trace import skeleton
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.exact import exact_copy
-from fx_approx.subnetworks.comparing import Call, differs, recorded
+from fx_approx.subnetworks.comparing import UNTOLD, Call, differs, differs_in_evaluation, masked, recorded
 from fx_approx.subnetworks.graph_form import graph_module, run_by_graph
 from fx_approx.subnetworks.model_parts import Part
 from fx_approx.subnetworks.narrowing import Narrowing
 from fx_approx.subnetworks.own_class import fit_attributes
-from fx_approx.subnetworks.record import tensors_of
 from fx_approx.subnetworks.wide_values import WideValues
 
 Forms = dict[str, bool | None]
@@ -36,10 +34,27 @@ class _Trial:
     problems: Mapping[str, str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """A subnetwork as it was put together.
+
+    Attributes:
+        sub: The subnetwork.
+        forms: In which form each part of it is.
+        reason: Why it, or a part of it, is no Python of the model's own; empty if all is.
+        notes: What could not be seen of Python of the model's own.
+    """
+
+    sub: nn.Module
+    forms: Forms
+    reason: str
+    notes: tuple[str, ...] = ()
+
+
 def assembled(
     approx: ApproxModule, root: nn.Module, parts: Sequence[Part], narrowing: Narrowing, example: Any
-) -> tuple[nn.Module, Forms, str]:
-    """The subnetwork, and why it, or a part of it, is no Python of the model's own.
+) -> Assembled:
+    """The subnetwork.
 
     Args:
         approx: The transformed model.
@@ -48,39 +63,38 @@ def assembled(
         narrowing: How its layers were narrowed.
         example: Inputs of the model, or None.
 
-    Returns:
-        The subnetwork, in which form each part of it is, and the reasons.
-
     Raises:
         UnsupportedError: Neither a graph nor the model's own Python serves ``example``.
     """
     if example is None:
-        forms: Forms = {part.path: None for part in parts}
-        return _of_graphs(root, parts), forms, _NO_EXAMPLE if parts else ""
+        return Assembled(_of_graphs(root, parts), {part.path: None for part in parts}, _NO_EXAMPLE if parts else "")
     given = (example,) if isinstance(example, Tensor) else example
     call = ((), dict(given)) if isinstance(given, Mapping) else (tuple(given), {})
     exact, inner = exact_copy(approx), [part for part in parts if part.path]
     calls = recorded(exact, {part.path: exact.get_submodule(part.path) for part in inner}, call)
     trials = _trials(root, parts, narrowing)
-    forms, reasons = {}, []
+    forms: Forms = {}
+    reasons: list[str] = []
+    notes: list[str] = []
     for part in (*inner, *(part for part in parts if not part.path)):
         reference = _reference(approx, root, part, narrowing, calls.get(part.path, [call]))
         own = {widens: one for widens, one in trials.items() if part.path not in one.problems}
         problem = next((one.problems[part.path] for one in trials.values() if part.path in one.problems), "")
         full = exact.get_submodule(part.path)
-        forms[part.path], why = _serving(part, own, full, reference, calls.get(part.path, [call]), problem)
-        if why:
-            reasons.append(f"{part.path}: {why}" if part.path else why)
+        found = _serving(part, own, full, reference, calls.get(part.path, [call]), problem)
+        form = forms[part.path] = found.form
+        above = f"{part.path}: " if part.path else ""
+        reasons += [f"{above}{found.why}"] if found.why else []
+        notes += [f"{above}{found.note}"] if found.note else []
         if part.path:
-            chosen = forms[part.path]
-            module = reference.graph if chosen is None else trials[chosen].model.get_submodule(part.path)
+            module = reference.graph if form is None else trials[form].model.get_submodule(part.path)
             for model in (root, *(trial.model for trial in trials.values())):
                 _put(model, part.path, module)
-        elif forms[""] is None:
-            return reference.graph, forms, "; ".join([reasons[-1], *reasons[:-1]])
+        elif form is None:
+            return Assembled(reference.graph, forms, "; ".join([reasons[-1], *reasons[:-1]]), tuple(notes))
         else:
-            return trials[forms[""]].model, forms, "; ".join(reasons)
-    return root, forms, "; ".join(reasons)
+            return Assembled(trials[form].model, forms, "; ".join(reasons), tuple(notes))
+    return Assembled(root, forms, "; ".join(reasons), tuple(notes))
 
 
 def _of_graphs(root: nn.Module, parts: Sequence[Part]) -> nn.Module:
@@ -126,13 +140,16 @@ class _Reference:
 
     Attributes:
         graph: The graph of the part.
-        module: That, or the exact module with zeros for the weights that are not read.
         problem: Why the graph does not serve the calls, if so.
+        full: The exact module with zeros for the weights that are not read, where the graph does not serve the calls,
+            or not in evaluation; else None.
+        untold: Why that does not compute what the subnetwork does in evaluation, if so.
     """
 
     graph: nn.Module
-    module: nn.Module
     problem: str
+    full: nn.Module | None
+    untold: str
 
 
 def _reference(
@@ -141,21 +158,26 @@ def _reference(
     graph = _graph(root, part)
     found = (part.serves.problem(graph, args, kwargs) for args, kwargs in calls)
     problem = next((one for one in found if one), "")
-    return _Reference(graph, _masked(approx, narrowing, part.path) if problem else graph, problem)
+    full = None
+    if problem or part.serves.training_only:
+        full = masked(exact_copy(approx), narrowing.cuts).get_submodule(part.path)
+    sliced = next(iter(narrowing.sliced), "")
+    return _Reference(graph, problem, full, f"{UNTOLD}: {sliced} takes a selection of its own" if sliced else "")
 
 
-def _masked(approx: ApproxModule, narrowing: Narrowing, path: str) -> nn.Module:
-    """The exact module at ``path`` with zeros for the weights that the subnetwork does not read."""
-    whole = skeleton(exact_copy(approx), shared=False)
-    tensors = tensors_of(whole)
-    with torch.no_grad():
-        for name, cut in narrowing.cuts.items():
-            if cut.inputs is not None and tensors[name].dim() > 1:
-                kept = dataclasses.replace(cut, outputs=None)
-                value = torch.zeros_like(tensors[name])
-                kept.put(value, kept.of(tensors[name]), scaled=False)
-                tensors[name].copy_(value)
-    return whole.get_submodule(path)
+@dataclasses.dataclass(frozen=True)
+class _Serving:
+    """Which form of a part serves.
+
+    Attributes:
+        form: As in ``Forms``.
+        why: Why it is the graph, if so.
+        note: What could not be seen of Python of the model's own.
+    """
+
+    form: bool | None
+    why: str = ""
+    note: str = ""
 
 
 def _serving(
@@ -165,22 +187,31 @@ def _serving(
     reference: _Reference,
     calls: Sequence[Call],
     problem: str,
-) -> tuple[bool | None, str]:
-    """The first of ``trials`` that computes what it should, or None for the graph; and why, if so.
+) -> _Serving:
+    """The first of ``trials`` that computes what it should, in both modes, or the graph.
 
     Raises:
         UnsupportedError: The graph does not serve the calls either.
     """
     reasons = [problem] if problem else []
+    note = ""
 
     def check(module: nn.Module) -> str:
-        return differs(module, reference.module, calls, not reference.problem)
+        nonlocal note
+        other = reference.full if reference.problem else reference.graph
+        assert other is not None
+        why = differs(module, other, calls, not reference.problem)
+        if why or not part.serves.training_only:
+            return why
+        assert reference.full is not None
+        why, note = ("", reference.untold) if reference.untold else differs_in_evaluation(module, reference.full, calls)
+        return why
 
     for widens, trial in trials.items():
         own = trial.model.get_submodule(part.path)
         why = check(own)
         if not why or not fit_attributes(own, full, why, check):
-            return widens, ""
+            return _Serving(widens, note=note)
         reasons.append(why)
     if reference.problem:
         name = part.path or "the model"
@@ -188,7 +219,7 @@ def _serving(
             f"model: {name}: its graph does not serve example_inputs: {reference.problem}; and {reasons[0]}"
         )
     hints = "; ".join(dict.fromkeys(part.made.hints))
-    return None, f"{reasons[0]} ({hints})" if hints else reasons[0]
+    return _Serving(None, f"{reasons[0]} ({hints})" if hints else reasons[0])
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -69,21 +69,21 @@ def extract(
     narrowing = Narrowing(root, approx)
     parts = parts_of(approx, narrowing, chosen)
     narrowing.apply()
-    sub, forms, reason = assembled(approx, root, parts, narrowing, example_inputs)
-    own = forms.get("", True) is not None
+    made = assembled(approx, root, parts, narrowing, example_inputs)
     record = Subnetwork(
         narrowing.cuts,
         chosen,
         identity_of(approx),
-        own,
-        reason,
+        made.forms.get("", True) is not None,
+        made.reason,
         versions_of(approx),
-        forms=forms,
+        forms=made.forms,
         sliced=tuple(narrowing.sliced),
         model=ModelReference(approx),
+        notes=made.notes,
     )
-    attach(sub, dataclasses.replace(record, origin=origin_of(approx, sub)))
-    return sub
+    attach(made.sub, dataclasses.replace(record, origin=origin_of(approx, made.sub)))
+    return made.sub
 
 
 @extractor

@@ -23,10 +23,11 @@ from fx_approx.runtime.repeatable import Randomness
 from fx_approx.runtime.upcoming import next_selections
 from fx_approx.runtime.validation import check_inputs
 from fx_approx.sampling.base import Selection
+from fx_approx.subnetworks.comparing import difference, differs_in_evaluation, masked
 from fx_approx.subnetworks.cuts import Cut, same_cut
 from fx_approx.subnetworks.description import origin_of
 from fx_approx.subnetworks.narrowing import Narrowing
-from fx_approx.subnetworks.own_class import difference, fit_own_class, inputs_read, narrow_tensors
+from fx_approx.subnetworks.own_class import fit_own_class, inputs_read, narrow_tensors
 from fx_approx.subnetworks.record import (
     ModelReference,
     Subnetwork,
@@ -85,7 +86,16 @@ def extract_from_backend(
     run.pieces.compare(process_group)
     root = skeleton(model, shared=False)
     narrow_tensors(root, model, cuts)
-    reason, notes = fit_own_class(root, model, cuts, lambda sub: run.misfit(sub, expected))
+    full, untold = masked(model, cuts), ""
+
+    def check(sub: nn.Module) -> str:
+        nonlocal untold
+        why = run.misfit(sub, expected)
+        if not why:
+            why, untold = differs_in_evaluation(sub, full, [(args, dict(kwargs))])
+        return why
+
+    reason, notes = fit_own_class(root, model, cuts, check)
     if reason:
         raise UnsupportedError(
             f"model: {type(model).__name__}: {reason}; and a backend of torch.compile has no graph of the whole model "
@@ -93,7 +103,8 @@ def extract_from_backend(
         )
     record = Subnetwork(cuts, chosen, identity_of(model), True, "", versions_of(model), model=ModelReference(model))
     names = _names(model)
-    record.graphs, record.notes = tuple(_held(piece.approx, names) for piece in run.pieces.made), notes
+    record.graphs = tuple(_held(piece.approx, names) for piece in run.pieces.made)
+    record.notes = (*notes, untold) if untold else notes
     attach(root, dataclasses.replace(record, origin=origin_of(model, root)))
     return root
 

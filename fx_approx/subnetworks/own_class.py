@@ -7,11 +7,9 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fx_approx._compat import buffers_of, parameters_of
-from fx_approx.capture.containers import leaves
 from fx_approx.ops.gather import flat_indices
 from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.own_config import fit_config, has_config
@@ -104,24 +102,6 @@ def inputs_read(cut: Cut, full: Tensor) -> Tensor:
     """Which inputs of its layer a weight reads, as a flat index; ``full`` is all of the weight."""
     assert cut.inputs is not None
     return flat_indices(cut.inputs.indices, cut.inputs_of(full))
-
-
-def difference(result: Any, expected: Any) -> str:
-    """How what a narrow model returns differs from what it should, in words; empty if it does not."""
-    one, other = leaves(result), leaves(expected)
-    return "" if len(one) == len(other) and all(map(_equal, one, other)) else "it gives other numbers on narrow layers"
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.shape != other.shape or one.dtype != other.dtype:
-            return False
-        coarse = one.is_floating_point() and torch.finfo(one.dtype).eps > 1e-6
-        close = {"rtol": 2e-2, "atol": 2e-2} if coarse else {"rtol": 1e-4, "atol": 1e-5}
-        return torch.allclose(one, other, **close, equal_nan=True)
-    # Objects that know no equality, as a cache of keys and values.
-    unknown = getattr(type(one), "__eq__", None) is object.__eq__
-    return type(one) is type(other) if unknown else bool(one == other)
 
 
 # ---- layers

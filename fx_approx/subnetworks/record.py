@@ -75,7 +75,7 @@ class Subnetwork:
             of chosen pairs: no exact model computes what it does then.
         graphs: Of what a backend of ``torch.compile`` runs, the names of the tensors that each graph works with, in the
             order in which they make their selections; empty for a transformed model.
-        notes: What its user should know, as that its config does not describe it.
+        notes: What its user should know, as that its config does not describe it, or that evaluation was not compared.
     """
 
     cuts: Mapping[str, Cut]

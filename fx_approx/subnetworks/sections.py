@@ -20,6 +20,8 @@ from fx_approx.subnetworks.specialize import Chosen, specialise
 
 
 def _placed(approx: ApproxModule, chosen: tuple[Selection | None, ...]) -> Chosen:
+    """Each selection at its place, as an object of its own: the graph has a value of that for each place."""
+    chosen = tuple(None if one is None else _own_object(one) for one in chosen)
     outside, inside = further_selectors(approx)
     ahead = len(chosen) - len(outside) - len(inside)
     behind = ahead + len(outside)
@@ -28,6 +30,11 @@ def _placed(approx: ApproxModule, chosen: tuple[Selection | None, ...]) -> Chose
         dict(zip(outside, chosen[ahead:behind], strict=True)),
         dict(zip(inside, chosen[behind:], strict=True)),
     )
+
+
+def _own_object(chosen: Selection) -> Selection:
+    indices, scale = chosen
+    return Selection(indices.view_as(indices), None if scale is None else scale.view_as(scale))
 
 
 def parts_of(approx: ApproxModule, narrowing: Narrowing, selections: tuple[Selection | None, ...]) -> list[Part]:

@@ -373,6 +373,36 @@ def test_an_optimiser_goes_along_and_nothing_is_half_written() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_what_does_not_fit_a_compiled_model_is_refused_and_changes_nothing() -> None:
+    model, backend, batch = compiled(blocks)
+    sub = extract(backend, example_inputs=batch)
+    merge(sub, backend)
+    before = copy.deepcopy(sub.state_dict())
+    chosen = list(record_of(sub).selections)
+    first = chosen[0]
+    assert first is not None
+    for wrong, error, message in (
+        ([*chosen, None], ValueError, "selections: expected"),
+        ([first.indices, *chosen[1:]], TypeError, r"selections\[0\]: expected a Selection or None, got a Tensor"),
+        ([Selection(first.indices + 999, None), *chosen[1:]], ValueError, r"selections\[0\]: expected indices from 0"),
+        ([Selection(first.indices[:, 1:], None), *chosen[1:]], ValueError, "another ratio needs another subnetwork"),
+    ):
+        with pytest.raises(error, match=message):
+            reselect(sub, backend, wrong)
+    fx_approx.set_sampling(backend, 0.25)
+    with pytest.raises(ValueError, match=r"expected .*, which it has in sub: another ratio needs another subnetwork"):
+        reselect(sub, backend)
+    assert all(torch.equal(value, before[name]) for name, value in sub.state_dict().items()) and record_of(sub).merged
+    other = torch.optim.AdamW(Blocks().parameters())
+    for schedule in (PlanRatios(), ExactWarmup(PlanRatios(), 2)):
+        with pytest.raises(ValueError, match=r"none of its \d+ parameters is one of model"):
+            Phases(backend, other, schedule, example_inputs=batch)
+        with pytest.raises(UnsupportedError, match="LBFGS keeps directions"):
+            Phases(backend, torch.optim.LBFGS(model.parameters()), schedule, example_inputs=batch)
+    with pytest.raises(ValueError, match=r"none of its \d+ parameters is one of model"):
+        narrow_optimizer(other, sub, backend)
+
+
 def test_a_stored_one_is_written_back_and_goes_on() -> None:
     model, backend, batch = compiled(llama, Override({"*down_proj": HALF}, Exact()))
     sub, stream = extract(backend, example_inputs=batch), io.BytesIO()
@@ -547,4 +577,19 @@ def test_python_that_names_sizes_in_no_attribute_does_not_serve() -> None:
 
     _, backend, batch = compiled(lambda: (Fixed(), {"x": torch.randn(4, 16)}), Override({"down": HALF}, Exact()))
     with pytest.raises(UnsupportedError, match=r"Fixed: its own Python does not run on narrow layers.*no graph of the"):
+        extract(backend, example_inputs=batch)
+
+
+def test_python_that_is_wrong_in_evaluation_is_refused() -> None:
+    class Evaluating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = F.relu(self.up(x))
+            return self.down(hidden).square().mean() if self.training else self.down(hidden) + hidden.sum()
+
+    _, backend, batch = compiled(lambda: (Evaluating(), {"x": torch.randn(4, 16)}), Override({"down": HALF}, Exact()))
+    with pytest.raises(UnsupportedError, match=r"gives other numbers on narrow layers in evaluation; and a backend"):
         extract(backend, example_inputs=batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from fx_approx.core.plan import Decision
 from fx_approx.errors import UnsupportedError
 from fx_approx.policies import Exact, Override, Uniform
 from fx_approx.runtime.approx_module import find
-from fx_approx.sampling import SamplerConfig
+from fx_approx.sampling import SamplerConfig, Selection
 from fx_approx.schedules import PlanRatios
 from fx_approx.subnetworks import Phases, extract, load, merge, record_of, reselect, restore, save, summary
 from fx_approx.subnetworks.part_layers import PartLayer, make_heads_attention
@@ -269,6 +270,24 @@ def test_what_no_exact_model_computes_is_said(build: type[nn.Module], name: str)
         merge(sub, approx, preserve=True)
 
 
+def test_names_follow_from_the_places_of_selections_and_not_from_their_objects() -> None:
+    torch.manual_seed(0)
+    approx = fx_approx.transform(Twice().double(), Layers("topk", 0.5, "weight", "value"), X)
+    own = record_of(extract(approx)).selections
+    one = own[1]  # the grouped convolution reads by the second and by the fifth
+    assert one is not None
+    made = [extract(approx, [*own[:4], way, own[5]]) for way in (Selection(one.indices.clone(), None), one)]
+    assert "_selected6" in made[0].state_dict() and list(made[0].state_dict()) == list(made[1].state_dict())
+    stream = io.BytesIO()
+    save(made[0], stream)
+    stream.seek(0)
+    again = load(stream, Twice().double(), example_inputs=X)
+    assert torch.equal(again(X)[0], made[0](X)[0])
+    merge(made[1], approx)
+    reselect(made[1], approx, own)
+    assert torch.equal(made[1](X)[0], extract(approx, own)(X)[0])
+
+
 class Encoder(nn.Module):
     """Layers that torch computes in one call in evaluation."""
 
@@ -390,6 +409,67 @@ def test_masked_scores_are_compared() -> None:
     torch.manual_seed(0)
     approx = fx_approx.transform(Masked().double(), Layers("topk", 0.5, "weight", "value"), X)
     assert type(extract(approx, example_inputs=X)) is Masked
+
+
+class InEvaluation(nn.Module):
+    """Does something else in evaluation, by a function that is told how; a target is welcome in training only."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.up, self.down, self.how = nn.Linear(8, 16), nn.Linear(16, 4), how
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        hidden = F.relu(self.up(x))
+        if self.training:
+            result: Tensor = self.down(hidden)
+            return result if target is None else result - target
+        if target is not None:
+            raise ValueError("a target is for training")
+        ways = {
+            "right": lambda: self.down(hidden).softmax(-1),
+            "size": lambda: self.down(hidden) * self.up.out_features,
+            "more": lambda: self.down(hidden) + hidden.sum(-1, keepdim=True),
+            "fails": lambda: self.down(hidden) + hidden[:, 15:],
+            "parts": lambda: hidden,
+        }
+        made: Tensor = ways[self.how]()
+        return made
+
+
+def in_evaluation(how: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(4, 8).double()
+    return fx_approx.transform(InEvaluation(how).double(), Override({"down": Uniform(0.5)}, Exact()), {"x": x}), x
+
+
+def test_python_that_goes_another_way_in_evaluation_is_compared_there_too() -> None:
+    approx, x = in_evaluation("right")
+    sub = extract(approx, example_inputs=x)
+    assert type(sub) is InEvaluation and not record_of(sub).notes
+    assert torch.allclose(sub.eval()(x), restore(sub, approx).eval()(x))
+    for how, message in (
+        ("size", "gives other numbers on narrow layers in evaluation"),
+        ("more", "gives other numbers on narrow layers in evaluation"),
+        ("fails", "does not run on narrow layers in evaluation: .*size"),
+    ):
+        approx, x = in_evaluation(how)
+        sub = extract(approx, example_inputs=x)
+        assert isinstance(sub, torch.fx.GraphModule) and re.search(message, record_of(sub).reason)
+        with pytest.raises(RuntimeError, match="serves training only"):
+            sub.eval()(x)
+
+
+def test_what_was_not_compared_in_evaluation_is_said() -> None:
+    approx, x = in_evaluation("parts")
+    sub = extract(approx, example_inputs=x)
+    assert type(sub) is InEvaluation
+    assert record_of(sub).notes == (
+        "its evaluation was not compared: it returns values of other sizes than the full model",
+    )
+    given = {"x": x, "target": torch.zeros(4, 4).double()}
+    approx = fx_approx.transform(InEvaluation("right").double(), Override({"down": Uniform(0.5)}, Exact()), given)
+    (note,) = record_of(extract(approx, example_inputs=given)).notes
+    assert note.startswith("its evaluation was not compared: the full model does not run there") and "a target" in note
 
 
 # ---- which calls a graph serves
