@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ def header(title: str) -> str:
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """The option ``--json FILE`` that all benchmarks have."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers and the environment there, too")
+
+
+def parse_ratio(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, among them one ``--ratio``, or an error that says what is wrong with them."""
+    options = parser.parse_args(arguments)
+    if getattr(options, "runs", 2) < 2 or not 0 < options.ratio < 1:
+        parser.error("--runs: expected 2 or more; --ratio: expected a number in (0, 1)")
+    for name in ("batch", "threads"):
+        if (getattr(options, name, None) or 1) < 1:
+            parser.error(f"--{name}: expected 1 or more, not {getattr(options, name)}")
+    return options
 
 
 def store(path: Path | None, results: Any) -> None:

@@ -70,6 +70,13 @@ class Step:
             tensor.grad = None
 
 
+def train_step(run: Any, inputs: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Forward, loss, backward and the optimiser's step."""
+    run(inputs).float().square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def add_step_options(parser: argparse.ArgumentParser, models: Sequence[str]) -> None:
     """The options of all benchmarks of training steps."""
     parser.add_argument("--models", nargs="+", default=list(models), choices=list(MODELS), help="which models")

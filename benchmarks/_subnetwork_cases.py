@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import functools
 import importlib
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from _header import add_json_option, environment
 from _models import MODELS, wide_resnet
 from _narrow import HalfReadingBlock, half_reading_resnet50, half_reading_wide_resnet, narrow_minilm, narrow_resnet50
 from torch import Tensor, nn
@@ -145,3 +148,25 @@ DEFAULT = tuple(case.name for case in CASES[:-1])
 def case_of(name: str) -> Case:
     """The case of that name, as in ``"wrn_16_4, group"``."""
     return next(one for one in CASES if one.name == name)
+
+
+def add_case_options(parser: argparse.ArgumentParser, batch: str) -> None:
+    """The options of all benchmarks of these cases; ``batch`` says what that one does."""
+    known = list(dict.fromkeys(one.model for one in CASES))
+    parser.add_argument("--models", nargs="+", choices=known, help="only these")
+    parser.add_argument("--ratio", type=float, default=0.5, help="sample ratio (0.5)")
+    parser.add_argument(
+        "--minimal-k", dest="min_k", type=int, default=16, help="layers with fewer pairs stay exact (16)"
+    )
+    parser.add_argument("--batch", type=int, help=batch)
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the page there")
+    add_json_option(parser)
+
+
+def write(options: argparse.Namespace, found: Sequence[Any], page: Callable[[Any, Mapping[str, Any]], str]) -> None:
+    """Writes results where ``--json`` and ``--markdown`` say."""
+    if options.json is not None:
+        content = {"environment": environment(), "results": [dataclasses.asdict(one) for one in found]}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if options.markdown is not None:
+        options.markdown.write_text(page(found, environment()), encoding="utf-8")

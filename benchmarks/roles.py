@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import torch
 from _device import shown, speedup
-from _header import add_json_option, header, store
+from _header import add_json_option, header, parse_ratio, store
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -116,9 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=20, help="steps of each variant (20)")
     parser.add_argument("--compile", action="store_true", help="compile the exact layer and all variants")
     add_json_option(parser)
-    options = parser.parse_args(arguments)
-    if options.runs < 2 or not 0 < options.ratio < 1:
-        parser.error("--runs: expected 2 or more; --ratio: expected a number in (0, 1)")
+    options = parse_ratio(parser, arguments)
     title = f"Forward and backward of one layer, ratio {options.ratio:g}{', compiled' if options.compile else ''}"
     print(header(title), flush=True)
     found = [

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _header import add_json_option, environment, header
+from _header import header, parse_ratio
 from _peak import peak_bytes
-from _subnetwork_cases import CASES, Case
+from _steps import train_step
+from _subnetwork_cases import CASES, Case, add_case_options, write
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -80,18 +81,12 @@ def measure_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, resting: Sequence[Tensor] = ()
 ) -> tuple[int, int, int]:
     """Bytes that stand, of these the resting ones, and the most that a step allocates beside; after two other steps."""
-
-    def step() -> None:
-        model(inputs).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
     for _ in range(2):
-        step()
+        train_step(model, inputs, optimizer)
     state = [one for one in tree_leaves([*optimizer.state.values()]) if isinstance(one, Tensor)]
     trained = bytes_of([*held(model), *state, inputs])
     every = bytes_of([*held(model), *state, inputs, *resting])
-    return every, every - trained, peak_bytes(step, "cpu")
+    return every, every - trained, peak_bytes(lambda: train_step(model, inputs, optimizer), "cpu")
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -200,19 +195,9 @@ def stored(path: Path | None) -> list[Measured]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints tables."""
-    known = sorted({one.model for one in CASES})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=known, help="only these (those with an aim)")
-    parser.add_argument("--ratio", type=float, default=0.5, help="sample ratio (0.5)")
-    parser.add_argument(
-        "--minimal-k", dest="min_k", type=int, default=16, help="layers with fewer pairs stay exact (16)"
-    )
-    parser.add_argument("--batch", type=int, help="examples in a step (that of the model)")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the page there")
-    add_json_option(parser)
-    options = parser.parse_args(arguments)
-    if not 0 < options.ratio < 1 or (options.batch or 1) < 1:
-        parser.error("--ratio: expected a number in (0, 1); --batch: expected 1 or more")
+    add_case_options(parser, "examples in a step (that of the model)")
+    options = parse_ratio(parser, arguments)
     print(header("Subnetworks: peak memory of a whole training step with AdamW"), flush=True)
     chosen = [c for c in CASES if (c.memory is not None if options.models is None else c.model in options.models)]
     for case in chosen:
@@ -221,11 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{title}\n{table(rows, 'simple')}\n{aim(rows)}", flush=True)
         every = {**grouped(stored(options.json)), title: rows}
         found = [one for rows in every.values() for one in rows]
-        if options.json is not None:
-            content = {"environment": environment(), "results": [dataclasses.asdict(one) for one in found]}
-            options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        if options.markdown is not None:
-            options.markdown.write_text(markdown(found, environment()), encoding="utf-8")
+        write(options, found, markdown)
 
 
 if __name__ == "__main__":

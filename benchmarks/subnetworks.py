@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _header import add_json_option, environment, header
-from _subnetwork_cases import CASES, DEFAULT, Case
+from _header import header, parse_ratio
+from _steps import train_step
+from _subnetwork_cases import CASES, DEFAULT, Case, add_case_options, write
 from _subnetwork_page import markdown, table
 from _subnetwork_results import Timed
 from torch import Tensor, nn
@@ -74,11 +75,9 @@ def same_shapes(sub: nn.Module, narrow: nn.Module) -> bool:
 
 
 def step(model: nn.Module, run: Any, inputs: Tensor, optimizer: torch.optim.Optimizer, kept: bool) -> None:
-    """Forward, backward and the optimiser's step."""
+    """A whole step, under one kept selection or not."""
     with fx_approx.reuse_selection(model) if kept else contextlib.nullcontext():
-        loss_of(run(inputs)).backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        train_step(run, inputs, optimizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,14 +151,9 @@ def stored(path: Path | None) -> list[Timed]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=[one.model for one in CASES], help="only these")
+    add_case_options(parser, "at most so many examples in a step")
     parser.add_argument("--scopes", nargs="+", choices=["value", "group"], help="only these")
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
-    parser.add_argument("--ratio", type=float, default=0.5, help="sample ratio (0.5)")
-    parser.add_argument(
-        "--minimal-k", dest="min_k", type=int, default=16, help="layers with fewer pairs stay exact (16)"
-    )
-    parser.add_argument("--batch", type=int, help="at most so many examples in a step")
     parser.add_argument("--runs", type=int, default=15, help="steps of each variant (15)")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each before (3)")
     parser.add_argument("--threads", type=int, help="threads of torch (its default)")
@@ -167,11 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--processor-time", action="store_true", help="of all threads, for a look on a machine that others use, too"
     )
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the page there")
-    add_json_option(parser)
-    options = parser.parse_args(arguments)
-    if options.runs < 2 or not 0 < options.ratio < 1 or (options.threads or 1) < 1:
-        parser.error("--runs: expected 2 or more; --ratio: a number in (0, 1); --threads: 1 or more")
+    options = parse_ratio(parser, arguments)
     chosen = [one for one in CASES if (one.name in DEFAULT if options.models is None else one.model in options.models)]
     chosen = [one for one in chosen if options.scopes is None or one.scope in options.scopes]
     if options.threads is not None:
@@ -186,11 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fresh = {one.key for one in tried}
         every = [*(one for one in stored(options.json) if one.key not in fresh), *tried]
         every.sort(key=lambda one: order.index(f"{one.model}, {one.what}"))
-        if options.json is not None:
-            content = {"environment": environment(), "results": [dataclasses.asdict(one) for one in every]}
-            options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        if options.markdown is not None:
-            options.markdown.write_text(markdown(every, environment()), encoding="utf-8")
+        write(options, every, markdown)
 
 
 if __name__ == "__main__":

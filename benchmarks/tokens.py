@@ -16,12 +16,12 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from _device import quartiles, shown, speedup
-from _header import add_json_option, header, store
+from _header import add_json_option, header, parse_ratio, store
 from _models import PlainBlock, torchvision_models
+from _steps import train_step
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -109,13 +109,6 @@ def _small() -> Made:
 MODELS: dict[str, Callable[[], Made]] = {"vit_b_16": _vit, "gpt": _gpt, "bert": _bert, "small": _small}
 
 
-def step(run: Any, inputs: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Forward, backward and the optimiser's step."""
-    run(inputs).float().square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
 def operations(model: nn.Module, inputs: Tensor) -> int:
     """Of a training step, as torch counts them."""
     with FlopCounterMode(display=False) as counted:
@@ -153,7 +146,7 @@ def measure(name: str, options: argparse.Namespace) -> list[Measured]:
         for model in models.values():
             run = torch.compile(model, dynamic=False) if compiled else model
             optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
-            calls.append(lambda r=run, o=optimizer: step(r, inputs, o))
+            calls.append(lambda r=run, o=optimizer: train_step(r, inputs, o))
         times = in_turn(calls, torch.device("cpu"), options.runs, warmup=options.warmup, before=1)
         for variant, own in zip(models, times, strict=True):
             share = counts[variant] / counts["exact"]
@@ -172,9 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=2, help="steps of each before (2)")
     parser.add_argument("--compile", action="store_true", help="compiled, too")
     add_json_option(parser)
-    options = parser.parse_args(arguments)
-    if options.runs < 2 or not 0 < options.ratio < 1:
-        parser.error("--runs: expected 2 or more; --ratio: expected a number in (0, 1)")
+    options = parse_ratio(parser, arguments)
     print(header("Tokens: a whole training step"), flush=True)
     found = list(itertools.chain.from_iterable(measure(name, options) for name in options.models))
     rows = [

@@ -49,6 +49,20 @@ def numbers(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
+def train(run: nn.Module, model: nn.Module, alone: nn.Module, single: nn.Module, rank: int) -> None:
+    """Ranks train ``run``, a subnetwork of ``model``, and one process ``single``; selected anew once, and merged."""
+    optimizer, other = sgd(run), sgd(single)
+    for step in range(STEPS):
+        one_step(run, optimizer, batch(rank, step, DOUBLE))
+        one_step(single, other, joint(step))
+        if step in (STEPS // 2 - 1, STEPS - 1):
+            merge(run, model)
+            merge(single, alone)
+        if step == STEPS // 2 - 1:
+            reselect(run, model, process_group=dist.group.WORLD)
+            reselect(single, alone)
+
+
 def parallel(rank: int, name: str, scope: str = "value") -> dict[str, Any]:
     """Plain DistributedDataParallel of a subnetwork, selected anew once, and one process on the joint batch."""
     model = made(name, scope=scope, dtype=DOUBLE)
@@ -61,18 +75,8 @@ def parallel(rank: int, name: str, scope: str = "value") -> dict[str, Any]:
         return allreduce_hook(state, bucket)
 
     wrapped.register_comm_hook(None, lambda state, bucket: count(state, bucket))
-    optimizer, other = sgd(sub), sgd(single)
     tensors = [id(tensor) for tensor in tensors_of(sub).values()]
-    for step in range(STEPS):
-        one_step(wrapped, optimizer, batch(rank, step, DOUBLE))
-        one_step(single, other, joint(step))
-        if step == STEPS // 2 - 1:
-            merge(sub, model)
-            merge(single, alone)
-            reselect(sub, model, process_group=dist.group.WORLD)
-            reselect(single, alone)
-    merge(wrapped, model)
-    merge(single, alone)
+    train(wrapped, model, alone, single, rank)
     return {
         "parameters": (numbers(model), numbers(alone)),
         "sent": sum(sent) / STEPS,
@@ -111,17 +115,7 @@ def sharded(rank: int) -> dict[str, Any]:
     sub, single = extract(model, process_group=dist.group.WORLD), extract(alone)
     fully_shard(sub)
     refused = failing(lambda: narrow_optimizer(sgd(model), sub, model))
-    optimizer, other = sgd(sub), sgd(single)
-    for step in range(STEPS):
-        one_step(sub, optimizer, batch(rank, step, DOUBLE))
-        one_step(single, other, joint(step))
-        if step == STEPS // 2 - 1:
-            merge(sub, model)
-            merge(single, alone)
-            reselect(sub, model, process_group=dist.group.WORLD)
-            reselect(single, alone)
-    merge(sub, model)
-    merge(single, alone)
+    train(sub, model, alone, single, rank)
     return {"parameters": (numbers(model), numbers(alone)), "refused": refused}
 
 
