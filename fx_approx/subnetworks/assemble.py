@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -73,11 +74,12 @@ def assembled(
     exact, inner = exact_copy(approx), [part for part in parts if part.path]
     calls = recorded(exact, {part.path: exact.get_submodule(part.path) for part in inner}, call)
     trials = _trials(root, parts, narrowing)
+    whole = functools.cache(lambda: masked(exact, narrowing.cuts))
     forms: Forms = {}
     reasons: list[str] = []
     notes: list[str] = []
     for part in (*inner, *(part for part in parts if not part.path)):
-        reference = _reference(approx, root, part, narrowing, calls.get(part.path, [call]))
+        reference = _reference(whole, root, part, narrowing, calls.get(part.path, [call]))
         own = {widens: one for widens, one in trials.items() if part.path not in one.problems}
         problem = next((one.problems[part.path] for one in trials.values() if part.path in one.problems), "")
         full = exact.get_submodule(part.path)
@@ -153,14 +155,14 @@ class _Reference:
 
 
 def _reference(
-    approx: ApproxModule, root: nn.Module, part: Part, narrowing: Narrowing, calls: Sequence[Call]
+    whole: Callable[[], nn.Module], root: nn.Module, part: Part, narrowing: Narrowing, calls: Sequence[Call]
 ) -> _Reference:
     graph = _graph(root, part)
     found = (part.serves.problem(graph, args, kwargs) for args, kwargs in calls)
     problem = next((one for one in found if one), "")
     full = None
     if problem or part.serves.training_only:
-        full = masked(exact_copy(approx), narrowing.cuts).get_submodule(part.path)
+        full = whole().get_submodule(part.path)
     sliced = next(iter(narrowing.sliced), "")
     return _Reference(graph, problem, full, f"{UNTOLD}: {sliced} takes a selection of its own" if sliced else "")
 
