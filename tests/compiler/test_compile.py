@@ -117,14 +117,14 @@ def test_checkpoints_inside_the_model_recompute_the_same_sample(reentrant: bool,
 
 
 class Residual(nn.Module):
-    """Two blocks on a residual stream, so that every scope shares and hoists something else."""
+    """Blocks on a residual stream; with two, every scope shares and hoists something else."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int = 2) -> None:
         super().__init__()
         self.stem, self.out = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 5)
-        self.first = nn.ModuleList([nn.Conv2d(16, 24, 3, padding=1) for _ in range(2)])
-        self.second = nn.ModuleList([nn.Conv2d(24, 16, 3, padding=1) for _ in range(2)])
-        self.norms = nn.ModuleList([nn.BatchNorm2d(24) for _ in range(2)])
+        self.first = nn.ModuleList([nn.Conv2d(16, 24, 3, padding=1) for _ in range(blocks)])
+        self.second = nn.ModuleList([nn.Conv2d(24, 16, 3, padding=1) for _ in range(blocks)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(24) for _ in range(blocks)])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -149,7 +149,8 @@ def step(model: nn.Module, call: Any, x: Tensor) -> list[Tensor]:
     ("scope", "sampler", "scores"),
     [
         *(("group", "topk", "ema"), ("value", "systematic", "weight"), ("layer", "bernoulli", "uniform")),
-        *(("value", "crs", "ema"), ("group", "wta_unique", "weight")),
+        pytest.param("value", "crs", "ema", marks=pytest.mark.slow),
+        pytest.param("group", "wta_unique", "weight", marks=pytest.mark.slow),
         pytest.param("layer", "wta", "online", marks=pytest.mark.slow),
     ],
 )
@@ -180,7 +181,7 @@ def test_every_scope_is_one_graph_that_takes_the_samples_of_the_eager_run(
 
 @pytest.mark.parametrize(("dynamic", "most"), [pytest.param(None, 2, marks=pytest.mark.slow), (True, 1)])
 def test_batches_of_any_size_need_no_graph_each(dynamic: bool | None, most: int) -> None:
-    model = Residual()
+    model = Residual(1 if dynamic else 2)
     policy = Uniform(0.5, "systematic")
     eager, approx = (fx_approx.transform(copy.deepcopy(model), policy, torch.randn(2, 3, 8, 8)) for _ in range(2))
     compiled = torch.compile(approx, backend="aot_eager", fullgraph=True, dynamic=dynamic)

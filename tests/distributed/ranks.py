@@ -21,6 +21,8 @@ import fx_approx
 from fx_approx.policies import Uniform
 
 STEPS = 12
+INNER = os.environ.get("FX_APPROX_TEST_INNER", "eager")
+"""The backend of most compiled scenarios."""
 
 
 class Block(nn.Module):
@@ -169,11 +171,13 @@ def main(scenarios: dict[str, Callable[[int, str], Any]]) -> None:
     os._exit(0)
 
 
-def run(folder: Path, size: int, names: list[str], script: str = "fsdp_ranks.py") -> Path:
+def run(folder: Path, size: int, names: list[str], script: str = "fsdp_ranks.py", inner: str = "eager") -> Path:
     """``size`` processes go through scenarios of a script, and leave their results in ``folder``."""
     command = [sys.executable, str(Path(__file__).with_name(script))]
+    environment = {**os.environ, "FX_APPROX_TEST_INNER": inner}
     ranks = [
-        subprocess.Popen([*command, str(rank), str(size), str(folder), *names], cwd=folder) for rank in range(size)
+        subprocess.Popen([*command, str(rank), str(size), str(folder), *names], cwd=folder, env=environment)
+        for rank in range(size)
     ]
     try:
         ended = [rank.wait(timeout=400) for rank in ranks]

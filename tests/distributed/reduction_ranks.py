@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ranks import MODELS, batch, failing, made, resumed, train
+from ranks import INNER, MODELS, batch, failing, made, resumed, train
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
@@ -170,9 +171,9 @@ def killed(rank: int) -> str:
     return failing(lambda: train(wrapped, rank, 2))
 
 
-def compiled(call: nn.Module) -> nn.Module:
-    """Around DistributedDataParallel."""
-    return torch.compile(call, backend="aot_eager")  # type: ignore[return-value]
+def compiled(call: nn.Module, backend: str = "aot_eager") -> nn.Module:
+    """Around DistributedDataParallel, or in it."""
+    return torch.compile(call, backend=backend)  # type: ignore[return-value]
 
 
 # ---- what sets ratios, learns scores, and compiles
@@ -231,7 +232,7 @@ def frontend(rank: int, optimize: bool) -> tuple[list[Tensor], int, int]:
     torch._dynamo.config.optimize_ddp = optimize
     own = Tanhs()
     model: nn.Module = own if rank < 0 else DistributedDataParallel(own, bucket_cap_mb=1)
-    backend = fx_approx.backend(Uniform(0.5), inner="aot_eager")
+    backend = fx_approx.backend(Uniform(0.5), inner=INNER)
     call = torch.compile(model, backend=backend)
     optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
     for step in range(3):
@@ -255,7 +256,7 @@ SCENARIOS: dict[str, Callable[[int, str], Any]] = {
     "mlp systematic, micro": _both("mlp", micro=3, sampler="systematic"),
     "cnn fp16": _both("cnn", inner=fp16_compress_hook),
     "cnn compiled": _both("cnn", wrap=compiled),
-    "cnn compiled inside": _both("cnn", inside=compiled),
+    "cnn compiled inside": _both("cnn", inside=partial(compiled, backend=INNER)),
     "cnn unused": _both("cnn", kept={"find_unused_parameters": True}),
     "cnn static": _both("cnn", kept={"static_graph": True}),
     "cnn views": _both("cnn", kept={"gradient_as_bucket_view": True}),

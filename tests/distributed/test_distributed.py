@@ -28,6 +28,7 @@ ODD = {
     "other weights": "rank 1: the selection of layer [13] is another one than on the others",
     "older step": "rank 1: step is 1, and 3 on the others; resume all ranks from the same checkpoint",
 }
+COMPILED = ["cnn compiled inside", "frontend", "sharded compiled"]
 OTHERS = ["apart", "power", "scaled", "micro batches", "resumed", "controlled", "synchronized", "frontend"]
 
 
@@ -292,6 +293,14 @@ def test_compiled_training_is_that_of_whole_models(two: Path) -> None:
         expected, losses = result["losses"]
         assert losses == pytest.approx(expected, abs=TOLERANCE)
         close(*result["state"])
+
+
+@pytest.mark.slow
+def test_what_is_compiled_inside_goes_through_aot_autograd_too(tmp_path: Path) -> None:
+    run(tmp_path, 2, COMPILED, inner="aot_eager")
+    test_two_ranks_train_bit_for_bit_as_with_dense_reduction_and_send_less(tmp_path, "cnn compiled inside")
+    test_below_it_the_dynamo_frontend_trains_two_ranks_as_one_with_all_the_data(tmp_path)
+    test_compiled_training_is_that_of_whole_models(tmp_path)
 
 
 def test_blocks_of_the_dynamo_frontend_train_as_whole_ones(two: Path) -> None:

@@ -18,6 +18,7 @@ from fx_approx import SamplerConfig
 from fx_approx._compat import retraces_autocast
 from fx_approx.policies import GradientSampling, Override, Paper, Uniform
 from tests.helpers.modules import made_of
+from tests.helpers.quick import in_turn
 
 VALUE = Uniform(0.5)
 
@@ -204,13 +205,15 @@ def test_batches_of_any_size_share_one_graph(dynamic: bool | None) -> None:
     assert len(backend.pieces) == (1 if dynamic else 2)
 
 
-@pytest.mark.parametrize(
-    "policy", [Uniform(0.5, scores="ema"), GradientSampling(grad_weight=SamplerConfig("topk", 0.5, scores="ema"))]
-)
-def test_scores_that_learn_begin_with_a_step_that_is_not_compiled(policy: Any) -> None:
+EMA_FORWARD = Uniform(0.5, scores="ema")
+EMA_BACKWARD = GradientSampling(grad_weight=SamplerConfig("topk", 0.5, scores="ema"))
+
+
+@pytest.mark.parametrize(("policy", "inner"), in_turn([EMA_FORWARD, EMA_BACKWARD], ["aot_eager", "eager"]))
+def test_scores_that_learn_begin_with_a_step_that_is_not_compiled(policy: Any, inner: str) -> None:
     model, twin = Block(), Block()
     twin.load_state_dict(model.state_dict())
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(inner)
     backend = fx_approx.backend(policy, inner=counter)
     compiled = torch.compile(model, backend=backend)
     x = torch.randn(8, 32)

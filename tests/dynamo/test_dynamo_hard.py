@@ -125,8 +125,8 @@ def test_settings_outlive_another_shape(kind: str) -> None:
 def test_more_ratios_than_torch_compiles_go_on_uncompiled() -> None:
     model = Net()
     call, backend = compiled(model, inner="aot_eager")
-    limit = torch._dynamo.config.recompile_limit
-    with warnings.catch_warnings(record=True) as caught:
+    limit = 3
+    with torch._dynamo.config.patch(recompile_limit=limit), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for kept in range(1, limit + 3):
             fx_approx.set_sampling(backend.pieces[0], kept / 16) if backend.pieces else None

@@ -115,7 +115,7 @@ def step(model: nn.Module, call: Callable[..., Any], inputs: dict[str, Tensor]) 
     return loss.detach(), [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize(("make", "sampled", "narrowed"), quick(CASES, gpt2, llama, timm_resnet))
+@pytest.mark.parametrize(("make", "sampled", "narrowed"), quick(CASES, llama, timm_resnet))
 def test_training_samples_by_module_path_and_hoisting_changes_no_number(
     make: Callable[[], Made], sampled: str, narrowed: str | None
 ) -> None:
@@ -143,7 +143,7 @@ def test_training_samples_by_module_path_and_hoisting_changes_no_number(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=rounding * largest)
 
 
-@pytest.mark.parametrize("make", quick([(make,) for make, _, _ in CASES], bert, timm_vit))
+@pytest.mark.parametrize("make", quick([(make,) for make, _, _ in CASES], timm_vit))
 def test_ratio_one_is_bitwise_the_inner_backend_and_evaluation_is_exact(make: Callable[[], Made]) -> None:
     model, inputs = make()
     twin = copy.deepcopy(model)

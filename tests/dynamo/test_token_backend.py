@@ -106,7 +106,9 @@ def leave_out(layers: nn.ModuleList, index: Tensor, length: int, skips: bool) ->
         layers[last].register_forward_hook(behind)
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(
+    "name", ["llama", "vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "bert"))]
+)
 def test_numbers_are_those_of_the_model_whose_layers_see_fewer_tokens(name: str) -> None:
     case = CASES[name]
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from fx_approx.ops.tapped_relu import pack_signs, tap_relu, unpack_signs
+from tests.helpers.modes import BACKENDS
 
 SHAPES: list[tuple[tuple[int, ...], int]] = [((2, 16, 3, 5), 1), ((4, 7), 1), ((3, 5, 9), -1), ((1, 8, 2, 2, 2), 1)]
 shapes = pytest.mark.parametrize(("shape", "dim"), SHAPES)
@@ -107,7 +108,8 @@ def test_derivatives_of_derivatives_and_batched_gradients() -> None:
     torch.autograd.gradgradcheck(function, (source,))
 
 
-def test_compiled_is_eager() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_is_eager(backend: str) -> None:
     index = torch.tensor([5, 1, 2])
     source = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
 
@@ -116,7 +118,7 @@ def test_compiled_is_eager() -> None:
         return (whole.sin().sum() + (part * part).sum()) * 2
 
     grads = []
-    for function in (step, torch.compile(step, fullgraph=True)):
+    for function in (step, torch.compile(step, backend=backend, fullgraph=True)):
         x = source.clone(memory_format=torch.preserve_format).requires_grad_()
         function(x).backward()
         grads.append(x.grad)

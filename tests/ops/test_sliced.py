@@ -86,12 +86,13 @@ def test_eager_keeps_the_whole_weight_and_no_slice(case: str) -> None:
     assert any(t is weight for t in kept) and all(t is weight or t is x or t.numel() <= 3 for t in kept)
 
 
-def test_compiled_keeps_no_slice_and_gives_the_same() -> None:
-    """All cases in one graph."""
+@pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_keeps_no_slice_and_gives_the_same(backend: str) -> None:
+    """All cases in one graph; both backends divide it into forward and backward alike."""
     cases, xs = list(CASES), [input_of(case, 4) for case in CASES]
     kept: list[Tensor] = []
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        found = gradients(torch.compile(each(ours), fullgraph=True), xs, True, cases)
+        found = gradients(torch.compile(each(ours), backend=backend, fullgraph=True), xs, True, cases)
     torch.testing.assert_close(found, gradients(each(reference), xs, True, cases))
     slices = [slice_weights(leaves(False)[0], None, *CASES[case]) for case in cases]
     sizes = {one.weight.numel() for one in slices if one is not None}

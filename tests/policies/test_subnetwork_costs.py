@@ -40,6 +40,7 @@ from fx_approx.subnetworks.parts import take_part
 from fx_approx.utils.timing import Timing
 from tests.helpers.demand_nets import NETS, BasicBlock
 from tests.helpers.hoisting import Layers
+from tests.helpers.quick import in_turn
 
 CORE = Device("one core of an EPYC", "torch.float32", 8.5e10, 3.5e9, 1.8e9, 4.5e-6, 1.06, 1.18, 0.88, 0.12)
 ROOFLINE = RooflineModel(compiled=False, device=CORE)
@@ -98,10 +99,10 @@ def plain(sub: Any) -> nn.Module:
 # ---- the work of a step
 
 
-@pytest.mark.parametrize("scope", ["value", "group"])
-@pytest.mark.parametrize(
-    "name", ["post-activation", "pre-activation", "dense", "squeeze-excite", "grouped", "fused-heads", "gated"]
-)
+CUT_OUT = ["post-activation", "pre-activation", "dense", "squeeze-excite", "grouped", "fused-heads", "gated"]
+
+
+@pytest.mark.parametrize(("name", "scope"), in_turn(CUT_OUT, ["value", "group"], both=["fused-heads"]))
 def test_the_work_is_that_of_the_subnetwork_that_is_cut_out(name: str, scope: str) -> None:
     """The oracle: the graph of what ``extract`` makes, whose gathers are operations like any other."""
     torch.manual_seed(0)

@@ -26,6 +26,7 @@ from fx_approx.sampling import Sampler, Selection
 from tests.helpers.models import Attention, CalledTwice, Checkpointed, WithDataDependent, loss_of, mlp, same, tensors
 from tests.helpers.modes import BACKENDS, MODES
 from tests.helpers.modules import made_of
+from tests.helpers.quick import quick
 
 modes = pytest.mark.parametrize("mode", MODES)
 alternating = pytest.mark.parametrize(("mode", "reentrant"), list(zip(MODES, itertools.cycle([True, False]))))
@@ -369,7 +370,12 @@ def WithCheckpoint(self: Any, x: Tensor) -> Tensor:
 
 
 _MIXED = ("positions",)
-COMPILED = [*(("mixed" if mode in _MIXED else "linear", mode) for mode in MODES), ("checkpoint", "ema")]
+# What others have together: the combined one all products, the one per batch the backward pass, the checkpoint norms.
+_PARTS = ("straight", "backward", "combined", "ema")
+COMPILED = quick(
+    [*(("mixed" if mode in _MIXED else "linear", mode) for mode in MODES), ("checkpoint", "ema")],
+    lambda name, mode: name == "checkpoint" or mode not in _PARTS,
+)
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -186,9 +187,26 @@ def test_layers_that_store_their_weight_transposed_and_sizes_of_heads_in_attribu
     assert sub.generate(tokens()[:2], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 11)
 
 
-def test_tied_weights_of_which_one_place_would_be_narrow_are_named() -> None:
-    _, backend, batch = compiled(gpt2, Override({"lm_head": HALF}, Exact()))
-    with pytest.raises(UnsupportedError, match=r"transformer\.wte\.weight is narrowed by one reader and read whole"):
+class Tied(nn.Module):
+    """A language model of one table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.lm_head = nn.Embedding(20, 16), nn.Linear(16, 20, bias=False)
+        self.lm_head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.cross_entropy(self.lm_head(self.embedding(ids)).flatten(0, 1), ids.flatten())
+
+
+def tied() -> Made:
+    return Tied(), {"ids": torch.randint(20, (4, 8))}
+
+
+@pytest.mark.parametrize(("build", "table"), [(tied, "embedding"), pytest.param(gpt2, "transformer.wte", marks=SLOW)])
+def test_tied_weights_of_which_one_place_would_be_narrow_are_named(build: Callable[[], Made], table: str) -> None:
+    _, backend, batch = compiled(build, Override({"lm_head": HALF}, Exact()))
+    with pytest.raises(UnsupportedError, match=rf"{re.escape(table)}\.weight is narrowed by one reader and read whole"):
         extract(backend, example_inputs=batch)
 
 

@@ -19,6 +19,7 @@ from fx_approx.runtime.approx_module import find
 from fx_approx.sampling import Selection
 from fx_approx.subnetworks import extract, merge, narrow_optimizer, record_of, reselect, widen_optimizer
 from tests.helpers.hoisting import loss_of
+from tests.helpers.quick import in_turn
 from tests.subnetworks.nets import X, hidden, largest, placed, steps, transformed
 
 
@@ -92,9 +93,10 @@ def assert_same_state(
             assert torch.allclose(torch.as_tensor(value).double(), its_own, atol=1e-12), key
 
 
-@pytest.mark.parametrize("kind", ENTRY_BY_ENTRY)
-@pytest.mark.parametrize("name", ["post-activation", "fused-heads"])
-def test_as_the_full_optimiser_with_all_else_held(name: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"), in_turn(ENTRY_BY_ENTRY, ["post-activation", "fused-heads"], both=["SGD", "AdamW", "Lion"])
+)
+def test_as_the_full_optimiser_with_all_else_held(kind: str, name: str) -> None:
     approx, x = transformed(name)
     make = ENTRY_BY_ENTRY[kind]
     optimizer = make(approx.parameters())

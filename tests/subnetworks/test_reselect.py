@@ -19,6 +19,7 @@ from fx_approx.subnetworks import extract, load, merge, record_of, reselect, sav
 from fx_approx.subnetworks.record import tensors_of
 from fx_approx.subnetworks.source import source_of
 from tests.helpers.demand_nets import NETS
+from tests.helpers.quick import in_turn
 from tests.subnetworks.nets import TWICE, X, hidden, transformed
 
 RANDOM = Override({"0": Exact()}, Uniform(0.5, scores="uniform", sampler="systematic"))
@@ -43,8 +44,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     return mine.keys() == its.keys() and all(torch.equal(tensor, its[name]) for name, tensor in mine.items())
 
 
-@pytest.mark.parametrize("scope", ["value", "group"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(("name", "scope"), in_turn(NETS, ["value", "group"], both=["fused-heads"]))
 def test_the_tensors_are_those_of_a_fresh_subnetwork(name: str, scope: str) -> None:
     for sampler in ("topk", "systematic"):
         approx, x = transformed(name, scope, sampler)

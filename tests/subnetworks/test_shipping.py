@@ -18,6 +18,7 @@ from fx_approx.policies import Exact, Override, Uniform
 from fx_approx.subnetworks import extract, load, record_of, restore, save
 from tests.helpers.demand_nets import NETS, BasicBlock
 from tests.helpers.hoisting import Layers, perturbed
+from tests.helpers.quick import in_turn
 
 
 def residual() -> nn.Module:
@@ -65,13 +66,12 @@ def assert_close(one: Any, other: Tensor) -> None:
     assert torch.allclose(torch.as_tensor(one), other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
-@pytest.mark.parametrize("name", CASES)
-def test_torch_export(name: str, strict: bool) -> None:
+@pytest.mark.parametrize(("name", "mode"), in_turn(CASES, ["strict", "non-strict"]))
+def test_torch_export(name: str, mode: str) -> None:
     sub, x = evaluating(name)
     with torch.no_grad():
         expected = sub(x)
-        exported = torch.export.export(sub, (x,), strict=strict)
+        exported = torch.export.export(sub, (x,), strict=mode == "strict")
         stream = io.BytesIO()
         torch.export.save(exported, stream)
         stream.seek(0)
@@ -89,7 +89,13 @@ def test_torch_export_for_training_and_of_any_batch() -> None:
     assert_close(exported(more).detach(), sub(more).detach())
 
 
-@pytest.mark.parametrize("name", ["residual, own class", "residual, value", "MLP", "transformer, value"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("residual, value", "MLP"),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("residual, own class", "transformer, value")),
+    ],
+)
 def test_onnx(name: str) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

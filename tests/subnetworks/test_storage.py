@@ -21,6 +21,7 @@ from fx_approx.subnetworks import description, extract, load, merge, rebuild, re
 from fx_approx.subnetworks.record import tensors_of
 from tests.helpers.demand_nets import NETS, BasicBlock
 from tests.helpers.hoisting import Layers, loss_of, perturbed
+from tests.helpers.quick import in_turn
 from tests.subnetworks.nets import X, hidden, transformed
 
 TWICE = "plain-residual"  # a layer that is called with two selections
@@ -321,8 +322,7 @@ def test_what_wraps_a_subnetwork_is_looked_into() -> None:
     assert torch.equal(load(file, approx).eval()(X), wrapped(X))
 
 
-@pytest.mark.parametrize("scope", ["value", "group"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(("name", "scope"), in_turn(NETS, ["group", "value"], both=["fused-heads"]))
 def test_in_evaluation_and_on_other_batches_it_computes_what_full_size_does(name: str, scope: str) -> None:
     approx, x = transformed(name, scope)
     sub = extract(approx, example_inputs=x)

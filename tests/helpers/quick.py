@@ -1,0 +1,20 @@
+"""Which cases of a test run each time, and which with ``-m slow``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import pytest
+
+
+def quick(cases: Iterable[tuple[Any, ...]], runs: Callable[..., bool]) -> list[Any]:
+    """The cases; those that ``runs`` says no to are slow."""
+    return [pytest.param(*case, marks=() if runs(*case) else pytest.mark.slow) for case in cases]
+
+
+def in_turn(first: Collection[Any], second: Collection[Any], both: Collection[Any] = ()) -> list[Any]:
+    """All pairs: of each ``first`` one runs, with the next ``second`` in turn, and all of those in ``both``."""
+    turns = dict(zip(first, itertools.cycle(second), strict=False))
+    return quick(itertools.product(first, second), lambda one, other: one in both or turns[one] == other)
