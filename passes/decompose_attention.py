@@ -119,16 +119,15 @@ def _call_problem(module: nn.MultiheadAttention, node: fx.Node, call: Mapping[st
     """Why this call must stay one, or None."""
     if call["need_weights"] is not False:
         return f"returns its weights (need_weights={call['need_weights']})"
-    if call["key_padding_mask"] is not None:
-        return "has a key_padding_mask"
     inputs = [call[name] for name in ("query", "key", "value")]
     if not all(isinstance(one, fx.Node) for one in inputs):
         return "an input is no tensor of the graph"
     if has_one_projection(module) and any(one is not inputs[0] for one in inputs):
         return "query, key and value differ, and one parameter projects all three"
     mask, causal = call["attn_mask"], call["is_causal"]
-    if not isinstance(causal, bool) or not (mask is None or isinstance(mask, fx.Node)):
-        return "attn_mask or is_causal is chosen at run time"
+    masks = (mask, call["key_padding_mask"])
+    if not isinstance(causal, bool) or not all(one is None or isinstance(one, fx.Node) for one in masks):
+        return "a mask or is_causal is chosen at run time"
     if causal and mask is None:
         return "is_causal without attn_mask, which torch refuses"
     if not all(user.target is operator.getitem and user.args[1] in (0, 1) for user in node.users):
@@ -141,8 +140,10 @@ def _forget(user: fx.Node, value: fx.Node) -> None:
     user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda node: None if node is value else node)
 
 
-def attention_mask(mask: Tensor, dims: int, heads: int, dtype: torch.dtype) -> Tensor:
-    """A mask of ``nn.MultiheadAttention`` as ``F.scaled_dot_product_attention`` takes it.
+def attention_mask(
+    mask: Tensor | None, dims: int, heads: int, dtype: torch.dtype, padding: Tensor | None = None
+) -> Tensor | None:
+    """The masks of ``nn.MultiheadAttention`` as one that ``F.scaled_dot_product_attention`` takes.
 
     Args:
         mask: ``[L, S]``, or ``[N * heads, L, S]`` (``[heads, L, S]`` without batches); floating-point, or boolean with
@@ -150,12 +151,24 @@ def attention_mask(mask: Tensor, dims: int, heads: int, dtype: torch.dtype) -> T
         dims: Of the query: 3 with batches.
         heads: Number of heads.
         dtype: Of the result, for a boolean mask.
+        padding: The ``key_padding_mask``, ``[N, S]`` (``[S]`` without batches); of the same kinds.
     """
-    if not mask.is_floating_point():
-        if mask.dtype is not torch.bool:
-            raise ValueError(f"attn_mask: expected a boolean or floating-point tensor, got {mask.dtype}")
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
-    return mask.unflatten(0, (-1, heads)) if mask.dim() == 3 and dims == 3 else mask
+    if mask is not None:
+        mask = _added(mask, "attn_mask", dtype)
+        mask = mask.unflatten(0, (-1, heads)) if mask.dim() == 3 and dims == 3 else mask
+    if padding is None:
+        return mask
+    padding = _added(padding, "key_padding_mask", dtype)[..., None, None, :]
+    return padding if mask is None else mask + padding
+
+
+def _added(mask: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """A mask as what is added to scores."""
+    if mask.is_floating_point():
+        return mask
+    if mask.dtype is not torch.bool:
+        raise ValueError(f"{name}: expected a boolean or floating-point tensor, got {mask.dtype}")
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
 class _Parts:
@@ -219,17 +232,17 @@ class _Parts:
         each = self.module.embed_dim // self.module.num_heads
         # The number of heads is not said: it may become fewer.
         parts = [self._method("movedim", self._method("unflatten", p, -1, (-1, each)), 0, -2) for p in projected]
-        causal = self.call["is_causal"]
+        causal = self.call["is_causal"] and self.call["key_padding_mask"] is None
         how = {"attn_mask": None if causal else self._mask(), "dropout_p": self._read("dropout"), "is_causal": causal}
         return self._make("call_function", F.scaled_dot_product_attention, *parts, **how)
 
     def _mask(self) -> fx.Node | None:
-        mask, query = self.call["attn_mask"], self.call["query"]
-        if mask is None:
+        mask, query, padding = (self.call[name] for name in ("attn_mask", "query", "key_padding_mask"))
+        if mask is None and padding is None:
             return None
         dtype = self._make("call_function", getattr, query, "dtype")
         dims = self._method("dim", query)
-        return self._make("call_function", attention_mask, mask, dims, self.module.num_heads, dtype)
+        return self._make("call_function", attention_mask, mask, dims, self.module.num_heads, dtype, padding)
 
     def _output(self, attended: fx.Node) -> fx.Node:
         merged = self._method("flatten", self._method("movedim", attended, -2, 0), -2)

@@ -93,7 +93,8 @@ def sampled_graph(
         narrowed.run()
         whole_of = narrowed.whole_of
     for number, stretch in enumerate(stretches):
-        SampleTokens(graph, copies, whole_of, stretch, number, header.key).run()
+        learns = runtime.tokens[number].follows_gradient
+        SampleTokens(graph, copies, whole_of, stretch, number, header.key, learns).run()
     # By their mark: in place of a layer's value a part of it may stand in ``copies``, or nothing any more.
     calls = {name: node for node in graph.nodes for name in node.meta.get(META_KEY, ())}
     for one in chosen.values():

@@ -16,20 +16,24 @@ from torch import fx
 
 from fx_approx.core.plan_effects import TokenShare
 from fx_approx.core.token_sampling import TokenSampling
-from fx_approx.ops.channel_slices import narrow, positions, resize
+from fx_approx.ops.channel_slices import narrow, resize
+from fx_approx.ops.token_scores import watch
 from fx_approx.ops.token_slices import (
     entries,
     fewer_tokens,
+    narrow_each,
     put_back,
     sampled_count,
     split_tokens,
     take_tokens,
+    token_positions,
     told_size,
 )
 from fx_approx.passes.channel_flow import AS_ANOTHER, Flow, Link, asks_sizes
 from fx_approx.passes.channel_spaces import Layout
 from fx_approx.passes.reshape_rules import spelled_out
 from fx_approx.passes.token_checks import Sum, are_rows, is_sized_once, misread, spelled_slice, sums_along
+from fx_approx.passes.token_examples import Examples, choose, find_examples
 from fx_approx.passes.token_flow import Block, TokenStream
 from fx_approx.passes.token_words import place
 from fx_approx.runtime.graph_program import PROLOGUE
@@ -50,6 +54,7 @@ class TokenStretch:
         inside: The values of which only the chosen tokens are computed.
         sampled: The space of the tokens that may be left out.
         sums: What is summed over values that go along, and goes along itself.
+        examples: Where the examples lie, if each keeps tokens of its own.
     """
 
     stream: TokenStream
@@ -58,6 +63,7 @@ class TokenStretch:
     inside: frozenset[fx.Node]
     sampled: int
     sums: tuple[Sum, ...] = ()
+    examples: Examples | None = None
 
     @property
     def flow(self) -> Flow:
@@ -93,8 +99,16 @@ def choose_stretches(streams: Iterable[TokenStream], sampling: TokenSampling) ->
             if any(one.inside & other.inside for other in found if other.stream is not stream):
                 reasons.append(f"{place(stream.origin)}: its tokens are combined with those of another stack")
             else:
-                found.append(one)
+                found.append(_with_examples(one, sampling, reasons))
     return found, reasons
+
+
+def _with_examples(stretch: TokenStretch, sampling: TokenSampling, reasons: list[str]) -> TokenStretch:
+    examples, why = find_examples(
+        stretch.flow, stretch.start, stretch.inside, stretch.sums, stretch.is_sampled, sampling
+    )
+    reasons += [why] if why else []
+    return dataclasses.replace(stretch, examples=examples)
 
 
 def drop(stream: TokenStream, sampling: TokenSampling) -> tuple[TokenStretch | None, str]:
@@ -227,7 +241,11 @@ def make_token_selections(
                 break
             start += segment.count
         site = -1 - number  # those of layers count up
-        runtime.add_tokens(TokenSelection(sampling, layout.dim, start, share.others, share.tokens, site, root))
+        own = stretch.examples
+        batch, examples = (None, 1) if own is None else (own.axis, own.count)
+        mask = None if own is None or own.padding is None else (own.padding.axis, own.padding.start)
+        which = layout.dim, start, share.others, share.tokens
+        runtime.add_tokens(TokenSelection(sampling, *which, site, root, batch, examples, mask))
 
 
 class SampleTokens:
@@ -240,6 +258,7 @@ class SampleTokens:
         stretch: What is to compute some tokens only.
         number: Of the stretch.
         key: The prologue's node.
+        learns: Whether the gradient of the tokens is looked at.
     """
 
     def __init__(
@@ -250,12 +269,12 @@ class SampleTokens:
         stretch: TokenStretch,
         number: int,
         key: fx.Node,
+        learns: bool = False,
     ) -> None:
         self.graph, self.copies, self.whole_of = graph, copies, whole_of
-        self.stretch, self.flow = stretch, stretch.flow
-        start = copies[stretch.start]
-        with graph.inserting_after(start):
-            self.chosen = graph.call_module(f"{PROLOGUE}.t{number}", (key, start))
+        self.stretch, self.flow, self.examples = stretch, stretch.flow, stretch.examples
+        self.running = f"{PROLOGUE}.t{number}.running" if learns else None
+        self.chosen = choose(graph, copies, stretch.start, stretch.examples, number, key)
         layout = self.flow.layout(stretch.start)
         assert layout is not None
         self.layout: Layout = layout
@@ -282,9 +301,9 @@ class SampleTokens:
         for source in dict.fromkeys(link.source for link in step.links):
             layout = self.flow.layout(source)
             if source not in self.stretch.inside and layout is not None:
-                self._replace(own, source, layout.dim, self._index(layout))
+                self._replace(own, source, layout.dim, self._index(layout), node)
         for operand, axis in step.follow:
-            self._replace(own, operand, axis, self._index(step.layout))
+            self._replace(own, operand, axis, self._index(step.layout), node)
         if step.action in ("resize", "rows"):
             self._resize(node, own)
         elif step.action == "split":
@@ -299,7 +318,7 @@ class SampleTokens:
             return None
         if len(parts) == 1 and parts[0][2] == 1:
             return self.chosen
-        return self._once(("positions", parts), lambda: self.graph.call_function(positions, (parts,)))
+        return self._once(("positions", parts), lambda: self.graph.call_function(token_positions, (parts,)))
 
     def _parts(self, layout: Layout) -> tuple[tuple[fx.Node | None, Any, int], ...]:
         return tuple(
@@ -321,25 +340,41 @@ class SampleTokens:
                 self._made[what] = self._behind = make()
         return self._made[what]
 
-    def _replace(self, own: fx.Node, source: fx.Node, dim: int, index: fx.Node | None) -> None:
-        """Takes the chosen tokens of all that ``own`` reads of ``source``, or of a part of its channels."""
+    def _replace(self, own: fx.Node, source: fx.Node, dim: int, index: fx.Node | None, reader: fx.Node) -> None:
+        """Takes the chosen tokens of all that ``own``, made of ``reader``, reads of ``source`` or of its channels."""
         if index is None:
             return
         base = self._made_by(self.copies[source])
+        function: Any = narrow
+        axes: tuple[int, ...] = (dim,)
+        if self.examples is not None:
+            rank = len(self.flow.shape(source) or ())
+            function, axes = narrow_each, (dim - rank, *self.examples.place(source, reader))
         for operand in list(own.all_input_nodes):
             if self._made_by(operand) is not base:
                 continue
-            key = operand, dim, index
+            key = operand, axes, index
             if key not in self._made:
                 with self.graph.inserting_before(own):
-                    self._made[key] = self.graph.call_function(narrow, (operand, dim, index))
+                    made = self.graph.call_function(function, (operand, *axes, index))
+                self._made[key] = self._watched(made, own) if source is self.stretch.start else made
                 self._narrowed[self._made[key]] = operand
             own.replace_input_with(operand, self._made[key])
+
+    def _watched(self, made: fx.Node, own: fx.Node) -> fx.Node:
+        """What the stretch reads, with its gradient looked at if the scores follow that."""
+        if self.running is None:
+            return made
+        before = itertools.takewhile(lambda s: not self.stretch.is_sampled(s.space), self.layout.segments)
+        start, batch = sum(s.entries for s in before), None if self.examples is None else self.examples.axis
+        with self.graph.inserting_before(own):
+            running = self.graph.create_node("get_attr", self.running)
+            return self.graph.call_function(watch, (made, self.layout.dim, start, batch, self.chosen, running))
 
     def _sum(self, one: Sum) -> None:
         layout = self.flow.layout(one.reader)
         assert layout is not None
-        self._replace(self.copies[one.node], one.rider, one.axis, self._index(layout))
+        self._replace(self.copies[one.node], one.rider, one.axis, self._index(layout), one.reader)
 
     def _made_by(self, node: fx.Node) -> fx.Node:
         """The node that makes the value of which ``node`` is a part of the channels, or of the tokens."""
@@ -438,7 +473,8 @@ class SampleTokens:
         own, start = self.copies[end], self.copies[self.stretch.start]
         index = self._index(self.layout)
         with self.graph.inserting_after(own):
-            whole = self.graph.call_function(put_back, (start, own, self.layout.dim, index))
+            how = () if self.examples is None else (self.examples.axis,)
+            whole = self.graph.call_function(put_back, (start, own, self.layout.dim, index, *how))
         whole.meta = dict(own.meta)
         own.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not whole)
         self.copies[end] = whole

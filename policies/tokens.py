@@ -13,7 +13,7 @@ from fx_approx.policies.uniform import Exact
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
+class Tokens(TokenSampling):
     """A stretch of blocks computes some tokens only, in every forward others.
 
     Dropping serves models that pool, or read a class token: what is dropped is not seen by the loss, as PatchDropout
@@ -22,35 +22,21 @@ class Tokens:
     keep their order, so causal attention stays causal, and positions, rotary tables, masks and biases go along.
 
     Attributes:
-        ratio: Share of the tokens to keep, in (0, 1].
-        mode: ``drop``, ``skip``, or ``auto``: drop where nothing behind the blocks needs all positions.
-        first: Blocks at the beginning that compute all tokens.
-        last: Blocks at the end that do, for ``skip``.
-        keep: Tokens at the beginning of the sequence that are always kept, beside class tokens and registers.
-        scores: ``uniform``, every subset of the tokens is as likely; ``norm``, those whose values are largest.
-        per_layer: Each block chooses its own, for ``skip``.
-        min_k: Keep at least so many tokens.
         layers: Policy of the layers' own products; by default all are exact.
+
+    All others are those of :class:`fx_approx.core.token_sampling.TokenSampling`, in its order and with its errors.
 
     Raises:
         TypeError: At construction, a field of the wrong type.
         ValueError: At construction, a value out of range or an unknown name.
     """
 
-    ratio: float = 0.5
-    mode: str = "auto"
-    first: int = 1
-    last: int = 1
-    keep: int = 0
-    scores: str = "uniform"
-    per_layer: bool = False
-    min_k: int = 1
     layers: Policy = dataclasses.field(default_factory=Exact)
 
     needs_shapes = True
 
     def __post_init__(self) -> None:
-        self.tokens  # noqa: B018  (making it is the check)
+        super().__post_init__()
         if not isinstance(self.layers, Policy):
             raise TypeError(f"layers: expected a policy such as Uniform(0.5), got {self.layers!r}")
 

@@ -455,6 +455,8 @@ def _take_over(approx: ApproxModule, before: ApproxModule) -> None:
     runtime.lay_out()
     load_sampler_state_dict(approx, sampler_state_dict(before))
     runtime.state = old.state
+    for one, other in zip(runtime.tokens, old.tokens, strict=False):
+        one.join(other)
     if runtime.resample is not None and old.resample is not None:
         runtime.resample.join(old.resample)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from fx_approx.runtime.batchnorm import reestimate
 from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.rng import INCREMENT, SEED, SELECTION_INTERVAL, STEP
 from fx_approx.runtime.selector import Selector
+from fx_approx.runtime.token_selection import TokenSelection
 from fx_approx.runtime.validation import check_seed
 from fx_approx.sampling.spec import SamplerConfig
 
@@ -294,7 +295,8 @@ def sampler_state_dict(model: nn.Module | GraphHandle) -> dict[str, Any]:
         Of a backend ``graphs``, a list with the ``layers`` and the ``state`` of each graph. Of a transformed model
         ``step``, ``selection_interval`` and ``seed``, integers; where scores keep running norms, also ``running``,
         lists of numbers by the candidate's name and the role, such as ``"fc1/grad_weight"``; where selections made
-        ahead are kept or learn, ``resample``, what is kept.
+        ahead are kept or learn, ``resample``, what is kept; where tokens are chosen by scores that learn, ``tokens``,
+        what each stretch of blocks has learnt.
     """
     if isinstance(model, GraphHandle):
         made: dict[int, ApproxModule] = {}
@@ -314,6 +316,8 @@ def sampler_state_dict(model: nn.Module | GraphHandle) -> dict[str, Any]:
     resample = runtime.resample
     if resample is not None and (resample.remembers or resample.held_key[0] >= 0):
         extra["resample"] = resample.state()
+    if any(one.learns for one in runtime.tokens):
+        extra["tokens"] = [one.state() for one in runtime.tokens]
     numbers = {"step": int(state[STEP]), "selection_interval": int(state[SELECTION_INTERVAL]), "seed": int(state[SEED])}
     return {**numbers, **extra}
 
@@ -326,8 +330,9 @@ def load_sampler_state_dict(model: nn.Module | GraphHandle, values: Mapping[str,
         values: The state.
 
     Raises:
-        ValueError: Other keys than ``step``, ``selection_interval``, ``seed`` and ``running`` (which may be left out),
-            a value out of range, or running norms of a site that is not there; nothing is changed then.
+        ValueError: Other keys than ``step``, ``selection_interval``, ``seed``, and ``running``, ``resample`` and
+            ``tokens`` (which may be left out), a value out of range, or running norms of a site that is not there;
+            nothing is changed then.
         TypeError: A value of the wrong type.
     """
     if not isinstance(values, Mapping):
@@ -337,8 +342,8 @@ def load_sampler_state_dict(model: nn.Module | GraphHandle, values: Mapping[str,
         return
     runtime = find(model)._fx_approx
     places = {"step": STEP, "selection_interval": SELECTION_INTERVAL, "seed": SEED}
-    if set(values) - {"running", "resample"} != set(places):
-        raise ValueError(f"values: expected the keys {sorted(places)}, running and resample, got {sorted(values)}")
+    if set(values) - {"running", "resample", "tokens"} != set(places):
+        raise ValueError(f"values: expected the keys {sorted(places)}, running, resample, tokens, got {sorted(values)}")
     check_seed(values["seed"], values["selection_interval"], values["step"])
     sites = {f"{name}/{role.value}": selector for (name, role), selector in runtime.selectors.items()}
     for name in ("running", "resample"):
@@ -351,6 +356,8 @@ def load_sampler_state_dict(model: nn.Module | GraphHandle, values: Mapping[str,
         there = ", ".join(learning) or "none"
         raise ValueError(f"running: no running norms are kept at {', '.join(unknown)}; there are: {there}")
     norms = {site: torch.tensor(numbers, dtype=torch.float32) for site, numbers in running.items()}
+    tokens = [one for one in runtime.tokens if one.learns]
+    _check_tokens(tokens, values.get("tokens"))
     resample = runtime.resample
     if "resample" in values and resample is None:
         raise ValueError("resample: selections are kept of no layer of this model")
@@ -365,6 +372,18 @@ def load_sampler_state_dict(model: nn.Module | GraphHandle, values: Mapping[str,
     for site in learning:
         found = norms.get(site)
         sites[site].running = None if found is None else found.to(runtime.state.device)
+    for selection, learnt in zip(tokens, values.get("tokens") or [None] * len(tokens), strict=True):
+        selection.load_state(learnt)
+
+
+def _check_tokens(learning: Sequence[TokenSelection], given: Any) -> None:
+    if given is None:
+        return
+    if not isinstance(given, (tuple, list)) or len(given) != len(learning):
+        raise ValueError(f"tokens: expected the scores of {len(learning)} stretches of blocks, got {given!r}")
+    for one in given:
+        if not isinstance(one, Mapping) or set(one) != {"running", "held_key", "held"}:
+            raise ValueError(f"tokens: expected running, held_key and held of each stretch of blocks, got {one!r}")
 
 
 def _load_graphs(handle: GraphHandle, values: Mapping[str, Any]) -> None:
@@ -386,7 +405,7 @@ def _load_graphs(handle: GraphHandle, values: Mapping[str, Any]) -> None:
 
 
 def synchronize_scores(model: nn.Module, group: Any = None) -> None:
-    """Averages the running norms of ``ema`` scores over all ranks, so that they choose the same channels.
+    """Averages the running norms of scores that learn over all ranks, so that they choose the same channels and tokens.
 
     To be called by all ranks alike: once is enough where all see data of one kind; where the shared selection is relied
     upon, before every step. Nothing to do for other scores, which are the same on all ranks by themselves.
@@ -398,11 +417,13 @@ def synchronize_scores(model: nn.Module, group: Any = None) -> None:
     Raises:
         RuntimeError: There is no process group.
     """
-    resample = find(model)._fx_approx.resample
+    runtime = find(model)._fx_approx
+    resample = runtime.resample
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise RuntimeError("group: torch.distributed is not initialised; call torch.distributed.init_process_group")
     learnt = [] if resample is None else [one for one in resample.each() if one.running is not None]
     norms = [one.running for one in learnt if one.running is not None]
+    norms += [one.running for one in runtime.tokens if one.running is not None]
     ages = [one.age for one in learnt if one.age is not None]
     if not norms:
         return
@@ -413,6 +434,8 @@ def synchronize_scores(model: nn.Module, group: Any = None) -> None:
     mean = torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1), running)
     for own, value in zip(norms, mean.split([own.numel() for own in norms]), strict=True):
         own.copy_(value.view_as(own))
+    if not ages:
+        return
     age = torch.cat(ages)
     torch.distributed.all_reduce(age, torch.distributed.ReduceOp.MIN, group=group)
     for own, value in zip(ages, age.split([own.numel() for own in ages]), strict=True):

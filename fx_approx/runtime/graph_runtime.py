@@ -116,7 +116,7 @@ class Runtime(Moved):
     @property
     def samples(self) -> bool:
         """Whether some layer is sampled when its training flag is set."""
-        if any([one.enabled and one.ratio < 1 for one in self.tokens]):
+        if any([one.enabled and not one.keeps_all for one in self.tokens]):
             return True
         return any([selector.enabled and not selector.exact for selector in self.selectors.values()])
 
@@ -125,7 +125,7 @@ class Runtime(Moved):
         """Whether some sampler of the model is random, so that forwards need a key."""
         if self.resample is not None and self.resample.draws:
             return True
-        if any([one.random and one.active for one in self.tokens]):
+        if any([one.needs_key and one.active for one in self.tokens]):
             return True
         for selector in self.selectors.values():
             if not selector.shared and selector.sampler.random and selector.active and not selector.exact:

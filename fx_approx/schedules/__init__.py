@@ -1,5 +1,6 @@
 """Ratios that change over a training: schedules, and what follows them."""
 
+from fx_approx.runtime.token_losses import note_token_losses
 from fx_approx.schedules.noise_controller import NoiseController, NoiseRecord
 from fx_approx.schedules.preserve import zero_unread_weights
 from fx_approx.schedules.ratio_scheduler import RatioScheduler
@@ -28,5 +29,6 @@ __all__ = [
     "PlanRatios",
     "RatioScheduler",
     "Schedule",
+    "note_token_losses",
     "zero_unread_weights",
 ]

@@ -83,6 +83,9 @@ class RatioScheduler:
         self._model, self._log, self._preserve = model, log, preserve
         self.schedules: dict[str, Schedule] = rules
         self._layers = self._matched(strict=bool(pieces) or not isinstance(model, GraphHandle))
+        if preserve and set(self._layers) == {TOKENS} and self._sites():
+            message = "preserve: the schedule drives tokens only, to which no weight belongs, so nothing is set to zero"
+            warnings.warn(message, NoEffectWarning, stacklevel=2)
         self._planned = {site: selector.spec.ratio for site, selector in self._sites().items()}
         self._plan_tokens()
         self._check_tails()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fx_approx._compat import ONE_PROJECTION, convolve, has_one_projection
 from fx_approx.core.layer_types import with_forward
 from fx_approx.errors import UnsupportedError
+from fx_approx.passes.decompose_attention import attention_mask
 from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.parts import put_part, take_part
 
@@ -77,12 +78,12 @@ class HeadsAttention(nn.MultiheadAttention):
         """As ``nn.MultiheadAttention``, without the weights of the attention.
 
         Raises:
-            UnsupportedError: They are asked for, there is a ``key_padding_mask``, or one projection gets three values.
+            UnsupportedError: They are asked for, or one projection gets three values.
         """
-        if need_weights or key_padding_mask is not None:
+        if need_weights:
             raise UnsupportedError(
-                "attention with fewer heads: expected need_weights=False and no key_padding_mask, as the model was "
-                "called when it was transformed"
+                "attention with fewer heads: expected need_weights=False, as the model was called when it was "
+                "transformed"
             )
         if self.one_projection and not (query is key and key is value):
             raise UnsupportedError(
@@ -93,6 +94,9 @@ class HeadsAttention(nn.MultiheadAttention):
         given = [one.movedim(axis, 0) for one in (query, key, value)]
         q, k, v = (one.unflatten(-1, (-1, self.head_dim)).movedim(0, -2) for one in self._projected(given))
         dropout = self.dropout if self.training else 0.0
+        if key_padding_mask is not None:
+            attn_mask = attention_mask(attn_mask, query.dim(), q.shape[-3], query.dtype, key_padding_mask)
+            is_causal = False
         made = F.scaled_dot_product_attention(
             q, k, v, attn_mask=None if is_causal else attn_mask, dropout_p=dropout, is_causal=is_causal
         )

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fx_approx
 from fx_approx import distributed
-from fx_approx.policies import Uniform
+from fx_approx.policies import Tokens, Uniform
 from fx_approx.schedules import ExactWarmup, NoiseController, PlanRatios, RatioScheduler
 
 
@@ -211,6 +211,24 @@ def synchronized(rank: int) -> dict[str, Any]:
     return {"before": before, "after": [one.running for one in shared], "age": [one.age for one in shared]}
 
 
+def tokens(rank: int) -> dict[str, Any]:
+    """Tokens chosen by running norms of the gradient, averaged after each step; and what each rank learnt alone."""
+    torch.manual_seed(0)
+    policy = Tokens(0.5, scores="gradient", per_example=True)
+    model = fx_approx.transform(MODELS["vit"](), policy, batch(0, 0)[0])
+    (selection,) = model._fx_approx.tokens  # type: ignore[union-attr, misc]
+    chosen: list[Tensor] = []
+    alone: list[Tensor] = []
+    selection.register_forward_hook(lambda module, args, found: chosen.append(found.indices))
+
+    def synchronize() -> None:
+        alone.append(selection.running.clone())
+        distributed.synchronize_scores(model)
+
+    train(DistributedDataParallel(model), rank, 6, after=synchronize)
+    return {"chosen": chosen, "alone": alone, "state": selection.state()}
+
+
 class Tanhs(nn.Module):  # Dynamo does not look into a Sequential that is called from torch's own code
     """Layers that fill a bucket each."""
 
@@ -271,6 +289,7 @@ SCENARIOS: dict[str, Callable[[int, str], Any]] = {
     "resumed": resumes,
     "controlled": lambda rank, folder: controlled(rank),
     "synchronized": lambda rank, folder: synchronized(rank),
+    "tokens": lambda rank, folder: tokens(rank),
     "frontend": lambda rank, folder: [frontend(*how) for how in ((rank, True), (rank, False), (-1, False))],
     "killed": lambda rank, folder: killed(rank),
 }

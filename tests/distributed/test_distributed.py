@@ -29,7 +29,7 @@ ODD = {
     "older step": "rank 1: step is 1, and 3 on the others; resume all ranks from the same checkpoint",
 }
 COMPILED = ["cnn compiled inside", "frontend", "sharded compiled"]
-OTHERS = ["apart", "power", "scaled", "micro batches", "resumed", "controlled", "synchronized", "frontend"]
+OTHERS = ["apart", "power", "scaled", "micro batches", "resumed", "controlled", "synchronized", "tokens", "frontend"]
 
 
 SHARDED = [
@@ -197,6 +197,13 @@ def test_running_norms_of_scores_are_averaged(two: Path) -> None:
     assert equal(one["age"], other["age"])
     for mine, theirs, after in zip(one["before"], other["before"], one["after"], strict=True):
         torch.testing.assert_close(after, (mine + theirs) / 2)
+
+
+def test_ranks_that_average_what_they_learn_choose_the_same_tokens(two: Path) -> None:
+    (one, _), (other, _) = left(two, "tokens")
+    assert one["state"] == other["state"]
+    assert all(map(torch.equal, one["chosen"], other["chosen"]))
+    assert not torch.equal(one["alone"][-1], other["alone"][-1]) and one["chosen"][0].shape == (8, 2)
 
 
 def test_without_a_process_group_it_says_so() -> None:

@@ -116,7 +116,7 @@ def test_numbers_are_those_of_the_model_whose_layers_see_fewer_tokens(name: str)
     model = case.make().double().train()
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in case.inputs.items()}
     hand, exact = copy.deepcopy(model), copy.deepcopy(model)
-    backend = fx_approx.backend(Tokens(0.5), inner="eager")
+    backend = fx_approx.backend(Tokens(0.5, per_example=False), inner="eager")
     model.compile(backend=backend)
     chosen: list[Tensor] = []
     usual = TokenSelection.forward

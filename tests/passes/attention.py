@@ -21,19 +21,21 @@ ONLINE = Uniform(0.5, scores="online")
 class Block(nn.Module):
     """Attention between two linear layers; with ``kdim`` the keys are a part of the values."""
 
-    def __init__(self, mask: Tensor | None = None, causal: bool = False, **options: Any) -> None:
+    def __init__(self, mask: Any = None, causal: bool = False, padding: Any = None, **options: Any) -> None:
         super().__init__()
         self.pre, self.post = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
         self.attn = nn.MultiheadAttention(SIZE, HEADS, **{"batch_first": True, **options})
         if self.attn.in_proj_bias is not None:
             nn.init.normal_(self.attn.in_proj_bias)
         self.register_buffer("mask", mask)
+        self.register_buffer("padding", padding)
         self.causal = causal
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pre(x)
         key = x if self.attn.kdim == SIZE else x[..., : self.attn.kdim]
-        y, _ = self.attn(x, key, x, need_weights=False, attn_mask=self.mask, is_causal=self.causal)
+        masks = {"attn_mask": self.mask, "key_padding_mask": self.padding, "is_causal": self.causal}
+        y, _ = self.attn(x, key, x, need_weights=False, **masks)
         return self.post(x + y)
 
 

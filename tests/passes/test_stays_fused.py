@@ -48,11 +48,6 @@ def no_weights(attn: nn.Module, x: Tensor) -> Any:
 
 FUSED: dict[str, tuple[Callable[..., Any], nn.Module | None, str]] = {
     "weights": (lambda attn, x: attn(x, x, x)[0], None, "returns its weights (need_weights=True)"),
-    "padding": (
-        lambda attn, x: attn(x, x, x, key_padding_mask=x[..., 0] > 0, need_weights=False)[0],
-        None,
-        "has a key_padding_mask",
-    ),
     "cross": (lambda attn, x: attn(x, x + 1, x + 1, need_weights=False)[0], None, "query, key and value differ"),
     "pair": (lambda attn, x: attn(x, x, x, None, False), None, "its pair of results is used as a whole"),
     "added_key": (no_weights, attention(add_bias_kv=True), "attends to a key of its own"),

@@ -180,7 +180,7 @@ def test_a_padding_mask_goes_along() -> None:
     model, x = stack("plain", "mean")
     padding = torch.ones(3, TOKENS, dtype=torch.bool)
     padding[0, 6:] = False
-    approx = fx_approx.transform(model, Tokens(0.8), (x, padding))
+    approx = fx_approx.transform(model, Tokens(0.8, per_example=False), (x, padding))
     chosen = chosen_by(approx)
     output = approx(x, padding)
     assert torch.allclose(output, model.by_hand(x, chosen, False, padding), rtol=1e-12)
@@ -372,9 +372,18 @@ def test_no_attention_and_too_few_blocks() -> None:
         (lambda: Tokens(0.5, mode="skim"), ValueError, "mode: expected one of auto, drop, skip, got 'skim'"),
         (lambda: Tokens(0.5, first=-1), ValueError, "first: expected 0 or more, got -1"),
         (lambda: Tokens(0.5, last=1.5), TypeError, "last: expected an integer, got 1.5"),
-        (lambda: Tokens(0.5, scores="loss"), ValueError, "scores: expected one of uniform, norm, got 'loss'"),
+        (
+            lambda: Tokens(0.5, scores="best"),
+            ValueError,
+            "scores: expected one of uniform, norm, gradient, loss, got 'best'",
+        ),
         (lambda: Tokens(0.5, mode="drop", per_layer=True), ValueError, "per_layer: True needs mode='skip'"),
         (lambda: Tokens(0.5, layers=0.5), TypeError, "layers: expected a policy"),
+        (lambda: Tokens(0.5, sampler="bernoulli"), ValueError, "sampler: expected one of systematic, topk"),
+        (lambda: Tokens(0.5, sampler="topk"), ValueError, "'topk' of uniform scores keeps the first tokens always"),
+        (lambda: Tokens(0.5, per_example=1), TypeError, "per_example: expected True, False or None, got 1"),
+        (lambda: Tokens(0.5, padding="last"), ValueError, "padding: expected one of first, ignore, got 'last'"),
+        (lambda: Tokens(0.5, round_to=0), ValueError, "round_to: expected 1 or more, got 0"),
     ],
 )
 def test_bad_arguments_are_refused_at_construction(

@@ -41,6 +41,10 @@ def causal() -> Tensor:
     return torch.full((LENGTH, LENGTH), float("-inf"), dtype=torch.float64).triu(1)
 
 
+def padding() -> Tensor:
+    return torch.arange(LENGTH) >= torch.tensor([4, LENGTH, 2])[:, None]
+
+
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "batch_first": ({}, (3, LENGTH, SIZE)),
     "batch_second": ({"batch_first": False}, (LENGTH, 3, SIZE)),
@@ -54,6 +58,14 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "mask_of_heads": ({"mask": torch.linspace(-1, 1, 588).view(12, LENGTH, LENGTH).double()}, (3, LENGTH, SIZE)),
     "mask_no_batches": ({"mask": torch.linspace(-1, 1, 196).view(4, LENGTH, LENGTH).double()}, (LENGTH, SIZE)),
     "causal": ({"mask": causal(), "causal": True}, (3, LENGTH, SIZE)),
+    "padding": ({"padding": padding()}, (3, LENGTH, SIZE)),
+    "float_padding": ({"padding": padding().double() * -1e4, "batch_first": False}, (LENGTH, 3, SIZE)),
+    "padding_and_mask": ({"padding": padding(), "mask": causal() < 0, "causal": True}, (3, LENGTH, SIZE)),
+    "padding_and_heads": (
+        {"padding": padding().double() * -1e4, "mask": torch.linspace(-1, 1, 588).view(12, LENGTH, LENGTH).double()},
+        (3, LENGTH, SIZE),
+    ),
+    "padding_no_batches": ({"padding": padding()[0]}, (LENGTH, SIZE)),
     "key_size": ({"kdim": 12}, (3, LENGTH, SIZE)),
     "key_size_second": ({"kdim": 12, "batch_first": False}, (LENGTH, 3, SIZE)),
     "key_size_no_bias": ({"kdim": 12, "bias": False}, (3, LENGTH, SIZE)),
