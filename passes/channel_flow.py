@@ -44,6 +44,7 @@ class Step:
         axis: Of ``resize``, position in the new shape.
         sections: Of ``split``, the segments of each part, first and last; of ``pad``, those of the operand.
         groups: Of a convolution.
+        also: Another axis with the same, as that of the keys where each token is multiplied with each.
     """
 
     layout: Layout | None = None
@@ -53,6 +54,7 @@ class Step:
     axis: int = 0
     sections: tuple[tuple[int, int], ...] = ()
     groups: int = 1
+    also: int | None = None
 
 
 Handler = Callable[["Flow", fx.Node], "Step | None"]

@@ -22,6 +22,7 @@ from fx_approx.passes.find_candidates import CandidateSite, attribute
 from fx_approx.passes.reshape_rules import RESHAPES
 from fx_approx.passes.sample_tokens import TokenStretch
 from fx_approx.passes.share_selections import Sharing, follows
+from fx_approx.passes.token_scores import are_scores, mixes
 
 
 def find_effects(
@@ -54,7 +55,10 @@ def find_effects(
     inside = {node: number for number, stretch in enumerate(stretches) for node in stretch.inside}
     operations = [
         dataclasses.replace(
-            _operation(node, by_node.get(node.name), flow, sharing, demand, trained), stretch=inside.get(node, -1)
+            _operation(node, by_node.get(node.name), flow, sharing, demand, trained),
+            stretch=inside.get(node, -1),
+            mixes=node in inside and mixes(stretches[inside[node]].flow, node),
+            squares=node in inside and are_scores(stretches[inside[node]].flow, node),
         )
         for node in flow.graph.nodes
     ]

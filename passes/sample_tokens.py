@@ -35,6 +35,7 @@ from fx_approx.passes.reshape_rules import spelled_out
 from fx_approx.passes.token_checks import Sum, are_rows, is_sized_once, misread, spelled_slice, sums_along
 from fx_approx.passes.token_examples import Examples, choose, find_examples
 from fx_approx.passes.token_flow import Block, TokenStream
+from fx_approx.passes.token_scores import are_scores
 from fx_approx.passes.token_words import place
 from fx_approx.runtime.graph_program import PROLOGUE
 from fx_approx.runtime.graph_runtime import Runtime
@@ -96,7 +97,11 @@ def choose_stretches(streams: Iterable[TokenStream], sampling: TokenSampling) ->
             made, more = _skip(stream, sampling)
         reasons += more
         for one in made:
-            if any(one.inside & other.inside for other in found if other.stream is not stream):
+            some, of = one.share(sampling).kept(sampling.ratio)
+            if some < 2:
+                why = f"ratio={sampling.ratio} keeps {some} of {of} tokens, and attention needs two"
+                reasons.append(f"{place(stream.origin)}: {why}")
+            elif any(one.inside & other.inside for other in found if other.stream is not stream):
                 reasons.append(f"{place(stream.origin)}: its tokens are combined with those of another stack")
             else:
                 found.append(_with_examples(one, sampling, reasons))
@@ -188,7 +193,7 @@ def _odd(flow: Flow, inside: frozenset[fx.Node]) -> list[str]:
         for node in inside
         if flow.steps[node].action not in _ACTIONS
         or (node.target in AS_ANOTHER and node.op == "call_method" and node.args[1] not in inside)
-        or (are_rows(flow, node) and any(map(asks_sizes, node.users)))
+        or ((are_rows(flow, node) or are_scores(flow, node)) and any(map(asks_sizes, node.users)))
     ]
 
 
@@ -302,6 +307,8 @@ class SampleTokens:
             layout = self.flow.layout(source)
             if source not in self.stretch.inside and layout is not None:
                 self._replace(own, source, layout.dim, self._index(layout), node)
+                if (also := self.flow.steps[source].also) is not None:
+                    self._replace(own, source, also, self._index(layout), node)
         for operand, axis in step.follow:
             self._replace(own, operand, axis, self._index(step.layout), node)
         if step.action in ("resize", "rows"):
@@ -393,6 +400,8 @@ class SampleTokens:
         sizes = given[0] if len(given) == 1 else given if given else own.kwargs[name]
         with self.graph.inserting_before(own):
             fewer = self.graph.call_function(fewer_tokens, (sizes, step.axis, parts))
+            if step.also is not None:
+                fewer = self.graph.call_function(fewer_tokens, (fewer, step.also, parts))
         if own.target is resize:
             own.args = (own.args[0], fewer, *own.args[2:])
         elif given:

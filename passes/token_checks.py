@@ -199,13 +199,13 @@ def _times(flow: Flow, node: fx.Node, tokens: int) -> int:
 
 
 def _beside(flow: Flow, node: fx.Node, along: set[fx.Node], behind: set[fx.Node]) -> set[fx.Node]:
-    """Who reads what is made of ``node`` other than by way of what goes along."""
+    """Who reads what is made of ``node``, other than by way of what goes along, or of tokens before a stretch."""
     waiting, found = [node], set()
     while waiting:
         for user in waiting.pop().users:
             if user not in found and user not in along:
                 found.add(user)
-                if user not in behind and user.op != "output":
+                if user not in behind and user.op != "output" and flow.layout(user) is None:
                     waiting.append(user)
     return found
 

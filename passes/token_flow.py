@@ -20,8 +20,10 @@ from fx_approx.core.values import Values
 from fx_approx.passes.channel_flow import Flow, Step, argument, reads_shape_only
 from fx_approx.passes.channel_rules import handle
 from fx_approx.passes.channel_spaces import Layout
+from fx_approx.passes.find_candidates import FUSED_KEY
 from fx_approx.passes.token_checks import are_rows
 from fx_approx.passes.token_rules import rule_of_call, rule_of_module
+from fx_approx.passes.token_scores import Attention, are_scores, begins_scores, find_attention
 from fx_approx.passes.token_words import block_names, kind, place, unseen_attention
 
 _OUTPUT = "output"
@@ -81,31 +83,32 @@ def find_tokens(root: nn.Module, graph: fx.Graph, values: Values, keep: int = 0)
     reasons: list[str] = []
     seen: set[fx.Node] = set()
     main = _carriers(graph, values)
-    for node in graph.nodes:
-        if node.target is not F.scaled_dot_product_attention or node in seen:
+    for one in find_attention(root, graph, values):
+        if one.node in seen:
             continue
-        seen.add(node)
-        if any(streams_have(streams, one) for one in operands_of(node)):
+        seen.add(one.node)
+        if any(streams_have(streams, operand) for operand in one.operands):
             continue  # attention of one stack to another
-        found, known = None, False
-        for origin, dim in _origins(root, graph, values, main, node):
-            known, found = True, _stream(root, graph, values, origin, dim, keep)
+        found, why = None, _NOWHERE
+        for origin, dim, stop in _origins(root, graph, values, main, one):
+            tokens = (values.of(origin) or ())[dim]
+            if not stop and keep >= tokens:
+                why = f"keep={keep}, and it has {tokens} tokens"
+                break
+            found = None if stop else _stream(root, graph, values, origin, dim, keep)
             if found is not None:
                 streams.append(found)
-                seen |= {one for one in graph.nodes if found.flow.layout(one) is not None}
+                seen |= {node for node in graph.nodes if found.flow.layout(node) is not None}
                 break
+            why = stop or "no value between the layers holds all that follows"
         if found is None:
-            why = "no value between the layers holds all that follows" if known else _NOWHERE
-            reasons.append(f"{owner(node) or place(node)}: {why}")
+            reasons.append(f"{owner(one.node) or place(one.node)}: {why}")
     if not seen:
-        nothing = "no attention that can be followed (torch.nn.functional.scaled_dot_product_attention) is in the graph"
-        reasons.append("; ".join(filter(None, [nothing, unseen_attention(graph)])))
+        fused = [f"{node.target}: {node.meta[FUSED_KEY]}" for node in graph.nodes if FUSED_KEY in node.meta]
+        known = "torch.nn.functional.scaled_dot_product_attention, or a softmax between two products"
+        nothing = f"no attention that can be followed ({known}) is in the graph"
+        reasons.append("; ".join(filter(None, [nothing, unseen_attention(graph), *fused])))
     return streams, reasons
-
-
-def operands_of(attention: fx.Node) -> list[fx.Node]:
-    """Query, key and value."""
-    return [argument(attention, place, name) for place, name in enumerate(("query", "key", "value"))]
 
 
 def streams_have(streams: Iterable[TokenStream], node: fx.Node) -> bool:
@@ -127,24 +130,44 @@ def _carriers(graph: fx.Graph, values: Values) -> nx.DiGraph:
 
 
 def _origins(
-    root: nn.Module, graph: fx.Graph, values: Values, main: nx.DiGraph, attention: fx.Node
-) -> Iterator[tuple[fx.Node, int]]:
-    """Values before ``attention`` from which its three operands come, the first one first, and the axis of tokens."""
-    operands = operands_of(attention)
+    root: nn.Module, graph: fx.Graph, values: Values, main: nx.DiGraph, attention: Attention
+) -> Iterator[tuple[fx.Node, int, str]]:
+    """Values before ``attention`` from which its three operands come, the axis of tokens, and what stops them.
+
+    The first one comes first; those through which everything leads come before those through which all leads that is
+    made of one input, such as the images beside the time steps of a diffusion model.
+    """
+    node, operands = attention.node, attention.operands
     if any(one not in main for one in operands):
         return
     inner = nx.DiGraph(main.subgraph(set().union(*({one} | nx.ancestors(main, one) for one in operands))))
-    inner.add_edges_from((_OUTPUT, node) for node in list(inner) if isinstance(node, fx.Node) and not inner.pred[node])
-    inner.add_edges_from((one, attention) for one in operands)
-    queries = values.of(operands[0])
-    most = 0 if queries is None else queries[-2]
-    for node in _dominators(inner, _OUTPUT, attention)[1:-1]:
-        for dim, size in enumerate(values.of(node) or ()):
-            if 1 < size <= most:
-                flow = _flow(root, graph, values, node, dim, until=attention)
-                layouts = [flow.layout(one) for one in (*operands, attention)]
-                if all(one is not None and _single(one) for one in layouts):
-                    yield node, dim
+    inputs = [one for one in list(inner) if not inner.pred[one]]
+    inner.add_edges_from((_OUTPUT, one) for one in inputs)
+    inner.add_edges_from((one, node) for one in operands)
+    chains = (_dominators(inner, start, node)[1:-1] for start in (_OUTPUT, *(inputs if len(inputs) > 1 else ())))
+    for origin in dict.fromkeys(one for chain in chains for one in chain):
+        for dim, size in enumerate(values.of(origin) or ()):
+            if not 1 < size <= attention.tokens:
+                continue
+            flow = _flow(root, graph, values, origin, dim, until=node)
+            layouts = [flow.layout(one) for one in (*operands, node)]
+            if all(one is not None and _single(one) for one in layouts):
+                yield origin, dim, ""
+            elif dim and all(layouts[:-1]):
+                yield origin, dim, _between_products(flow, attention)
+
+
+def _between_products(flow: Flow, attention: Attention) -> str:
+    """What stops the tokens between the operands of an attention and what it puts out."""
+    behind = set(attention.operands)
+    for node in flow.graph.nodes:
+        if any(source in behind for source in node.all_input_nodes) and node.name in flow.values.shapes:
+            if flow.layout(node) is None:
+                return flow.stopped.get(node, f"{place(node)} mixes positions{kind(flow, node)}")
+            behind.add(node)
+        if node is attention.node:
+            break
+    return _NOWHERE
 
 
 def _single(layout: Layout) -> bool:
@@ -235,13 +258,15 @@ def _first_attention(flow: Flow, inside: frozenset[fx.Node]) -> fx.Node:
 
 def attends_itself(flow: Flow, node: fx.Node) -> bool:
     """Whether ``node`` is an attention whose keys are tokens of the queries' stack."""
+    if begins_scores(flow, node):
+        return True
     return node.target is F.scaled_dot_product_attention and flow.layout(argument(node, 1, "key")) is not None
 
 
 def _holds(flow: Flow, node: fx.Node, tokens: Layout) -> bool:
     """Whether ``node`` holds all of ``tokens``, one by one."""
     layout = flow.layout(node)
-    if layout is None or not _single(layout) or are_rows(flow, node):
+    if layout is None or not _single(layout) or are_rows(flow, node) or are_scores(flow, node):
         return False
     own = {flow.spaces.find(segment.space) for segment in tokens.segments}
     return sum(s.count for s in layout.segments if flow.spaces.find(s.space) in own) == tokens.size

@@ -30,7 +30,7 @@ _MANY = 6
 """Sizes that are varied each; of further ones widths and heights together, others are guarded where any is."""
 
 _SIZE_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "__len__")
-_SIZE_ATTRIBUTES = ("shape", "ndim")
+_SIZE_ATTRIBUTES = ("shape", "ndim", "is_nested")
 _DTYPE_METHODS = ("is_floating_point", "is_complex")
 _SCALARS = (bool, int, float, str, type(None), torch.Size)
 

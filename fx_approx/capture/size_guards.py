@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_approx._compat import tree_map_only
+from fx_approx._compat import tree_leaves, tree_map_only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,17 @@ class TensorSpec:
         for axis in sorted(range(len(shape)), key=lambda axis: (self.stride[axis], -axis)):
             strides[axis], step = step, step * shape[axis]
         return dataclasses.replace(self, shape=tuple(shape), stride=tuple(strides))
+
+
+NESTED = (
+    "a nested tensor has no one shape, so that no sample of it is defined; give a padded batch "
+    "(torch.nested.to_padded_tensor) and a mask, or call model.eval()"
+)
+
+
+def holds_nested(value: Any) -> bool:
+    """Whether a nested tensor is among the leaves of ``value``."""
+    return any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in tree_leaves(value))
 
 
 def described(value: Any) -> Any:

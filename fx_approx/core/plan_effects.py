@@ -88,6 +88,8 @@ class Operation:
         rectified: It is a ReLU that keeps only the signs, if parts of its value are taken.
         trained: Shape, and bytes of an entry, of each trained parameter that it reads, by path.
         stretch: Number of the stretch of blocks whose tokens it computes; -1 for all tokens.
+        mixes: It is a product of each of these tokens with each.
+        squares: Its value has an entry for each pair of them.
     """
 
     name: str
@@ -102,6 +104,8 @@ class Operation:
     rectified: bool
     trained: Mapping[str, tuple[Shape, int]]
     stretch: int = -1
+    mixes: bool = False
+    squares: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

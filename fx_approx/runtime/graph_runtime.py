@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fx_approx._compat import Moved, buffers_of, in_backward
 from fx_approx.capture.records import Capture, Section
-from fx_approx.capture.size_guards import described
+from fx_approx.capture.size_guards import NESTED, described, holds_nested
 from fx_approx.core.candidates import Role
-from fx_approx.errors import CaptureError, CaptureWarning, WidthError
+from fx_approx.errors import CaptureError, CaptureWarning, UnsupportedError, WidthError
 from fx_approx.ops.functorch_guard import refuse_transforms
 from fx_approx.runtime.batchnorm_record import BatchNormRecord
 from fx_approx.runtime.forward_randomness import ForwardRandomness
@@ -26,6 +27,7 @@ from fx_approx.runtime.selector import Selector
 from fx_approx.runtime.shared_selection import SharedSelection, SharedSelections
 from fx_approx.runtime.token_selection import TokenSelection
 
+_PACKED = "an input is a PackedSequence, of which Python reads what a graph does not"
 _WIDTH = "a value has another number of channels"
 
 
@@ -162,12 +164,18 @@ class Runtime(Moved):
         """One forward of ``root``: through the graph, or through its own Python ``exact`` with swapped layers."""
         if not torch.compiler.is_compiling():
             _refuse_proxies(root, (*args, *kwargs.values()))
+            if holds_nested((args, dict(kwargs))):
+                if root.training and self.samples:
+                    raise UnsupportedError(NESTED)
+                return exact(root, *args, **kwargs)
             if self.record.called is None:
                 self.record.called = described(args), described(dict(kwargs))
         if self.batchnorm.gathers(root):
             return self._run_exact(root, exact, args, kwargs)
         if root.training and self.samples and not torch.compiler.is_compiling():
             refuse_transforms()
+        if any([isinstance(one, PackedSequence) for one in (*args, *kwargs.values())]):
+            return self._run_python(root, exact, args, kwargs, _PACKED)
         program = self.program
         function = program.function
         match, values = program.match(program.whole, root, function, args, kwargs)

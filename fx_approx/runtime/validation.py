@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fx_approx._compat import buffers_of, is_compiled, parameters_of, tree_leaves
+from fx_approx.capture.size_guards import NESTED, holds_nested
 from fx_approx.errors import AlreadyTransformedError, CaptureError
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.layers import SampledLayer
@@ -61,7 +63,7 @@ def check_inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...]
 
     Raises:
         TypeError: Not a tensor, tuple, list or dict.
-        ValueError: A tensor on another device than the model, or on the meta device.
+        ValueError: A tensor on another device than the model, on the meta device or nested; or a PackedSequence.
     """
     if example_inputs is None:
         return None, {}
@@ -78,8 +80,15 @@ def check_inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...]
             "example_inputs: expected a tensor, a tuple of positional arguments or a dict of keyword arguments, got "
             f"{type(example_inputs).__name__}"
         )
+    if any(isinstance(one, PackedSequence) for one in (example_inputs, *args, *kwargs.values())):
+        raise ValueError(
+            "example_inputs: a PackedSequence is not traced; pack inside the forward and give a padded batch, or leave "
+            "example_inputs out, then the layers alone are sampled"
+        )
     devices = {parameter.device for parameter in model.parameters()}
     for leaf in tree_leaves((args, dict(kwargs))):
+        if holds_nested(leaf):
+            raise ValueError(f"example_inputs: {NESTED}")
         if isinstance(leaf, Tensor) and len(devices) == 1 and leaf.device not in devices:
             raise ValueError(f"example_inputs: a tensor is on {leaf.device}, the model on {next(iter(devices))}")
     return args, kwargs

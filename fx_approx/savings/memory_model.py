@@ -83,10 +83,11 @@ class Counts:
 
     def of(self, candidate: Candidate, roles: Mapping[Role, SamplerConfig], straight_through: bool) -> Kept:
         """How much of each product of ``candidate`` is computed, if samplers of ``roles`` are at work."""
+        operation = self._operations.get(candidate.name)
         kept = dataclasses.replace(
             kept_pairs(candidate, roles, straight_through),
             tokens=self.tokens_of(candidate),
-            mixes=candidate.kind == "scaled_dot_product_attention",
+            mixes=candidate.kind == "scaled_dot_product_attention" or (operation is not None and operation.mixes),
         )
         axis = self.effects.reads.get(candidate.name)
         if axis is not None and Role.OUTPUT in roles:
@@ -94,7 +95,6 @@ class Counts:
             output = None if pairs * candidate.groups == entries(axis) else pairs
             through = straight_through and output is not None
             kept = dataclasses.replace(kept, output=output, straight_through=through)
-        operation = self._operations.get(candidate.name)
         if operation is None:
             return kept
         now, whole = entries(operation.axis, self.kept), entries(operation.axis)
@@ -233,7 +233,8 @@ class _Walk:
         narrow = now < whole
         if one.stretch >= 0:
             some, of = self.tokens[one.stretch]
-            now, whole = now * some, whole * of
+            power = 1 + one.squares
+            now, whole = now * some**power, whole * of**power
         seen: dict[int, Piece] = {}
         for source in one.inputs:
             seen.update(self._read(source, one.narrowed.get(source)))
