@@ -49,8 +49,6 @@ class Family:
         frontends: Those that capture it: ``t`` for transform, ``b`` for the backend.
         axis: Of the tokens in what a layer is called with.
         inner: A context in which what ``layer`` reads beside its arguments is that of the tokens ``index``.
-        whole: Names of arguments that are left alone, and of results that are not handed on, since each layer makes or
-            needs them for all tokens.
     """
 
     make: Callable[[], nn.Module]
@@ -459,6 +457,7 @@ FAMILIES: dict[str, Family] = {
         lambda m: m.wav2vec2.encoder.layers,
         13,
         True,
+        "t",
     ),
 }
 """By name."""

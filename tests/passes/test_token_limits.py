@@ -198,9 +198,8 @@ def test_one_odd_block_leaves_the_others() -> None:
     assert "topk" in str(fx_approx.report(approx)) and approx(x).shape == (3, TOKENS, WIDTH)
 
 
-@pytest.mark.parametrize("grid", [(2, 5), (5, 2)])
-def test_tokens_that_become_places_of_an_image_again_are_skipped(grid: tuple[int, int]) -> None:
-    model, x = Small(written, head=lambda x: x.transpose(1, 2).unflatten(-1, grid).mean((2, 3))).double(), examples()
+def test_tokens_that_become_places_of_an_image_again_are_skipped() -> None:
+    model, x = Small(written, head=lambda x: x.transpose(1, 2).unflatten(-1, (2, 5)).mean((2, 3))).double(), examples()
     approx, chosen = made(model, Tokens(0.5), x.double())
     output = approx(x.double())
     whole = model.layer(0, model.embed(x.double()))

@@ -14,7 +14,7 @@ from fx_approx.policies import Tokens
 from fx_approx.runtime.approx_module import find
 from tests.helpers.token_families import leave_out, made, of, result_of
 
-SLOW = ("bert", "roberta", "vit", "deit", "dinov2", "mistral", "qwen", "whisper", "wav2vec2")
+SLOW = ("encoder", "diffusion", "bert", "roberta", "vit", "deit", "dinov2", "mistral", "qwen", "whisper", "wav2vec2")
 
 
 def chosen_of(approx: nn.Module, whole: int) -> list[Tensor]:
