@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx.policies import Tokens
 from fx_approx.runtime.token_selection import TokenSelection
-from tests.helpers.token_families import leave_out, made, of, result_of
+from tests.helpers.token_families import POLICY, leave_out, made, of, result_of
 from tests.passes.test_token_models import same_gradients
 
 FAST = ("gpt2_written_out",)
@@ -58,7 +57,7 @@ def test_a_step_is_that_of_the_model_whose_layers_see_fewer_tokens(
 ) -> None:
     family, model = made(name, seed)
     hand, exact = copy.deepcopy(model), copy.deepcopy(model)
-    backend = fx_approx.backend(Tokens(0.5), inner="eager", seed=seed)
+    backend = fx_approx.backend(POLICY, inner="eager", seed=seed)
     model.compile(backend=backend)
     output = result_of(model(**family.inputs))
     index = kept_by(chosen, family.length)
@@ -81,7 +80,7 @@ def test_compiled_it_is_the_same(name: str) -> None:
     for inner in ("eager", "aot_eager"):
         torch.compiler.reset()
         family, model = made(name)
-        model.compile(backend=fx_approx.backend(Tokens(0.5), inner=inner))
+        model.compile(backend=fx_approx.backend(POLICY, inner=inner))
         outputs.append(result_of(model(**family.inputs)))
         models.append(model)
     torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-12)

@@ -19,7 +19,11 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from fx_approx.policies import Tokens
 from tests.helpers.torchvision_compat import import_torchvision
+
+POLICY = Tokens(0.5, per_example=False, padding="ignore")
+"""One selection for all examples, as the hooks hand it to the layers."""
 
 BATCH, LENGTH, PATCHES, WIDTH = 2, 12, 16, 24
 Layers = Callable[[Any], Any]

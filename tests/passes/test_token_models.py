@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fx_approx
-from fx_approx.policies import Tokens
 from fx_approx.runtime.approx_module import find
-from tests.helpers.token_families import leave_out, made, of, result_of
+from tests.helpers.token_families import POLICY, leave_out, made, of, result_of
 
 SLOW = ("encoder", "diffusion", "bert", "roberta", "vit", "deit", "dinov2", "mistral", "qwen", "whisper", "wav2vec2")
 
@@ -47,7 +46,7 @@ def _cases() -> list[Any]:
 def test_a_step_is_that_of_the_model_whose_layers_see_fewer_tokens(name: str, seed: int) -> None:
     family, model = made(name, seed)
     hand, exact = copy.deepcopy(model), copy.deepcopy(model)
-    approx = fx_approx.transform(model, Tokens(0.5), family.inputs, seed=seed)
+    approx = fx_approx.transform(model, POLICY, family.inputs, seed=seed)
     chosen = chosen_of(approx, family.length)
     output = result_of(approx(**family.inputs))
     kept = family.length - find(approx)._fx_approx.tokens[0].others
@@ -77,7 +76,7 @@ def same_gradients(one: nn.Module, output: Tensor, other: nn.Module, expected: T
 @pytest.mark.parametrize("name", of("t"))
 def test_compiled_as_one_graph_it_is_the_same(name: str) -> None:
     family, model = made(name)
-    eager = fx_approx.transform(model, Tokens(0.5), family.inputs)
+    eager = fx_approx.transform(model, POLICY, family.inputs)
     compiled = torch.compile(copy.deepcopy(eager), backend="aot_eager", fullgraph=True)
     for _ in range(2):
         output, expected = result_of(compiled(**family.inputs)), result_of(eager(**family.inputs))
