@@ -18,7 +18,6 @@ from fx_approx.core.plan import Plan
 from fx_approx.core.token_axis import TokenBlock, TokenStack, short_names
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.handle import GraphHandle
-from fx_approx.savings.token_rows import tokens_kept
 
 _WIDTH = 100
 
@@ -198,11 +197,11 @@ def _of_transformed(approx: ApproxModule) -> TokenAnalysis:
 
 def _found(name: str, made: Compilation, plan: Plan, ratios: list[float] | None = None) -> TokenAnalysis:
     _, notes = made.token_streams(0 if plan.tokens is None else plan.tokens.keep)
-    stretches, _ = made.token_stretches(plan)
+    stretches, _ = made.token_stretches(plan.tokens)
     shares: list[tuple[int, int]] = []
     if plan.tokens is not None and ratios is not None:
         found = (stretch.share(plan.tokens) for stretch in stretches)
-        shares = [tokens_kept(share, ratio) for share, ratio in zip(found, ratios, strict=True)]
+        shares = [share.kept(ratio) for share, ratio in zip(found, ratios, strict=True)]
     modes = tuple("drop" if stretch.end is None else "skip" for stretch in stretches)
     return TokenAnalysis(name, made.token_stacks(plan), notes, tuple(shares), modes)
 
