@@ -46,6 +46,7 @@ def test_steps_are_checked_timed_stored_and_kept(tmp_path: Path, capsys: pytest.
     assert counts["mlp", "narrow"] == counts["mlp", "subnetwork"] == 785 * 256 + 257 * 256 + 257 * 10
     assert counts["mlp", "kept"] == counts["mlp", "exact"] == 785 * 512 + 513 * 512 + 513 * 10
     assert all(one["own_forward"] for one in rows) and all(len(one["seconds"]) == 2 for one in rows)
+    assert all("threads" in one["measured"] for one in rows)
     text = page.read_text(encoding="utf-8")
     assert "## mlp, hidden units" in text and "## wrn_10_4, group" in text and "of the model's own class" in text
     assert "subnetwork / narrow" in capsys.readouterr().out
