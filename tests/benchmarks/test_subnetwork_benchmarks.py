@@ -188,6 +188,7 @@ def test_the_command_goes_on_where_it_stopped(
     lines, page = tmp_path / "lines.jsonl", tmp_path / "page.md"
     options = ["--json", str(lines), "--markdown", str(page)]
     assert coverage.main(["--models", "uncut", *options]) == 0
+    assert "**1 of 3 models so far**" in page.read_text(encoding="utf-8")
     assert coverage.main(["--seconds", "2", *options]) == 1
     said = capsys.readouterr().out
     assert said.count("uncut") == 1 and "not done within 2 s" in said
@@ -195,7 +196,7 @@ def test_the_command_goes_on_where_it_stopped(
         *("uncut", "broken", "hangs")
     ]
     text = page.read_text(encoding="utf-8")
-    assert "| subnetwork, group | 1 of 1" in text and "no such layer" in text
+    assert "| subnetwork, group | 1 of 1" in text and "no such layer" in text and "so far" not in text
 
 
 def test_every_model_of_the_table_has_a_name_of_its_own() -> None:

@@ -48,21 +48,23 @@ def test_plain_sgd_is_that_of_the_model_under_one_selection(name: str, scope: st
 class TokenNorm(nn.Module):
     """BatchNorm over all tokens, whose result takes the shape of its input again, as in LeViT."""
 
-    def __init__(self) -> None:
+    def __init__(self, residual: bool) -> None:
         super().__init__()
-        self.first, self.norm, self.last = nn.Linear(12, 16, bias=False), nn.BatchNorm1d(16), nn.Linear(16, 4)
+        self.first, self.norm, self.last = nn.Linear(16, 16, bias=False), nn.BatchNorm1d(16), nn.Linear(16, 4)
+        self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
+        x = x + self.first(x) if self.residual else self.first(x)
         return self.last(self.norm(x.flatten(0, 1)).reshape_as(x).relu())
 
 
-def test_the_shape_of_a_narrow_value() -> None:
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_shape_of_another_value(residual: bool) -> None:
     torch.manual_seed(0)
-    x = torch.randn(4, 6, 12).double()
-    approx = fx_approx.transform(TokenNorm().double(), Layers("topk", 0.5, "weight", "value"), x)
+    x = torch.randn(4, 6, 16).double()
+    approx = fx_approx.transform(TokenNorm(residual).double(), Layers("topk", 0.5, "weight", "value"), x)
     own, graph = extract(approx, example_inputs=x), extract(approx)
-    assert type(own) is TokenNorm and own.first.out_features == 8
+    assert own.norm.num_features == 8
     with fx_approx.reuse_selection(approx):
         expected = approx(x)
     assert torch.allclose(own(x), expected, atol=1e-12) and torch.allclose(graph(x), expected, atol=1e-12)
