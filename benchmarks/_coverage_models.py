@@ -13,7 +13,7 @@ import torch
 from _models import torchvision_models
 from _zoo_images import classifier
 from _zoo_nets import Yolo
-from _zoo_run import without_dropout
+from _zoo_run import settle
 from torch import Tensor, nn
 
 LARGE = (
@@ -36,7 +36,7 @@ _YOLO = "yolov8n"
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """A model in training mode, without dropout, and a batch of two.
+    """A model in training mode, without dropout, no parameter zero, and a batch of two.
 
     Attributes:
         model: The model.
@@ -73,9 +73,10 @@ def classification(name: str) -> Built:
         options["image_size"] = size
     if name in LARGE:
         made = classifier(name)
-        return Built(without_dropout(made.model.float()), made.inputs[0].float(), 10, True)
+        return Built(made.model.float(), made.inputs[0].float(), 10, True)
     with warnings_of_old_initialisation():
-        return Built(without_dropout(models.get_model(name, weights=None, **options)), images(size), 1000)
+        model = settle(models.get_model(name, weights=None, **options)).float()
+    return Built(model, images(size), 1000)
 
 
 @contextlib.contextmanager
@@ -92,7 +93,7 @@ def segmentation(name: str) -> Built:
     """A segmentation model of torchvision, with its auxiliary head where it has one."""
     options = {} if name.startswith("lraspp") else {"aux_loss": True}
     made = torchvision_models().get_model(name, weights=None, weights_backbone=None, **options)
-    return Built(without_dropout(made), images(64), 21)
+    return Built(settle(made).float(), images(64), 21)
 
 
 def timm_model(name: str) -> Built:
@@ -101,12 +102,12 @@ def timm_model(name: str) -> Built:
     import timm
 
     size = _SIZES.get(name, 224 if name.endswith("224") else 64)
-    return Built(without_dropout(timm.create_model(name)), images(size), 1000)
+    return Built(settle(timm.create_model(name)).float(), images(size), 1000)
 
 
 def yolo() -> Built:
     """A small detector of the YOLO kind, written by hand; its head gives 4 classes and 4 x 4 bins."""
-    return Built(without_dropout(Yolo()), images(64), 4)
+    return Built(settle(Yolo()).float(), images(64), 4)
 
 
 def ultralytics_yolo() -> Built:
@@ -114,7 +115,7 @@ def ultralytics_yolo() -> Built:
     torchvision_models()
     from ultralytics.nn.tasks import DetectionModel
 
-    return Built(without_dropout(DetectionModel(f"{_YOLO}.yaml", verbose=False)), images(64), 80)
+    return Built(settle(DetectionModel(f"{_YOLO}.yaml", verbose=False)).float(), images(64), 80)
 
 
 def entries() -> list[Entry]:

@@ -102,8 +102,14 @@ def _reasons(results: Sequence[Result]) -> list[list[Any]]:
     return [[name, _short(reason), count] for (name, reason), count in counts.most_common(25)]
 
 
-def markdown(results: Sequence[Result], environment: Mapping[str, Any]) -> str:
-    """The page."""
+def markdown(results: Sequence[Result], environment: Mapping[str, Any], known: int) -> str:
+    """The page.
+
+    Args:
+        results: A row each.
+        environment: Of the last run.
+        known: How many models the table is to have.
+    """
     about = ", ".join(f"{name} {value}" for name, value in environment.items() if value is not None)
     thin = [one.name for one in results if one.thin]
     parts = [
@@ -111,8 +117,10 @@ def markdown(results: Sequence[Result], environment: Mapping[str, Any]) -> str:
         "Written by `python benchmarks/subnetwork_coverage.py --json docs/results/subnetwork-coverage.jsonl "
         "--markdown docs/results/subnetwork-coverage.md`, which says how. `Uniform(0.5, min_k=16)` at scopes "
         "`value` and `group`; Torch-Pruning's `BasePruner` at `pruning_ratio=0.5` by magnitude, with the layers that "
-        "make the output ignored and heads given, as in its examples. Random weights, float32, two small images.",
-        f"{about}.",
+        "make the output ignored and heads given, as in its examples. It traces in eval mode and does not see "
+        "auxiliary heads that only training has, as of GoogLeNet and Inception, which its examples build without. "
+        "Random weights, float32, two small images.",
+        f"The last of the runs: {about}.",
         "*made*: `class`, an instance of the model's own class; `graph`, a `torch.fx.GraphModule`; it trains for "
         "a step, computes what the model computes with the kept selection, and `torch.export` takes it in eval mode "
         "where it takes the full model, unless something else is said. *size*: parameters / operations of a training "
@@ -125,6 +133,8 @@ def markdown(results: Sequence[Result], environment: Mapping[str, Any]) -> str:
         ),
         "Medians of parameters and FLOPs are over the models that train.",
     ]
+    if len(results) < known:
+        parts.append(f"**{len(results)} of {known} models so far**; the same command goes on with the others.")
     if thin:
         parts.append(f"A quarter as wide, being too large as they are: {', '.join(thin)}.")
     for family in dict.fromkeys(one.family for one in results):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -14,9 +15,9 @@ import torch
 from _coverage_models import Built, Entry
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 import fx_approx
+from fx_approx.core.flops import measured_flops
 from fx_approx.policies import Uniform
 from fx_approx.subnetworks import extract, record_of
 
@@ -86,10 +87,7 @@ def loss_of(result: Any) -> Tensor:
 
 def flops_of(model: nn.Module, inputs: Tensor) -> float:
     """Operations of forward and backward."""
-    with FlopCounterMode(display=False) as counter:
-        loss_of(model(inputs)).backward()
-    model.zero_grad(set_to_none=True)
-    return float(counter.get_total_flops())
+    return float(measured_flops(lambda: loss_of(model(inputs)), [], list(model.parameters())).total)
 
 
 def train(model: nn.Module, inputs: Tensor, names: set[str]) -> str:
@@ -191,6 +189,7 @@ def as_pruned(built: Built, full: tuple[int, float], exported: bool, moving: set
             pruning_ratio=RATIO,
             ignored_layers=_outputs(model, built.classes),
             num_heads=_heads(model),
+            round_to=_rounding(model),
             unwrapped_parameters=_unwrapped(model),
         )
         pruner.step()
@@ -220,14 +219,18 @@ def _outputs(model: nn.Module, classes: int) -> list[nn.Module]:
 
 
 def _heads(model: nn.Module) -> dict[nn.Module, int]:
-    """Attention, by the layer that projects, and its heads."""
+    """Attention of timm, by the layer that projects, and its heads."""
     found: dict[nn.Module, int] = {}
     for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            found[module] = module.num_heads
-        elif isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads"):
+        if isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads"):
             found[module.qkv] = module.num_heads
     return found
+
+
+def _rounding(model: nn.Module) -> int | None:
+    """Multiples of the number of heads for torch's attention, which its width must divide; None without."""
+    counts = {module.num_heads for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    return math.lcm(*counts) if counts else None
 
 
 def _unwrapped(model: nn.Module) -> list[tuple[nn.Parameter, int]] | None:
@@ -245,6 +248,8 @@ def _told_sizes(model: Any, heads: dict[nn.Module, int]) -> None:
         if qkv in heads and hasattr(module, "head_dim"):
             module.num_heads = heads[qkv]
             module.head_dim = qkv.out_features // (3 * module.num_heads)
+            if hasattr(module, "attn_dim"):
+                module.attn_dim = qkv.out_features // 3
 
 
 def examine(entry: Entry) -> Result:

@@ -96,7 +96,7 @@ def markdown(found: Sequence[Timed], environment: Mapping[str, Any]) -> str:
         "Written by `python benchmarks/subnetworks.py --json docs/results/subnetworks.json --markdown "
         "docs/results/subnetworks.md`, which says how. Ratio 0.5, scores by weight, forward, loss, backward and the "
         "optimiser's step (SGD with momentum 0.9; AdamW), all variants in turn in one process.",
-        f"{about}.",
+        f"The last of the runs: {about}.",
         "*kept*, *subnetwork*, *narrow*: times as fast as the exact model, eager or compiled as the row; medians over "
         "neighbouring steps, quartiles in brackets. *kept*: the selection kept in the graph of the transformed model. "
         "*narrow*: a network written by hand whose parameters have the shapes of the subnetwork's; at scope `value` it "
@@ -106,10 +106,12 @@ def markdown(found: Sequence[Timed], environment: Mapping[str, Any]) -> str:
     for title in dict.fromkeys(f"{one.model}, {one.what}" for one in found):
         own = [one for one in found if f"{one.model}, {one.what}" == title]
         counts = {one.variant: one.parameters for one in own}
+        runs = "; ".join(dict.fromkeys(one.measured for one in own if one.measured))
         form = "of the model's own class" if own[0].own_forward else f"a graph: {own[0].reason}"
         parts += [
             f"## {title}",
-            f"{counts['exact']:,} parameters, of the subnetwork {counts['subnetwork']:,}. The subnetwork is {form}.",
+            f"{counts['exact']:,} parameters, of the subnetwork {counts['subnetwork']:,}. The subnetwork is {form}."
+            + (f" Measured {runs}." if runs else ""),
             table(own, "", "github"),
         ]
     modes = _modes(found)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from _device import Quartiles, quartiles, speedup
 
@@ -21,6 +23,7 @@ class Timed:
         parameters: Trained ones.
         own_forward: The subnetwork is an instance of the model's own class.
         reason: Why it is not, if so.
+        measured: When, and on what.
     """
 
     model: str
@@ -32,6 +35,7 @@ class Timed:
     parameters: int
     own_forward: bool
     reason: str
+    measured: str = ""
 
     @property
     def key(self) -> tuple[str, str, str, str, bool]:
@@ -46,3 +50,9 @@ class Timed:
     def over(self, other: Timed) -> Quartiles:
         """How many times as fast as ``other``, over neighbouring steps."""
         return speedup(other.seconds, self.seconds)
+
+
+def measured_on(environment: Mapping[str, Any]) -> str:
+    """When, and on what, from the environment of a run."""
+    told = "{date}, {processor}, {threads} threads, load {load}, torch {torch}"
+    return told.format_map(environment)

@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     versions = {**environment(), "torch-pruning": peer_version()}
     rows = sorted(found.values(), key=lambda one: order.get(one.name, len(order)))
     if options.markdown is not None:
-        options.markdown.write_text(markdown(rows, versions), encoding="utf-8")
+        options.markdown.write_text(markdown(rows, versions, len(every)), encoding="utf-8")
     return int(failed)
 
 

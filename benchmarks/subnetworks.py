@@ -27,7 +27,7 @@ from _header import header, parse_ratio
 from _steps import train_step
 from _subnetwork_cases import CASES, DEFAULT, Case, add_case_options, write
 from _subnetwork_page import markdown, table
-from _subnetwork_results import Timed
+from _subnetwork_results import Timed, measured_on
 from torch import Tensor, nn
 
 import fx_approx
@@ -111,6 +111,7 @@ def variants(case: Case, ratio: float, min_k: int, batch: int | None = None) -> 
 
 def measure(case: Case, options: argparse.Namespace) -> list[Timed]:
     """All variants of one case, eager and compiled, with each optimiser."""
+    measured = measured_on(environment())
     made = variants(case, options.ratio, options.min_k, options.batch)
     modes = (False, True) if options.compile else (False,)
     found = []
@@ -136,16 +137,19 @@ def measure(case: Case, options: argparse.Namespace) -> list[Timed]:
                     parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
                     own_forward=made.own_forward,
                     reason=made.reason,
+                    measured=measured,
                 )
             )
     return found
 
 
 def stored(path: Path | None) -> list[Timed]:
-    """What a file of results holds."""
+    """What a file of results holds; rows that do not say on what they were measured were in the file's last run."""
     if path is None or not path.exists():
         return []
-    return [Timed(**row) for row in json.loads(path.read_text(encoding="utf-8"))["results"]]
+    content = json.loads(path.read_text(encoding="utf-8"))
+    last = measured_on(content["environment"])
+    return [Timed(**{"measured": last, **row}) for row in content["results"]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -305,6 +305,10 @@ class _Specializer:
         return None
 
     def _resized(self, node: fx.Node, input: Any, shape: Any, axis: int, parts: Any, method: str) -> fx.Node:
+        if isinstance(shape, Sizes):  # those of another value, whole
+            before, behind = shape.at(slice(None, axis)), shape.at(slice(axis + 1, None))
+            counted = self.graph.call_function(operator.add, (before, (width(_known(parts)),)))
+            return self.graph.call_method(method, (input, self.graph.call_function(operator.add, (counted, behind))))
         sizes = list(shape) if isinstance(shape, (tuple, list)) else [shape]
         if isinstance(shape, fx.Node):
             raise UnsupportedError("its shape is a value of the step")

@@ -169,6 +169,8 @@ class _Walk:
             return given.wide
         if given.everything and inputs is not None:  # behind a flatten, a channel is several entries
             full: Any = self.found.narrowing.full.get_submodule(path)
+            if full.weight.dim() == 1:  # a normalisation has a weight for each channel
+                return inputs.indices[0]
             flat = spread(inputs, full.weight.shape[1])
             assert flat is not None
             return flat.indices[0]

@@ -46,6 +46,7 @@ def test_steps_are_checked_timed_stored_and_kept(tmp_path: Path, capsys: pytest.
     assert counts["mlp", "narrow"] == counts["mlp", "subnetwork"] == 785 * 256 + 257 * 256 + 257 * 10
     assert counts["mlp", "kept"] == counts["mlp", "exact"] == 785 * 512 + 513 * 512 + 513 * 10
     assert all(one["own_forward"] for one in rows) and all(len(one["seconds"]) == 2 for one in rows)
+    assert all("threads" in one["measured"] for one in rows)
     text = page.read_text(encoding="utf-8")
     assert "## mlp, hidden units" in text and "## wrn_10_4, group" in text and "of the model's own class" in text
     assert "subnetwork / narrow" in capsys.readouterr().out
@@ -187,6 +188,7 @@ def test_the_command_goes_on_where_it_stopped(
     lines, page = tmp_path / "lines.jsonl", tmp_path / "page.md"
     options = ["--json", str(lines), "--markdown", str(page)]
     assert coverage.main(["--models", "uncut", *options]) == 0
+    assert "**1 of 3 models so far**" in page.read_text(encoding="utf-8")
     assert coverage.main(["--seconds", "2", *options]) == 1
     said = capsys.readouterr().out
     assert said.count("uncut") == 1 and "not done within 2 s" in said
@@ -194,7 +196,7 @@ def test_the_command_goes_on_where_it_stopped(
         *("uncut", "broken", "hangs")
     ]
     text = page.read_text(encoding="utf-8")
-    assert "| subnetwork, group | 1 of 1" in text and "no such layer" in text
+    assert "| subnetwork, group | 1 of 1" in text and "no such layer" in text and "so far" not in text
 
 
 def test_every_model_of_the_table_has_a_name_of_its_own() -> None:

@@ -17,6 +17,7 @@ from fx_approx.runtime.approx_module import find
 from fx_approx.sampling import Selection
 from fx_approx.subnetworks import extract, merge, record_of
 from tests.helpers.demand_nets import NETS
+from tests.helpers.hoisting import Layers
 from tests.subnetworks.nets import TWICE, X, hidden, largest, mlp, steps, transformed
 
 BY_NUMBER = ("fused-heads", "written-attention", "stacked-heads")  # their Python names numbers of channels
@@ -42,6 +43,33 @@ def test_plain_sgd_is_that_of_the_model_under_one_selection(name: str, scope: st
     merge(sub, approx)
     moved = max(float((p.detach() - before[n]).abs().max()) for n, p in kept.named_parameters())
     assert moved > 0 and largest(approx, kept) <= 1e-10 * moved
+
+
+class TokenNorm(nn.Module):
+    """BatchNorm over all tokens, whose result takes the shape of its input again, as in LeViT."""
+
+    def __init__(self, residual: bool) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(16, 16, bias=False), nn.BatchNorm1d(16), nn.Linear(16, 4)
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x) if self.residual else self.first(x)
+        return self.last(self.norm(x.flatten(0, 1)).reshape_as(x).relu())
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_shape_of_another_value(residual: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 16).double()
+    approx = fx_approx.transform(TokenNorm(residual).double(), Layers("topk", 0.5, "weight", "value"), x)
+    own, graph = extract(approx, example_inputs=x), extract(approx)
+    assert own.norm.num_features == 8
+    with fx_approx.reuse_selection(approx):
+        expected = approx(x)
+    assert torch.allclose(own(x), expected, atol=1e-12) and torch.allclose(graph(x), expected, atol=1e-12)
+    program = torch.export.export(graph, (x,))
+    assert torch.allclose(program.module()(x), graph(x), atol=1e-12)
 
 
 def test_an_unbiased_sampler_has_its_scale_in_the_weights_and_out_of_them_again() -> None:
