@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _header import header, parse_ratio
+from _header import environment, header, parse_ratio
 from _steps import train_step
 from _subnetwork_cases import CASES, DEFAULT, Case, add_case_options, write
 from _subnetwork_page import markdown, table
