@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import fx, nn
 
 from fx_approx.core.layer_types import CHANNEL_LAYERS
 from fx_approx.core.plan import Plan
-from fx_approx.core.plan_effects import FULL, Axis, ChannelSlice, Operation, PlanEffects
+from fx_approx.core.plan_effects import FULL, Axis, ChannelSlice, Operation, PlanEffects, TokenAxis
 from fx_approx.ops.narrow_calls import NARROW_CALLS
 from fx_approx.passes.aliasing import can_tap_relu, changes_in_place
 from fx_approx.passes.channel_flow import Flow
@@ -56,7 +57,7 @@ def find_effects(
     operations = [
         dataclasses.replace(
             _operation(node, by_node.get(node.name), flow, sharing, demand, trained),
-            stretch=inside.get(node, -1),
+            **({} if node not in inside else _token_axes(stretches[inside[node]], inside[node], node)),
             mixes=node in inside and mixes(stretches[inside[node]].flow, node),
             squares=node in inside and are_scores(stretches[inside[node]].flow, node),
         )
@@ -69,6 +70,22 @@ def find_effects(
     return PlanEffects(
         tuple(sharing.classes), reads, tuple(operations), flow.values, stops, notes, hoisted, packs, tokens
     )
+
+
+def _token_axes(stretch: TokenStretch, number: int, node: fx.Node) -> dict[str, Any]:
+    """Along which axes a node of a stretch has some tokens, and of what it reads them."""
+
+    def axis(layout: Layout | None) -> TokenAxis:
+        segments = () if layout is None else layout.segments
+        sampled = sum(s.entries for s in segments if stretch.is_sampled(s.space))
+        return TokenAxis(number, sum(s.entries for s in segments) - sampled, sampled)
+
+    flow, step = stretch.flow, stretch.flow.steps[node]
+    outside = dict.fromkeys(link.source for link in step.links if link.source not in stretch.inside)
+    taken = {source.name: (axis(flow.layout(source)),) for source in outside}
+    for rider, _ in step.follow:
+        taken[rider.name] = (*taken.get(rider.name, ()), axis(step.layout))
+    return {"tokens": axis(step.layout), "taken": taken}
 
 
 def _whole(sharing: Sharing, place: int) -> ChannelSlice:

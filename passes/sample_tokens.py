@@ -76,7 +76,7 @@ class TokenStretch:
         layout = self.flow.layout(self.start)
         assert layout is not None
         others = sum(segment.count for segment in layout.segments if not self.is_sampled(segment.space))
-        return TokenShare(sampling, others, layout.size - others)
+        return TokenShare(sampling, others, layout.size - others, "" if self.end is None else self.end.name)
 
     def is_sampled(self, space: int) -> bool:
         """Whether tokens of ``space`` are left out."""

@@ -72,6 +72,21 @@ Axis = tuple[ChannelSlice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenAxis:
+    """The axis of the tokens of a value, in entries of one example.
+
+    Attributes:
+        stretch: Number of the stretch of blocks that computes some of them.
+        others: Entries that are always there.
+        sampled: Entries of the tokens that may be left out, if all are there.
+    """
+
+    stretch: int
+    others: int
+    sampled: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Operation:
     """A node of the captured graph.
 
@@ -87,7 +102,8 @@ class Operation:
         own: Bytes of parameters and statistics that it has for each channel.
         rectified: It is a ReLU that keeps only the signs, if parts of its value are taken.
         trained: Shape, and bytes of an entry, of each trained parameter that it reads, by path.
-        stretch: Number of the stretch of blocks whose tokens it computes; -1 for all tokens.
+        tokens: The axis of the tokens of its value, in a stretch of blocks; None where all tokens are computed.
+        taken: By operand, the axes along which the chosen tokens of it are copied out.
         mixes: It is a product of each of these tokens with each.
         squares: Its value has an entry for each pair of them.
     """
@@ -103,7 +119,8 @@ class Operation:
     own: int
     rectified: bool
     trained: Mapping[str, tuple[Shape, int]]
-    stretch: int = -1
+    tokens: TokenAxis | None = None
+    taken: Mapping[str, tuple[TokenAxis, ...]] = dataclasses.field(default_factory=dict)
     mixes: bool = False
     squares: bool = False
 
@@ -116,16 +133,17 @@ class TokenShare:
         sampling: How they are chosen.
         others: Those that are always kept.
         tokens: Those that may be left out.
+        end: Name of the value behind which they come back; empty if they do not.
     """
 
     sampling: TokenSampling
     others: int
     tokens: int
+    end: str = ""
 
-    def kept(self, ratio: float) -> tuple[int, int]:
-        """Tokens that are computed at a ratio, and all."""
-        some = self.tokens if ratio == 1 else self.sampling.count(self.tokens, ratio)
-        return self.others + some, self.others + self.tokens
+    def kept(self, ratio: float) -> int:
+        """How many of those that may be left out are computed at a ratio."""
+        return self.tokens if ratio == 1 else self.sampling.count(self.tokens, ratio)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,7 +88,7 @@ class StepWorkload:
         moved_exact: Bytes that operations which multiply nothing (element-wise, normalisation, pooling, copies) put out
             in a forward of the exact model.
         moved: The same under the plan.
-        gathered: Bytes of activations copied in a forward to take out selected channels.
+        gathered: Bytes of activations copied in a forward to take out selected channels and tokens.
         slicing: Bytes moved to slice weights.
         resliced: Bytes moved to slice weights of hoisted linear layers again in the backward pass.
         memory_exact: Bytes that the exact step keeps for backward, parameters and buffers left out.

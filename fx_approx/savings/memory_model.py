@@ -9,7 +9,7 @@ from typing import Any
 
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.flops import Kept, kept_bytes, kept_pairs, sliced_bytes
-from fx_approx.core.plan_effects import Axis, Operation, PlanEffects, entries
+from fx_approx.core.plan_effects import Axis, Operation, PlanEffects, TokenAxis, entries
 from fx_approx.core.values import nbytes
 from fx_approx.sampling.base import get_sampler
 from fx_approx.sampling.scores import get_score
@@ -25,7 +25,7 @@ class Counts:
 
     Attributes:
         kept: Units by class, of all groups together.
-        tokens: Of each stretch of blocks the tokens that it computes, and all.
+        tokens: Of each stretch of blocks how many of the tokens that may be left out it computes.
     """
 
     def __init__(
@@ -107,7 +107,14 @@ class Counts:
     def tokens_of(self, candidate: Candidate) -> tuple[int, int]:
         """Tokens that a product computes, and all; both 1 where it computes every one."""
         operation = self._operations.get(candidate.name)
-        return (1, 1) if operation is None or operation.stretch < 0 else self.tokens[operation.stretch]
+        return (1, 1) if operation is None else self.entries_of(operation.tokens)
+
+    def entries_of(self, axis: TokenAxis | None) -> tuple[int, int]:
+        """Entries of an axis of tokens that are there, and all; both 1 where no tokens are left out."""
+        if axis is None or not axis.sampled:
+            return 1, 1
+        some, of = self.tokens[axis.stretch], self.effects.tokens[axis.stretch].tokens
+        return axis.others + axis.sampled * some // of, axis.others + axis.sampled
 
     def demand(self, candidate: Candidate) -> tuple[Demanded, ...]:
         """Who reads which part of the outputs of ``candidate``."""
@@ -204,7 +211,7 @@ class _Walk:
 
     Attributes:
         held: Pieces of memory kept for backward, with their bytes.
-        gathered: Copies of selected channels, with their bytes.
+        gathered: Copies of selected channels or tokens, with their bytes.
         moved: Bytes put out by operations that multiply nothing.
     """
 
@@ -213,12 +220,14 @@ class _Walk:
         kept = counts.kept
         self.subnetwork = subnetwork
         self.effects, self.values, self.kept, self.products = effects, effects.values, kept, products
-        self.tokens = counts.tokens
+        self.counts = counts
         self.held: dict[Any, int] = {}
         self.gathered: dict[Any, int] = {}
         self.moved = 0
         self._axes = {one.name: one.axis for one in effects.operations}
         self._pieces: dict[str, dict[int, Piece]] = {}
+        self._shares: dict[str, tuple[int, int]] = {}
+        self._ends = {one.end for one in effects.tokens}
         self._tapped = {
             name
             for one in effects.operations
@@ -231,13 +240,12 @@ class _Walk:
         now, whole = entries(one.axis, self.kept), entries(one.axis)
         now, whole = (now, whole) if whole else (1, 1)
         narrow = now < whole
-        if one.stretch >= 0:
-            some, of = self.tokens[one.stretch]
-            power = 1 + one.squares
-            now, whole = now * some**power, whole * of**power
+        some, of = (size ** (1 + one.squares) for size in self.counts.entries_of(one.tokens))
+        self._shares[one.name] = some, of
+        now, whole = now * some, whole * of
         seen: dict[int, Piece] = {}
         for source in one.inputs:
-            seen.update(self._read(source, one.narrowed.get(source)))
+            seen.update(self._read(one, source))
         for place in self.values.storages.get(one.name, ()):
             seen.setdefault(place, (place, self.values.bytes[place] * now // whole))
         self._pieces[one.name] = {place: seen[place] for place in self.values.storages.get(one.name, ())}
@@ -250,25 +258,50 @@ class _Walk:
         sliced = one.action in ("produce", "depthwise") and narrow
         if product is not None and product.candidate.facts is not None and (product.roles or sliced):
             self._product(one, product, saved, seen)
-            return
-        for place in saved:
-            size = self.values.bytes[place] * now // whole
-            if one.rectified and one.name in self._tapped and not self.subnetwork:
-                numbers = size // self.values.sizes[one.name]
-                self._hold((("sign", one.name), -(-numbers // 8) if self.effects.packs else numbers))
-            else:
-                self._hold(seen.get(place, ((one.name, place), size)))
+        else:
+            for place in saved:
+                self._keep(one, place, seen, self.values.bytes[place] * now // whole)
+        if one.name in self._ends and some < of:
+            self._put_back(one, nbytes(self.values, one.name) * now * of // (whole * some))
 
-    def _read(self, source: str, wants: Axis | None) -> dict[int, Piece]:
-        """The memory of an operand, or of the part of it that is read."""
-        there = self._pieces.get(source, {})
-        if wants is None or entries(wants, self.kept) == entries(self._axes[source], self.kept):
-            return there
-        size = nbytes(self.values, source) * entries(wants, self.kept) // entries(wants)
-        piece = ("part", source, wants), size
+    def _keep(self, one: Operation, place: int, seen: Mapping[int, Piece], size: int) -> None:
+        """One piece of memory that autograd keeps for an operation."""
+        if one.rectified and one.name in self._tapped and not self.subnetwork:
+            numbers = size // self.values.sizes[one.name]
+            self._hold((("sign", one.name), -(-numbers // 8) if self.effects.packs else numbers))
+        else:
+            self._hold(seen.get(place, ((one.name, place), size)))
+
+    def _put_back(self, one: Operation, size: int) -> None:
+        """Behind a stretch all tokens are there again, in new memory; the backward pass knows what was put back."""
+        for own in self._pieces[one.name].values():
+            self._hold(own)
+        piece = ("back", one.name), size
         self.gathered[piece[0]] = size
-        self._index(wants, 0)
-        return dict.fromkeys(self.values.storages.get(source, ()), piece)
+        self._pieces[one.name] = dict.fromkeys(self._pieces[one.name], piece)
+        self._shares[one.name] = 1, 1
+
+    def _read(self, one: Operation, source: str) -> dict[int, Piece]:
+        """The memory of an operand, or of a copy of the part of it that is read."""
+        wants, axes = one.narrowed.get(source), one.taken.get(source, ())
+        there, (some, of) = self._pieces.get(source, {}), self._shares.get(source, (1, 1))
+        size, name = nbytes(self.values, source) * some // of, ("part", source, one.tokens and one.tokens.stretch)
+        places = self.values.storages.get(source, ())
+        if wants is not None and entries(wants, self.kept) < entries(self._axes[source], self.kept):
+            size = size * entries(wants, self.kept) // entries(wants)
+            there = dict.fromkeys(places, ((*name, wants), size))
+            self.gathered[(*name, wants)] = size
+            self._index(wants, 0)
+        elif wants is None and self._axes.get(source):
+            size = size * entries(self._axes[source], self.kept) // entries(self._axes[source])
+        for axis in axes:
+            some, of = self.counts.entries_of(axis)
+            if some < of:
+                size = size * some // of
+                there = dict.fromkeys(places, ((*name, wants, axis), size))
+                self.gathered[(*name, wants, axis)] = size
+                self._hold((("tokens", axis), some * _INDEX_BYTES))
+        return there
 
     def _hold(self, piece: Piece) -> None:
         self.held[piece[0]] = piece[1]
@@ -301,6 +334,8 @@ class _Walk:
         follows = one.action == "produce" and reads is not None and self.effects.hoisted
         chosen = pairs if kept.output is None else kept.output
         again = candidate.kind == "linear" and self.effects.hoisted and (follows or not forward)
+        tokens, of_tokens = kept.tokens
+        some, of = some * tokens, of * of_tokens
         size = facts.lhs_bytes * chosen * some // (pairs * of)
         if forward and not follows:
             self.gathered["part", candidate.name] = size
@@ -332,18 +367,18 @@ class _Walk:
         """What a product with sampled gradients keeps: copies of chosen parts, and the operands that it keeps whole."""
         facts = product.candidate.facts
         assert facts is not None
-        total = kept_bytes(facts, product.kept, product.roles)
+        total, (some, of) = kept_bytes(facts, product.kept, product.roles), product.kept.tokens
         if not forward:
             left, right = one.inputs[0], () if facts.rhs_is_parameter else one.inputs[1:2]
             others = {place for name in right for place in self.values.storages.get(name, ())}
             if right:
-                total -= facts.rhs_kept * facts.rhs_bytes
+                total -= facts.rhs_kept * facts.rhs_bytes * some // of
             if facts.flops.grad_weight and not early:
-                total -= facts.lhs_kept * facts.lhs_bytes
+                total -= facts.lhs_kept * facts.lhs_bytes * some // of
                 others |= set(saved) if facts.rhs_is_parameter else set(self.values.storages.get(left, ()))
             for place in saved:
                 if place in others:
-                    self._hold(seen.get(place, ((one.name, place), self.values.bytes[place])))
+                    self._hold(seen.get(place, ((one.name, place), self.values.bytes[place] * some // of)))
         self._hold((("own", product.candidate.name), total))
 
     def _whole_input(self, one: Operation, saved: Sequence[int], seen: Mapping[int, Piece], some: int, of: int) -> None:

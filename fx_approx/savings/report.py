@@ -200,7 +200,7 @@ class SavingsReport:
             lines.append(
                 f"Bytes put out by element-wise operations, normalisations and the like in a forward: "
                 f"{human(totals.moved_exact)} exact, {human(totals.moved)} now, and {human(totals.gathered)} copied to "
-                "take out selected channels."
+                "take out selected channels and tokens."
             )
         if totals.slicing:
             lines.append(f"Bytes moved in a step to slice weights: {human(totals.slicing)}.")

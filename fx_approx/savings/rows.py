@@ -178,7 +178,8 @@ class Totals:
         moved_exact: Bytes that element-wise operations, normalisations, poolings and copies put out in a forward of
             the exact model; None, as for the others below, if the shapes of the graph are not known.
         moved: The same as it is.
-        gathered: Bytes of activations that a forward copies to take out selected channels.
+        gathered: Bytes of activations that a forward copies to take out selected channels and tokens, and to put those
+            back.
         memory_exact: Bytes that the whole step of the exact model keeps for backward, parameters and buffers left out.
         memory: The same as it is; see :func:`fx_approx.savings.memory_model.memory` for what it does not know.
     """

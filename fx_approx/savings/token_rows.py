@@ -32,8 +32,7 @@ class TokenRow:
 
 def tokens_kept(share: TokenShare, ratio: float) -> tuple[int, int]:
     """Tokens that a stretch of blocks computes at a ratio, and all."""
-    some = share.tokens if ratio == 1 else share.sampling.count(share.tokens, ratio)
-    return share.others + some, share.others + share.tokens
+    return share.others + share.kept(ratio), share.others + share.tokens
 
 
 def token_rows(effects: PlanEffects, ratios: Sequence[float] | None = None) -> tuple[TokenRow, ...]:
