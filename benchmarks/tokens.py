@@ -205,11 +205,9 @@ def measure(name: str, compiled: bool, options: argparse.Namespace) -> list[Meas
     counts = {kind: operations(model, inputs) for kind, model in models.items()}
     made = {kind: make and make(exact.parameters()) for kind in options.optimizers for make in [OPTIMIZERS[kind]]}
     runs = {kind: torch.compile(model, dynamic=False) if compiled else model for kind, model in models.items()}
-    steps = {
-        (kind, optimizer): Step(run, inputs, own) for optimizer, own in made.items() for kind, run in runs.items()
-    }
+    steps = {(kind, optimizer): Step(run, inputs, own) for optimizer, own in made.items() for kind, run in runs.items()}
     device = torch.device("cpu")
-    taken = in_turn([*steps.values()], device, options.runs, warmup=options.warmup, before=1, back_and_forth=True)
+    taken = in_turn([*steps.values()], device, options.runs, warmup=options.warmup, back_and_forth=True)
     times = dict(zip(steps, taken, strict=True))
     torch.compiler.reset()
     return [

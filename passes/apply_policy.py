@@ -51,9 +51,13 @@ def decide(
             f"{len(candidates)} candidates ({', '.join(unknown[:3])}...): give example_inputs, one training batch, or "
             "a policy that needs none, such as fx_approx.policies.Uniform(0.5, scope='layer')"
         )
-    decisions = policy.decide_whole(model()) if model is not None and is_whole(policy) else policy.decide(candidates)
-    plan = make_plan(candidates, [_apart(one) if one.name in unknown else one for one in decisions])
-    return dataclasses.replace(plan, tokens=getattr(policy, "tokens", None))
+    if isinstance(policy, Plan):
+        decided: Sequence[Decision] | Plan = dataclasses.replace(policy, decisions=tuple(policy.decide(candidates)))
+    else:
+        whole = model is not None and is_whole(policy)
+        decided = policy.decide_whole(model()) if whole else policy.decide(candidates)
+    tokens = (decided.tokens, decided.why_tokens) if isinstance(decided, Plan) else ()
+    return make_plan(candidates, [_apart(one) if one.name in unknown else one for one in decided], *tokens)
 
 
 def _apart(decision: Decision) -> Decision:

@@ -6,11 +6,12 @@ import dataclasses
 import numbers
 from collections.abc import Mapping, Sequence
 
-from fx_approx.core.plan import SCOPES, Decision
+from fx_approx.core.plan import SCOPES, Plan, make_plan
 from fx_approx.core.step_cost import Model, WholeCostModel
 from fx_approx.policies.auto_search import Draft, drafts, first_of_the_fastest, worth_trying
 from fx_approx.policies.cost_roofline import RooflineModel
 from fx_approx.policies.graph_policy import GraphPolicy
+from fx_approx.policies.tokens import Tokens, check_tokens
 
 _FASTEST = ("value", "group")
 
@@ -37,6 +38,8 @@ class Auto(GraphPolicy):
         scope: ``fastest``: ``value`` or ``group``, whichever is faster; otherwise one scope, see :class:`GraphPolicy`.
         keep_last: True: layers with no layer after them stay exact. None: unless the step is faster otherwise, as it
             can be at scope ``group``, where a classifier that reads all channels keeps all of them alive.
+        tokens: How tokens may be left out: by themselves, or together with channels, whichever is faster. None: all
+            are computed.
     """
 
     ratio: float = 0.5
@@ -48,6 +51,7 @@ class Auto(GraphPolicy):
     tries: int = 4
     scope: str = dataclasses.field(default="fastest", kw_only=True)
     keep_last: bool | None = dataclasses.field(default=None, kw_only=True)
+    tokens: Tokens | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.scope != "fastest" and self.scope not in SCOPES:
@@ -56,6 +60,7 @@ class Auto(GraphPolicy):
             self._variants()
             return
         super().__post_init__()
+        check_tokens(self.tokens, self.subnetwork)
         if self.mode != "forward":
             raise ValueError(f"mode: expected forward, where the steps of neighbours shrink too, got {self.mode!r}")
         if not 0 < self.spec(self.ratio).ratio < 1:
@@ -76,23 +81,27 @@ class Auto(GraphPolicy):
         lasts = (True, False) if self.keep_last is None else (self.keep_last,)
         return [dataclasses.replace(self, scope=scope, keep_last=last) for scope in scopes for last in lasts]
 
-    def decide_whole(self, model: Model) -> Sequence[Decision]:
+    def decide_whole(self, model: Model) -> Plan:
         """The plan, with numbers in its reasons."""
         model = self.seen(model)
         cost = RooflineModel(self.compiled) if self.cost is None else self.cost
-        scopes = [drafts(variant, variant.ratio, model, cost) for variant in self._variants()]
+        asked = None if self.tokens is None else self.tokens.tokens
+        stretches, none = ((), ()) if asked is None else model.token_shares(asked)
+        kinds = [None, asked] if stretches else [None]
+        scopes = [drafts(variant, variant.ratio, model, cost, own) for own in kinds for variant in self._variants()]
         tried = worth_trying(scopes, self.tries)
         if not tried or not self.check or not model.runs:
             found = [one for own in scopes for one in own]
             best = first_of_the_fastest(found, [one.speedup for one in found])
-            return self._final(model, best, "", enough=not best.decisions or best.speedup >= self.margin)
-        times = model.time([one.decisions for one in tried], compiled=self.compiled, repeats=self.repeats)[1:]
+            return self._final(model, best, "", none, enough=not best.samples or best.speedup >= self.margin)
+        plans, tokens = [one.decisions for one in tried], [one.tokens for one in tried]
+        times = model.time(plans, tokens=tokens, compiled=self.compiled, repeats=self.repeats)[1:]
         best = first_of_the_fastest(tried, [time.speedup[1] for time in times])
         measured = times[tried.index(best)]
-        return self._final(model, best, f"measured {measured}", enough=measured.speedup[0] >= self.margin)
+        return self._final(model, best, f"measured {measured}", none, enough=measured.speedup[0] >= self.margin)
 
-    def _final(self, model: Model, best: Draft, measured: str, *, enough: bool) -> list[Decision]:
-        """All decisions of the draft, or none if it does not save ``enough``."""
+    def _final(self, model: Model, best: Draft, measured: str, none: Sequence[str], *, enough: bool) -> Plan:
+        """The draft as a plan, or exact if it does not save ``enough``; ``none`` is why tokens cannot be sampled."""
         realized = " as a subnetwork" if self.subnetwork else ""
         step = f"the step{realized} {best.speedup:.2f} times as fast, predicted"
         saves = {name: f"saves {100 * gain:.1f} % of the step" for names, gain in best.gains.items() for name in names}
@@ -102,4 +111,14 @@ class Auto(GraphPolicy):
         if not enough:
             why = f"{step}, but {measured}" if measured else step
             left, ratios = dict.fromkeys(saves, f"{why}, below {self.margin:g}"), [1.0] * len(best.groups)
-        return best.policy.final(model, best.groups, ratios, best.refused, sampled, left)
+        decisions = best.policy.final(model, best.groups, ratios, best.refused, sampled, left)
+        if self.tokens is None:
+            return make_plan(model.candidates, decisions)
+        said = f"{step}{measured and ', ' + measured}"
+        if best.tokens is None:
+            said = f"all are computed: {'; '.join(none) or 'no faster with fewer'}"
+        elif not enough:
+            said = f"all are computed: {said}, below {self.margin:g}"
+        else:
+            said = f"{best.tokens.ratio:g} of them are computed: {said}"
+        return make_plan(model.candidates, decisions, best.tokens if enough else None, said)

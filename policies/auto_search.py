@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from fx_approx.core.plan import Decision
 from fx_approx.core.step_cost import Model, StepWorkload, WholeCostModel
+from fx_approx.core.token_sampling import TokenSampling
 from fx_approx.policies.graph_policy import GraphPolicy, step_seconds
 
 _LEAST = 1e-3
@@ -29,6 +30,7 @@ class Draft:
         gains: What each group saves of the exact step, or would save beside those that are sampled.
         work: Of the step.
         speedup: Predicted.
+        tokens: Which tokens are computed, where the plan says so.
     """
 
     policy: GraphPolicy
@@ -38,6 +40,12 @@ class Draft:
     gains: Mapping[tuple[str, ...], float]
     work: StepWorkload
     speedup: float
+    tokens: TokenSampling | None = None
+
+    @property
+    def samples(self) -> bool:
+        """Whether anything is."""
+        return bool(self.decisions) or self.tokens is not None
 
     @property
     def decisions(self) -> dict[str, Decision]:
@@ -46,8 +54,15 @@ class Draft:
         return {name: one for name, one in decided.items() if one.spec is not None and one.spec.ratio < 1}
 
 
-def drafts(policy: GraphPolicy, ratio: float, model: Model, cost: WholeCostModel) -> list[Draft]:
-    """What ``cost`` says to pay under ``policy``, and all that may be sampled; one draft where they are the same."""
+def drafts(
+    policy: GraphPolicy, ratio: float, model: Model, cost: WholeCostModel, tokens: TokenSampling | None = None
+) -> list[Draft]:
+    """What ``cost`` says to pay under ``policy``, and all that may be sampled; one draft where they are the same.
+
+    With ``tokens`` a third one that samples these alone comes first.
+    """
+    whole = step_seconds(cost, model.work({}), model)
+    model = model if tokens is None else model.with_tokens(tokens)
     groups, refused = policy.groups(model, ratio)
 
     def work(chosen: Sequence[bool]) -> StepWorkload:
@@ -56,17 +71,19 @@ def drafts(policy: GraphPolicy, ratio: float, model: Model, cost: WholeCostModel
     def seconds(chosen: Sequence[bool]) -> float:
         return step_seconds(cost, work(chosen), model)
 
-    whole = step_seconds(cost, model.work({}), model)
     everything = [True] * len(groups)
     saved = _gains(everything, seconds, whole)
     pays, left = _prune(saved, seconds, whole)
-    kinds = [(pays, left), (everything, saved)]
+    kinds = [(pays, left), *([] if pays == everything else [(everything, saved)])]
+    if tokens is not None and any(pays):
+        kinds.insert(0, ([False] * len(groups), left))
     found = []
-    for chosen, gains in kinds[: 1 if pays == everything else 2]:
+    for chosen, gains in kinds:
         ratios = [ratio if one else 1.0 for one in chosen]
         gained = dict(zip(groups, gains, strict=True))
         now = work(chosen)
-        found.append(Draft(policy, groups, refused, ratios, gained, now, whole / step_seconds(cost, now, model)))
+        speedup = whole / step_seconds(cost, now, model)
+        found.append(Draft(policy, groups, refused, ratios, gained, now, speedup, tokens))
     return found
 
 
@@ -108,7 +125,7 @@ def worth_trying(scopes: Sequence[Sequence[Draft]], limit: int) -> list[Draft]:
     found: list[tuple[int, Draft]] = []
     for place in best:
         for one in scopes[place]:
-            if one.decisions and one.speedup > _HOPELESS and all(one.work != other.work for _, other in found):
+            if one.samples and one.speedup > _HOPELESS and all(one.work != other.work for _, other in found):
                 found.append((place, one))
     return [one for _, one in sorted(found[:limit], key=lambda pair: pair[0])]
 

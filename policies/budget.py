@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from fx_approx.core.plan import Decision
+from fx_approx.core.plan import Decision, Plan, make_plan
 from fx_approx.core.step_cost import Model, StepWorkload, WholeCostModel
 from fx_approx.policies.budget_solver import Levels, Problem, cheapest, least_cost, least_error
 from fx_approx.policies.cost_flops import FlopModel
 from fx_approx.policies.cost_roofline import RooflineModel
+from fx_approx.policies.error_model import token_error
 from fx_approx.policies.graph_policy import EIGHTHS, GraphPolicy, step_seconds
 from fx_approx.policies.sensitivity import Sensitivity
+from fx_approx.policies.tokens import Tokens, check_tokens
 
 _CLOSE = 40
 
@@ -61,9 +64,11 @@ class _Budget(_Ladder, abc.ABC):
 
     Attributes:
         budget: In (0, 1].
+        tokens: How tokens may be left out, at its ratio or more: the budget decides. None: all are computed.
     """
 
     budget: float
+    tokens: Tokens | None = dataclasses.field(default=None, kw_only=True)
 
     _moves: ClassVar[bool] = True
     """Whether the cost reads the bytes moved and kept."""
@@ -71,6 +76,9 @@ class _Budget(_Ladder, abc.ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         _fraction("budget", self.budget)
+        check_tokens(self.tokens, self.subnetwork)
+        if self.tokens is not None and self.sensitivity is not None:
+            raise ValueError("sensitivity: says nothing of tokens; expected None, or no tokens")
 
     @abc.abstractmethod
     def _cost(self, work: StepWorkload, model: Model) -> float:
@@ -80,7 +88,7 @@ class _Budget(_Ladder, abc.ABC):
         """``cost`` as a share of the exact step's; all of it where that is not known."""
         return cost / whole if whole else 1.0
 
-    def decide_whole(self, model: Model) -> Sequence[Decision]:
+    def decide_whole(self, model: Model) -> Plan:
         """The plan of least predicted error within the budget.
 
         Raises:
@@ -89,56 +97,78 @@ class _Budget(_Ladder, abc.ABC):
         model = self.seen(model)
         levels, limit = self._levels, float(self.budget)
         groups, refused = self.groups(model, levels[-1])
-        whole = self._cost(model.work({}, self._moves), model)
+        asked = None if self.tokens is None else self.tokens.tokens
+        stretches, none = ((), ()) if asked is None else model.token_shares(asked)
+        rungs = [1.0] if asked is None else sorted({*(r for r in levels if r > asked.ratio), asked.ratio}, reverse=True)
+        ladders = [levels] * len(groups) + [rungs] * bool(stretches)
+        exact = model.with_tokens(None)
+        whole = self._cost(exact.work({}, self._moves), exact)
 
-        def share(ratios: tuple[float, ...]) -> float:
-            return self._share(self._cost(model.work(self.decisions(groups, ratios), self._moves), model), whole)
+        def share(ratios: Sequence[float]) -> float:
+            view = model
+            if asked is not None and stretches:
+                view = model.with_tokens(dataclasses.replace(asked, ratio=ratios[-1]))
+            work = view.work(self.decisions(groups, ratios[: len(groups)]), self._moves)
+            return self._share(self._cost(work, view), whole)
 
+        errors = self.errors(model, groups, levels, self.sensitivity)
         problem = Problem(
-            self.errors(model, groups, levels, self.sensitivity),
-            lambda chosen: share(tuple(levels[level] for level in chosen)),
+            errors + [[token_error(stretches, rung) for rung in rungs]] * bool(stretches),
+            lambda chosen: share([ladder[level] for ladder, level in zip(ladders, chosen, strict=True)]),
         )
         found = least_error(problem, limit)
         if found is None:
             least = problem.price(cheapest(problem))
             what = (
                 f"{len(groups)} selections can be sampled, at {levels[-1]:g} or more" if groups else "no layer can be"
-            )
+            ) + (f", and tokens at {rungs[-1]:g} or more" if stretches else "")
             raise ValueError(
                 f"budget: {limit:g} of the exact step cannot be met; the least is {least:.3f} ({what}). Expected a "
                 "larger budget, smaller ratios, scope='group', or a smaller min_k"
             )
-        ratios = _filled(problem, found, levels, share, limit)
-        spent = share(tuple(ratios))
-        left = "within the budget without it"
+        ratios = _filled(problem, found, ladders, share, limit)
+        if stretches:
+            ratios[-1] = max(rungs[found[-1]], math.floor(1000 * ratios[-1]) / 1000)
+        spent = share(ratios)
+        left, step = "within the budget without it", f"the step {spent:.3f} of exact, asked {limit:g}"
         reasons = {
-            name: f"predicted error {own[level]:.3g}; the step {spent:.3f} of exact, asked {limit:g}"
-            for names, own, level in zip(groups, problem.errors, found, strict=True)
+            name: f"predicted error {own[level]:.3g}; {step}"
+            for names, own, level in zip(groups, errors, found[: len(groups)], strict=True)
             for name in names
         }
-        return self.final(model, groups, ratios, refused, reasons, dict.fromkeys(reasons, left))
+        decisions = self.final(model, groups, ratios[: len(groups)], refused, reasons, dict.fromkeys(reasons, left))
+        if asked is None:
+            return make_plan(model.candidates, decisions)
+        if not stretches:
+            return make_plan(model.candidates, decisions, None, f"all are computed: {'; '.join(none)}")
+        if ratios[-1] == 1:
+            return make_plan(model.candidates, decisions, None, "all are computed: within the budget without fewer")
+        own, others = token_error(stretches, ratios[-1]), problem.error(found) - problem.errors[-1][found[-1]]
+        error = f"predicted error {own:.3g} of {own + others:.3g} in all"
+        some = dataclasses.replace(asked, ratio=ratios[-1])
+        return make_plan(model.candidates, decisions, some, f"{ratios[-1]:.3g} of them are computed: {error}; {step}")
 
 
 def _filled(
     problem: Problem,
     levels: Levels,
-    ladder: Sequence[float],
-    share: Callable[[tuple[float, ...]], float],
+    ladders: Sequence[Sequence[float]],
+    share: Callable[[Sequence[float]], float],
     limit: float,
 ) -> list[float]:
     """The ratios of ``levels``, one of them raised between two rungs to use up what is left of the budget."""
-    ratios = [ladder[level] for level in levels]
-    best, spent = ratios, share(tuple(ratios))
+    ratios = [ladder[level] for ladder, level in zip(ladders, levels, strict=True)]
+    best, spent = ratios, share(ratios)
     for place, level in enumerate(levels):
         if level == 0 or limit - spent < 1e-4:
             continue
-        low, high = ratios[place], ladder[level - 1]
+        low, high = ratios[place], ladders[place][level - 1]
         for _ in range(_CLOSE):
             middle = (low + high) / 2
             tried = [*ratios[:place], middle, *ratios[place + 1 :]]
-            low, high = (middle, high) if share(tuple(tried)) <= limit else (low, middle)
+            low, high = (middle, high) if share(tried) <= limit else (low, middle)
         tried = [*ratios[:place], low, *ratios[place + 1 :]]
-        now = share(tuple(tried))
+        now = share(tried)
         if spent < now <= limit:
             best, spent = tried, now
     return best

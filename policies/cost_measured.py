@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -87,7 +88,7 @@ class MeasuredModel:
             key = {"what": "step", "version": _VERSION, **device_key(device), "model": name, "compiled": self.compiled}
 
             def measure() -> float:
-                return model.time([], compiled=self.compiled)[0].seconds
+                return model.with_tokens(None).time([], compiled=self.compiled)[0].seconds
 
             self._whole[name] = self._cache.get(key, measure) if model.runs else None
         return self._whole[name]
@@ -168,7 +169,8 @@ def _operands(product: ProductWork) -> CallShapes | None:
     call, shape = facts.call, facts.shape
     if kept == Kept():
         return call
-    layer = product.candidate.kind == "linear" or product.candidate.kind.startswith("conv")
+    there, of_all = kept.tokens
+    layer = product.candidate.kind == "linear" or (product.candidate.kind.startswith("conv") and there == of_all)
     if not layer or kept.straight_through or set(product.roles) - {Role.OUTPUT}:
         return None
     axis = len(call.lhs) - 1 if product.candidate.kind == "linear" else len(call.lhs) - len(call.rhs) + 1
@@ -177,6 +179,8 @@ def _operands(product: ProductWork) -> CallShapes | None:
     pairs = shape.pairs if kept.output is None else kept.output
     columns = shape.n if kept.columns is None else kept.columns
     lhs = (*call.lhs[:axis], pairs * groups, *call.lhs[axis + 1 :])
+    if there < of_all:
+        lhs = (math.prod(call.lhs[:-1]) * there // of_all, pairs)
     rhs = (columns * groups, pairs, *call.rhs[2:])
     op_kwargs = tuple((name, groups if name == "groups" else value) for name, value in call.op_kwargs)
     return CallShapes(lhs, rhs, op_kwargs, call.channels_last)
@@ -191,7 +195,9 @@ def _training(product: ProductWork, compiled: bool) -> Callable[[], Any]:
     if kept.output is not None and not product.hoisted:  # both operands are gathered
         places = torch.linspace(0, facts.shape.pairs - 1, kept.output, device=facts.device).long()
         options["selection"] = Selection(places.expand(facts.shape.groups, -1).contiguous(), None)
-        call = dataclasses.replace(facts.call, rhs=(call.rhs[0], *facts.call.rhs[1:]))
+        everything = dataclasses.replace(product, kept=dataclasses.replace(kept, output=None), roles={})
+        call = _operands(everything)
+        assert call is not None
     dtype = getattr(torch, facts.dtype.removeprefix("torch."))
     x, w = (torch.randn(shape, device=facts.device).to(dtype) for shape in (call.lhs, call.rhs))
     if _channels_last(facts, compiled):

@@ -221,15 +221,15 @@ def _bytes(product: ProductWork) -> float:
     shape = facts.shape
     if shape is None:
         return 0.0
-    left, right, result = _parts(shape, product.kept)
+    left, right, result = _parts(shape, product.kept, facts.rhs_is_parameter)
     out = facts.rhs_bytes / max(1, shape.k) * shape.m
     gradients = sum(bool(getattr(facts.flops, role.value)) for role in (Role.GRAD_INPUT, Role.GRAD_WEIGHT))
     return (1 + gradients) * (facts.lhs_bytes * left + facts.rhs_bytes * right + out * result)
 
 
-def _parts(shape: GemmShape, kept: Kept) -> tuple[float, float, float]:
+def _parts(shape: GemmShape, kept: Kept, is_layer: bool) -> tuple[float, float, float]:
     """Shares of left operand, right operand and result that are touched."""
     pairs = 1.0 if kept.output is None else kept.output / shape.pairs
     columns = 1.0 if kept.columns is None else kept.columns / shape.n
-    some = kept.share[0] / kept.share[1]
-    return pairs * some, pairs * columns * some, columns * some
+    some, tokens = kept.share[0] / kept.share[1], kept.tokens[0] / kept.tokens[1]
+    return pairs * some * tokens, pairs * columns * some * (1 if is_layer else tokens), columns * some * tokens

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from fx_approx.core.plan_effects import TokenShare
 from fx_approx.sampling.base import get_sampler
 from fx_approx.sampling.probabilities import inclusion_probabilities
 from fx_approx.sampling.spec import SamplerConfig
@@ -36,3 +40,12 @@ def predicted_error(norms: Tensor | None, spec: SamplerConfig, pairs: int) -> fl
     drawn = torch.ones_like(scores) if spec.scores == "uniform" else scores
     p = inclusion_probabilities(drawn, k, spec.effective_epsilon).clamp(min=1e-12)
     return float(((1 - p) / p * squares).sum() / squares.sum())
+
+
+def token_error(stretches: Sequence[TokenShare], ratio: float) -> float:
+    """What leaving tokens out costs, in the unit in which the errors of layers are added up: -log of the share kept.
+
+    A gradient is a sum over tokens, and of tokens that are alike a share of 1 - r is lost, once for all layers of a
+    stretch. That attention sees fewer keys, and that a skipped token is left as it was, is not counted.
+    """
+    return -sum(math.log((one.others + one.kept(ratio)) / (one.others + one.tokens)) for one in stretches)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from fx_approx.core.candidates import Candidate, matches
-from fx_approx.core.plan import Decision, Policy
+from fx_approx.core.plan import Decision, Plan, Policy, make_plan
 from fx_approx.core.step_cost import Model, is_whole
 from fx_approx.policies.partial_view import PartialView
 
@@ -35,8 +36,15 @@ class Override:
                 raise TypeError(f"rules: expected a glob such as 'layer1.*', got {pattern!r}")
             if not isinstance(policy, Policy):
                 raise TypeError(f"rules[{pattern!r}]: expected a policy, got {policy!r}")
+            if getattr(policy, "tokens", None) is not None:
+                raise ValueError(f"rules[{pattern!r}]: tokens are those of all layers; expected them in base")
         if not isinstance(self.base, Policy):
             raise TypeError(f"base: expected a policy, got {self.base!r}")
+
+    @property
+    def tokens(self) -> Any:
+        """What the base says of tokens."""
+        return getattr(self.base, "tokens", None)
 
     @property
     def needs_shapes(self) -> bool:
@@ -52,13 +60,19 @@ class Override:
         """Each policy sees the candidates that are its own, in order."""
         return self._decide(candidates, lambda policy, own, decided: policy.decide(own))
 
-    def decide_whole(self, model: Model) -> list[Decision]:
-        """The same; policies for a whole graph come last, and see what the others decided."""
+    def decide_whole(self, model: Model) -> Plan:
+        """The same, with the tokens of the base; policies for a whole graph come last, and see what others decided."""
+        tokens: list[Any] = []
 
         def ask(policy: Policy, own: Sequence[Candidate], decided: Mapping[str, Decision]) -> Sequence[Decision]:
-            return policy.decide_whole(PartialView(model, own, decided)) if is_whole(policy) else policy.decide(own)
+            if not is_whole(policy):
+                return policy.decide(own)
+            found = policy.decide_whole(PartialView(model, own, decided))
+            if isinstance(found, Plan):
+                tokens[:] = found.tokens, found.why_tokens
+            return list(found)
 
-        return self._decide(model.candidates, ask)
+        return make_plan(model.candidates, self._decide(model.candidates, ask), *tokens)
 
     def _decide(
         self,

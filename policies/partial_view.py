@@ -8,7 +8,9 @@ from torch import Tensor
 
 from fx_approx.core.candidates import Candidate
 from fx_approx.core.plan import Decision
+from fx_approx.core.plan_effects import TokenShare
 from fx_approx.core.step_cost import MakeOptimizer, Model, StepTime, StepWorkload
+from fx_approx.core.token_sampling import TokenSampling
 
 
 class PartialView:
@@ -44,6 +46,14 @@ class PartialView:
         """The whole graph with another step, what was decided before included."""
         return PartialView(self._model.realized(subnetwork, optimizer), self._candidates, self._decided)
 
+    def with_tokens(self, tokens: TokenSampling | None) -> PartialView:
+        """The whole graph with some tokens."""
+        return PartialView(self._model.with_tokens(tokens), self._candidates, self._decided)
+
+    def token_shares(self, tokens: TokenSampling) -> tuple[tuple[TokenShare, ...], tuple[str, ...]]:
+        """Of the whole graph."""
+        return self._model.token_shares(tokens)
+
     def work(self, decisions: Mapping[str, Decision], memory: bool = True) -> StepWorkload:
         """Of the whole graph, with what was decided before."""
         return self._model.work({**self._decided, **decisions}, memory)
@@ -58,8 +68,13 @@ class PartialView:
         return self._model.weight_norms(name)
 
     def time(
-        self, plans: Sequence[Mapping[str, Decision]], *, compiled: bool = False, repeats: int = 7
+        self,
+        plans: Sequence[Mapping[str, Decision]],
+        *,
+        tokens: Sequence[TokenSampling | None] | None = None,
+        compiled: bool = False,
+        repeats: int = 7,
     ) -> list[StepTime]:
         """Steps of the whole graph, with what was decided before."""
         whole = [{**self._decided, **plan} for plan in plans]
-        return self._model.time(whole, compiled=compiled, repeats=repeats)
+        return self._model.time(whole, tokens=tokens, compiled=compiled, repeats=repeats)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from fx_approx.core.candidates import Candidate
-from fx_approx.core.plan import Decision, Policy
+from fx_approx.core.plan import Decision, Plan, Policy, make_plan
 from fx_approx.core.step_cost import Model, is_whole
 from fx_approx.core.token_sampling import TokenSampling
 from fx_approx.policies.uniform import Exact
@@ -39,6 +40,8 @@ class Tokens(TokenSampling):
         super().__post_init__()
         if not isinstance(self.layers, Policy):
             raise TypeError(f"layers: expected a policy such as Uniform(0.5), got {self.layers!r}")
+        if getattr(self.layers, "tokens", None) is not None:
+            raise ValueError(f"layers: expected a policy that decides about layers only, got {self.layers!r}")
 
     @property
     def tokens(self) -> TokenSampling:
@@ -49,7 +52,21 @@ class Tokens(TokenSampling):
     def decide(self, candidates: Sequence[Candidate]) -> Sequence[Decision]:
         return self.layers.decide(candidates)
 
-    def decide_whole(self, model: Model) -> Sequence[Decision]:
-        """The same, where the policy of the layers decides about the whole graph."""
-        layers = self.layers
-        return layers.decide_whole(model) if is_whole(layers) else layers.decide(model.candidates)
+    def decide_whole(self, model: Model) -> Plan:
+        """The same, with the tokens; a policy of the layers that sees the whole graph sees it with these."""
+        layers, own = self.layers, self.tokens
+        whole = is_whole(layers)
+        found = layers.decide_whole(model.with_tokens(own)) if whole else layers.decide(model.candidates)
+        return make_plan(model.candidates, found, own)
+
+
+def check_tokens(tokens: Any, subnetwork: bool) -> None:
+    """TypeError or ValueError unless ``tokens`` says how a policy that decides about the layers may sample them."""
+    if tokens is None:
+        return
+    if not isinstance(tokens, Tokens):
+        raise TypeError(f"tokens: expected Tokens(...) or None, got {tokens!r}")
+    if not isinstance(tokens.layers, Exact):
+        raise ValueError(f"tokens: the layers are decided about already; expected no layers, got {tokens.layers!r}")
+    if subnetwork:
+        raise ValueError("tokens: a subnetwork computes all of them; expected None, or subnetwork=False")

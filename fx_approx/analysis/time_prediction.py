@@ -86,6 +86,8 @@ def estimate_step_time(
     view = seen.realized(subnetwork, optimizer)
     decisions = {decision.name: decision for decision in plan.sampled}
     chosen = RooflineModel(compiled) if cost is None else cost
-    exact, now = chosen.step(view.work({}), view), chosen.step(view.work(decisions), view)
-    measured = view.time([decisions], compiled=compiled, repeats=repeats)[1] if check else None
+    some = view.with_tokens(plan.tokens)
+    exact, now = chosen.step(view.work({}), view), chosen.step(some.work(decisions), some)
+    timed = view.time([decisions], tokens=[plan.tokens], compiled=compiled, repeats=repeats) if check else None
+    measured = None if timed is None else timed[1]
     return StepTimeEstimate(exact, now, chosen.omits, measured)

@@ -62,7 +62,7 @@ class Compilation:
 
     def effects(self, plan: Plan, analysis: ChannelAnalysis, prune_unread: bool) -> PlanEffects:
         """The same as plain data, of every product and value."""
-        stretches, _ = self.token_stretches(plan)
+        stretches, _ = self.token_stretches(plan.tokens)
         found = find_effects(self.sites, plan, analysis, self.flow, prune_unread, stretches)
         if plan.tokens is None:
             return found
@@ -79,20 +79,21 @@ class Compilation:
             self._streams[keep] = tuple(streams), tuple(reasons)
         return self._streams[keep]
 
-    def token_stretches(self, plan: Plan) -> tuple[tuple[TokenStretch, ...], tuple[str, ...]]:
-        """The blocks that compute some tokens only under ``plan``, and why there are no more."""
-        if plan.tokens is None:
+    def token_stretches(self, tokens: TokenSampling | None) -> tuple[tuple[TokenStretch, ...], tuple[str, ...]]:
+        """The blocks that compute some tokens only, whatever the ratio, and why there are no more."""
+        if tokens is None:
             return (), ()
-        if plan.tokens not in self._stretches:
-            streams, reasons = self.token_streams(plan.tokens.keep)
-            found, more = choose_stretches(streams, plan.tokens)
-            self._stretches[plan.tokens] = tuple(found), (*reasons, *more)
-        return self._stretches[plan.tokens]
+        key = dataclasses.replace(tokens, ratio=1.0)
+        if key not in self._stretches:
+            streams, reasons = self.token_streams(key.keep)
+            found, more = choose_stretches(streams, key)
+            self._stretches[key] = tuple(found), (*reasons, *more)
+        return self._stretches[key]
 
     def token_stacks(self, plan: Plan) -> tuple[TokenStack, ...]:
         """The stacks block by block, with what ``plan`` makes of them."""
         streams, _ = self.token_streams(0 if plan.tokens is None else plan.tokens.keep)
-        return map_tokens(streams, self.token_stretches(plan)[0], plan.tokens)
+        return map_tokens(streams, self.token_stretches(plan.tokens)[0], plan.tokens)
 
     def predicted(self, name: str, plan: Plan, prune_unread: bool) -> SavingsReport:
         """The report of ``plan`` before anything is rewritten."""
@@ -103,5 +104,5 @@ class Compilation:
             self.captured.opaque,
             tried=self.called is not None,
             effects=self.effects(plan, self.analysis(plan), prune_unread),
-            token_notes=self.token_stretches(plan)[1],
+            token_notes=self.token_stretches(plan.tokens)[1],
         )

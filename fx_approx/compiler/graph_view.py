@@ -19,9 +19,10 @@ from fx_approx.capture.trace import kept_random_state
 from fx_approx.compiler.compilation import Compilation
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.flops import sliced_bytes, slicing_bytes
-from fx_approx.core.plan import Decision, make_plan
-from fx_approx.core.plan_effects import PlanEffects, tied
+from fx_approx.core.plan import Decision, Plan, make_plan
+from fx_approx.core.plan_effects import PlanEffects, TokenShare, tied
 from fx_approx.core.step_cost import MakeOptimizer, ProductWork, StepTime, StepWorkload, Update, at_rest
+from fx_approx.core.token_sampling import TokenSampling
 from fx_approx.errors import UnsupportedError
 from fx_approx.ops.base import OPS
 from fx_approx.sampling.scores import get_score
@@ -50,7 +51,7 @@ class GraphView:
         self,
         compilation: Compilation,
         prune_unread: bool = True,
-        build: Callable[[Mapping[str, Decision]], nn.Module] | None = None,
+        build: Callable[[Plan], nn.Module] | None = None,
         inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
     ) -> None:
         """A view of ``compilation``.
@@ -58,14 +59,14 @@ class GraphView:
         Args:
             compilation: A captured model with shapes.
             prune_unread: Channels that no one reads are not computed.
-            build: Makes the model transformed by some decisions, the exact one by none; for :meth:`time`, which runs
-                them, so on tensors of their own.
+            build: Makes the model transformed by a plan, for :meth:`time`, which runs it, so on tensors of its own.
             inputs: Example inputs with values, positional and by keyword.
         """
         self._compilation, self._prune_unread = compilation, prune_unread
         self._build, self._inputs = build, inputs
         self._subnetwork = False
         self._optimizer: MakeOptimizer | None = None
+        self._tokens: TokenSampling | None = None
         self._effects: dict[Any, PlanEffects] = {}
         self._found = {one.candidate.name: one for one in compilation.sites}
 
@@ -94,7 +95,20 @@ class GraphView:
             raise UnsupportedError("subnetwork: the model's forward could not be traced as one graph; expected False")
         other = copy.copy(self)
         other._subnetwork, other._optimizer = subnetwork, optimizer
+        return other.with_tokens(self._tokens)
+
+    def with_tokens(self, tokens: TokenSampling | None) -> GraphView:
+        """The same graph with some tokens; see :meth:`fx_approx.core.step_cost.Model.with_tokens`."""
+        if self._subnetwork and tokens is not None:
+            raise UnsupportedError("subnetwork: a model that samples tokens has none; expected False, or all tokens")
+        other = copy.copy(self)
+        other._tokens = tokens
         return other
+
+    def token_shares(self, tokens: TokenSampling) -> tuple[tuple[TokenShare, ...], tuple[str, ...]]:
+        """Stretches of blocks, and why there are no more."""
+        stretches, why = self._compilation.token_stretches(tokens)
+        return tuple(stretch.share(tokens) for stretch in stretches), why
 
     def work(self, decisions: Mapping[str, Decision], memory: bool = True) -> StepWorkload:
         """The step under ``decisions``; see :meth:`fx_approx.core.step_cost.Model.work`."""
@@ -102,7 +116,8 @@ class GraphView:
             _check_kept(decisions)
         effects = self._effects_of(decisions)
         specs = {name: spec for name, one in decisions.items() if (spec := one.spec) is not None}
-        counts = Counts(effects, self.candidates, specs, {})
+        ratios = [] if self._tokens is None else [self._tokens.ratio] * len(effects.tokens)
+        counts = Counts(effects, self.candidates, specs, {}, ratios)
         products = {one.name: _product(one, decisions.get(one.name), counts) for one in self.candidates}
         update = self._update(trained_bytes(effects, counts, products) if self._subnetwork else {})
         moved = _moved(effects, counts, products, self._subnetwork) if memory else {}
@@ -153,7 +168,12 @@ class GraphView:
             return norms.float().cpu()
 
     def time(
-        self, plans: Sequence[Mapping[str, Decision]], *, compiled: bool = False, repeats: int = 7
+        self,
+        plans: Sequence[Mapping[str, Decision]],
+        *,
+        tokens: Sequence[TokenSampling | None] | None = None,
+        compiled: bool = False,
+        repeats: int = 7,
     ) -> list[StepTime]:
         """Times training steps; see :meth:`fx_approx.core.step_cost.Model.time`."""
         if self._build is None or self._inputs is None:
@@ -161,16 +181,21 @@ class GraphView:
         args, kwargs = self._inputs
         with kept_random_state(), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            models = [self._made(self._build, plan).train() for plan in ({}, *plans)]
+            pairs = zip(({}, *plans), (None, *([None] * len(plans) if tokens is None else tokens)), strict=True)
+            models = [self._made(self._build, self._plan(plan, own or self._tokens)).train() for plan, own in pairs]
             calls = [torch.compile(model, dynamic=False) if compiled else model for model in models]
             times = _step_seconds(calls, models, args, kwargs, repeats, self._optimizer)
         exact = times[0]
         return [StepTime(statistics.median(own), _quartiles(exact, own)) for own in times]
 
-    def _made(self, build: Callable[[Mapping[str, Decision]], nn.Module], plan: Mapping[str, Decision]) -> nn.Module:
+    def _plan(self, decisions: Mapping[str, Decision], tokens: TokenSampling | None) -> Plan:
+        candidates = self.candidates
+        return make_plan(candidates, [decisions.get(one.name, Decision(one.name)) for one in candidates], tokens)
+
+    def _made(self, build: Callable[[Plan], nn.Module], plan: Plan) -> nn.Module:
         """The model that is timed under ``plan``."""
         made = build(plan)
-        if not self._subnetwork or not any(one.roles for one in plan.values()):
+        if not self._subnetwork or not plan.sampled:
             return made
         assert self._inputs is not None
         args, kwargs = self._inputs
@@ -184,7 +209,8 @@ class GraphView:
     def _effects_of(self, decisions: Mapping[str, Decision]) -> PlanEffects:
         """Sharing and demand under ``decisions``, which depend on ratios only where readers of one value differ."""
         sampled = {name: decision for name, decision in decisions.items() if decision.roles}
-        key = tuple((name, _unrated(one.roles), one.scope, one.straight_through) for name, one in sampled.items())
+        own = tuple((name, _unrated(one.roles), one.scope, one.straight_through) for name, one in sampled.items())
+        key = own, None if self._tokens is None else dataclasses.replace(self._tokens, ratio=1.0)
         found = self._effects.get(key)
         if found is None:
             found = self._effects[key] = self._find({name: _alike(one) for name, one in sampled.items()})
@@ -194,8 +220,7 @@ class GraphView:
         return found
 
     def _find(self, decisions: Mapping[str, Decision]) -> PlanEffects:
-        plan = make_plan(self.candidates, [decisions.get(one.name, Decision(one.name)) for one in self.candidates])
-        compilation = self._compilation
+        plan, compilation = self._plan(decisions, self._tokens), self._compilation
         return compilation.effects(plan, compilation.analysis(plan), self._prune_unread)
 
 

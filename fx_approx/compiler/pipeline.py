@@ -116,7 +116,7 @@ def _choose_tokens(work: Rewriting) -> None:
     sampling = work.runtime.record.plan.tokens
     if sampling is None:
         return
-    work.stretches, notes = work.made.token_stretches(work.runtime.record.plan)
+    work.stretches, notes = work.made.token_stretches(sampling)
     make_token_selections(work.runtime, work.stretches, sampling, work.made.root)
     work.runtime.record.token_notes = notes
 

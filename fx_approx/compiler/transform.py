@@ -19,7 +19,7 @@ from fx_approx.compiler.compilation import Compilation
 from fx_approx.compiler.graph_view import GraphView
 from fx_approx.compiler.pipeline import install, prepare
 from fx_approx.core.candidates import Role
-from fx_approx.core.plan import Decision, Plan, Policy, make_plan
+from fx_approx.core.plan import Plan, Policy
 from fx_approx.errors import CaptureWarning, NoEffectWarning
 from fx_approx.passes.apply_policy import check_policy, decide
 from fx_approx.policies.uniform import DEFAULT_POLICY
@@ -152,11 +152,9 @@ def _view(model: nn.Module, example_inputs: Any, made: Compilation, prune_unread
     def twin() -> nn.Module:
         return skeleton(model, shared=False)
 
-    def build(decisions: Mapping[str, Decision]) -> nn.Module:
-        if not decisions:
+    def build(plan: Plan) -> nn.Module:
+        if not plan.sampled and plan.tokens is None:
             return skeleton(twin())
-        candidates = made.candidates
-        plan = make_plan(candidates, [decisions.get(one.name, Decision(one.name)) for one in candidates])
         return _transform(twin(), plan, _prepare(twin(), example_inputs), 0, 1, prune_unread)
 
     args, kwargs = check_inputs(model, example_inputs)

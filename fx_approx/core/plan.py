@@ -182,11 +182,13 @@ class Plan:
         decisions: In the order in which the model runs.
         identities: What each candidate was (kind, pairs, groups), to recognise the model.
         tokens: Which tokens of its blocks a transformer computes; None for all.
+        why_tokens: Why these, where a policy chose.
     """
 
     decisions: tuple[Decision, ...]
     identities: Mapping[str, Mapping[str, Any]]
     tokens: TokenSampling | None = None
+    why_tokens: str = ""
 
     @property
     def needs_shapes(self) -> bool:
@@ -227,7 +229,8 @@ class Plan:
         """The decisions about some of the candidates, those of one graph of several."""
         here = {candidate.name for candidate in candidates}
         identities = {name: identity for name, identity in self.identities.items() if name in here}
-        return Plan(tuple(decision for decision in self.decisions if decision.name in here), identities, self.tokens)
+        own = tuple(decision for decision in self.decisions if decision.name in here)
+        return dataclasses.replace(self, decisions=own, identities=identities)
 
     def edit(
         self,
@@ -286,6 +289,7 @@ class Plan:
             "decisions": [decision.to_dict() for decision in self.decisions],
             "candidates": {name: dict(identity) for name, identity in self.identities.items()},
             **({} if self.tokens is None else {"tokens": self.tokens.to_dict()}),
+            **({"why_tokens": self.why_tokens} if self.why_tokens else {}),
         }
 
     @classmethod
@@ -294,7 +298,8 @@ class Plan:
         if data.get("format") != _FORMAT:
             raise ValueError(f"format: expected {_FORMAT!r}, got {data.get('format')!r}")
         decisions, tokens = tuple(Decision.from_dict(entry) for entry in data["decisions"]), data.get("tokens")
-        return cls(decisions, data["candidates"], None if tokens is None else TokenSampling.from_dict(tokens))
+        sampling = None if tokens is None else TokenSampling.from_dict(tokens)
+        return cls(decisions, data["candidates"], sampling, data.get("why_tokens", ""))
 
     def to_json(self, indent: int | None = 2) -> str:
         """The plan as JSON text."""
@@ -305,7 +310,12 @@ class Plan:
         return cls.from_dict(json.loads(text))
 
 
-def make_plan(candidates: Sequence[Candidate], decisions: Sequence[Decision]) -> Plan:
+def make_plan(
+    candidates: Sequence[Candidate],
+    decisions: Sequence[Decision] | Plan,
+    tokens: TokenSampling | None = None,
+    why_tokens: str = "",
+) -> Plan:
     """The plan for ``candidates``; blocked ones become exact with the reason that blocks them."""
     if len(candidates) != len(decisions):
         raise ValueError(f"decisions: the policy made {len(decisions)} for {len(candidates)} candidates")
@@ -316,4 +326,4 @@ def make_plan(candidates: Sequence[Candidate], decisions: Sequence[Decision]) ->
         if candidate.blocked:
             decision = Decision(candidate.name, {}, candidate.blocked, "blocked")
         final.append(decision)
-    return Plan(tuple(final), {candidate.name: candidate.identity for candidate in candidates})
+    return Plan(tuple(final), {candidate.name: candidate.identity for candidate in candidates}, tokens, why_tokens)

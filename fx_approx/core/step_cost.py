@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.flops import Kept, executed_flops, selection_flops
-from fx_approx.core.plan import Cost, Decision, Policy
+from fx_approx.core.plan import Cost, Decision, Plan, Policy
+from fx_approx.core.plan_effects import TokenShare
+from fx_approx.core.token_sampling import TokenSampling
 from fx_approx.sampling.spec import SamplerConfig
 
 
@@ -184,6 +186,18 @@ class Model(Protocol):
         """
         ...
 
+    def with_tokens(self, tokens: TokenSampling | None) -> Model:
+        """The same graph, whose blocks compute some tokens only, in every plan; None: all tokens.
+
+        Raises:
+            UnsupportedError: The step is one of a subnetwork.
+        """
+        ...
+
+    def token_shares(self, tokens: TokenSampling) -> tuple[tuple[TokenShare, ...], tuple[str, ...]]:
+        """The stretches of blocks that would compute some tokens only, and why there are no more."""
+        ...
+
     def work(self, decisions: Mapping[str, Decision], memory: bool = True) -> StepWorkload:
         """The step under ``decisions``, by name; a candidate without one is exact.
 
@@ -204,10 +218,16 @@ class Model(Protocol):
         ...
 
     def time(
-        self, plans: Sequence[Mapping[str, Decision]], *, compiled: bool = False, repeats: int = 7
+        self,
+        plans: Sequence[Mapping[str, Decision]],
+        *,
+        tokens: Sequence[TokenSampling | None] | None = None,
+        compiled: bool = False,
+        repeats: int = 7,
     ) -> list[StepTime]:
-        """Times training steps under ``plans`` in turn with the exact one, which comes first in the result.
+        """Times training steps under ``plans`` in turn with the one without a plan, which comes first in the result.
 
+        ``tokens`` are those of each plan; where it is None, and in the first step, those of all (:meth:`with_tokens`).
         The example inputs are the batch, the mean of the squares of the outputs is the loss; nothing of the model
         changes (an optimiser has the rate 0).
 
@@ -222,8 +242,8 @@ class Model(Protocol):
 class WholePolicy(Policy, Protocol):
     """A policy that decides about the graph as a whole, since a decision changes what its neighbours cost."""
 
-    def decide_whole(self, model: Model) -> Sequence[Decision]:
-        """One decision per candidate, in the same order."""
+    def decide_whole(self, model: Model) -> Sequence[Decision] | Plan:
+        """One decision per candidate, in the same order; a plan where it decides about tokens, too."""
         ...
 
 

@@ -275,7 +275,8 @@ def build_report(
         slicing=sum(row.slicing for row in known),
         **_known_bytes(found),
     )
-    notes = [f"Not traced, served by {part.served}: {part}." for part in opaque]
+    notes = [f"Tokens: {plan.why_tokens}."] if plan.why_tokens else []
+    notes += [f"Not traced, served by {part.served}: {part}." for part in opaque]
     if len(known) < len(rows):
         why = "fake tensors do not get there" if tried else "give example_inputs, or run one eager forward"
         notes.append(f"{len(rows) - len(known)} of {len(rows)} rows without shapes, not in the totals: {why}.")

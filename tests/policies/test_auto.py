@@ -28,7 +28,7 @@ SLOW_MEMORY = Device("only bytes count", "torch.float32", 1e18, 1e6, 1e6, 1e-3, 
 def clock(monkeypatch: pytest.MonkeyPatch, low: float, middle: float) -> list[bool]:
     asked: list[bool] = []
 
-    def time(self: GraphView, plans: Any, *, compiled: bool = False, repeats: int = 7) -> list[StepTime]:
+    def time(self: GraphView, plans: Any, *, compiled: bool = False, **options: Any) -> list[StepTime]:
         asked.append(compiled)
         assert all(decision.spec.ratio == 0.5 for plan in plans for decision in plan.values())
         return [StepTime(1.0, (1.0, 1.0, 1.0)), *[StepTime(1 / middle, (low, middle, middle))] * len(plans)]
