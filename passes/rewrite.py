@@ -18,6 +18,7 @@ from fx_approx.passes.channel_liveness import ChannelAnalysis
 from fx_approx.passes.channel_spaces import Segment
 from fx_approx.passes.find_candidates import META_KEY, CandidateSite
 from fx_approx.passes.graph_head import GraphHead, make_resample
+from fx_approx.passes.mask_tokens import mask_tokens
 from fx_approx.passes.narrow_graph import NarrowGraph
 from fx_approx.passes.sample_tokens import SampleTokens, TokenStretch
 from fx_approx.runtime.graph_program import PROLOGUE, GraphProgram
@@ -51,6 +52,7 @@ def sampled_graph(
     flow: Flow | None,
     stretches: Sequence[TokenStretch],
     prune: bool,
+    masked: bool = False,
 ) -> fx.Graph:
     """The captured graph with sampled products that read selections.
 
@@ -66,6 +68,7 @@ def sampled_graph(
         flow: Where the channels lie in each value; None where that is not known.
         stretches: Blocks that compute some tokens only.
         prune: Compute the channels only that anyone reads.
+        masked: Compute all tokens, and mask those that are left out.
     """
     captured = runtime.program.capture.graph
     assert captured is not None
@@ -93,6 +96,9 @@ def sampled_graph(
         narrowed.run()
         whole_of = narrowed.whole_of
     for number, stretch in enumerate(stretches):
+        if masked:
+            mask_tokens(graph, copies, stretch, number, header.key)
+            continue
         learns = runtime.tokens[number].follows_gradient
         SampleTokens(graph, copies, whole_of, stretch, number, header.key, learns).run()
     # By their mark: in place of a layer's value a part of it may stand in ``copies``, or nothing any more.

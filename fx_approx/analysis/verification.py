@@ -1,10 +1,11 @@
-"""Verification: the graph that computes what is demanded against the one that computes all, same selections."""
+"""Verification: the graph that computes what is demanded against one that computes all, same selections."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from fx_approx.capture.containers import leaves, mean_square
+from fx_approx.core.candidates import Role
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.repeatable import Randomness
@@ -57,6 +59,7 @@ class Verification:
         differences: Of every output, the loss, every gradient, and the running statistics that were computed.
         tolerance: Up to which share of the scale a difference is rounding.
         hoisted: Some work is not done because no one reads it; if not, there was nothing to verify.
+        tokens: Some tokens are left out: it was compared with all of them, those left out masked.
         incomparable: Where the model itself draws random numbers, more with all channels than with some, so that
             numbers cannot be compared; None where it draws none, or the same.
     """
@@ -65,6 +68,7 @@ class Verification:
     tolerance: float
     hoisted: bool
     incomparable: str | None = None
+    tokens: bool = False
 
     @property
     def passed(self) -> bool:
@@ -85,11 +89,12 @@ class Verification:
             rows.append([kind, len(of_kind), f"{worst.relative:.1e}", f"{worst.scale:.3g}", str(worst)])
         said = "the same numbers" if self.passed else "DIFFERENT numbers"
         if self.incomparable is not None:
-            said = f"cannot be compared, since the model draws random numbers of its own: {self.incomparable}"
+            said = f"cannot be compared, since {self.incomparable}"
         if not self.hoisted:
             said = "nothing is hoisted, so there was nothing to compare"
         table = tabulate(rows, ["kind", "tensors", "largest difference", "of", "at"], disable_numparse=True)
-        return f"{table}\n\nWith and without demand: {said} (tolerance {self.tolerance:g})."
+        what = "With some tokens, and with all but those left out masked" if self.tokens else "With and without demand"
+        return f"{table}\n\n{what}: {said} (tolerance {self.tolerance:g})."
 
 
 def verify(
@@ -100,6 +105,9 @@ def verify(
     tolerance: float | None = None,
 ) -> Verification:
     """Runs a training step with and without demand, under the same selections, and compares all that comes of it.
+
+    Where tokens are left out, the other step is one of the model with all tokens, in which those that are left out are
+    masked from attention, and pass by the blocks that they skip. It gathers nothing.
 
     The model is as before afterwards: parameters, gradients, buffers, plain attributes, sampler state and random state.
     Dropout is off meanwhile, in layers, functions and attention, and so are the random slopes of RReLU, since a mask
@@ -131,14 +139,19 @@ def verify(
         if not all(one._fx_approx.resample is None or one._fx_approx.resample.known for one in pieces_of(subject)):
             run(*args, **kwargs)  # the first step of learnt scores is exact
         before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        with undone(subject):
+        chosen: dict[nn.Module, list[Any]] = {}
+        with undone(subject), _tokens_noted(subject, chosen):
             ours, drawn = _step(subject, run, args, kwargs, loss)
-        with undone(subject):
+        with undone(subject), _tokens_again(subject, chosen):
             for program in (approx._fx_approx.program for approx in pieces_of(subject)):
-                if program.plain is not None:
-                    program.serve(program.plain)
+                whole = program.plain if program.masked is None else program.masked
+                if whole is not None:
+                    program.serve(whole)
             theirs, drawn_whole = _step(subject, run, args, kwargs, loss)
-    hoisted = any(len(approx._fx_approx.program.stages) > 2 for approx in pieces_of(subject))
+    tokens = any(approx._fx_approx.program.masked is not None for approx in pieces_of(subject))
+    hoisted = tokens or any(len(approx._fx_approx.program.stages) > 2 for approx in pieces_of(subject))
+    differ = drawn_whole.differs_from(drawn)
+    incomparable = _by_rows(subject) if differ is None else f"the model draws random numbers of its own: {differ}"
     found = []
     for kind, mine in ours.items():
         others = theirs[kind]
@@ -151,7 +164,42 @@ def verify(
             if kind != "output" or not mine.get(name) is others.get(name) is None:
                 found.append(_difference(kind, name, mine.get(name), others.get(name), scale))
     limit = TOLERANCE.get(dtype, 0.1) if tolerance is None else tolerance
-    return Verification(tuple(found), limit, hoisted, drawn_whole.differs_from(drawn))
+    return Verification(tuple(found), limit, hoisted, incomparable, tokens)
+
+
+@contextlib.contextmanager
+def _hooked(subject: ApproxModule | GraphHandle, hook: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
+    handles = [one.register_forward_hook(hook) for approx in pieces_of(subject) for one in approx._fx_approx.tokens]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tokens_noted(
+    subject: ApproxModule | GraphHandle, chosen: dict[nn.Module, list[Any]]
+) -> contextlib.AbstractContextManager[None]:
+    """Inside, what is chosen is written down, by what chooses."""
+    return _hooked(subject, lambda module, args, result: chosen.setdefault(module, []).append(result))
+
+
+def _tokens_again(
+    subject: ApproxModule | GraphHandle, chosen: dict[nn.Module, list[Any]]
+) -> contextlib.AbstractContextManager[None]:
+    """Inside, the same is chosen once more."""
+    before = {module: iter(results) for module, results in chosen.items()}
+    return _hooked(subject, lambda module, args, result: next(before[module], result))
+
+
+def _by_rows(subject: ApproxModule | GraphHandle) -> str | None:
+    """A product whose selection would be another one if all tokens were there; None if there is none."""
+    for approx in pieces_of(subject):
+        for (name, role), selector in approx._fx_approx.selectors.items():
+            follows = role is Role.GRAD_WEIGHT or (role is Role.OUTPUT and not selector.ahead)
+            if follows and approx._fx_approx.program.masked is not None:
+                return f"the selection of {name} ({role.value}) follows the tokens that are there"
+    return None
 
 
 def _difference(kind: str, name: str, one: Tensor | None, other: Tensor | None, scale: float) -> Difference:

@@ -125,15 +125,17 @@ def _make_selectors(work: Rewriting) -> None:
     make_selectors(work.made.root, work.runtime, work.made.sites, work.analysis)
 
 
-def _sampled_graph(work: Rewriting, prune: bool) -> fx.Graph:
+def _sampled_graph(work: Rewriting, prune: bool, masked: bool = False) -> fx.Graph:
     made = work.made
-    return sampled_graph(made.root, work.runtime, made.sites, work.analysis, made.flow, work.stretches, prune)
+    return sampled_graph(made.root, work.runtime, made.sites, work.analysis, made.flow, work.stretches, prune, masked)
 
 
 def _place_selections(work: Rewriting) -> None:
     program = work.runtime.program
     if program.capture.graph is not None:
         program.stages = [("capture", program.capture.graph), ("share", _sampled_graph(work, prune=False))]
+        if work.stretches:
+            program.masked = _sampled_graph(work, prune=False, masked=True)
 
 
 def _prune_channels(work: Rewriting) -> None:

@@ -21,7 +21,7 @@ PROLOGUE = "_fx_approx"
 
 _numbers = itertools.count()
 
-_SHARED = ("capture", "whole", "graph", "stages", "function", "pieces")
+_SHARED = ("capture", "whole", "graph", "stages", "masked", "function", "pieces")
 
 
 class GraphProgram:
@@ -32,6 +32,8 @@ class GraphProgram:
         whole: The model as a section of itself, with the guard of its own graph.
         graph: The rewritten graph that runs; None if the forward could not be traced.
         stages: The graph after each pass, by name; the last one runs.
+        masked: The graph that computes all tokens, of which those that are left out are not seen, under the same
+            selections; None where none are left out.
         function: The code of the graph, called with the model and the inputs; None if the model's own Python runs.
         pieces: The code of each section by its path, and that of their head by None, see
             :mod:`fx_approx.capture.split_sections`; empty without any.
@@ -45,6 +47,7 @@ class GraphProgram:
         self.whole = next((section for section in capture.sections if not section.path), own)
         self.graph: fx.Graph | None = None
         self.stages: list[tuple[str, fx.Graph]] = []
+        self.masked: fx.Graph | None = None
         self.function: Callable[..., Any] | None = None
         self.pieces: dict[str | None, Callable[..., Any]] = {}
         self.guards: dict[str, Guards] = {}
