@@ -53,9 +53,10 @@ def decide(
         )
     if isinstance(policy, Plan):
         decided: Sequence[Decision] | Plan = dataclasses.replace(policy, decisions=tuple(policy.decide(candidates)))
+    elif model is not None and is_whole(policy):
+        decided = policy.decide_whole(model())
     else:
-        whole = model is not None and is_whole(policy)
-        decided = policy.decide_whole(model()) if whole else policy.decide(candidates)
+        decided = policy.decide(candidates)
     tokens = (decided.tokens, decided.why_tokens) if isinstance(decided, Plan) else ()
     return make_plan(candidates, [_apart(one) if one.name in unknown else one for one in decided], *tokens)
 

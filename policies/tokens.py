@@ -55,9 +55,9 @@ class Tokens(TokenSampling):
     def decide_whole(self, model: Model) -> Plan:
         """The same, with the tokens; a policy of the layers that sees the whole graph sees it with these."""
         layers, own = self.layers, self.tokens
-        whole = is_whole(layers)
-        found = layers.decide_whole(model.with_tokens(own)) if whole else layers.decide(model.candidates)
-        return make_plan(model.candidates, found, own)
+        if is_whole(layers):
+            return make_plan(model.candidates, layers.decide_whole(model.with_tokens(own)), own)
+        return make_plan(model.candidates, layers.decide(model.candidates), own)
 
 
 def check_tokens(tokens: Any, subnetwork: bool) -> None:
