@@ -48,4 +48,5 @@ def token_error(stretches: Sequence[TokenShare], ratio: float) -> float:
     A gradient is a sum over tokens, and of tokens that are alike a share of 1 - r is lost, once for all layers of a
     stretch. That attention sees fewer keys, and that a skipped token is left as it was, is not counted.
     """
-    return -sum(math.log((one.others + one.kept(ratio)) / (one.others + one.tokens)) for one in stretches)
+    shares = [one.kept(ratio) for one in stretches]
+    return -sum(math.log(some / of) for some, of in shares)

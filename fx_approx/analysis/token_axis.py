@@ -18,7 +18,6 @@ from fx_approx.core.plan import Plan
 from fx_approx.core.token_axis import TokenBlock, TokenStack, short_names
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.handle import GraphHandle
-from fx_approx.savings.token_rows import tokens_kept
 
 _WIDTH = 100
 
@@ -202,7 +201,7 @@ def _found(name: str, made: Compilation, plan: Plan, ratios: list[float] | None 
     shares: list[tuple[int, int]] = []
     if plan.tokens is not None and ratios is not None:
         found = (stretch.share(plan.tokens) for stretch in stretches)
-        shares = [tokens_kept(share, ratio) for share, ratio in zip(found, ratios, strict=True)]
+        shares = [share.kept(ratio) for share, ratio in zip(found, ratios, strict=True)]
     modes = tuple("drop" if stretch.end is None else "skip" for stretch in stretches)
     return TokenAnalysis(name, made.token_stacks(plan), notes, tuple(shares), modes)
 

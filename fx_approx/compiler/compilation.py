@@ -80,15 +80,14 @@ class Compilation:
         return self._streams[keep]
 
     def token_stretches(self, tokens: TokenSampling | None) -> tuple[tuple[TokenStretch, ...], tuple[str, ...]]:
-        """The blocks that compute some tokens only, whatever the ratio, and why there are no more."""
+        """The blocks that compute some tokens only, and why there are no more."""
         if tokens is None:
             return (), ()
-        key = dataclasses.replace(tokens, ratio=1.0)
-        if key not in self._stretches:
-            streams, reasons = self.token_streams(key.keep)
-            found, more = choose_stretches(streams, key)
-            self._stretches[key] = tuple(found), (*reasons, *more)
-        return self._stretches[key]
+        if tokens not in self._stretches:
+            streams, reasons = self.token_streams(tokens.keep)
+            found, more = choose_stretches(streams, tokens)
+            self._stretches[tokens] = tuple(found), (*reasons, *more)
+        return self._stretches[tokens]
 
     def token_stacks(self, plan: Plan) -> tuple[TokenStack, ...]:
         """The stacks block by block, with what ``plan`` makes of them."""

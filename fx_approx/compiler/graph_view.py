@@ -210,7 +210,8 @@ class GraphView:
         """Sharing and demand under ``decisions``, which depend on ratios only where readers of one value differ."""
         sampled = {name: decision for name, decision in decisions.items() if decision.roles}
         own = tuple((name, _unrated(one.roles), one.scope, one.straight_through) for name, one in sampled.items())
-        key = own, None if self._tokens is None else dataclasses.replace(self._tokens, ratio=1.0)
+        stretches, _ = self._compilation.token_stretches(self._tokens)
+        key = own, tuple((stretch.start, stretch.end) for stretch in stretches)
         found = self._effects.get(key)
         if found is None:
             found = self._effects[key] = self._find({name: _alike(one) for name, one in sampled.items()})

@@ -141,9 +141,13 @@ class TokenShare:
     tokens: int
     end: str = ""
 
-    def kept(self, ratio: float) -> int:
+    def sampled(self, ratio: float) -> int:
         """How many of those that may be left out are computed at a ratio."""
         return self.tokens if ratio == 1 else self.sampling.count(self.tokens, ratio)
+
+    def kept(self, ratio: float) -> tuple[int, int]:
+        """Tokens that are computed at a ratio, and all."""
+        return self.others + self.sampled(ratio), self.others + self.tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Counts:
             tokens: Of each stretch the share of the tokens that it keeps now; None for those of the plan.
         """
         ratios = [one.sampling.ratio for one in effects.tokens] if tokens is None else tokens
-        self.tokens = [one.kept(ratio) for one, ratio in zip(effects.tokens, ratios, strict=True)]
+        self.tokens = [one.sampled(ratio) for one, ratio in zip(effects.tokens, ratios, strict=True)]
         self.effects = effects
         self._groups = {candidate.name: candidate.groups for candidate in candidates}
         self._operations = {one.candidate: one for one in effects.operations if one.candidate is not None}

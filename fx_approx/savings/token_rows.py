@@ -7,7 +7,7 @@ import itertools
 import textwrap
 from collections.abc import Sequence
 
-from fx_approx.core.plan_effects import PlanEffects, TokenShare
+from fx_approx.core.plan_effects import PlanEffects
 from fx_approx.core.token_axis import short_names
 
 _WIDTH = 100
@@ -30,11 +30,6 @@ class TokenRow:
     reason: str
 
 
-def tokens_kept(share: TokenShare, ratio: float) -> tuple[int, int]:
-    """Tokens that a stretch of blocks computes at a ratio, and all."""
-    return share.others + share.kept(ratio), share.others + share.tokens
-
-
 def token_rows(effects: PlanEffects, ratios: Sequence[float] | None = None) -> tuple[TokenRow, ...]:
     """The blocks of a model whose plan samples tokens, in order.
 
@@ -48,7 +43,7 @@ def token_rows(effects: PlanEffects, ratios: Sequence[float] | None = None) -> t
         reason = block.reason
         if block.stretch >= 0:
             share = effects.tokens[block.stretch]
-            computed, of = tokens_kept(share, share.sampling.ratio if ratios is None else ratios[block.stretch])
+            computed, of = share.kept(share.sampling.ratio if ratios is None else ratios[block.stretch])
             reason = "none is left out now" if computed == of else reason
         rows.append(TokenRow(block.name, computed, of, reason))
     return tuple(rows)
