@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from fx_approx.ops.token_masks import TokenPart, masked_attention, passed_by, those_there
+from fx_approx.passes.channel_flow import argument
 from fx_approx.passes.channel_spaces import Layout
-from fx_approx.passes.reshape_rules import argument
 from fx_approx.passes.sample_tokens import TokenStretch
 from fx_approx.runtime.graph_program import PROLOGUE
 

@@ -197,7 +197,7 @@ def _of_transformed(approx: ApproxModule) -> TokenAnalysis:
 
 def _found(name: str, made: Compilation, plan: Plan, ratios: list[float] | None = None) -> TokenAnalysis:
     _, notes = made.token_streams(0 if plan.tokens is None else plan.tokens.keep)
-    stretches, _ = made.token_stretches(plan)
+    stretches, _ = made.token_stretches(plan.tokens)
     shares: list[tuple[int, int]] = []
     if plan.tokens is not None and ratios is not None:
         found = (stretch.share(plan.tokens) for stretch in stretches)
