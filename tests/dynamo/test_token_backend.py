@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import fx_approx
+from fx_approx.analysis import verify
 from fx_approx.policies import Tokens
 from fx_approx.runtime.token_selection import TokenSelection
 
@@ -142,6 +143,7 @@ def test_numbers_are_those_of_the_model_whose_layers_see_fewer_tokens(name: str)
         assert (one.grad is None) == (other.grad is None) or one.grad is None or not one.grad.any()
         if one.grad is not None and other.grad is not None:
             assert torch.allclose(one.grad, other.grad, rtol=1e-8, atol=1e-11)
+    assert verify(backend, inputs, lambda found: found.logits.square().sum()).worst.relative < 1e-12
     with torch.no_grad():
         assert torch.equal(model.eval()(**inputs).logits, exact.eval()(**inputs).logits)
     assert "tokens" in str(fx_approx.report(backend))

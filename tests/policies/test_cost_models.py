@@ -111,6 +111,9 @@ class Stub:
     def __init__(self, candidates: Any) -> None:
         self.candidates, self.timed = candidates, 0
 
+    def with_tokens(self, tokens: Any) -> Stub:
+        return self
+
     def time(self, plans: Any, *, compiled: bool, repeats: int = 7) -> list[Any]:
         self.timed += 1
         return [fx_approx.core.step_cost.StepTime(1.0, (1.0, 1.0, 1.0))]
