@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 from _device import quartiles, shown, speedup
-from _header import add_json_option, environment, header
+from _header import add_json_option, environment, header, parse_ratio, store
 from _models import PlainBlock, torchvision_models
 from _peak import peak_bytes
+from _steps import train_step
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -168,9 +169,10 @@ class Step:
 
     def __call__(self) -> None:
         """One step."""
-        self.model(self.inputs).float().square().mean().backward()
         if self.optimizer is not None:
-            self.optimizer.step()
+            train_step(self.model, self.inputs, self.optimizer)
+            return
+        self.model(self.inputs).float().square().mean().backward()
         self.model.zero_grad(set_to_none=True)
 
 
@@ -267,14 +269,11 @@ def rows(found: Sequence[Measured]) -> list[list[str]]:
 HEADERS = ["model", "mode", "optimiser", "variant", "first", "operations", "ms", "exact / this", "peak MB (of exact)"]
 
 
-def store(path: Path | None, found: Sequence[Measured]) -> None:
+def add_to(path: Path | None, found: Sequence[Measured]) -> None:
     """Writes them beside the numbers of other settings that are there."""
-    if path is None:
-        return
-    old = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+    old = [] if path is None or not path.exists() else json.loads(path.read_text(encoding="utf-8"))["results"]
     results = {one.setting: one for one in (*(Measured(**row) for row in old), *found)}
-    content = {"environment": environment(), "results": [dataclasses.asdict(one) for one in results.values()]}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    store(path, [dataclasses.asdict(one) for one in results.values()])
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -293,11 +292,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="memory instead of time")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     add_json_option(parser)
-    options = parser.parse_args(arguments)
-    if options.runs < 2 or not 0 < options.ratio < 1:
-        parser.error("--runs: expected 2 or more; --ratio: expected a number in (0, 1)")
-    if min(options.first) < 0 or (options.batch or 1) < 1:
-        parser.error("--first: expected 0 or more; --batch: expected 1 or more")
+    options = parse_ratio(parser, arguments)
+    if min(options.first) < 0:
+        parser.error(f"--first: expected 0 or more, got {min(options.first)}")
     return options
 
 
@@ -316,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             for compiled in modes:
                 found += measure(name, compiled, options)
-        store(options.json, found)
+        add_to(options.json, found)
     print(tabulate(rows(found), HEADERS, disable_numparse=True))
 
 

@@ -19,7 +19,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The script as when it is run, forgotten afterwards."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module("tokens")
-    for name in ("tokens", "_device", "_header", "_models", "_peak"):
+    for name in ("tokens", "_device", "_header", "_models", "_peak", "_profile", "_steps"):
         sys.modules.pop(name, None)
 
 
