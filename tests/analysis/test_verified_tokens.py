@@ -100,18 +100,18 @@ def across(input: Tensor, dim: int, chosen: Selection | None, size: int | None =
     return input.index_select(dim, places.flip(0) if input.dim() == 2 and dim == 1 else places)
 
 
-def put_elsewhere(whole: Tensor, part: Tensor, dim: int, chosen: Selection | None) -> Tensor:
+def put_elsewhere(whole: Tensor, part: Tensor, dim: int, chosen: Selection | None, batch: Any = None) -> Tensor:
     return part if chosen is None else whole.index_copy(dim, chosen.indices[0].flip(0), part)
 
 
-def put_on_nothing(whole: Tensor, part: Tensor, dim: int, chosen: Selection | None) -> Tensor:
+def put_on_nothing(whole: Tensor, part: Tensor, dim: int, chosen: Selection | None, batch: Any = None) -> Tensor:
     return part if chosen is None else torch.zeros_like(whole).index_copy(dim, chosen.indices[0], part)
 
 
 @pytest.mark.parametrize(
     ("case", "name", "broken"),
     [
-        (0, "positions", lambda own, groups=1: Selection(torch.arange(6).unsqueeze(0), None)),
+        (0, "token_positions", lambda own: Selection(torch.arange(6).unsqueeze(0), None)),
         (3, "narrow", shifted),
         (3, "narrow", of_tables),
         (2, "narrow", across),
