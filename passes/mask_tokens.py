@@ -17,6 +17,11 @@ from fx_approx.passes.sample_tokens import TokenStretch
 from fx_approx.runtime.graph_program import PROLOGUE
 
 
+def can_mask(stretch: TokenStretch) -> bool:
+    """Whether all attention of a stretch is a call of a function, and none is written out."""
+    return all(stretch.flow.steps[node].also is None for node in stretch.inside)
+
+
 def mask_tokens(
     graph: fx.Graph, copies: dict[fx.Node, fx.Node], stretch: TokenStretch, number: int, key: fx.Node
 ) -> None:

@@ -23,6 +23,7 @@ from fx_approx.passes.channel_liveness import ChannelAnalysis
 from fx_approx.passes.channel_rules import find_flow
 from fx_approx.passes.decompose_attention import decompose
 from fx_approx.passes.find_candidates import find_candidates
+from fx_approx.passes.mask_tokens import can_mask
 from fx_approx.passes.rewrite import guard_graph, make_selectors, sampled_graph
 from fx_approx.passes.sample_tokens import TokenStretch, make_token_selections
 from fx_approx.passes.shape_prop import propagate
@@ -134,7 +135,7 @@ def _place_selections(work: Rewriting) -> None:
     program = work.runtime.program
     if program.capture.graph is not None:
         program.stages = [("capture", program.capture.graph), ("share", _sampled_graph(work, prune=False))]
-        if work.stretches:
+        if work.stretches and all(map(can_mask, work.stretches)):
             program.masked = _sampled_graph(work, prune=False, masked=True)
 
 

@@ -240,9 +240,9 @@ class _Walk:
         now, whole = entries(one.axis, self.kept), entries(one.axis)
         now, whole = (now, whole) if whole else (1, 1)
         narrow = now < whole
-        some, of = self._shares[one.name] = self.counts.entries_of(one.tokens)
-        power = 1 + one.squares
-        now, whole = now * some**power, whole * of**power
+        some, of = (size ** (1 + one.squares) for size in self.counts.entries_of(one.tokens))
+        self._shares[one.name] = some, of
+        now, whole = now * some, whole * of
         seen: dict[int, Piece] = {}
         for source in one.inputs:
             seen.update(self._read(one, source))
