@@ -116,7 +116,8 @@ def _has_private(path: str) -> bool:
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_LINES = 600
-MAX_CHAIN = 17
+MAX_CHAIN = 15
+"""Of files that import one another. The `__init__` of a room only hands out names, and nothing inside imports it."""
 
 # A path that exists on one machine only; the look-behind keeps URLs and relative paths out.
 MACHINE_PATH = re.compile(r"(?<![\w.~:/-])/(?:home|root|Users|work|opt|mnt|tmp|private)/\w|\b[A-Z]:\\\w")
@@ -249,7 +250,8 @@ def _found(passes: tuple[Pass[Any], ...]) -> tuple[str, ...]:
 
 
 def test_imports_are_acyclic_and_their_chains_short() -> None:
-    chain = longest_chain({name: path.read_text(encoding="utf-8") for name, path in package_sources().items()})
+    files = {name: path for name, path in package_sources().items() if path.name != "__init__.py"}
+    chain = longest_chain({name: path.read_text(encoding="utf-8") for name, path in files.items()})
     assert len(chain) <= MAX_CHAIN, " imports ".join(chain)
 
 
