@@ -22,6 +22,7 @@ from fx_approx.policies import (
     Override,
     Paper,
     TimeBudget,
+    Tokens,
     Uniform,
 )
 from fx_approx.schedules import schedule as schedules
@@ -36,6 +37,7 @@ POLICIES: dict[str, Callable[..., Any]] = {
     "flops": FlopBudget,
     "time": TimeBudget,
     "memory": MemoryBudget,
+    "tokens": Tokens,
 }
 
 _ALWAYS = 2**31 - 1
@@ -53,17 +55,23 @@ def policy_of(config: Config, name: str, compiled: bool = False) -> Any:
     variant = config.variants[name]
     if not variant.policy:
         return None
-    where, options = f"{config.path.name}: variants.{name!r}.policy", dict(variant.policy)
+    return _policy(f"{config.path.name}: variants.{name!r}.policy", variant.policy, variant.exact, compiled)
+
+
+def _policy(where: str, table: Mapping[str, Any], exact: Sequence[str], compiled: bool) -> Any:
+    options = dict(table)
+    kind = options.pop("kind", None)
+    if kind == "tokens" and "layers" in options:
+        options["layers"] = _policy(f"{where}.layers", options["layers"], exact, compiled)
     try:
-        kind = options.pop("kind", None)
         one_of("kind", kind, list(POLICIES))
         if kind == "auto":
             options.setdefault("compiled", compiled)
         policy = POLICIES[kind](**options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from None
-    if variant.exact:
-        policy = Override(dict.fromkeys(variant.exact, Exact()), policy)
+    if exact and kind != "tokens":
+        policy = Override(dict.fromkeys(exact, Exact()), policy)
     return policy
 
 
@@ -155,6 +163,11 @@ def approximate(model: nn.Module, policy: Any, example: Tensor, variant: Variant
         )
 
 
+def samples(model: nn.Module) -> bool:
+    """Whether anything of a transformed ``model`` is sampled: products, or tokens."""
+    return bool(model._fx_approx.tokens) or any(row.samples for row in fx_approx.report(model).rows)
+
+
 class Ratios:
     """Moves the ratios of a model along its schedule; does nothing without one.
 
@@ -166,7 +179,7 @@ class Ratios:
         """Sets the ratios of step 0; ``preserve`` as in :class:`fx_approx.schedules.RatioScheduler`."""
         self.model = model
         self._scheduler = None
-        if schedule is not None and any(row.samples for row in fx_approx.report(model).rows):
+        if schedule is not None and samples(model):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", fx_approx.errors.BatchNormWarning)  # recalibrated ones are recorded
                 self._scheduler = fx_approx.schedules.RatioScheduler(model, schedule, preserve=preserve)
