@@ -148,6 +148,8 @@ class Variant(Table):
         sensitivity: Batches that a budget's errors are measured on before the training, in single precision, with the
             weights that it begins with; 0: they are predicted.
         frozen: Globs on parameters that are not trained, which fine-tuning may leave as they are.
+        examples: What of the data an epoch reads: ``rule``, ``importance`` or ``infobatch``, and the options of that
+            rule of :class:`fx_approx.data.ImportanceSampler`; none: everything.
         equal: A baseline that is trained exactly and costs what the variant ``to`` does, in ``flops`` or ``time``.
         to: See ``equal``.
         by: A baseline is made cheaper ``by`` fewer ``epochs``, or less ``width``.
@@ -171,6 +173,7 @@ class Variant(Table):
     distill: float = Field(0.0, ge=0, le=1)
     sensitivity: Count = 0
     frozen: Names = ()
+    examples: dict[str, Any] = {}
     equal: Literal["", "flops", "time"] = ""
     to: str = ""
     by: Literal["", "epochs", "width"] = ""
@@ -193,6 +196,8 @@ class Variant(Table):
         expect("interleave", self.interleave, "0, or 2 or more", self.interleave != 1)
         teaches = self.interleave > 0 or not self.distill
         expect("distill", self.distill, "0 without interleave, whose exact steps teach", teaches)
+        alone = not (self.policy or self.equal or self.epochs != 1)
+        expect("examples", self.examples, "none beside policy, equal or epochs", alone or not self.examples)
         measurable = self.budgeted and not self.exact
         expect("sensitivity", self.sensitivity, "0 without a budget for all layers", measurable or not self.sensitivity)
         if self.equal:
@@ -219,7 +224,7 @@ class Variant(Table):
         return self.policy.get("kind") in ("flops", "time", "memory")
 
 
-_LATER = ("preserve", "frozen", "distill", "sensitivity", "subnetwork")
+_LATER = ("preserve", "frozen", "distill", "sensitivity", "subnetwork", "examples")
 
 
 def plain(variant: Variant) -> dict[str, Any]:
@@ -277,6 +282,8 @@ class Config(Table):
                 steps_alike = variant.equal != "time" or not self.variants[variant.to].subnetwork
                 right = "a variant without subnetwork beside equal = 'time'"
                 expect(f"variants.{name!r}.to", variant.to, right, steps_alike)
+                drawn = self.variants[variant.to].examples.get("rule") == "infobatch"
+                expect(f"variants.{name!r}.to", variant.to, "a variant whose steps are known before", not drawn)
         return self
 
 

@@ -22,9 +22,11 @@ WARM = 3
 """Steps of each phase before those that are timed."""
 
 
-def loss_of(output: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross entropy of the last axis."""
-    return F.cross_entropy(output.flatten(0, -2).float(), labels.flatten(), label_smoothing=smoothing)
+def loss_of(output: Tensor, labels: Tensor, smoothing: float = 0.0, weights: Tensor | None = None) -> Tensor:
+    """Cross entropy of the last axis, its mean over all, with ``weights`` of them."""
+    own = {"label_smoothing": smoothing, "reduction": "mean" if weights is None else "none"}
+    found = F.cross_entropy(output.flatten(0, -2).float(), labels.flatten(), **own)
+    return found if weights is None else (found * weights.to(found)).mean()
 
 
 def counted(model: nn.Module, x: Tensor, y: Tensor, times: int = 1) -> tuple[float, float]:
@@ -93,7 +95,7 @@ def quartiles(values: Sequence[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
-def rate_at(training: Training, step: int, steps: int) -> float:
+def rate_at(training: Training, step: float, steps: int) -> float:
     """The learning rate of ``step`` as a share of the peak; schedules stretch over ``steps``."""
     warm = training.warmup or (0.3 if training.schedule == "onecycle" else 0.0)
     place = step / max(1, steps)

@@ -42,8 +42,11 @@ class Source(Protocol):
     classes: int
     size: int
 
-    def epoch(self, seed: int, number: int, batch: int) -> Iterator[Batch]:
-        """The full batches of epoch ``number``; a function of the arguments alone."""
+    def epoch(self, seed: int, number: int, batch: int, order: Tensor | None = None) -> Iterator[Batch]:
+        """The full batches of epoch ``number``; a function of the arguments alone.
+
+        ``order`` has the numbers of the examples that it reads, where a set can be read by numbers; None for all.
+        """
         ...
 
     def test(self) -> Iterator[Batch]:
@@ -75,19 +78,21 @@ class Images:
         self._mean = flat.mean(0).to(device)
         self._std = flat.std(0).to(device)
 
-    def epoch(self, seed: int, number: int, batch: int) -> Iterator[Batch]:
-        """The full batches of an epoch in random order."""
+    def epoch(self, seed: int, number: int, batch: int, order: Tensor | None = None) -> Iterator[Batch]:
+        """The full batches of an epoch, in random order or in ``order``."""
         generator = torch.Generator().manual_seed(seed * 100_003 + number)
-        order = torch.randperm(self.size, generator=generator).to(self._device)
+        everything = torch.randperm(self.size, generator=generator)
+        order = (everything if order is None else order).to(self._device)
+        count = len(order) // batch * batch
         if not self._margin:
-            for chosen in order[: self.size // batch * batch].split(batch):
+            for chosen in order[:count].split(batch):
                 yield self._normalised(self._train[chosen]), self._labels[chosen]
             return
         shifts = torch.randint(2 * self._margin + 1, (2, self.size), generator=generator).to(self._device)
         flips = torch.rand(self.size, generator=generator).to(self._device) < 0.5
         flips &= torch.tensor(self._augment == "crop-flip", device=self._device)
         steps = torch.arange(self._height, device=self._device)
-        for first in range(0, self.size // batch * batch, batch):
+        for first in range(0, count, batch):
             part = slice(first, first + batch)
             chosen = order[part]
             rows = shifts[0, part, None] + steps
@@ -233,7 +238,7 @@ class Folder:
         self._workers, self._device = data.workers, device
         self.name, self.size = place.name, len(self._train)
 
-    def epoch(self, seed: int, number: int, batch: int) -> Iterator[Batch]:
+    def epoch(self, seed: int, number: int, batch: int, order: Tensor | None = None) -> Iterator[Batch]:
         """The full batches of an epoch in random order."""
         # Workers take their seeds from the generator, so that crops are a function of seed and epoch, too.
         generator = torch.Generator().manual_seed(seed * 100_003 + number)

@@ -24,6 +24,7 @@ from typing import Any
 
 import costs
 import measured
+import reading
 import torch
 import variants
 from config import Config, ConfigError, load, plain
@@ -49,6 +50,8 @@ class Experiment:
             variants.policy_of(config, name)
             variants.schedule_of(config, name, 1000)
         self.source = open_source(config, options.data, self.device, options.download)
+        for name in config.variants:
+            reading.sampler_of(config, name, self.source.size, 0)
         self.records = Records(options.out, config.name)
         self._out = options.out
         per_epoch = self.source.size // config.training.batch
@@ -91,7 +94,7 @@ class Experiment:
                 run = Run(self.config, name, seed, self.source, self.network, self.settings, budget, weights)
             found = run.train(self.records, key, progress)
             variant = self.config.variants[name]
-            if not (variant.policy or variant.equal or found["diverged"]):  # what fine-tuning may begin with
+            if not (variant.policy or variant.equal or variant.examples or found["diverged"]):  # what fine-tuning may begin with
                 self.records.save(key, {k: v.cpu() for k, v in run.model.state_dict().items()}, "final")
             self.records.append({**self._head(name, seed, key, budget), **found})
             self.records.forget(key)
@@ -182,6 +185,8 @@ class Experiment:
     def budget(self, name: str, seed: int) -> Budget:
         """Steps and width of a variant; those of a baseline follow from what it is to equal."""
         variant = self.config.variants[name]
+        if variant.examples:
+            return Budget(reading.steps_of(self.config, name, self.source.size), variant.width)
         if not variant.equal:
             return Budget(max(1, round(variant.epochs * self.full)), variant.width)
         if variant.equal == "flops":

@@ -91,7 +91,7 @@ def alike(options: Mapping[str, Any]) -> str:
 
 
 def _kind(options: Mapping[str, Any]) -> str:
-    if options["policy"]:
+    if options["policy"] or options.get("examples"):
         return "sampled"
     if options.get("frozen"):
         return "frozen"

@@ -56,7 +56,7 @@ class Characters:
         self.name, self.classes = "characters", len(letters)
         self.size = (len(self._train) - 1) // self._length
 
-    def epoch(self, seed: int, number: int, batch: int) -> Iterator[Batch]:
+    def epoch(self, seed: int, number: int, batch: int, order: Tensor | None = None) -> Iterator[Batch]:
         """The full batches of an epoch."""
         generator = torch.Generator().manual_seed(seed * 100_003 + number)
         count = self.size // batch * batch
@@ -124,11 +124,11 @@ class Labelled:
         self._test, self._test_labels = ids[test][:test_limit], labels[test][:test_limit]
         self.name, self.classes, self.size = name, len(names), len(self._train)
 
-    def epoch(self, seed: int, number: int, batch: int) -> Iterator[Batch]:
-        """The full batches of an epoch in random order."""
+    def epoch(self, seed: int, number: int, batch: int, order: Tensor | None = None) -> Iterator[Batch]:
+        """The full batches of an epoch, in random order or in ``order``."""
         generator = torch.Generator().manual_seed(seed * 100_003 + number)
-        order = torch.randperm(self.size, generator=generator).to(self._train.device)
-        for chosen in order[: self.size // batch * batch].split(batch):
+        order = torch.randperm(self.size, generator=generator) if order is None else order
+        for chosen in order.to(self._train.device)[: len(order) // batch * batch].split(batch):
             yield self._train[chosen], self._labels[chosen]
 
     def test(self) -> Iterator[Batch]:

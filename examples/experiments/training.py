@@ -16,6 +16,7 @@ from typing import Any
 
 import costs
 import narrow
+import reading
 import torch
 import torch.nn.functional as F
 import variants
@@ -153,6 +154,9 @@ class Run:
             self.ratios = narrow.Subnetworks(self.model, self.optimizer, schedule, self.variant, budget.steps, x)
         else:
             self.ratios = variants.Ratios(self.model, schedule, self.variant.preserve)
+        sampler = reading.sampler_of(config, name, source.size, seed)
+        epochs, batch = int(self.training.epochs), self.training.batch
+        self.reading = None if sampler is None else reading.Reading(sampler, epochs, batch)
         names = self.phases.names
         self._ships = max((step for step, name in enumerate(names, 1) if name != variants.EXACT), default=0)
         if settings.compile:
@@ -239,12 +243,16 @@ class Run:
         saved = time.perf_counter()
         label = f"{self.config.name}: {self.name}, seed {self.seed}"
         with tqdm(total=self.budget.steps, initial=state["step"], desc=label, unit="step", disable=not progress) as bar:
-            while state["step"] < self.budget.steps and not state["diverged"]:
+            while not (self._over(state["step"], len(state["epochs"])) or state["diverged"]):
                 self._epoch(state, bar)
                 if time.perf_counter() - saved >= self.settings.checkpoint:
                     self._save(records, key, state)
                     saved = time.perf_counter()
         return self._finish(state)
+
+    def _over(self, step: int, epochs: int) -> bool:
+        """Whether a training ends behind so many steps and epochs."""
+        return step >= self.budget.steps if self.reading is None else epochs >= self.reading.epochs
 
     def _epoch(self, state: dict[str, Any], bar: tqdm) -> None:
         number, losses = len(state["epochs"]), []
@@ -256,7 +264,7 @@ class Run:
         state["diverged"] = not math.isfinite(mean)
         ends = {"first_loss": float(each[:_ENDS].mean()), "last_loss": float(each[-_ENDS:].mean())}
         entry = {"step": state["step"], "loss": mean, **ends, "seconds": state["seconds"], "flops": state["flops"]}
-        if not state["diverged"] and (self.settings.curve or state["step"] == self.budget.steps):
+        if not state["diverged"] and (self.settings.curve or self._over(state["step"], number + 1)):
             entry.update(self._evaluations(number, state["step"]))
         state["epochs"].append(entry)
         bar.set_postfix(loss=f"{mean:.3f}", accuracy=f"{entry.get('accuracy', math.nan):.2f}")
@@ -273,15 +281,16 @@ class Run:
 
     def _steps(self, state: dict[str, Any], number: int, losses: list[Tensor], bar: tqdm) -> None:
         taught: tuple[Tensor, ...] = ()
-        for x, y in self.source.epoch(self.seed, number, self.training.batch):
+        order = None if self.reading is None else self.reading.order(number)
+        for place, (x, y) in enumerate(self.source.epoch(self.seed, number, self.training.batch, order)):
             step = state["step"]
             if step == self.budget.steps:
                 break
             exact = self.phases.names[step] == variants.EXACT
             x, y, *soft = taught if taught and not exact else (x, y)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.peak * costs.rate_at(self.training, step, self.budget.steps)
-            loss, output = self.step(x, y, self.optimizer, *soft)
+                group["lr"] = self.peak * self._rate(step, place)
+            loss, output = self._learn(x, y, place, *soft)
             losses.append(loss)
             taught = (x, y, output.float().softmax(-1)) if self.variant.distill and exact else ()
             if self.variant.subnetwork and step + 1 == self._ships:
@@ -292,15 +301,37 @@ class Run:
             state["step"] = step + 1
             bar.update()
 
+    def _rate(self, step: int, place: int) -> float:
+        """The learning rate of a step, the one at ``place`` in its epoch, as a share of the peak."""
+        steps = self.budget.steps
+        return costs.rate_at(self.training, step if self.reading is None else self.reading.share(place) * steps, steps)
+
+    def _learn(self, x: Tensor, y: Tensor, place: int, soft: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A step of training; the sampler of the examples, if there is one, is told their losses."""
+        if self.reading is None:
+            return self.step(x, y, self.optimizer, soft)
+        index, weights = self.reading.batch(place)
+        loss, output = self.step(x, y, self.optimizer, soft, weights)
+        self.reading.sampler.update(index, F.cross_entropy(output.float(), y, reduction="none"))
+        return loss, output
+
     def step(
-        self, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer, soft: Tensor | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        optimizer: torch.optim.Optimizer,
+        soft: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One step of training, with probabilities ``soft`` of the classes beside the labels; loss and answers."""
+        """One step of training, with probabilities ``soft`` of the classes beside the labels; loss and answers.
+
+        ``weights`` are those of the examples.
+        """
         optimizer.zero_grad(set_to_none=True)
         call = self._called()
         with self._precision():
             output = call(x)
-        loss = costs.loss_of(output, y, self.training.label_smoothing)
+        loss = costs.loss_of(output, y, self.training.label_smoothing, weights)
         if soft is not None:
             loss = torch.lerp(
                 loss, F.cross_entropy(output.flatten(0, -2).float(), soft.flatten(0, -2)), self.variant.distill
@@ -384,6 +415,8 @@ class Run:
         sampling = fx_approx.sampler_state_dict(self.model) if self.sampled else None
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "sampling": sampling}
         parts["ratios"] = self.ratios.state()
+        if self.reading is not None:
+            parts["reading"] = self.reading.sampler.state_dict()
         records.save(key, {**state, **parts})
 
     def _resume(self, state: dict[str, Any]) -> None:
@@ -392,6 +425,8 @@ class Run:
         if sampling is not None:
             fx_approx.load_sampler_state_dict(self.model, sampling)
         self.ratios.resume(state["step"], state.pop("ratios", None))
+        if self.reading is not None:
+            self.reading.sampler.load_state_dict(state.pop("reading"))
         self.optimizer.load_state_dict(state.pop("optimizer"))
         for group in self.optimizer.param_groups:
             group["fused"] = True  # older checkpoints say otherwise

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler
 
 from fx_approx.sampling.base import get_sampler
 
@@ -57,6 +57,7 @@ class ImportanceSampler(Sampler[int]):
         min_probability: float = 0.1,
         momentum: float = 0.0,
         sampler: str = "systematic",
+        even: bool = False,
         seed: int = 0,
         num_replicas: int | None = None,
         rank: int | None = None,
@@ -72,15 +73,21 @@ class ImportanceSampler(Sampler[int]):
             min_probability: No example is read with less, in (0, ratio].
             momentum: Of the running mean of an example's losses, in [0, 1); 0 for the last loss alone.
             sampler: ``systematic``, always as many examples; or ``bernoulli``, each by itself.
+            even: Every epoch reads as many examples, ``ratio`` of them, as trainers need it that count their steps
+                ahead. An exact epoch then reads the next part of a random order of all, and the first ones go on until
+                all have been read ``exact_first`` times.
             seed: All draws follow from it and the epoch.
             num_replicas: Ranks; None for those of torch.distributed, 1 without.
             rank: This one; None likewise.
 
         Raises:
-            TypeError: An argument of the wrong type.
-            ValueError: A value out of range.
+            TypeError: An argument of the wrong type, among them a data set that gives no examples by number.
+            ValueError: A value out of range, or ``even`` with a sampler that draws now more and now fewer.
         """
-        self.size = len(size) if isinstance(size, Sized) else _whole("size", size, 1)
+        if isinstance(size, IterableDataset):
+            name = type(size).__name__
+            raise TypeError(f"size: expected a data set that gives examples by number, got the IterableDataset {name}")
+        self.size = _whole("size", len(size) if isinstance(size, Sized) else size, 1)
         self.ratio = _number("ratio", ratio)
         _within("ratio", self.ratio, 0 < self.ratio <= 1, "in (0, 1]")
         self.epochs = None if epochs is None else _whole("epochs", epochs, 1)
@@ -94,13 +101,18 @@ class ImportanceSampler(Sampler[int]):
         _within("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
         if sampler not in _NAMES:
             raise ValueError(f"sampler: expected one of {', '.join(_NAMES)}, got {sampler!r}")
-        self.sampler, self.seed = sampler, _whole("seed", seed, 0)
+        if not isinstance(even, bool):
+            raise TypeError(f"even: expected True or False, got {even!r}")
+        if even and sampler != "systematic":
+            raise ValueError(f"even: expected False with the sampler {sampler}, whose epochs differ in length, got True")
+        self.sampler, self.even, self.seed = sampler, even, _whole("seed", seed, 0)
         there = torch.distributed.is_available() and torch.distributed.is_initialized()
         world = torch.distributed.get_world_size() if there else 1
         self.num_replicas = world if num_replicas is None else _whole("num_replicas", num_replicas, 1)
         self.rank = (torch.distributed.get_rank() if there else 0) if rank is None else _whole("rank", rank, 0)
         _within("rank", self.rank, self.rank < self.num_replicas, f"below num_replicas, which is {self.num_replicas}")
         self._pruned: float | None = None
+        self._loaded: int | None = None
         self._losses = torch.full((self.size,), math.nan, dtype=torch.float64)
         self._fresh = torch.zeros(self.size, dtype=torch.bool)
         self.set_epoch(0)
@@ -133,13 +145,13 @@ class ImportanceSampler(Sampler[int]):
             size, kept, epochs=epochs, exact_last=1 - delta, min_probability=kept, sampler="bernoulli", **options
         )
         made._pruned = share
-        made.set_epoch(0)
         return made
 
     @property
     def exact(self) -> bool:
-        """Whether the present epoch reads every example."""
-        if self.epoch < self.exact_first or not self._known:
+        """Whether no example is preferred in the present epoch, and all weigh 1."""
+        first = math.ceil(self.exact_first * self.size / self._count) if self.even else self.exact_first
+        if self.epoch < first or not self._known:
             return True
         last = 0 if self.epochs is None else math.ceil(self.exact_last * self.epochs - 1e-9)
         return self.ratio == 1 or (self.epochs is not None and self.epoch >= self.epochs - last)
@@ -147,10 +159,14 @@ class ImportanceSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Draws the examples of an epoch from the losses that are known now; to be called before each.
 
+        The epoch of a state that was loaded stays as it was drawn then.
+
         Raises:
             TypeError, ValueError: ``epoch`` is no number from 0 on.
         """
-        self.epoch = _whole("epoch", epoch, 0)
+        if _whole("epoch", epoch, 0) == self._loaded:
+            return
+        self._loaded, self.epoch = None, epoch
         self._scores = self._losses.clone()
         self._draw()
 
@@ -160,17 +176,18 @@ class ImportanceSampler(Sampler[int]):
     def __len__(self) -> int:
         return int(self._order.numel())
 
-    def weights(self, index: Tensor) -> Tensor:
+    def weights(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """What the losses of a batch are to be multiplied by before the mean is taken.
 
         Args:
             index: Numbers of the examples, any shape.
+            dtype: Of the weights.
 
         Returns:
-            float32 of the same shape, on its device: ratio / probability; 1 in an exact epoch.
+            Of the same shape, on its device: ratio / probability; 1 in an exact epoch.
         """
         places = self._numbers(index)
-        return self._weights[places].view(index.shape).to(index.device)
+        return self._weights[places].view(index.shape).to(index.device, dtype)
 
     def update(self, index: Tensor, losses: Tensor) -> None:
         """Notes the losses of a batch.
@@ -235,8 +252,13 @@ class ImportanceSampler(Sampler[int]):
         if losses.shape != (self.size,) or scores.shape != (self.size,):
             raise ValueError(f"state: of {losses.numel()} examples, this sampler has {self.size}")
         self._losses, self._scores, self.seed = losses.clone(), scores.clone(), int(state["seed"])
-        self.epoch = int(state["epoch"])
+        self.epoch = self._loaded = int(state["epoch"])
         self._draw()
+
+    @property
+    def _count(self) -> int:
+        """Examples of an epoch that is not exact."""
+        return max(1, round(self.ratio * self.size))
 
     @property
     def _known(self) -> bool:
@@ -252,9 +274,11 @@ class ImportanceSampler(Sampler[int]):
     def _draw(self) -> None:
         """The order of this rank and the weights, from scores, seed and epoch."""
         generator = torch.Generator().manual_seed((self.seed + _STREAM * (self.epoch + 1)) % 2**63)
-        self._weights = torch.ones(self.size)
+        self._weights = torch.ones(self.size, dtype=torch.float64)
         chosen = torch.arange(self.size)
-        if not self.exact:
+        if self.exact and self.even:
+            chosen = self._next_part()
+        elif not self.exact:
             # An example of which nothing is known counts as much as the largest: it is looked at soon.
             known = ~self._scores.isnan()
             scores = torch.where(known, self._scores, self._scores[known].max())
@@ -266,8 +290,16 @@ class ImportanceSampler(Sampler[int]):
         order = torch.cat([order, order.repeat(math.ceil(missing / max(1, order.numel())))[:missing]])
         self._order = order[self.rank :: self.num_replicas]
 
+    def _next_part(self) -> Tensor:
+        """The examples of an even epoch where all are alike: what follows on those before in orders of all."""
+        first = self.epoch * self._count
+        orders = range(first // self.size, (first + self._count - 1) // self.size + 1)
+        seeds = [(self.seed - _STREAM * (order + 1)) % 2**63 for order in orders]
+        whole = [torch.randperm(self.size, generator=torch.Generator().manual_seed(one)) for one in seeds]
+        return torch.cat(whole)[first % self.size :][: self._count]
+
     def _drawn(self, scores: Tensor, generator: torch.Generator) -> Tensor:
-        sampler, k = get_sampler(self.sampler), max(1, round(self.ratio * self.size))
+        sampler, k = get_sampler(self.sampler), self._count
         if k >= self.size:
             return torch.arange(self.size)
         numbers = torch.rand(1, sampler.uniforms(self.size, k), dtype=torch.float64, generator=generator)
@@ -275,7 +307,7 @@ class ImportanceSampler(Sampler[int]):
         epsilon = min(self.min_probability * self.size / k, 1 - 1e-9)
         found = sampler.draw(scores.unsqueeze(0), k, numbers, epsilon=epsilon)
         assert found.scale is not None
-        self._weights[found.indices[0]] = (found.scale[0] * k / self.size).float()
+        self._weights[found.indices[0]] = found.scale[0] * k / self.size
         return found.indices[0]
 
     def _kept(self, scores: Tensor, generator: torch.Generator) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 
 class Indexed(Dataset[Any]):
@@ -24,7 +24,8 @@ class Indexed(Dataset[Any]):
         Raises:
             TypeError: ``dataset`` has no length or gives no examples by number.
         """
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        numbered = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        if not numbered or isinstance(dataset, IterableDataset):
             raise TypeError(f"dataset: expected one with a length and numbered examples, got {type(dataset).__name__}")
         self.dataset, self.key = dataset, key
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fx_approx.data import ImportanceSampler, Indexed
 from fx_approx.sampling.probabilities import inclusion_probabilities
+from tests.sampling import oracles
 
 SIZE = 40
 LOSSES = torch.linspace(0.1, 4.0, SIZE, dtype=torch.float64)
@@ -42,6 +43,46 @@ def test_the_weighted_mean_of_a_draw_is_unbiased(name: str) -> None:
     error = estimates.std() / len(found) ** 0.5
     assert (estimates.mean() - anything.sum()).abs() < 4.5 * error
     assert estimates.std() > 0
+
+
+def few(name: str) -> ImportanceSampler:
+    """Five examples whose losses are known, in an epoch that is drawn; one counts so much that it is always read."""
+    if name == "infobatch":
+        sampler = ImportanceSampler.infobatch(5, 0.3, epochs=3)
+    else:
+        sampler = ImportanceSampler(5, 0.6, exact_first=0, min_probability=0.15, sampler=name)
+    sampler.update(torch.arange(5), torch.tensor([0.2, 0.0, 9.0, 0.7, 1.1], dtype=torch.float64))
+    return sampler
+
+
+def outcomes_of(name: str) -> oracles.Outcomes:
+    """All that the uniforms of a draw of :func:`few` may come to; by the oracle's own formulas."""
+    if name == "infobatch":
+        # Left out where the uniform is below 0.3; all but the largest are below the mean, that one is always read.
+        return oracles.bernoulli_outcomes(torch.tensor([0.3, 0.3, 1.0, 0.3, 0.3], dtype=torch.float64))
+    losses = torch.tensor([0.2, 0.0, 9.0, 0.7, 1.1], dtype=torch.float64)
+    p = oracles.inclusion_p(losses, 3, 0.15 * 5 / 3)
+    return oracles.systematic_outcomes(p) if name == "systematic" else oracles.bernoulli_outcomes(p)
+
+
+@pytest.mark.parametrize("name", ["systematic", "bernoulli", "infobatch"])
+def test_the_weighted_sum_is_unbiased_over_all_outcomes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly: each outcome of a draw once, by its probability."""
+    outcomes, sampler = outcomes_of(name), few(name)
+    anything = torch.tensor([1.0, -2.0, 0.5, 3.0, 10.0], dtype=torch.float64)
+    factor = 1.0 if name == "infobatch" else 1 / 0.6  # weights are 1 on average
+    mean, sizes = torch.zeros((), dtype=torch.float64), set()
+    assert abs(float(outcomes.probability.sum()) - 1) < 1e-12
+    for uniforms, chance in zip(outcomes.uniforms, outcomes.probability, strict=True):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "rand", lambda *shape, _given=uniforms, **_: _given.view(*shape))
+            sampler.set_epoch(1)
+        index = torch.tensor(list(sampler), dtype=torch.int64)
+        assert len(index.unique()) == len(index)
+        sizes.add(len(index))
+        mean += chance * factor * (sampler.weights(index, torch.float64) * anything[index]).sum()
+    assert (len(sizes) == 1) == (name == "systematic")
+    assert abs(float(mean - anything.sum())) < 1e-12
 
 
 def test_probabilities_are_those_of_the_losses_with_a_least_one() -> None:
