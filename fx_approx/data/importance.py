@@ -104,7 +104,9 @@ class ImportanceSampler(Sampler[int]):
         if not isinstance(even, bool):
             raise TypeError(f"even: expected True or False, got {even!r}")
         if even and sampler != "systematic":
-            raise ValueError(f"even: expected False with the sampler {sampler}, whose epochs differ in length, got True")
+            raise ValueError(
+                f"even: expected False with the sampler {sampler}, whose epochs differ in length, got True"
+            )
         self.sampler, self.even, self.seed = sampler, even, _whole("seed", seed, 0)
         there = torch.distributed.is_available() and torch.distributed.is_initialized()
         world = torch.distributed.get_world_size() if there else 1

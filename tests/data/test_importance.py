@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fx_approx.data import ImportanceSampler, Indexed
@@ -18,31 +20,60 @@ SIZE = 40
 LOSSES = torch.linspace(0.1, 4.0, SIZE, dtype=torch.float64)
 
 
+class Stream(IterableDataset[int]):
+    """A data set that is read in its own order, though it says how long it is."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(3))
+
+
 def known(**options: Any) -> ImportanceSampler:
     sampler = ImportanceSampler(SIZE, **{"ratio": 0.5, **options})
     sampler.update(torch.arange(SIZE), LOSSES)
     return sampler
 
 
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of a linear model that has begun to learn 300 of scikit-learn's digits, and its gradients by example."""
+    found = load_digits()
+    x, y = torch.tensor(found.data[:300] / 16.0), torch.tensor(found.target[:300])
+    weight = torch.zeros(64, 10, dtype=torch.float64, requires_grad=True)
+    for _ in range(30):
+        (gradient,) = torch.autograd.grad(F.cross_entropy(x @ weight, y), weight)
+        weight = (weight - gradient).detach().requires_grad_()
+    scores = (x @ weight).detach()
+    errors = scores.softmax(1) - F.one_hot(y, 10)
+    return F.cross_entropy(scores, y, reduction="none"), torch.einsum("ni,nj->nij", x, errors).flatten(1)
+
+
 @pytest.mark.parametrize("name", ["systematic", "bernoulli", "infobatch"])
-def test_the_weighted_mean_of_a_draw_is_unbiased(name: str) -> None:
-    """Over many epochs the sum of weight times anything estimates its sum over all examples."""
+def test_the_gradient_of_an_epoch_is_unbiased_on_real_losses(
+    name: str, digits: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """A z-test over 400 epochs, in every direction in which the gradients differ."""
+    losses, gradients = digits
     if name == "infobatch":
-        sampler = ImportanceSampler.infobatch(SIZE, epochs=10_000)
-        sampler.update(torch.arange(SIZE), LOSSES)
+        sampler = ImportanceSampler.infobatch(300, epochs=10_000)
     else:
-        sampler = known(sampler=name)
-    anything = torch.randn(SIZE, generator=torch.Generator().manual_seed(0)).double() + 1
-    factor = 1.0 if name == "infobatch" else SIZE / (0.5 * SIZE)
-    found = []
-    for epoch in range(1, 3001):
+        sampler = ImportanceSampler(300, 0.5, sampler=name)
+    sampler.update(torch.arange(300), losses)
+    assert losses.max() > 20 * losses.min()
+    rows = []
+    for epoch in range(1, 401):
         sampler.set_epoch(epoch)
         index = torch.tensor(list(sampler))
-        found.append(factor * float((sampler.weights(index).double() * anything[index]).sum()))
-    estimates = torch.tensor(found, dtype=torch.float64)
-    error = estimates.std() / len(found) ** 0.5
-    assert (estimates.mean() - anything.sum()).abs() < 4.5 * error
-    assert estimates.std() > 0
+        share = 1.0 if name == "infobatch" else 0.5
+        rows.append(sampler.weights(index, torch.float64) @ gradients[index] / (share * 300))
+    estimates, exact = torch.stack(rows), gradients.mean(0)
+    error = estimates.std(0) / len(rows) ** 0.5
+    moving = error > 1e-12
+    assert int(moving.sum()) > 500
+    off = ((estimates.mean(0) - exact).abs() / error)[moving]
+    assert off.max() < 4.8 and 0.4 < off.square().mean() < 2  # directions go together, so few are independent
 
 
 def few(name: str) -> ImportanceSampler:
@@ -89,11 +120,11 @@ def test_probabilities_are_those_of_the_losses_with_a_least_one() -> None:
     sampler = known(min_probability=0.2)
     expected = inclusion_probabilities(LOSSES.unsqueeze(0), SIZE // 2, 0.4)[0]
     counts = torch.zeros(SIZE, dtype=torch.float64)
-    for epoch in range(1, 2001):
+    for epoch in range(1, 401):
         sampler.set_epoch(epoch)
         counts[list(sampler)] += 1
-    error = (expected * (1 - expected) / 2000).sqrt().clamp(min=1e-9)
-    assert ((counts / 2000 - expected).abs() < 4.5 * error).all()
+    error = (expected * (1 - expected) / 400).sqrt().clamp(min=1e-9)
+    assert ((counts / 400 - expected).abs() < 4.5 * error).all()
     assert expected.min() >= 0.2
 
 
@@ -158,6 +189,74 @@ def test_a_run_that_resumes_reads_the_same() -> None:
         other.load_state_dict({})
 
 
+def test_a_state_of_the_middle_of_an_epoch_keeps_what_was_drawn() -> None:
+    """Losses that have come since the draw count from the next epoch on, and whoever sets the epoch changes nothing."""
+    one = known()
+    one.set_epoch(2)
+    read = list(one)
+    one.update(torch.tensor(read[:8]), torch.full((8,), 50.0))
+    other = ImportanceSampler(SIZE)
+    other.load_state_dict(one.state_dict())
+    for _ in range(2):
+        other.set_epoch(2)
+        assert list(other) == read
+    one.set_epoch(3)
+    other.set_epoch(3)
+    assert list(other) == list(one) != read
+    every = one.weights(torch.arange(SIZE))
+    assert set(read[:8]) <= set(torch.where(every == every.min())[0].tolist()), "the largest are read the most often"
+    other.set_epoch(2)
+    assert list(other) != read, "drawn anew"
+
+
+def test_even_epochs_are_of_one_length_and_read_everything_first() -> None:
+    sampler = ImportanceSampler(SIZE, 0.3, epochs=20, even=True)
+    counts, order = torch.zeros(SIZE), []
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        index = torch.tensor(list(sampler))
+        assert len(index) == len(sampler) == 12
+        assert sampler.exact == (epoch < 4 or epoch >= 18)  # four times 12 are the first to reach 40
+        if sampler.exact:
+            assert (sampler.weights(index) == 1).all()
+        else:
+            assert sampler.weights(index).max() > 1
+        if epoch < 4:
+            counts += index.bincount(minlength=SIZE)
+            order.append(index)
+        sampler.update(index, LOSSES[index])
+    assert counts.min() == 1 and counts.max() == 2 and counts.sum() == 48
+    assert len(torch.cat(order[:3]).unique()) == 36, "nothing twice before everything was read"
+    resumed = ImportanceSampler(SIZE, 0.3, epochs=20, even=True, seed=9)
+    resumed.load_state_dict(sampler.state_dict())
+    assert list(resumed) == list(sampler)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_batches_that_do_not_come_out_even(drop_last: bool) -> None:
+    """What is left over of an epoch is another part of it in each, so that nothing is never read."""
+    data = Indexed(TensorDataset(torch.arange(SIZE)))
+    sampler = known(min_probability=0.3)
+    loader, seen = DataLoader(data, batch_size=7, sampler=sampler, drop_last=drop_last), set()
+    for epoch in range(1, 40):
+        sampler.set_epoch(epoch)
+        sizes = [len(index) for _, index in loader]
+        assert sizes == ([7, 7] if drop_last else [7, 7, 6]) and len(loader) == len(sizes)
+        seen |= {int(one) for _, index in loader for one in index}
+    assert seen == set(range(SIZE))
+
+
+def test_workers_that_stay_read_what_each_epoch_has_drawn() -> None:
+    data = Indexed(TensorDataset(torch.arange(SIZE)))
+    sampler = known()
+    loader = DataLoader(data, batch_size=8, sampler=sampler, num_workers=1, persistent_workers=True)
+    for epoch in (1, 2):
+        sampler.set_epoch(epoch)
+        read = [int(one) for _, index in loader for one in index]
+        assert read == list(sampler)
+        sampler.update(torch.tensor(read), LOSSES[read].flip(0))
+
+
 def test_with_a_data_loader() -> None:
     data = Indexed(TensorDataset(torch.randn(SIZE, 3), torch.arange(SIZE)))
     sampler = ImportanceSampler(data, 0.5)
@@ -191,6 +290,11 @@ def test_with_a_data_loader() -> None:
         (lambda: ImportanceSampler(5).update(torch.tensor([1]), -torch.ones(1)), ValueError, "none below 0, got -1"),
         (lambda: ImportanceSampler(5).synchronize(), RuntimeError, "not initialised"),
         (lambda: Indexed(iter([1])), TypeError, "expected one with a length"),
+        (lambda: Indexed(Stream()), TypeError, "numbered examples, got Stream"),
+        (lambda: ImportanceSampler(Stream()), TypeError, "size: expected a data set .* got the IterableDataset Stream"),
+        (lambda: ImportanceSampler(TensorDataset(torch.ones(0))), ValueError, "size: expected 1 or more, got 0"),
+        (lambda: ImportanceSampler(5, even=1), TypeError, "even: expected True or False, got 1"),
+        (lambda: ImportanceSampler(5, even=True, sampler="bernoulli"), ValueError, "even: expected False with the"),
     ],
 )
 def test_bad_arguments(make: Callable[[], Any], error: type[Exception], message: str) -> None:
