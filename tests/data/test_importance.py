@@ -203,8 +203,8 @@ def test_a_state_of_the_middle_of_an_epoch_keeps_what_was_drawn() -> None:
     one.set_epoch(3)
     other.set_epoch(3)
     assert list(other) == list(one) != read
-    every = one.weights(torch.arange(SIZE))
-    assert set(read[:8]) <= set(torch.where(every == every.min())[0].tolist()), "the largest are read the most often"
+    drawn, again = torch.tensor(list(one)), torch.tensor([place for place in one if place in read[:8]])
+    assert len(again) >= 6 and (one.weights(again) == one.weights(drawn).min()).all(), "read the most often"
     other.set_epoch(2)
     assert list(other) != read, "drawn anew"
 
