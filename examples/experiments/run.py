@@ -94,9 +94,8 @@ class Experiment:
                 run = Run(self.config, name, seed, self.source, self.network, self.settings, budget, weights)
             found = run.train(self.records, key, progress)
             variant = self.config.variants[name]
-            if not (
-                variant.policy or variant.equal or variant.examples or found["diverged"]
-            ):  # what fine-tuning may begin with
+            exact = not (variant.policy or variant.equal or variant.examples)
+            if exact and not found["diverged"]:  # what fine-tuning may begin with
                 self.records.save(key, {k: v.cpu() for k, v in run.model.state_dict().items()}, "final")
             self.records.append({**self._head(name, seed, key, budget), **found})
             self.records.forget(key)
