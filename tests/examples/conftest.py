@@ -14,7 +14,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "examples" / "experiments"
 
 MODULES = (
     *("config", "records", "images", "texts", "sources", "networks", "minilm"),
-    *("costs", "measured", "narrow", "variants", "training", "run"),
+    *("costs", "measured", "narrow", "variants", "reading", "training", "run"),
 )
 
 

@@ -73,6 +73,9 @@ by = "width"
 equal = "time"
 to = "value, tail"
 by = "epochs"
+
+[variants."importance"]
+examples = {{ rule = "importance", ratio = 0.5 }}
 """
 
 
@@ -122,7 +125,8 @@ def runner(scripts: SimpleNamespace, data: Path, tmp_path: Path) -> Runner:
 
 def test_all_variants_of_a_configuration(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     found = {one["variant"]: one for one in runner()}
-    assert list(found) == ["exact", "value, tail", "phases", "moving", "fewer", "narrower", "fewer seconds"]
+    sampled = ["value, tail", "phases", "moving"]
+    assert list(found) == ["exact", *sampled, "fewer", "narrower", "fewer seconds", "importance"]
     exact, tail, moving = found["exact"], found["value, tail"], found["moving"]
     # Two operations for each multiply-add: 64 x 16 in the first layer, which has no gradient of its input.
     step = 2 * 16 * (2 * 64 * 16 + 3 * 16 * 16 + 3 * 16 * 3)
@@ -141,13 +145,43 @@ def test_all_variants_of_a_configuration(runner: Runner, capsys: pytest.CaptureF
     assert all(one["final"]["accuracy"] > 60 for one in found.values() if one["variant"] != "fewer seconds")
     assert all(set(one["step_ms"]) == set(one["phases"]) for one in found.values() if one["variant"] != "phases")
     assert [one["step"] for one in exact["epochs"]] == [6, 12, 18, 24]
+    # The first epoch and the last one read everything, those between half of it.
+    drawn = found["importance"]
+    assert [one["step"] for one in drawn["epochs"]] == [6, 9, 12, 18] and drawn["phases"] == {"exact": 18}
+    assert drawn["flops"] == 18 * step and drawn["options"]["examples"] == {"rule": "importance", "ratio": 0.5}
     first = exact["epochs"][0]
     assert first["first_loss"] == pytest.approx(first["loss"])  # an epoch of six steps is both ends
     assert first["loss"] > exact["epochs"][-1]["last_loss"] > 0
     assert (tail["options"]["every"], tail["options"]["preserve"]) == (0, True) and "preserve" not in exact["options"]
     capsys.readouterr()
     runner()
-    assert capsys.readouterr().out.count("recorded already") == 7
+    assert capsys.readouterr().out.count("recorded already") == 8
+
+
+def test_tokens_are_a_policy_of_a_variant(runner: Runner) -> None:
+    """16 patches of which 4, 8 or 12 go through the blocks, with half of the hidden units; a ramp, an exact tail."""
+    layers = "{kind='uniform', sampler='topk', ratio=0.5, scores='weight', scope='value'}"
+    tokens = f"{{kind='tokens', ratio=0.25, first=0, layers={layers}}}"
+    whole = "['classifier', 'embed.*', '*scaled_dot*', '*query', '*key', '*value', '*projection', '*fc1']"
+    variants = {
+        "both": f"{{policy={tokens}, exact={whole}, tail=0.25}}",
+        "ramp": "{policy={kind='tokens', ratio=0.25, first=0}, end_ratio=0.75, tail=0.25}",
+        "fewer": "{equal='flops', to='ramp', by='epochs'}",
+    }
+    more = [one for name, value in variants.items() for one in ("--set", f"variants.{name}={value}")]
+    more += ["--set", "training.epochs=2"]
+    size = "layers = 2\nheads = 2\nsize = 8\npatch = 2"
+    found = {one["variant"]: one for one in runner("exact", *variants, network="vit", options=size, more=more)}
+    exact, both, ramp = (found[name] for name in ("exact", "both", "ramp"))
+    assert both["phases"] == {"sampled": 9, "exact": 3} and both["sampled_layers"] == 2
+    assert ramp["phases"] == {"0.25": 3, "0.5": 4, "0.75": 2, "exact": 3} and ramp["sampled_layers"] == 0
+    step = exact["step_flops"]["exact"]
+    shares = {phase: flops / step for phase, flops in ramp["step_flops"].items()}
+    assert shares["exact"] == 1
+    # Less than their share of the tokens in attention, more in the embedding, which reads all of the image.
+    assert all(abs(shares[ratio] - float(ratio)) < 0.05 for ratio in ("0.25", "0.5", "0.75"))
+    assert both["step_flops"]["sampled"] < 0.85 * ramp["step_flops"]["0.25"]
+    assert 0.9 * ramp["flops"] < found["fewer"]["flops"] <= ramp["flops"]
 
 
 def test_a_variant_by_phases_trains_a_narrow_network_and_says_what_one_ships(
@@ -230,6 +264,7 @@ def test_what_steps_cost_is_measured_beside_exact_training(
         pytest.param("mlp", "hidden = 16", "classifier", "value, tail", marks=pytest.mark.slow),
         ("cnn", "channels = [8, 8]\nkernel = 3\nhidden = 16\nnorm = true", "classifier", "moving"),
         ("cnn", "channels = [8, 8]\nkernel = 3\nhidden = 16\nnorm = true", "classifier", "phases"),
+        ("mlp", "hidden = 16", "classifier", "importance"),
         pytest.param("wrn", "depth = 10\nwiden = 1", "8", "value, tail", marks=pytest.mark.slow),
     ],
 )
@@ -415,7 +450,10 @@ def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
         ("variants.moving.tail=0.9", "variants.'moving'.tail: expected less than what warmup = 0.25 leaves, got 0.9"),
         ("variants.moving.policy.kind=best", "variants.'moving'.policy: kind: expected one of paper, uniform"),
         ("variants.moving.policy.ratio=2", "variants.'moving'.policy: ratio: expected a number in (0, 1], got 2"),
-        ("variants.fewer.to=fewer", "variants.'fewer'.to: expected one of exact, value, tail, phases, moving, got"),
+        (
+            "variants.fewer.to=fewer",
+            "variants.'fewer'.to: expected one of exact, value, tail, phases, moving, importance, got",
+        ),
         ("variants.exact.tail=0.5", "variants.'exact'.policy: expected one beside exact, tail, warmup"),
         ("variants.moving.preserve=true", "variants.'moving'.preserve: expected false beside interleave, got True"),
         (
@@ -439,6 +477,17 @@ def test_errors_of_a_budget_are_measured_on_batches_of_the_run(
         ("variants.phases.warmup=0", "'phases'.warmup: expected more than 0 beside subnetwork, for the scores ema"),
         ("variants.fewer seconds.to=phases", "to: expected a variant without subnetwork beside equal = 'time'"),
         ("variants.exact.subnetwork=true", "'exact'.policy: expected one beside subnetwork, got {}"),
+        (
+            "variants.importance.examples.rule=best",
+            "'importance'.examples: rule: expected one of importance, infobatch,",
+        ),
+        ("variants.importance.examples.ratio=2", "'importance'.examples: ratio: expected in (0, 1], got 2"),
+        ("variants.importance.epochs=0.5", "'importance'.examples: expected none beside policy, equal or epochs"),
+        ("training.epochs=0.5", "'importance'.examples: training.epochs: expected a whole number beside examples"),
+        (
+            "variants.value, tail.policy={kind='tokens', layers={kind='uniform', ratio=3}}",
+            "variants.'value, tail'.policy.layers: ratio: expected a number in (0, 1], got 3",
+        ),
         ("seeds=[1, 1]", "seeds: expected one or more different integers, got [1, 1]"),
         ("training", "--set training: expected KEY=VALUE"),
     ],
