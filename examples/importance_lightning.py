@@ -40,6 +40,10 @@ class Learner(lightning.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
+    def on_train_epoch_end(self) -> None:
+        if torch.distributed.is_initialized():
+            self.sampler.synchronize()  # all ranks know all losses when an epoch is drawn
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["sampler"] = self.sampler.state_dict()
 

@@ -43,10 +43,14 @@ class ImportanceTrainer(Trainer):
 
 
 class _Keep(TrainerCallback):
-    """The state of the sampler lies in every checkpoint."""
+    """The state of the sampler lies in every checkpoint, and all ranks know all losses when an epoch is drawn."""
 
     def __init__(self, sampler: ImportanceSampler) -> None:
         self.sampler = sampler
+
+    def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        if torch.distributed.is_initialized():
+            self.sampler.synchronize()
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         torch.save(self.sampler.state_dict(), f"{args.output_dir}/checkpoint-{state.global_step}/sampler.pt")
@@ -69,8 +73,8 @@ def train(folder: str, epochs: int = 6, limit: int = 1000, save: int = 25) -> Im
     digits = load_digits()
     pixels = torch.tensor(digits.data[:limit] / 16, dtype=torch.float32)
     data = Indexed([{"x": x, "labels": y} for x, y in zip(pixels, digits.target[:limit].tolist(), strict=True)])
-    # even: the Trainer takes its steps from the length of the first epoch.
-    sampler = ImportanceSampler(data, 0.6, epochs=epochs, even=True)
+    # even: the Trainer takes its steps from the length of the first epoch. It gives each rank its batches of one draw.
+    sampler = ImportanceSampler(data, 0.6, epochs=epochs, even=True, num_replicas=1, rank=0)
     last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
     if last is not None:
         sampler.load_state_dict(torch.load(f"{last}/sampler.pt"))

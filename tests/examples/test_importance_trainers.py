@@ -25,6 +25,7 @@ LIMIT, EPOCHS = 300, 4
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
     """Imports a script of the folder by its name; forgotten afterwards."""
+    define_missing_schemas()  # both trainers import torchvision
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     names = ("importance_trainer", "importance_lightning")
     yield importlib.import_module
@@ -93,7 +94,6 @@ def test_the_trainer_of_hugging_face(example: Callable[[str], Any], tmp_path: Pa
     "ignore:Checkpoint directory .* exists and is not empty:UserWarning",
 )
 def test_lightning(example: Callable[[str], Any], tmp_path: Path) -> None:
-    define_missing_schemas()  # torchmetrics imports torchvision
     pytest.importorskip("lightning")
     train = example("importance_lightning").train
     whole = train(str(tmp_path / "whole"), EPOCHS, limit=LIMIT)
