@@ -3,7 +3,8 @@
     python examples/experiments/tables.py FOLDER --to docs/results/experiments
 
 writes ``tables.md`` and, with matplotlib (the extra ``figures``), three pictures of each experiment: accuracy against
-FLOPs and accuracy against time, each with the front of what no other beats in both, and learning curves.
+FLOPs and accuracy against time, each with the front of what no other beats in both, and learning curves where they are
+known.
 
 What they say is told in ``summaries.py``.
 """
@@ -216,8 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.exit(2, f"figures need matplotlib: pip install matplotlib, or --no-figures ({error})\n")
 
         for name, own in parts.items():
-            if max(sum("accuracy" in epoch for epoch in run["epochs"]) for run in trained(own)) <= 1:
-                continue  # nothing was learnt yet, or no curve is known
+            if max(len(run["epochs"]) for run in trained(own)) <= 1:
+                continue  # nothing was learnt yet
             figures[name] = pictures.draw(results[name], own[0]["title"], options.to, name)
     command = f"python examples/experiments/tables.py {options.folder} --to {options.to}"
     text = page(parts, results, options.within, command, figures)
