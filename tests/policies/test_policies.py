@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fx_approx
-from fx_approx import Plan, SamplerConfig
+from fx_approx import Plan, SamplerConfig, policies
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.plan import Decision, Policy
 from fx_approx.policies import (
@@ -27,6 +27,7 @@ from fx_approx.policies import (
     RooflineModel,
     Sensitivity,
     TimeBudget,
+    Tokens,
     Uniform,
     calibrate,
     parse_policy,
@@ -72,7 +73,14 @@ POLICIES: list[tuple[Policy, list[str] | None, dict[str, str]]] = [
         {"conv1": "first convolution"},
     ),
     (Auto(cost=RooflineModel(device=DEVICE), check=False, min_k=1, round_to=1), None, {"conv1": "first convolution"}),
+    (Tokens(0.5), [], {}),
 ]
+
+
+def test_every_policy_has_a_row() -> None:
+    public = [getattr(policies, name) for name in policies.__all__ if name != "Policy"]
+    classes = {one for one in public if isinstance(one, type) and hasattr(one, "decide")}
+    assert classes == {type(policy) for policy, _, _ in POLICIES}
 
 
 @pytest.mark.parametrize("policy, chosen, reasons", POLICIES, ids=lambda value: type(value).__name__)
