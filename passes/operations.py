@@ -172,7 +172,8 @@ RULES: tuple[Rule, ...] = (
                 "abs absolute acos acosh asin asinh atan atanh ceil cos cosh deg2rad digamma erf erfc erfinv exp exp2 "
                 "expm1 fix floor frac lgamma log log10 log1p log2 logical_not bitwise_not logit nan_to_num neg "
                 "negative rad2deg reciprocal round rsqrt sgn sign sin sinc sinh sqrt square tan trunc i0 isnan isinf "
-                "isfinite clone expit entr ndtr log_ndtr erfcx i0e i1 i1e",
+                "isfinite clone expit entr ndtr log_ndtr erfcx i0e i1 i1e arccos arccosh arcsin arcsinh arctan arctanh "
+                "gammaln ndtri psi signbit isneginf isposinf",
                 torch.special,
             ),
             *(operator.neg, operator.abs, operator.invert),

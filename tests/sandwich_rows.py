@@ -72,12 +72,18 @@ ACTIVATIONS: tuple[Row, ...] = (
     _fn("F.glu", lambda x: F.glu(x, 1), reads=8),
 )
 
+
+def _arcs(x: Tensor) -> Tensor:
+    return torch.arcsin(x) * torch.arccos(x) + torch.arctanh(x)
+
+
 MATHEMATICS: tuple[Row, ...] = (
     *(
         _fn(f"torch.{call.__name__}", call)
         for call in (
             *(torch.abs, torch.exp, torch.sin, torch.cos, torch.atan, torch.asinh, torch.erf, torch.expm1),
-            *(torch.neg, torch.square, torch.sinc, torch.nan_to_num, torch.clone, torch.tanh),
+            *(torch.neg, torch.square, torch.sinc, torch.nan_to_num, torch.clone, torch.tanh, torch.arctan),
+            torch.arcsinh,
         )
     ),
     _fn("torch.log1p", lambda x: torch.log1p(x.abs())),
@@ -87,6 +93,11 @@ MATHEMATICS: tuple[Row, ...] = (
     _fn("torch.special.i0e", torch.special.i0e),
     _fn("torch.special.i1", torch.special.i1),
     _fn("torch.special.i1e", torch.special.i1e),
+    _fn("torch.arcsin and others of a bounded value", lambda x: _arcs(0.9 * x.tanh())),
+    _fn("torch.arccosh", lambda x: torch.arccosh(x.square() + 2)),
+    _fn("torch.special.gammaln and psi", lambda x: torch.special.gammaln(x.abs() + 1) + torch.special.psi(x.abs() + 1)),
+    _fn("torch.special.ndtri", lambda x: torch.special.ndtri(x.sigmoid())),
+    _fn("torch.signbit and infinities as masks", lambda x: x * (~(x.signbit() | x.isneginf() | x.isposinf())).double()),
     _fn("torch.sign as a factor", lambda x: torch.sign(x) * x),
     _fn("Tensor.pow", lambda x: x.pow(2)),
     _fn("operator **", lambda x: x**3),
