@@ -126,6 +126,9 @@ def _counts_tokens(flow: Flow, start: fx.Node, number: fx.Node) -> bool:
         elif found.target is operator.getitem and isinstance(asked, fx.Node) and asks_sizes(asked):
             if _is_tokens(flow, start, first(asked), found.args[1]):
                 return True
+        elif asks_sizes(found) and found is not number:
+            if _is_tokens(flow, start, asked, slice(None)):
+                return True
         elif found.op == "placeholder":
             return True  # a number that is handed in may be any size
         elif not asks_sizes(found):
@@ -136,12 +139,22 @@ def _counts_tokens(flow: Flow, start: fx.Node, number: fx.Node) -> bool:
 
 
 def _is_tokens(flow: Flow, start: fx.Node, value: object, axis: Any) -> bool:
-    sizes, layout, tokens = flow.shape(value), flow.layout(value), flow.layout(start)
-    if sizes is None or tokens is None:
+    sizes, layout = flow.shape(value), flow.layout(value)
+    if sizes is None:
         return False
     asked = range(len(sizes))[axis] if isinstance(axis, (int, slice)) else range(len(sizes))
     axes = [asked] if isinstance(asked, int) else list(asked)
-    return layout.dim in axes if layout is not None else tokens.size in [sizes[one] for one in axes]
+    return layout.dim in axes if layout is not None else any(sizes[one] in _lengths(flow, start) for one in axes)
+
+
+def _lengths(flow: Flow, start: fx.Node) -> set[int]:
+    """How long an axis is that has an entry for each token: all of them, or those beside a class token."""
+    layout = flow.layout(start)
+    assert layout is not None
+    counts = [segment.count for segment in layout.segments]
+    ends = range(len(counts) + 1)
+    runs = [counts[first:last] for first in ends for last in ends[first:]]
+    return {sum(run) for run in runs if max(counts) in run}
 
 
 def _as_wide(node: fx.Node, inside: set[fx.Node]) -> Iterator[str]:
@@ -168,21 +181,25 @@ def _changed(flow: Flow, start: fx.Node, riders: Iterable[fx.Node]) -> Iterator[
 
 def _summed(flow: Flow, start: fx.Node, riders: Iterable[fx.Node], behind: set[fx.Node]) -> Iterator[str]:
     """A sum over what goes along, read beside the tokens: the number of ones in a padding mask, for a mean."""
-    tokens, along = flow.layout(start), set(riders)
-    assert tokens is not None
-    family = _family(flow, along, tokens.size, behind)
-    for node in flow.graph.nodes:
-        if node in behind or node in along or flow.layout(node) is not None or node.name not in flow.values.shapes:
-            continue
+    lengths, along = _lengths(flow, start), set(riders)
+    others = [
+        node
+        for node in flow.graph.nodes
+        if node not in behind and node not in along and flow.layout(node) is None and node.name in flow.values.shapes
+    ]
+    told = {node for node in others if next(_counted(flow, start, node), None) is not None}
+    family = _family(flow, along | {node for node in told if _times(flow, node, lengths)}, lengths, behind)
+    for node in others:
         known = [one for one in node.all_input_nodes if one in family]
-        if not known or _times(flow, node, tokens.size) >= max(_times(flow, one, tokens.size) for one in known):
-            continue
-        if any(user in behind for user in _beside(flow, node, along, behind)):
-            yield f"{place(node)} is made of all tokens' entries of what goes along with them"
+        fewer = known and _times(flow, node, lengths) < max(_times(flow, one, lengths) for one in known)
+        counts = node in told and not _times(flow, node, lengths)
+        if (fewer or counts) and any(user in behind for user in _beside(flow, node, along, behind)):
+            what = "all tokens' entries of what goes along with them" if fewer else "the number of tokens"
+            yield f"{place(node)} is made of {what}"
 
 
-def _family(flow: Flow, along: set[fx.Node], tokens: int, behind: set[fx.Node]) -> set[fx.Node]:
-    """What goes along, what it is made of, and what else that becomes, as far as it has an axis as long."""
+def _family(flow: Flow, along: set[fx.Node], tokens: set[int], behind: set[fx.Node]) -> set[fx.Node]:
+    """``along``, what it is made of, and what else that becomes, as far as it has an axis as long."""
     waiting, found = list(along), set(along)
     while waiting:
         node = waiting.pop()
@@ -193,9 +210,9 @@ def _family(flow: Flow, along: set[fx.Node], tokens: int, behind: set[fx.Node]) 
     return found
 
 
-def _times(flow: Flow, node: fx.Node, tokens: int) -> int:
+def _times(flow: Flow, node: fx.Node, tokens: set[int]) -> int:
     """How many axes are as long as there are tokens."""
-    return (flow.shape(node) or ()).count(tokens)
+    return sum(size in tokens for size in flow.shape(node) or ())
 
 
 def _beside(flow: Flow, node: fx.Node, along: set[fx.Node], behind: set[fx.Node]) -> set[fx.Node]:

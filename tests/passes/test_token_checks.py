@@ -133,6 +133,12 @@ def test_the_count_below_a_masked_mean_goes_along() -> None:
     assert torch.allclose(output, model(x, there), rtol=1e-12, atol=1e-12)
 
 
+def patch_mean(x: Tensor, there: Tensor, hidden: Any) -> Tensor:
+    """A mask of all but the class token has an axis that is shorter than that of the tokens."""
+    mask = torch.ones(x.shape[0], x.shape[1] - 1)
+    return x[:, 0] + (x[:, 1:] * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+
+
 def shifted(model: Model, x: Tensor, block: Any, table: Tensor) -> Tensor:
     return x + torch.cat([x[:, 1:], x[:, :1]], dim=1)
 
@@ -161,12 +167,24 @@ def recurrent(model: Model, x: Tensor, block: Any, table: Tensor) -> Tensor:
             lambda x, there, hidden: (x * there.unsqueeze(-1)).sum(1) / there.sum(1, keepdim=True),
             "is made of all tokens' entries of what goes along",
         ),
+        (None, patch_mean, "is made of all tokens' entries of what goes along"),
+        (None, lambda x, there, hidden: x[:, 0] + x[:, 1:].sum(1) / there[:, 1:].size(1), "computes with the number"),
+        (None, lambda x, there, hidden: x.sum(1) / x.shape.numel(), "computes with the number of tokens"),
+        (
+            None,
+            lambda x, there, hidden: x.sum(1) / torch.ones(x.shape[1]).sum(),
+            "sum .*is made of all tokens' entries",
+        ),
+        (None, lambda x, there, hidden: x.sum(1) / torch.full((1, 1), x.shape[1]), "is made of the number of tokens"),
         (None, lambda x, there, hidden: (x.mean(1), hidden), "the model puts out all positions"),
         (None, lambda x, there, hidden: x.max(1).indices, "max behind .* reads every position"),
         (shifted, None, "tokens at different places are combined"),
         (moving_bias, None, "in place, which goes along with the tokens"),
     ],
-    ids=["recurrence", "numel", "mean", "scale", "sizes", "masked", "hidden", "places", "shift", "moving"],
+    ids=[
+        *("recurrence", "numel", "mean", "scale", "sizes", "masked", "patches", "patch_mean", "product"),
+        *("ones", "full", "hidden", "places", "shift", "moving"),
+    ],
 )
 def test_it_stops_with_a_reason(inner: Any, head: Any, reason: str) -> None:
     model, x, there = Model(inner, head).double(), examples(), torch.ones(3, TOKENS, dtype=torch.float64)
