@@ -21,6 +21,7 @@ from fx_approx.passes.channel_rules import handle as handle_by
 from fx_approx.passes.operations import FUNCTIONS
 from fx_approx.passes.token_checks import Sum, are_rows
 from fx_approx.passes.token_rules import rule_of_call, rule_of_module
+from fx_approx.passes.token_scores import are_scores
 from fx_approx.passes.token_words import place
 from fx_approx.runtime.graph_program import PROLOGUE
 
@@ -132,13 +133,15 @@ def find_examples(
         sampling: What was asked for.
     """
     asked = sampling.per_example
-    attention = _masked(tokens, inside) if sampling.padding == "first" else None
+    asks = sampling.padding == "first" and asked is not False
+    attention = _masked(tokens, inside) if asks else None
+    unread = _written_out(tokens, inside) if asks and attention is None else ""
     if asked is False or (asked is None and attention is None):
-        return None, ""
+        return None, f"{place(start)}: padding is a token like any other: {unread}" if unread else ""
     found, why = _examples(tokens, start, inside, sums)
     if found is None:
         return None, f"{place(start)}: {_LIKE}: {why}"
-    padding, why = (None, "") if attention is None else _padding(tokens, found, attention, is_sampled)
+    padding, why = (None, unread) if attention is None else _padding(tokens, found, attention, is_sampled)
     note = f"{place(start)}: padding is a token like any other: {why}" if why else ""
     if padding is None and asked is None:
         return None, note
@@ -155,6 +158,19 @@ def _masked(tokens: Flow, inside: Collection[fx.Node]) -> fx.Node | None:
         if sizes is not None and len(sizes) > 2 and sizes[-1] > 1 and any(size > 1 for size in sizes[:-2]):
             return node
     return None
+
+
+def _written_out(tokens: Flow, inside: Collection[fx.Node]) -> str:
+    """Where attention that is written out has a mask or bias for each example, of which no one asks for padding."""
+    for node in tokens.graph.nodes:
+        if node not in inside or not are_scores(tokens, node):
+            continue
+        result = tokens.shape(node) or ()
+        for operand, _ in tokens.steps[node].follow:
+            sizes = tokens.shape(operand) or ()
+            if len(sizes) == len(result) and sizes[0] > 1 and sizes[-1] > 1:
+                return f"{place(node)} reads a mask or bias in attention that is written out"
+    return ""
 
 
 def _examples(

@@ -209,6 +209,22 @@ def test_a_mask_at_random_tells_no_padding_and_the_report_says_so() -> None:
         assert "padding is a token like any other: the mask of" in said and "is made of tokens, or at random" in said
 
 
+def test_a_mask_of_written_out_attention_tells_no_padding_and_the_report_says_so() -> None:
+    def written(model: Model, x: Tensor, block: Any, table: Tensor) -> Tensor:
+        scores = (x @ x.transpose(1, 2)).masked_fill((table[:3] < -9).unsqueeze(1), float("-inf"))
+        return x + scores.softmax(-1) @ x
+
+    model, x = Model(written).double(), examples()
+    for policy, rows in ((Tokens(0.5), 1), (Tokens(0.5, per_example=True), 3), (Tokens(0.5, padding="ignore"), 1)):
+        approx = fx_approx.transform(model, policy, x)
+        chosen = chosen_of(approx)
+        approx(x)
+        assert chosen[0].shape == (rows, 5)
+        said = " ".join(str(fx_approx.report(approx)).split())
+        told = "padding is a token like any other: masked_fill" in said
+        assert told == (policy.padding == "first"), said
+
+
 @pytest.mark.parametrize("layers", [Override({"*.down": Uniform(0.5)}, Exact()), Uniform(0.5)], ids=["hidden", "value"])
 def test_channels_of_the_layers_are_sampled_on_the_tokens_of_each_example(layers: Any) -> None:
     """The oracle: the model written by hand, itself transformed by the policy of the layers."""
