@@ -187,19 +187,28 @@ def _summed(flow: Flow, start: fx.Node, riders: Iterable[fx.Node], behind: set[f
         for node in flow.graph.nodes
         if node not in behind and node not in along and flow.layout(node) is None and node.name in flow.values.shapes
     ]
-    told = {node for node in others if next(_counted(flow, start, node), None) is not None}
-    family = _family(flow, along | {node for node in told if _times(flow, node, lengths)}, lengths, behind)
+    family, told = _family(flow, along, lengths, behind), _told(flow, start, others)
     for node in others:
         known = [one for one in node.all_input_nodes if one in family]
         fewer = known and _times(flow, node, lengths) < max(_times(flow, one, lengths) for one in known)
-        counts = node in told and not _times(flow, node, lengths)
+        counts = node in told and flow.shape(node) is not None and not _times(flow, node, lengths)
         if (fewer or counts) and any(user in behind for user in _beside(flow, node, along, behind)):
             what = "all tokens' entries of what goes along with them" if fewer else "the number of tokens"
             yield f"{place(node)} is made of {what}"
 
 
+def _told(flow: Flow, start: fx.Node, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Tensors that are made of the number of tokens, as ``torch.ones(tokens)`` is, and what these alone become."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        given = [one for one in node.all_input_nodes if one.op != "get_attr" and one.name in flow.values.shapes]
+        if (given and found.issuperset(given)) or next(_counted(flow, start, node), None) is not None:
+            found.add(node)
+    return found
+
+
 def _family(flow: Flow, along: set[fx.Node], tokens: set[int], behind: set[fx.Node]) -> set[fx.Node]:
-    """``along``, what it is made of, and what else that becomes, as far as it has an axis as long."""
+    """What goes along, what it is made of, and what else that becomes, as far as it has an axis as long."""
     waiting, found = list(along), set(along)
     while waiting:
         node = waiting.pop()

@@ -167,13 +167,13 @@ def recurrent(model: Model, x: Tensor, block: Any, table: Tensor) -> Tensor:
             lambda x, there, hidden: (x * there.unsqueeze(-1)).sum(1) / there.sum(1, keepdim=True),
             "is made of all tokens' entries of what goes along",
         ),
-        (None, patch_mean, "is made of all tokens' entries of what goes along"),
+        (None, patch_mean, "sum .*is made of "),
         (None, lambda x, there, hidden: x[:, 0] + x[:, 1:].sum(1) / there[:, 1:].size(1), "computes with the number"),
         (None, lambda x, there, hidden: x.sum(1) / x.shape.numel(), "computes with the number of tokens"),
         (
             None,
             lambda x, there, hidden: x.sum(1) / torch.ones(x.shape[1]).sum(),
-            "sum .*is made of all tokens' entries",
+            "sum .*is made of the number of tokens",
         ),
         (None, lambda x, there, hidden: x.sum(1) / torch.full((1, 1), x.shape[1]), "is made of the number of tokens"),
         (None, lambda x, there, hidden: (x.mean(1), hidden), "the model puts out all positions"),
@@ -197,6 +197,21 @@ def test_a_hidden_value_that_is_put_out_has_all_tokens() -> None:
     model, x = Model(head=lambda x, there, hidden: (x, hidden)).double(), examples()
     approx = fx_approx.transform(model, Tokens(0.5), x)
     assert [one.shape[1] for one in approx(x)] == [TOKENS, TOKENS]
+
+
+def test_masks_of_other_tokens_as_many_do_not_stop_it() -> None:
+    """A decoder that makes its causal mask by its own length, which is that of what it looks at."""
+
+    def decoder(x: Tensor, there: Tensor, hidden: Any) -> Tensor:
+        tokens = there.shape[1]
+        query, key, value = there.unsqueeze(-1).expand(-1, -1, 24).chunk(3, dim=-1)
+        mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+        query = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return nn.functional.scaled_dot_product_attention(query, x[..., :8], x[..., 8:16])
+
+    model, x = Model(head=decoder).double(), examples()
+    approx = fx_approx.transform(model, Tokens(0.5, mode="drop"), (x, torch.randn(3, TOKENS).double()))
+    assert find(approx)._fx_approx.tokens
 
 
 def test_two_stacks_whose_tokens_meet_are_not_sampled_apart() -> None:
