@@ -409,25 +409,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2": Family(_hugging("Qwen2ForCausalLM", "Qwen2Config", **_LLAMA), TEXT, _MODEL, LENGTH, True),
     "qwen3": Family(_hugging("Qwen3ForCausalLM", "Qwen3Config", **_LLAMA), TEXT, _MODEL, LENGTH, True),
-    "falcon": Family(
-        _hugging(
-            "FalconForCausalLM",
-            "FalconConfig",
-            vocab_size=50,
-            hidden_size=WIDTH,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-            use_cache=False,
-            multi_query=True,
-        ),
-        TEXT,
-        lambda m: m.transformer.h,
-        LENGTH,
-        True,
-        "b",
-    ),
     "mpt": Family(
         _hugging(
             "MptForCausalLM",
