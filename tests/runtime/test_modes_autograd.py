@@ -342,6 +342,8 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
     ),
     "fx_approx::observe": (torch.rand(2, 5), torch.arange(5), torch.rand(2), torch.tensor([0, 3]), 0),
     "fx_approx::refresh": (torch.tensor([-1.0, 0.5, 2.0]), torch.rand(12)),
+    "fx_approx::learn_positions": (torch.tensor([-1.0, 0.5, 2.0]), torch.rand(2, 2), torch.tensor([[0, 2], [1, 3]])),
+    "fx_approx::keep_scores": (torch.tensor([3, 5]), torch.rand(3), torch.tensor([3, 4]), torch.rand(3), 10**9),
 }
 
 
