@@ -353,12 +353,12 @@ def test_fine_tuning_begins_with_the_weights_of_another_configuration(
 def test_the_step_after_an_exact_one_is_taught_by_it(
     scripts: SimpleNamespace, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[torch.Tensor, ...]] = []
+    seen: list[tuple[Any, ...]] = []
     plain = scripts.training.Run.step
 
-    def step(run: Any, x: torch.Tensor, y: torch.Tensor, optimizer: Any, *soft: torch.Tensor) -> Any:
-        loss, output = plain(run, x, y, optimizer, *soft)
-        seen.append((x, y, loss, output, *soft))
+    def step(run: Any, x: torch.Tensor, y: torch.Tensor, optimizer: Any, soft: Any = None, weights: Any = None) -> Any:
+        loss, output = plain(run, x, y, optimizer, soft, weights)
+        seen.append((x, y, loss, output, soft))
         return loss, output
 
     monkeypatch.setattr(scripts.training.Run, "step", step)
@@ -366,11 +366,11 @@ def test_the_step_after_an_exact_one_is_taught_by_it(
     (run,) = runner("value, tail", more=[f"--set=variants.value, tail.{option}" for option in options])
     assert run["phases"] == {"sampled": 14, "exact": 10}
     steps = seen[-24:]  # before them some are timed
-    taught = [place for place, found in enumerate(steps) if len(found) == 5]
+    taught = [place for place, found in enumerate(steps) if found[4] is not None]
     # Exact are steps 3, 7, 11, 15 and, the tail, from 18 on; an epoch of six steps, begun anew, has no teacher yet.
     assert taught == [4, 8, 16]
     for place in taught:
-        (x, y, _, answers), (again, labels, loss, output, soft) = steps[place - 1], steps[place]
+        (x, y, _, answers, _), (again, labels, loss, output, soft) = steps[place - 1], steps[place]
         assert x is again and y is labels and torch.equal(soft, answers.softmax(-1))
         logs = output.log_softmax(-1)
         expected = -0.75 * logs[range(len(y)), y] - 0.25 * (soft * logs).sum(-1)
