@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fx_approx.sampling import SamplerConfig
 from tests.helpers.ahead import Readers, batch, indices, names, readers, same, selections, shared, shuffle
 from tests.helpers.demand_nets import NETS
 from tests.helpers.hoisting import Layers, assert_same_numbers, pair, perturbed, training_step
+from tests.helpers.modules import made_of
 
 # ---- which readers scope, and by what
 
@@ -76,6 +78,22 @@ def test_a_flattened_map_is_scored_as_one_channel() -> None:
     place = next(i for i, own in enumerate(names(approx)) if own == ["classifier.0"])
     scores = model.classifier[0].weight.square().sum(0).view(10, 4).sum(1).sqrt()
     assert indices(approx, torch.randn(shape).double())[place] == sorted(scores.topk(5).indices.tolist())
+
+
+@made_of(lambda: {"a": nn.Conv2d(3, 8, 1), "b": nn.Conv2d(3, 6, 1), "last": nn.Linear(56, 5)})
+def Beside(self: Any, x: Tensor) -> Tensor:
+    """Two flattened maps, one behind the other."""
+    return self.last(torch.cat([self.a(x).relu().flatten(1), self.b(x).relu().flatten(1)], 1))
+
+
+def test_maps_side_by_side_are_scored_by_their_own_columns() -> None:
+    torch.manual_seed(0)
+    model = Beside().double()
+    approx = fx_approx.transform(model, Layers(scope="value"), torch.randn(2, 3, 2, 2).double())
+    chosen = indices(approx, torch.randn(2, 3, 2, 2).double())
+    found = [one for own, one in zip(names(approx), chosen, strict=True) if own == ["last"]]
+    norms = model.last.weight.square().sum(0).view(14, 4).sum(1).sqrt()
+    assert found == [sorted(norms[:8].topk(4).indices.tolist()), sorted(norms[8:].topk(3).indices.tolist())]
 
 
 def test_groups_give_as_many_each() -> None:
