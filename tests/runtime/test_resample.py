@@ -31,6 +31,19 @@ def test_who_shares() -> None:
     assert names(readers(Layers(scope="group"))) == [["first"], ["left", "right", "last"]]
 
 
+class Shown(Readers):
+    def forward(self, x: Tensor) -> Any:
+        x = self.first(x).relu()
+        y = x + self.left(x)
+        return torch.cat([self.right(x), self.last(y)], 1), y
+
+
+def test_nothing_is_shared_over_an_addition_whose_result_is_needed_whole() -> None:
+    torch.manual_seed(0)
+    approx = fx_approx.transform(Shown().double(), Layers(scope="group"), batch())
+    assert names(approx) == [["first"], ["left", "right"], ["last"]]
+
+
 def test_shared_selections_are_of_the_sum_of_the_scores() -> None:
     model = readers(Layers("topk", scope="group"))
     total = model.left.weight.norm(dim=0) + model.right.weight.norm(dim=0) + model.last.weight.norm(dim=0)
