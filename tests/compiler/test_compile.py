@@ -148,7 +148,9 @@ def step(model: nn.Module, call: Any, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("scope", "sampler", "scores"),
     [
-        *(("group", "topk", "ema"), ("value", "systematic", "weight"), ("layer", "bernoulli", "uniform")),
+        ("value", "systematic", "weight"),
+        pytest.param("group", "topk", "ema", marks=pytest.mark.slow),
+        pytest.param("layer", "bernoulli", "uniform", marks=pytest.mark.slow),
         pytest.param("value", "crs", "ema", marks=pytest.mark.slow),
         pytest.param("group", "wta_unique", "weight", marks=pytest.mark.slow),
         pytest.param("layer", "wta", "online", marks=pytest.mark.slow),

@@ -222,6 +222,7 @@ def test_token_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys:
 # ---- sweep
 
 
+@pytest.mark.slow
 def test_sweep(
     data: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

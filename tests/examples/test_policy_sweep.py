@@ -29,6 +29,8 @@ from policy_sweep.sweep import sweep
 
 from tests.helpers.models import Cnn
 
+pytestmark = pytest.mark.slow
+
 VALUE = Uniform(0.5)
 DATA = [(torch.randn(8, 3, 8, 8), torch.randint(4, (8,))) for _ in range(3)]
 

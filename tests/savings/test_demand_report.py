@@ -154,8 +154,8 @@ def kept(model: nn.Module, x: Tensor) -> int:
 
 
 def cases() -> list[Any]:
-    """Small networks in one scope each, a transformer and a residual network in all; the others with ``-m slow``."""
-    quick = {*zip(NETS, itertools.cycle(SCOPES)), *itertools.product(("transformer", "wide"), SCOPES)}
+    """Small networks in one scope each, a transformer in all; the others with ``-m slow``."""
+    quick = {*zip(NETS, itertools.cycle(SCOPES)), *itertools.product(("transformer",), SCOPES)}
     pairs = itertools.product([*LARGE, *NETS], SCOPES)
     return [pair if pair in quick else pytest.param(*pair, marks=pytest.mark.slow) for pair in pairs]
 

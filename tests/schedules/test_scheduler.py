@@ -232,6 +232,7 @@ def test_compilations_are_the_distinct_ratios() -> None:
     assert schedule.ratios == {1.0, 0.75, 0.5} and count == 3
 
 
+@pytest.mark.slow
 def test_exact_steps_are_one_graph_whatever_the_ratio_between_them() -> None:
     """And up to the limit of torch.compile without a warning, which the tests would raise."""
     torch._dynamo.reset()
