@@ -89,6 +89,19 @@ def test_padding_is_left_out_first(least: float | None, head: str, skip: bool) -
         agree(approx, output, model, by_hand(model, batch, chosen, skip, mask_of(lengths)))
 
 
+def test_padding_is_counted_behind_the_tokens_that_are_always_kept() -> None:
+    """Two are kept, and half of the others: of an example with four real tokens all, at every draw."""
+    model, x = stack("plain", "mean")
+    there = padding_of((4, TOKENS, 5))
+    approx = fx_approx.transform(model, Tokens(0.5, keep=2), (x, there))
+    chosen = chosen_of(approx)
+    kept = 2 + round((TOKENS - 2) / 2)
+    for _ in range(6):
+        approx(x, there)
+    for rows in chosen:
+        assert [int(real[row].sum()) for real, row in zip(there, rows, strict=True)] == [4, kept, min(5, kept)]
+
+
 def test_padding_may_be_a_token_like_any_other() -> None:
     model, x = stack("plain", "mean")
     there = padding_of()
