@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import fx_approx
 from fx_approx.core.token_sampling import SAMPLERS, TokenSampling
 from fx_approx.errors import NoEffectWarning
-from fx_approx.ops.token_scores import attended, learn_positions
+from fx_approx.ops.token_scores import attended, learn, learn_positions
 from fx_approx.policies import Tokens, Uniform
 from fx_approx.runtime.approx_module import find
 from fx_approx.runtime.rng import Draw, draw
@@ -101,6 +101,13 @@ def rest(model: Model, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     for block in list(model.blocks)[1:]:
         result = block(result)
     return value, result.mean(1)
+
+
+def test_a_running_score_of_zero_is_known_and_a_negative_one_is_not() -> None:
+    running = torch.tensor([-1.0, 0.0, 2.0, 2.0, 2.0])
+    fresh = torch.tensor([3.0, 3.0, 3.0, float("inf"), 3.0])
+    learn(running, fresh, torch.tensor([True, True, True, True, False]))
+    assert torch.allclose(running, torch.tensor([3.0, 0.3, 2.1, 2.0, 2.0]))
 
 
 @pytest.mark.parametrize("per_example", [False, True])
