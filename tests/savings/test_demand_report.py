@@ -426,3 +426,10 @@ def test_a_copy_and_a_pickle_report_the_same() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert fx_approx.report(pickle.loads(pickle.dumps(approx))) == report
+
+
+def test_what_is_written_in_place_moves_memory_and_views_and_products_do_not() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Unflatten(1, (2, 4)), nn.ReLU(), nn.Flatten())
+    approx = fx_approx.transform(nn.Sequential(model, nn.Linear(8, 4)), Uniform(0.5), torch.randn(3, 4))
+    moves = {one.name: one.moves for one in approx._fx_approx.record.effects.operations}
+    assert [moves[f"_0_{number}"] for number in range(5)] == [False, True, False, True, False]
