@@ -13,7 +13,7 @@ import fx_approx
 from fx_approx.policies import Exact, Override, Tokens, Uniform
 from fx_approx.runtime.approx_module import find
 from tests.passes.test_token_checks import Model, examples, masked_mean
-from tests.passes.test_tokens import HEADS, TOKENS, WIDTH, Block, Stack, gradients, stack
+from tests.passes.test_tokens import HEADS, TOKENS, WIDTH, Block, Stack, by_policy, gradients, stack
 
 
 def chosen_of(model: nn.Module) -> list[Tensor]:
@@ -260,6 +260,5 @@ def test_channels_of_the_layers_are_sampled_on_the_tokens_of_each_example(layers
                 x = block(x)
             return self.model.read(x)
 
-    rules = {f"model.{pattern}": policy for pattern, policy in layers.rules.items()} if "rules" in vars(layers) else {}
-    hand = fx_approx.transform(ByHand(), Override(rules, layers.base) if rules else layers, x)
+    hand = by_policy(ByHand(), layers, x)
     agree(approx, output, hand, hand(x))

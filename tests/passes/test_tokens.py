@@ -264,6 +264,12 @@ def test_compiled_as_one_graph() -> None:
     assert torch.equal(copied(x), eager(x))
 
 
+def by_policy(hand: nn.Module, layers: Any, x: Tensor) -> nn.Module:
+    """``hand`` transformed by the policy of the layers of its ``model``."""
+    rules = {f"model.{pattern}": policy for pattern, policy in layers.rules.items()} if "rules" in vars(layers) else {}
+    return fx_approx.transform(hand, Override(rules, layers.base) if rules else layers, x)
+
+
 @pytest.mark.parametrize(
     "layers",
     [
@@ -290,8 +296,7 @@ def test_channels_of_the_layers_are_sampled_on_the_tokens_that_are_there(layers:
         def forward(self, x: Tensor) -> Tensor:
             return self.model.by_hand(x, [self.index], False)
 
-    rules = {f"model.{pattern}": policy for pattern, policy in layers.rules.items()} if "rules" in vars(layers) else {}
-    hand = fx_approx.transform(ByHand(), Override(rules, layers.base) if rules else layers, x)
+    hand = by_policy(ByHand(), layers, x)
     expected = hand(x)
     assert torch.allclose(output, expected, rtol=1e-12)
     for one, other in zip(gradients(approx, output), gradients(hand, expected), strict=True):
