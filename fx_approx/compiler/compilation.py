@@ -50,6 +50,7 @@ class Compilation:
     _stretches: dict[TokenSampling, tuple[tuple[TokenStretch, ...], tuple[str, ...]]] = dataclasses.field(
         default_factory=dict, init=False
     )
+    _stacks: dict[TokenSampling | None, tuple[TokenStack, ...]] = dataclasses.field(default_factory=dict, init=False)
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
@@ -91,8 +92,11 @@ class Compilation:
 
     def token_stacks(self, plan: Plan) -> tuple[TokenStack, ...]:
         """The stacks block by block, with what ``plan`` makes of them."""
-        streams, _ = self.token_streams(0 if plan.tokens is None else plan.tokens.keep)
-        return map_tokens(streams, self.token_stretches(plan.tokens)[0], plan.tokens)
+        tokens = plan.tokens
+        if tokens not in self._stacks:
+            streams, _ = self.token_streams(0 if tokens is None else tokens.keep)
+            self._stacks[tokens] = map_tokens(streams, self.token_stretches(tokens)[0], tokens)
+        return self._stacks[tokens]
 
     def predicted(self, name: str, plan: Plan, prune_unread: bool) -> SavingsReport:
         """The report of ``plan`` before anything is rewritten."""
