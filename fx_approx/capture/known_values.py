@@ -451,14 +451,20 @@ class KnownValues:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Torch logs each failure on fake tensors with a traceback; the message is raised as well."""
+    """Torch logs each failure on fake tensors with a traceback; the message is raised as well.
+
+    By a filter: another level would empty the caches of all loggers, at each operation that is computed.
+    """
+
+    def is_critical(record: logging.LogRecord) -> bool:  # one for each entry: a logger holds a filter once
+        return record.levelno >= logging.CRITICAL
+
     logger = logging.getLogger(FAKE_TENSOR_LOGGER)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    logger.addFilter(is_critical)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(is_critical)
 
 
 def without_user_hooks(fake: nn.Module) -> list[str]:

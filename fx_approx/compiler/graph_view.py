@@ -226,11 +226,13 @@ class GraphView:
 
 
 def _unrated(roles: Mapping[Role, SamplerConfig]) -> Any:
-    return tuple((role, spec.replace(ratio=0.5)) for role, spec in roles.items())
+    """All of the samplers but their ratios."""
+    return tuple((role, *((k, v) for k, v in spec.to_dict().items() if k != "ratio")) for role, spec in roles.items())
 
 
 def _alike(decision: Decision) -> Decision:
-    return dataclasses.replace(decision, roles=dict(_unrated(decision.roles)), cost=None)
+    roles = {role: spec.replace(ratio=0.5) for role, spec in decision.roles.items()}
+    return dataclasses.replace(decision, roles=roles, cost=None)
 
 
 def _product(candidate: Candidate, decision: Decision | None, counts: Counts) -> Product:

@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import enum
 import inspect
-import logging
 import types
 import warnings
 import weakref
@@ -26,7 +25,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fx_approx._compat import (
-    FAKE_TENSOR_LOGGER,
     RESUMED,
     FakeCopyMode,
     FakeTensorMode,
@@ -35,6 +33,7 @@ from fx_approx._compat import (
     tree_map_only,
 )
 from fx_approx.capture.error_text import describe
+from fx_approx.capture.known_values import quiet
 from fx_approx.capture.size_guards import TensorSpec
 from fx_approx.capture.trace import kept_random_state
 from fx_approx.core.candidates import RoleFlops
@@ -270,13 +269,7 @@ def _roles(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Torch logs each failure on fake tensors; and the model has said already what it warns of."""
-    logger = logging.getLogger(FAKE_TENSOR_LOGGER)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    """Nor does the model say again what it warns of."""
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -99,12 +99,15 @@ class SamplerConfig:
         """
         if pairs < 0:
             raise ValueError(f"pairs: expected a number of column-row pairs >= 0, got {pairs}")
+        return self._counted(pairs, self.min_k, self.round_to)
+
+    def _counted(self, pairs: int, min_k: int, round_to: int) -> int:
         if self.ratio == 1:
             return pairs
         # Halves round up also where floating point falls just short: 0.29 * 50 is 14.499999999999998.
         rounded = math.floor(self.ratio * pairs + 0.5 + 1e-9)
-        multiple = max(1, (2 * rounded + self.round_to) // (2 * self.round_to))
-        return min(pairs, max(self.min_k, multiple * self.round_to))
+        multiple = max(1, (2 * rounded + round_to) // (2 * round_to))
+        return min(pairs, max(min_k, multiple * round_to))
 
     def count_units(self, units: int, block: int, groups: int, reader_groups: int) -> int:
         """Units to keep of each group's ``units``, where this counts single pairs of a reader.
@@ -117,8 +120,7 @@ class SamplerConfig:
         """
         together = block * max(1, groups // reader_groups)
         round_to = self.round_to // math.gcd(self.round_to, together)
-        own = self.replace(min_k=max(1, -(-self.min_k // together)), round_to=round_to)
-        return own.count(units)
+        return self._counted(units, max(1, -(-self.min_k // together)), round_to)
 
     @property
     def ahead(self) -> bool:
@@ -127,7 +129,7 @@ class SamplerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary, ready for JSON."""
-        return dataclasses.asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplerConfig:
