@@ -297,6 +297,7 @@ def test_product_of_shapes_that_do_not_fit(products: ModuleType) -> None:
         products.Product("x", torch.ones(2, 6), torch.ones(6, 2), block=4)
 
 
+@pytest.mark.slow
 def test_quick_run(
     estimators: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -170,6 +170,7 @@ def test_what_does_not_learn_is_told() -> None:
     assert run.train(model, torch.zeros(2, 32), {"first.weight", "last.bias"}).startswith("1 of 2 parameters")
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

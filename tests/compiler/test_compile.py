@@ -53,6 +53,7 @@ def test_switching_off_and_on_compiles_once_more_and_is_exact() -> None:
     assert counter.frame_count == 2
 
 
+@torch._dynamo.config.patch(recompile_limit=4)
 def test_two_models_do_not_share_the_recompile_limit() -> None:
     x = torch.randn(4, 32)
     for _ in range(torch._dynamo.config.recompile_limit + 2):
@@ -187,12 +188,13 @@ def test_batches_of_any_size_need_no_graph_each(dynamic: bool | None, most: int)
     policy = Uniform(0.5, "systematic")
     eager, approx = (fx_approx.transform(copy.deepcopy(model), policy, torch.randn(2, 3, 8, 8)) for _ in range(2))
     compiled = torch.compile(approx, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for size in (2, 4, 3, 6):
+    for size in (2, 4, 3):
         x = torch.randn(size, 3, 8, 8)
         torch.testing.assert_close(step(approx, compiled, x), step(eager, eager, x))
     assert compilations(approx) == most
 
 
+@torch._dynamo.config.patch(recompile_limit=4)
 def test_before_the_recompile_limit_a_warning_says_what_to_do() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     x = torch.randn(4, 64)

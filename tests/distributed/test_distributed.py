@@ -20,7 +20,7 @@ from tests.distributed.ranks import batch, left, made, run
 
 SAME = [
     *("mlp value", "cnn group", "vit value", "cnn stale", "mlp systematic", "cnn bernoulli", "mlp systematic, micro"),
-    *("cnn fp16", "cnn compiled", "cnn compiled inside", "cnn unused", "cnn static", "cnn views"),
+    *("cnn fp16", "cnn compiled inside", "cnn unused", "cnn static", "cnn views"),
 ]
 ODD = {
     "other seed": "rank 1: seed is '1', and '0' on the others",
@@ -28,7 +28,7 @@ ODD = {
     "other weights": "rank 1: the selection of layer [13] is another one than on the others",
     "older step": "rank 1: step is 1, and 3 on the others; resume all ranks from the same checkpoint",
 }
-COMPILED = ["cnn compiled inside", "frontend", "sharded compiled"]
+COMPILED = ["cnn compiled", "cnn compiled inside", "frontend", "sharded compiled"]
 OTHERS = ["apart", "power", "scaled", "micro batches", "resumed", "controlled", "synchronized", "tokens", "frontend"]
 
 
@@ -38,7 +38,7 @@ SHARDED = [
     *("mlp layers weight systematic", "grouped layers weight value"),
     *("mlp layers weight columns", "mlp layers weight copies"),
 ]
-SHARDED_OTHERS = ["partly", "gradients", "mixed", "compiled", "frontend", "python", "refused", "resumed"]
+SHARDED_OTHERS = ["partly", "gradients", "mixed", "frontend", "python", "refused", "resumed"]
 FOUR = ["four copies", "four shards"]
 TOLERANCE = 1e-10
 KNOWN = "FSDP2-wrapped module|BatchNorm statistics were gathered while sampling"
@@ -295,19 +295,16 @@ def test_sharded_training_is_resumed_exactly(two: Path) -> None:
         assert at_once == resumed
 
 
-def test_compiled_training_is_that_of_whole_models(two: Path) -> None:
-    for result, _ in left(two, "sharded compiled"):
+@pytest.mark.slow
+def test_compiled_training_is_that_of_whole_models(tmp_path: Path) -> None:
+    run(tmp_path, 2, COMPILED, inner="aot_eager")
+    for name in COMPILED[:2]:
+        test_two_ranks_train_bit_for_bit_as_with_dense_reduction_and_send_less(tmp_path, name)
+    test_below_it_the_dynamo_frontend_trains_two_ranks_as_one_with_all_the_data(tmp_path)
+    for result, _ in left(tmp_path, "sharded compiled"):
         expected, losses = result["losses"]
         assert losses == pytest.approx(expected, abs=TOLERANCE)
         close(*result["state"])
-
-
-@pytest.mark.slow
-def test_what_is_compiled_inside_goes_through_aot_autograd_too(tmp_path: Path) -> None:
-    run(tmp_path, 2, COMPILED, inner="aot_eager")
-    test_two_ranks_train_bit_for_bit_as_with_dense_reduction_and_send_less(tmp_path, "cnn compiled inside")
-    test_below_it_the_dynamo_frontend_trains_two_ranks_as_one_with_all_the_data(tmp_path)
-    test_compiled_training_is_that_of_whole_models(tmp_path)
 
 
 def test_blocks_of_the_dynamo_frontend_train_as_whole_ones(two: Path) -> None:

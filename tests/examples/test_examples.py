@@ -208,6 +208,7 @@ def test_transform_time(transform_time: ModuleType, tmp_path: Path, capsys: pyte
 # ---- pictures of tokens
 
 
+@pytest.mark.slow
 def test_token_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     for (module,) in scripts("examples", ("token_pictures",), monkeypatch):

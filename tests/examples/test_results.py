@@ -382,6 +382,7 @@ def test_a_frozen_network_is_a_rival_and_not_what_all_are_compared_with(
     assert "-20.00" in row
 
 
+@pytest.mark.slow
 def test_figures_of_many_variants_name_those_on_the_fronts_and_have_room_for_the_names(
     tables: ModuleType, summaries: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

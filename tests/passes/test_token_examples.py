@@ -13,7 +13,7 @@ import fx_approx
 from fx_approx.policies import Exact, Override, Tokens, Uniform
 from fx_approx.runtime.approx_module import find
 from tests.passes.test_token_checks import Model, examples, masked_mean
-from tests.passes.test_tokens import HEADS, TOKENS, WIDTH, Block, Stack, by_policy, gradients, stack
+from tests.passes.test_tokens import HEADS, TOKENS, WIDTH, Block, Stack, by_policy, families, gradients, stack
 
 
 def chosen_of(model: nn.Module) -> list[Tensor]:
@@ -46,19 +46,18 @@ def agree(approx: nn.Module, output: Tensor, model: nn.Module, expected: Tensor)
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("how", ["plain", "causal", "rotary", "bias", "rows"])
 @pytest.mark.parametrize(
-    ("head", "skip", "policy"),
-    [
-        ("class", False, Tokens(0.5, per_example=True)),
-        ("mean", False, Tokens(0.5, keep=2, per_example=True, scores="norm")),
-        ("all", True, Tokens(0.5, per_example=True)),
-        ("all", True, Tokens(0.5, per_layer=True, per_example=True, scores="norm", sampler="topk")),
-    ],
+    ("how", "head", "skip", "policy"),
+    families(
+        [
+            ("class", False, Tokens(0.5, per_example=True)),
+            ("mean", False, Tokens(0.5, keep=2, per_example=True, scores="norm")),
+            ("all", True, Tokens(0.5, per_example=True)),
+            ("all", True, Tokens(0.5, per_layer=True, per_example=True, scores="norm", sampler="topk")),
+        ]
+    ),
 )
 def test_each_example_is_the_model_by_hand_on_its_own_tokens(how: str, head: str, skip: bool, policy: Tokens) -> None:
-    if head == "class" and how in ("rotary", "bias", "causal"):
-        pytest.skip("its tables are those of the tokens without a class token, and the first token sees no other")
     model, x = stack(how, head)
     approx = fx_approx.transform(model, policy, x)
     chosen = chosen_of(approx)

@@ -204,6 +204,7 @@ def test_setup_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "bad.py failed: ZeroDivisionError" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_as_a_command(tmp_path: Path) -> None:
     # In a fresh process torchvision may need its schemas.
     arguments = ["explain", "torchvision.models:resnet18", "--input", "2x3x32x32", "--policy", "topk:0.5"]

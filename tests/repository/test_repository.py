@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.machinery
 import importlib.resources
@@ -345,10 +346,19 @@ def test_there_is_code() -> None:
 
 
 @pytest.mark.parametrize(("line", "code"), [pytest.param(*block, id=f"line{block[0]}") for block in blocks()])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param(None, marks=pytest.mark.slow)])
 def test_block_runs(
-    line: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    line: int,
+    code: str,
+    inner: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """With Inductor, as they stand, by ``-m slow``: it compiles C++ for half a minute."""
     monkeypatch.chdir(tmp_path)
+    if inner is not None:
+        monkeypatch.setattr(fx_approx, "backend", functools.partial(fx_approx.backend, inner=inner))
     # Blank lines before it make the numbers in a traceback those of the README.
     program = compile("\n" * (line - 1) + code, str(README), "exec")
     exec(program, {"__name__": "__main__"})

@@ -144,7 +144,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 
 
 # The others where time is no matter: some hundred steps each.
-QUICK = {("mlp", "systematic"), ("mlp", "bernoulli")}
+QUICK = {("mlp", "bernoulli")}
 
 
 def projections(network: str, policy: Policy, steps: int) -> Tensor:

@@ -372,11 +372,10 @@ def WithCheckpoint(self: Any, x: Tensor) -> Tensor:
 
 
 _MIXED = ("positions",)
-# What others have together: the combined one all products, the one per batch the backward pass, the checkpoint norms.
-_PARTS = ("straight", "backward", "combined", "ema")
+_QUICK = ("forward", "weight_gradient")
 COMPILED = quick(
     [*(("mixed" if mode in _MIXED else "linear", mode) for mode in MODES), ("checkpoint", "ema")],
-    lambda name, mode: name == "checkpoint" or mode not in _PARTS,
+    lambda name, mode: name == "checkpoint" or mode in _QUICK,
 )
 
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fx_approx
 from fx_approx.policies import Tokens, Uniform
+from tests.helpers.quick import quick
 from tests.ops.counting import Keeping
 from tests.passes.test_token_checks import Model, examples, parts
 from tests.passes.test_tokens import stack
@@ -41,7 +42,10 @@ CLOSE = [
 ]
 
 
-@pytest.mark.parametrize(("how", "head", "policy"), [*EXACT, *CLOSE])
+@pytest.mark.parametrize(
+    ("how", "head", "policy"),
+    quick([*EXACT, *CLOSE], lambda how, head, policy: how != "rows" or (how, head, policy) in EXACT),
+)
 def test_memory_is_what_autograd_keeps(how: str, head: str, policy: Tokens) -> None:
     """To the byte, but for copies of buffers and what copies of channels leave behind."""
     model, x = stack(how, head)

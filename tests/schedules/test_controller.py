@@ -68,7 +68,7 @@ def test_it_holds_the_noise(sampler: str, target: float, draws: int) -> None:
     """After warm-up, within 20 per cent: the mean over the second half of the measurements."""
     policy = Uniform(0.5, sampler, min_k=4)
     model, optimizer, controller = started(policy, target=target, draws=draws)
-    train(model, optimizer, controller, range(360))
+    train(model, optimizer, controller, range(240))
     late = controller.history[len(controller.history) // 2 :]
     found = sum(record.sampling for record in late) / sum(record.sgd for record in late)
     assert found == pytest.approx(target, rel=0.2)
@@ -170,6 +170,7 @@ def test_calls_of_one_layer_move_apart() -> None:
         assert found == controller.ratios(position)
 
 
+@pytest.mark.slow
 def test_learnt_scores_of_a_compiled_model_are_measured() -> None:
     """Compiled steps learn running norms too; an eager model measures exactly what they choose."""
     torch._dynamo.reset()
