@@ -96,7 +96,7 @@ class Checkpointed(nn.Module):
         return out
 
 
-@pytest.mark.parametrize(("reentrant", "backend"), [(True, None), (True, "aot_eager")])
+@pytest.mark.parametrize(("reentrant", "backend"), [(True, None), pytest.param(True, "aot_eager", marks=pytest.mark.slow)])
 def test_checkpoints_inside_the_model_recompute_the_same_sample(reentrant: bool, backend: str | None) -> None:
     def made(on: bool) -> nn.Module:
         torch.manual_seed(0)

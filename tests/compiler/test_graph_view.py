@@ -135,6 +135,7 @@ class SlowAfterOthers(nn.Module):
         return self.linear(x)
 
 
+@pytest.mark.slow
 def test_the_first_step_after_another_models_is_not_counted() -> None:
     """Training repeats one model's step; what taking turns costs is none of its time."""
     times = viewed(SlowAfterOthers(), x=torch.randn(4, 32))[0].time([{}, {}], repeats=3)

@@ -87,7 +87,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize(
     ("name", "shape", "inner"),
-    list(zip(CHANGES, itertools.cycle([(6, 16), (2, 3, 16)]), itertools.cycle(["eager"] * 3 + ["aot_eager"]))),
+    list(zip(CHANGES, itertools.cycle([(6, 16), (2, 3, 16)]), itertools.cycle(["eager"] * 4 + ["aot_eager"]))),
 )
 def test_changes_in_place_between_hoisted_layers(name: str, shape: tuple[int, ...], inner: str) -> None:
     model = Net(CHANGES[name])
@@ -125,7 +125,7 @@ def test_settings_outlive_another_shape(kind: str) -> None:
 def test_more_ratios_than_torch_compiles_go_on_uncompiled() -> None:
     model = Net()
     call, backend = compiled(model, inner="aot_eager")
-    limit = 3
+    limit = 2
     with torch._dynamo.config.patch(recompile_limit=limit), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for kept in range(1, limit + 3):

@@ -387,7 +387,7 @@ def test_products_of_two_activations_and_straight_through_layers() -> None:
 # ---- with other tools
 
 
-@pytest.mark.parametrize("example", [True, False], ids=["own", "graph"])
+@pytest.mark.parametrize("example", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["own", "graph"])
 def test_parts_of_wide_values_are_exported_and_compiled(example: bool) -> None:
     torch.manual_seed(0)
     build, shape = NETS["post-activation"]
