@@ -266,7 +266,12 @@ _T5 = {"vocab_size": 50, "d_model": WIDTH, "d_kv": 6, "d_ff": 32, "num_layers": 
 _SPEECH = {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
 _SPEECH = {**_SPEECH, "conv_dim": (8, 8), "conv_kernel": (4, 4), "conv_stride": (2, 2), "apply_spec_augment": False}
 _SPEECH = {**_SPEECH, **dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout"), 0.0)}
-_SPEECH = {**_SPEECH, **dict.fromkeys(("feat_proj_dropout", "layerdrop"), 0.0), **_BODY, "vocab_size": 50}
+_SPEECH = {
+    **_SPEECH,
+    **dict.fromkeys(("feat_proj_dropout", "final_dropout", "layerdrop"), 0.0),
+    **_BODY,
+    "vocab_size": 50,
+}
 _WHISPER = {"num_mel_bins": 8, "encoder_layers": 4, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "dropout": 0.0}
 _WHISPER = {**_WHISPER, "d_model": WIDTH, "max_source_positions": 20, "classifier_proj_size": 8, "vocab_size": 50}
 _WHISPER = {**_WHISPER, **dict(zip(("pad_token_id", "bos_token_id", "eos_token_id"), range(3), strict=True))}
