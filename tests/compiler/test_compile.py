@@ -84,23 +84,23 @@ def test_compiling_around_a_checkpoint_of_the_model_is_a_clear_error() -> None:
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, on: bool, reentrant: bool) -> None:
+    def __init__(self, on: bool) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
-        self.on, self.reentrant = on, reentrant
+        self.on = on
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.on:
             return self.body(x)
-        out: Tensor = checkpoint(self.body, x, use_reentrant=self.reentrant)
+        out: Tensor = checkpoint(self.body, x, use_reentrant=True)
         return out
 
 
-@pytest.mark.parametrize(("reentrant", "backend"), [(True, None), pytest.param(True, "aot_eager", marks=pytest.mark.slow)])
-def test_checkpoints_inside_the_model_recompute_the_same_sample(reentrant: bool, backend: str | None) -> None:
+@pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_checkpoints_inside_the_model_recompute_the_same_sample(backend: str | None) -> None:
     def made(on: bool) -> nn.Module:
         torch.manual_seed(0)
-        layers = nn.Linear(16, 32), Checkpointed(on, reentrant), Checkpointed(on, reentrant), nn.Linear(32, 4)
+        layers = nn.Linear(16, 32), Checkpointed(on), Checkpointed(on), nn.Linear(32, 4)
         return nn.Sequential(*layers)
 
     policy = Uniform(0.5, "systematic", scores="online")

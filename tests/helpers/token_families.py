@@ -53,6 +53,7 @@ class Family:
         frontends: Those that capture it: ``t`` for transform, ``b`` for the backend.
         axis: Of the tokens in what a layer is called with.
         inner: A context in which what ``layer`` reads beside its arguments is that of the tokens ``index``.
+        from_end: An argument of the layers, a longer table of which they read the last positions.
     """
 
     make: Callable[[], nn.Module]
@@ -63,6 +64,7 @@ class Family:
     frontends: str = "tb"
     axis: int = 1
     inner: Callable[[nn.Module, Tensor], contextlib.AbstractContextManager[None]] | None = None
+    from_end: str = ""
 
 
 def result_of(output: Any) -> Tensor:
@@ -98,7 +100,8 @@ def leave_out(family: Family, model: nn.Module, index: Tensor) -> None:
             if number == 1:
                 whole.append(states)
                 states = states.index_select(family.axis, index)
-            rest = {name: taken(value, index, family.length) for name, value in kwargs.items()}
+            ends = {name: value[..., -family.length :] for name, value in kwargs.items() if name == family.from_end}
+            rest = {name: taken(value, index, family.length) for name, value in {**kwargs, **ends}.items()}
             if not args:
                 rest["hidden_states"] = states
             if family.inner is not None:
@@ -430,6 +433,7 @@ FAMILIES: dict[str, Family] = {
         LENGTH,
         True,
         "b",
+        from_end="position_bias",
     ),
     "t5_encoder": Family(
         _hugging("T5EncoderModel", "T5Config", **_T5), TEXT, lambda m: m.encoder.block, LENGTH, True, "b"
