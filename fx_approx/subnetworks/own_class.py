@@ -56,7 +56,7 @@ def narrow_tensors(root: nn.Module, full: nn.Module, cuts: Mapping[str, Cut]) ->
         groups = made[id(tensor)].shape[0] if cut.depthwise else cut.groups
         holders[holder] = max(groups, holders.get(holder, 1))
     for holder, groups in holders.items():
-        _fit_sizes(root.get_submodule(holder), groups)
+        fit_sizes(root.get_submodule(holder), groups)
 
 
 def fit_own_class(
@@ -107,7 +107,7 @@ def inputs_read(cut: Cut, full: Tensor) -> Tensor:
 # ---- layers
 
 
-def _fit_sizes(layer: Any, groups: int) -> None:
+def fit_sizes(layer: Any, groups: int) -> None:
     """Sets the attributes of a layer that name the sizes of its tensors; nothing where it has none."""
     weight = parameters_of(layer).get("weight")
     if weight is None:

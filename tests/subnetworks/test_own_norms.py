@@ -1,9 +1,11 @@
-"""Normalisations in a class of the user's own, which call functions: counted, exported, copied, pickled."""
+"""Layers in a class of the user's own, whose forward calls a function: narrow, counted, exported, copied, pickled."""
 
 from __future__ import annotations
 
 import copy
+import io
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from torch import Tensor, nn
 import fx_approx
 from fx_approx.errors import BatchNormWarning
 from fx_approx.runtime.approx_module import find
-from fx_approx.subnetworks import extract
+from fx_approx.subnetworks import extract, load, merge, record_of, reselect, save
 from tests.helpers.hoisting import Layers, perturbed
+from tests.subnetworks.nets import largest, other_selections, same, steps
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
 WIDE = Layers("topk", 0.5, "weight", "value")
@@ -77,6 +80,88 @@ def test_its_graph_is_exported_for_evaluation() -> None:
     counts = [name for name in sub.state_dict() if name.endswith("num_batches_tracked")]
     assert len(counts) == 7 and all(int(sub.state_dict()[name]) == 1 for name in counts)
     assert torch.allclose(torch.export.export(sub, (X,), strict=False).module()(X), expected, rtol=1e-12)
+
+
+class SameConv(nn.Conv2d):
+    """As ``Conv2dSame`` of timm: pads by itself, and names its groups."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(F.pad(input, (0, 2, 0, 2)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Gated(nn.Module):
+    """An inverted residual block: expanded, by channel, projected."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.expand, self.bn1 = SameConv(channels, hidden, 3), NormAct(hidden)
+        self.single, self.bn2 = SameConv(hidden, hidden, 3, groups=hidden), NormAct(hidden)
+        self.project, self.bn3 = SameConv(hidden, channels, 3, bias=False), NormAct(channels, act=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn2(self.single(self.bn1(self.expand(x))))
+        return self.bn3(self.project(x))
+
+
+class Stream(nn.Module):
+    """Two such blocks on a residual stream, of which the head reads a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.other = SameConv(3, 8, 3), Gated(8, 16), Gated(8, 16)
+        self.norm, self.head = NormAct(8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.one(x)
+        x = x + self.other(x)
+        result: Tensor = self.head(self.norm(x).mean((2, 3)))
+        return result
+
+
+def stream() -> nn.Module:
+    torch.manual_seed(0)
+    return perturbed(Stream()).double()
+
+
+@pytest.mark.parametrize("build", [network, stream])
+@pytest.mark.parametrize("scope", ["value", "group"])
+def test_its_own_class_runs_the_subnetwork(build: Callable[[], nn.Module], scope: str) -> None:
+    """Where a layer gets a wide value it reads its part, though it is none of torch's."""
+    approx = fx_approx.transform(build(), Layers("topk", 0.5, "weight", scope), X)
+    kept = copy.deepcopy(approx)
+    sub = extract(approx, example_inputs=X)
+    assert record_of(sub).own_forward, record_of(sub).reason
+    assert sum(p.numel() for p in sub.parameters()) < 0.7 * sum(p.numel() for p in approx.parameters())
+    for name, module in sub.named_modules():
+        if isinstance(module, NormAct):
+            assert module.num_features == module.weight.numel(), name
+        if isinstance(module, SameConv):
+            assert (module.out_channels, module.in_channels // module.groups) == tuple(module.weight.shape[:2]), name
+    before = {name: p.detach().clone() for name, p in kept.named_parameters()}
+    steps(sub, torch.optim.SGD(sub.parameters(), 1e-3), X, 3)
+    with fx_approx.reuse_selection(kept):
+        steps(kept, torch.optim.SGD(kept.parameters(), 1e-3), X, 3)
+    merge(sub, approx)
+    moved = max(float((p.detach() - before[name]).abs().max()) for name, p in kept.named_parameters())
+    assert moved > 0 and largest(approx, kept) <= 1e-10 * moved
+    assert torch.allclose(torch.export.export(sub.eval(), (X,), strict=False).module()(X), sub(X), rtol=1e-12)
+
+
+def test_its_own_class_is_cut_out_anew_and_stored() -> None:
+    approx = fx_approx.transform(stream(), WIDE, X)
+    sub = extract(approx, example_inputs=X)
+    stored = io.BytesIO()
+    save(sub, stored)
+    stored.seek(0)
+    again = load(stored, stream(), example_inputs=X)
+    assert type(again) is Stream and torch.equal(again(X), sub(X))
+    merge(sub, approx)
+    chosen = other_selections(sub, approx, False)
+    reselect(sub, approx, chosen)
+    fresh = extract(approx, chosen, example_inputs=X)
+    assert same(sub, fresh) and not same(sub, again)
+    assert torch.equal(sub(X), fresh(X))
 
 
 class Dropping(nn.Module):
