@@ -100,8 +100,8 @@ class WideValues:
 
     def install(self, own: nn.Module) -> None:
         """Gives ``own``, a copy of the narrow model, layers that do so."""
-        for path, narrowed in self.functions.items():
-            narrowed.change(own.get_submodule(path))
+        for path, function in self.functions.items():
+            function.change(own.get_submodule(path))
         for path in sorted({*self.writes, *(path for path, index in self.reads.items() if index is not None)}):
             layer = own.get_submodule(path)
             if isinstance(layer, nn.MultiheadAttention):
