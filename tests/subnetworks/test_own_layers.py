@@ -164,6 +164,51 @@ def test_its_own_class_is_cut_out_anew_and_stored() -> None:
     assert torch.equal(sub(X), fresh(X))
 
 
+class Attention(nn.Module):
+    """As that of timm: its forward names heads, channels of a head, and those of all heads."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.attn_dim = heads, channels // heads, channels
+        self.qkv, self.proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        made = F.scaled_dot_product_attention(*qkv.unbind(0))
+        result: Tensor = self.proj(made.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
+        return result
+
+
+class Transformer(nn.Module):
+    """Two blocks of attention on a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 12), nn.Linear(12, 5)
+        self.blocks = nn.ModuleList(Attention(12, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        result: Tensor = self.head(x.mean(1))
+        return result
+
+
+def test_attributes_that_follow_one_size_are_set_together() -> None:
+    """Two of three heads are kept, and half of the channels that they read."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 7, 6).double()
+    approx = fx_approx.transform(perturbed(Transformer()).double(), WIDE, x)
+    sub = extract(approx, example_inputs=x)
+    assert type(sub) is Transformer, record_of(sub).reason
+    for block in sub.blocks:
+        assert (block.num_heads, block.head_dim, block.attn_dim) == (2, 4, 8)
+    with fx_approx.reuse_selection(approx):
+        assert torch.allclose(sub(x), approx(x), rtol=1e-12)
+
+
 class Dropping(nn.Module):
     """Its Python hands the flag to a function."""
 
