@@ -195,16 +195,25 @@ def graph_module(
             vars(made)[str(node.target)] = plain
     made.graph = graph
     vars(made)["_tracer_cls"] = PartTracer
-    if serves is not None and serves.training_only:
-        refuse_evaluation(made)
     return _dressed(made, {} if serves is None else {_SERVES: serves})
 
 
 def _dressed(module: SubnetworkGraph, kept: Mapping[str, Any]) -> SubnetworkGraph:
     vars(module).update(kept)
     if _SERVES in kept:
-        module.register_forward_pre_hook(kept[_SERVES], with_kwargs=True)
+        module.register_forward_pre_hook(_given, with_kwargs=True)
     return module
+
+
+def _given(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return vars(module)[_SERVES](module, args, kwargs)
+
+
+def serve_training_only(module: nn.Module) -> None:
+    """Has a module whose forward is a graph refuse to run in evaluation."""
+    vars(module)[_SERVES] = dataclasses.replace(vars(module)[_SERVES], training_only=True)
+    if isinstance(module, SubnetworkGraph):
+        refuse_evaluation(module)
 
 
 def _rebuilt(body: dict[str, Any], imports: str, name: str, kept: Mapping[str, Any]) -> SubnetworkGraph:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fx_approx
 from fx_approx.errors import BatchNormWarning
 from fx_approx.runtime.approx_module import find
-from fx_approx.subnetworks import extract, load, merge, record_of, reselect, save
+from fx_approx.subnetworks import extract, load, merge, record_of, reselect, restore, save
 from tests.helpers.hoisting import Layers, perturbed
 from tests.subnetworks.nets import largest, other_selections, same, steps
 
@@ -207,6 +207,69 @@ def test_attributes_that_follow_one_size_are_set_together() -> None:
         assert (block.num_heads, block.head_dim, block.attn_dim) == (2, 4, 8)
     with fx_approx.reuse_selection(approx):
         assert torch.allclose(sub(x), approx(x), rtol=1e-12)
+
+
+class Cached(nn.Module):
+    """As attention of LeViT: it keeps a value that it computes in evaluation. Its Python names channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.shift, self.cache = nn.Parameter(torch.randn(2, 4)), dict[str, Tensor]()
+
+    def shifted(self, x: Tensor) -> Tensor:
+        if self.training:
+            return x + self.shift[:, 1:3].sum(1).repeat(2)
+        if "shift" not in self.cache:
+            self.cache["shift"] = self.shift[:, 1:3].sum(1).repeat(2)
+        return x + self.cache["shift"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.b(F.relu(self.a(x), inplace=True).view(-1, 16)))
+        return self.shifted(self.c(x))
+
+
+class Clamped(Cached):
+    """It does something else in evaluation, if only to few values."""
+
+    def shifted(self, x: Tensor) -> Tensor:
+        return x if self.training else x.clamp(-1e3, 1e3)
+
+
+class Counting(Cached):
+    """Writes into a buffer in evaluation, and returns the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(4))
+
+    def shifted(self, x: Tensor) -> Tensor:
+        if not self.training:
+            self.seen.add_(x.detach().mean(0))
+        return x
+
+
+@pytest.mark.parametrize(("build", "evaluates"), [(Cached, True), (Clamped, False), (Counting, False)])
+def test_a_graph_evaluates_where_the_operations_are_those_of_the_model(build: type[Cached], evaluates: bool) -> None:
+    """On this input all three compute in evaluation what their graphs do; of others only the operations tell."""
+    torch.manual_seed(0)
+    model, x = build(), torch.randn(4, 8)
+    approx = fx_approx.transform(copy.deepcopy(model), WIDE, x)
+    assert find(approx)._fx_approx.program.capture.branching
+    sub = extract(approx, example_inputs=x)
+    assert not record_of(sub).own_forward and not model.cache
+    expected = sub(x)
+    full = restore(sub, model).eval()(x)
+    for one in (sub, copy.deepcopy(sub), pickle.loads(pickle.dumps(sub))):
+        one.eval()
+        if evaluates:
+            assert torch.allclose(torch.export.export(one, (x,), strict=False).module()(x), full, atol=1e-5)
+            assert torch.equal(one(x), expected)
+            continue
+        with pytest.raises(Exception, match="serves training only"):
+            one(x)
+        with pytest.raises(Exception, match="serves training only"):
+            torch.export.export(one, (x,), strict=False)
 
 
 class Dropping(nn.Module):
