@@ -30,7 +30,7 @@ class _Operations(TorchDispatchMode):
     """
 
     def __init__(self, numbers: dict[Any, int], known: Sequence[tuple[Tensor, Any]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.numbers = numbers
         self._of: dict[int, int] = {}
         self._held: dict[int, Tensor] = {}
