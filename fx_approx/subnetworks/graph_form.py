@@ -132,7 +132,7 @@ class PartTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """As ``fx.Tracer``, which would make constants of the flags."""
-        flags = {path: (module, module.training) for path, module in root.named_modules()}
+        flags = {path: (one, one.training) for path, one in root.named_modules() if _FLAG in vars(one)}
         for path, (module, _) in flags.items():
             del vars(module)[_FLAG]  # what stands among the buffers is asked for by getattr
             cast(dict[str, Any], buffers_of(module))[_FLAG] = _Flag(f"{path}.{_FLAG}" if path else _FLAG)
