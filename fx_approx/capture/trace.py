@@ -227,8 +227,8 @@ def select_by_mode(training: bool, in_training: Any, in_evaluation: Any) -> Any:
 
 
 @fx.has_side_effect
-def add_in_training(training: bool, buffer: torch.Tensor, number: float) -> None:
-    """What the model's Python adds to a buffer in training only, such as a count of batches."""
+def add_in_training_(buffer: torch.Tensor, number: float, training: bool) -> None:
+    """What the model's Python adds to a buffer in training only, such as a count of batches; by its name, in place."""
     if training:
         buffer.add_(number)
 
@@ -259,7 +259,7 @@ def _merge(graph: fx.Graph, evaluation: fx.Graph, reader: str | None) -> set[str
             node.args, node.kwargs = arguments
     if not branching:
         for node in [node for node in graph.nodes if node not in twins and _counts(node)]:
-            node.op, node.target, node.args = "call_function", add_in_training, (flag.node(), *node.args)
+            node.op, node.target, node.args = "call_function", add_in_training_, (*node.args, flag.node())
     return branching
 
 

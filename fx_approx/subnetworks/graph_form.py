@@ -15,7 +15,7 @@ from torch.fx.graph_module import reduce_graph_module
 from fx_approx._compat import buffers_of, children_of, parameters_of
 from fx_approx.capture.records import CallForm
 from fx_approx.capture.size_guards import SizeGuard
-from fx_approx.capture.trace import add_in_training, select_by_mode
+from fx_approx.capture.trace import add_in_training_, select_by_mode
 from fx_approx.core.layer_types import with_forward
 from fx_approx.ops.channel_slices import whole_size
 from fx_approx.subnetworks.part_layers import take_columns
@@ -120,7 +120,7 @@ def _register(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         module.register_buffer(key, tensor, persistent=not key.startswith("_constant"))
 
 
-_OWN_CALLS = (take_part, take_columns, check_training, whole_size, select_by_mode, add_in_training)
+_OWN_CALLS = (take_part, take_columns, check_training, whole_size, select_by_mode, add_in_training_)
 _FLAG = "training"
 
 

@@ -26,7 +26,7 @@ Change = tuple[nn.Module, str, int]
 Options = dict[tuple[type[nn.Module], str], list[Change]]
 """By class and what is changed in it."""
 
-_TRIES = 32
+_TRIES = 48
 _TOGETHER = 3
 _NORMALISED = ("num_features", "num_channels", "num_parameters")
 _UNFIT_CONFIG = "no config of its class describes it, so that save_pretrained writes what from_pretrained cannot load"
