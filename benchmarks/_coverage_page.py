@@ -116,15 +116,16 @@ def markdown(results: Sequence[Result], environment: Mapping[str, Any], known: i
         "# Subnetworks: which models, beside Torch-Pruning",
         "Written by `python benchmarks/subnetwork_coverage.py --json docs/results/subnetwork-coverage.jsonl "
         "--markdown docs/results/subnetwork-coverage.md`, which says how. `Uniform(0.5, min_k=16)` at scopes "
-        "`value` and `group`; Torch-Pruning's `BasePruner` at `pruning_ratio=0.5` by magnitude, with the layers that "
-        "make the output ignored and heads given, as in its examples. It traces in eval mode and does not see "
-        "auxiliary heads that only training has, as of GoogLeNet and Inception, which its examples build without. "
+        "`value` and `group`, with products of two activations exact, and those by weights that the step computes, as "
+        "of standardised convolutions; Torch-Pruning's `BasePruner` at `pruning_ratio=0.5` by magnitude, with the "
+        "layers that make the output ignored and heads given, as in its examples. It traces in eval mode and does not "
+        "see auxiliary heads that only training has, as of GoogLeNet and Inception, which its examples build without. "
         "Random weights, float32, two small images.",
         f"The last of the runs: {about}.",
         "*made*: `class`, an instance of the model's own class; `graph`, a `torch.fx.GraphModule`; it trains for "
-        "a step, computes what the model computes with the kept selection, and `torch.export` takes it in eval mode "
-        "where it takes the full model, unless something else is said. *size*: parameters / operations of a training "
-        "step, of the full model's.",
+        "a step, computes what the model computes with the kept selection (to 1e-5 of the largest output, in float64 "
+        "where float32 is not enough), and `torch.export` takes it in eval mode where it takes the full model, unless "
+        "something else is said. *size*: parameters / operations of a training step, of the full model's.",
         tabulate(
             _totals(results),
             ["", "narrow", "and trains", "own class", "exports, of those whose original does", "parameters", "FLOPs"],

@@ -110,6 +110,8 @@ class GraphPolicy:
             return "its shapes are not known"
         if not candidate.kind.startswith(("linear", "conv")):
             return "a product of activations"
+        if self.subnetwork and self.scores != "uniform" and not candidate.facts.rhs_is_parameter:
+            return "its weight is computed in each step, so that no fixed network has its selection"
         if self.keep_last and candidate.last:
             return "no layer after it"
         if self.keep_first and candidate.first and candidate.kind.startswith("conv"):

@@ -226,6 +226,13 @@ def select_by_mode(training: bool, in_training: Any, in_evaluation: Any) -> Any:
     return in_training if training else in_evaluation
 
 
+@fx.has_side_effect
+def add_in_training_(buffer: torch.Tensor, number: float, training: bool) -> None:
+    """What the model's Python adds to a buffer in training only, such as a count of batches; by its name, in place."""
+    if training:
+        buffer.add_(number)
+
+
 def _merge(graph: fx.Graph, evaluation: fx.Graph, reader: str | None) -> set[str]:
     """Makes ``graph`` serve both modes where it can; returns the owners of what it cannot.
 
@@ -239,7 +246,10 @@ def _merge(graph: fx.Graph, evaluation: fx.Graph, reader: str | None) -> set[str
     for node in list(graph.nodes):
         twin = twins.get(node)
         if twin is None:
-            branching.add(owner(node))
+            if node.op == "get_attr" and node.users and all(map(_counts, node.users)):
+                continue  # what is counted in
+            if not _counts(node) or reader is None:
+                branching.add(owner(node))
             continue
         merge = _Merge(graph, node, twins, flag)
         arguments = merge.value(node.args, twin.args), merge.value(dict(node.kwargs), dict(twin.kwargs))
@@ -247,7 +257,18 @@ def _merge(graph: fx.Graph, evaluation: fx.Graph, reader: str | None) -> set[str
             branching.add(owner(node))
         else:
             node.args, node.kwargs = arguments
+    if not branching:
+        for node in [node for node in graph.nodes if node not in twins and _counts(node)]:
+            node.op, node.target, node.args = "call_function", add_in_training_, (*node.args, flag.node())
     return branching
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a node adds a number to a tensor of the model, and nothing else."""
+    if node.op != "call_method" or node.target != "add_" or node.users or node.kwargs or len(node.args) != 2:
+        return False
+    buffer, number = node.args
+    return isinstance(buffer, fx.Node) and buffer.op == "get_attr" and isinstance(number, (int, float))
 
 
 def _matched(graph: fx.Graph, evaluation: fx.Graph) -> dict[fx.Node, fx.Node]:

@@ -159,9 +159,9 @@ class Selector(nn.Module):
         Args:
             given: The randomness of the forward.
         """
-        if not self.active or self.exact or self.score.reads:
+        if not self.active or self.exact:
             return None
-        assert self.pairs is not None
+        assert self.pairs is not None and not self.score.reads
         numbers = self._numbers(self.pairs, self.k, self.groups, given)
         scores = torch.ones(self.groups, self.pairs, device=None if numbers is None else numbers.device)
         return self.sampler.draw(scores, self.k, numbers, epsilon=self.epsilon, fixed_shape=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -60,7 +60,7 @@ def further_selections(approx: ApproxModule) -> list[Selection | None]:
     """The selections that these make in the next training step, layers that are called several times in the first call.
 
     Raises:
-        UnsupportedError: One is no selection of the output that is made ahead.
+        UnsupportedError: One is no selection of the output that is made ahead, or its scores read values of the step.
     """
     found: list[Selection | None] = []
     outside, inside = further_selectors(approx)
@@ -75,8 +75,22 @@ def further_selections(approx: ApproxModule) -> list[Selection | None]:
                 )
             made = selector(None, selector.owner[0].weight, drawn)
             found.append(made if isinstance(made, Selection) else None)
+        _check_blind(runtime, inside.values())
         found += [selector.blind(drawn) for selector in inside.values()]
     return found
+
+
+def _check_blind(runtime: Runtime, selectors: Iterable[Selector]) -> None:
+    """UnsupportedError if one scores what only the step computes: an activation, or a weight made of parameters."""
+    names = {id(selector): name for (name, _), selector in runtime.selectors.items()}
+    reading = [names[id(one)] for one in selectors if one.active and not one.exact and one.score.reads]
+    if reading:
+        more = f" and {len(reading) - 1} more" if len(reading) > 1 else ""
+        raise UnsupportedError(
+            f"model: {reading[0]}{more}: its selection follows the activations of the step, or a weight that the step "
+            "computes, so that no fixed network computes the same; expected Exact() or scores uniform for products of "
+            "two values of the step, and for weights that are no parameters"
+        )
 
 
 @contextlib.contextmanager

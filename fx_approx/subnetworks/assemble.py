@@ -14,11 +14,20 @@ from fx_approx.capture.trace import skeleton
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.exact import exact_copy
-from fx_approx.subnetworks.comparing import UNTOLD, Call, differs, differs_in_evaluation, masked, recorded
-from fx_approx.subnetworks.graph_form import graph_module, run_by_graph
+from fx_approx.subnetworks.comparing import (
+    UNTOLD,
+    Call,
+    differs,
+    differs_in_evaluation,
+    masked,
+    recorded,
+)
+from fx_approx.subnetworks.graph_form import graph_module, run_by_graph, serve_training_only
 from fx_approx.subnetworks.model_parts import Part
 from fx_approx.subnetworks.narrowing import Narrowing
 from fx_approx.subnetworks.own_class import fit_attributes
+from fx_approx.subnetworks.same_operations import all_alike
+from fx_approx.subnetworks.sections import exact_parts
 from fx_approx.subnetworks.wide_values import WideValues
 
 Forms = dict[str, bool | None]
@@ -85,6 +94,9 @@ def assembled(
         full = exact.get_submodule(part.path)
         found = _serving(part, own, full, reference, calls.get(part.path, [call]), problem)
         form = forms[part.path] = found.form
+        only = form is None and part.serves.training_only
+        if only and not _evaluates(approx, part.path, calls.get(part.path, [call])):
+            serve_training_only(reference.graph)
         above = f"{part.path}: " if part.path else ""
         reasons += [f"{above}{found.why}"] if found.why else []
         notes += [f"{above}{found.note}"] if found.note else []
@@ -99,10 +111,20 @@ def assembled(
     return Assembled(root, forms, "; ".join(reasons), tuple(notes))
 
 
+def _evaluates(approx: ApproxModule, path: str, calls: Sequence[Call]) -> bool:
+    """Whether the graph of a part computes in evaluation what the model's Python does, both without selections."""
+    root = skeleton(exact_copy(approx))
+    narrowing = Narrowing(root, approx)
+    part = next(part for part in exact_parts(approx, narrowing) if part.path == path)
+    return all_alike(_graph(root, part), skeleton(exact_copy(approx)).get_submodule(path), calls)
+
+
 def _of_graphs(root: nn.Module, parts: Sequence[Part]) -> nn.Module:
     """The subnetwork in which every part runs its graph."""
     for part in sorted(parts, key=lambda one: not one.path):
         module = _graph(root, part)
+        if part.serves.training_only:
+            serve_training_only(module)
         if not part.path:
             return module
         _put(root, part.path, module)
@@ -248,10 +270,14 @@ def _trials(root: nn.Module, parts: Sequence[Part], narrowing: Narrowing) -> dic
 
 
 def _graph(root: nn.Module, part: Part) -> nn.Module:
-    """A module that runs the graph: of a section one of its own class, whose methods others may call."""
+    """A module that runs the graph: of a section one of its own class, whose methods others may call.
+
+    Whether it serves training only is to be seen.
+    """
+    serves = dataclasses.replace(part.serves, training_only=False)
     if not part.path:
-        return graph_module(root, part.made.graph, f"{type(root).__name__}Subnetwork", part.made.tensors, part.serves)
-    run_by_graph(root.get_submodule(part.path), _below(root, part), part.made.tensors, part.serves)
+        return graph_module(root, part.made.graph, f"{type(root).__name__}Subnetwork", part.made.tensors, serves)
+    run_by_graph(root.get_submodule(part.path), _below(root, part), part.made.tensors, serves)
     return root.get_submodule(part.path)
 
 

@@ -15,6 +15,7 @@ from torch.fx.graph_module import reduce_graph_module
 from fx_approx._compat import buffers_of, children_of, parameters_of
 from fx_approx.capture.records import CallForm
 from fx_approx.capture.size_guards import SizeGuard
+from fx_approx.capture.trace import add_in_training_, select_by_mode
 from fx_approx.core.layer_types import with_forward
 from fx_approx.ops.channel_slices import whole_size
 from fx_approx.subnetworks.part_layers import take_columns
@@ -119,11 +120,41 @@ def _register(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         module.register_buffer(key, tensor, persistent=not key.startswith("_constant"))
 
 
+_OWN_CALLS = (take_part, take_columns, check_training, whole_size, select_by_mode, add_in_training_)
+_FLAG = "training"
+
+
 class PartTracer(fx.Tracer):
-    """Rebuilds a graph from its code, with calls of our own as they are."""
+    """Rebuilds a graph from its code, with calls of our own as they are, and training flags that are read in each."""
 
     def __init__(self) -> None:
-        super().__init__(autowrap_functions=(take_part, take_columns, check_training, whole_size))
+        super().__init__(autowrap_functions=_OWN_CALLS)
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """As ``fx.Tracer``, which would make constants of the flags."""
+        flags = {path: (one, one.training) for path, one in root.named_modules() if _FLAG in vars(one)}
+        for path, (module, _) in flags.items():
+            del vars(module)[_FLAG]  # what stands among the buffers is asked for by getattr
+            cast(dict[str, Any], buffers_of(module))[_FLAG] = _Flag(f"{path}.{_FLAG}" if path else _FLAG)
+        try:
+            return super().trace(root, concrete_args)
+        finally:
+            for module, flag in flags.values():
+                del buffers_of(module)[_FLAG]
+                vars(module)[_FLAG] = flag
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """As ``fx.Tracer``; a flag is a node that reads it."""
+        if isinstance(attr_val, _Flag):
+            return self.create_proxy("get_attr", attr_val.path, (), {})
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flag:
+    """In the place of the training flag at ``path``."""
+
+    path: str
 
 
 class SubnetworkGraph(fx.GraphModule):
@@ -164,16 +195,25 @@ def graph_module(
             vars(made)[str(node.target)] = plain
     made.graph = graph
     vars(made)["_tracer_cls"] = PartTracer
-    if serves is not None and serves.training_only:
-        refuse_evaluation(made)
     return _dressed(made, {} if serves is None else {_SERVES: serves})
 
 
 def _dressed(module: SubnetworkGraph, kept: Mapping[str, Any]) -> SubnetworkGraph:
     vars(module).update(kept)
     if _SERVES in kept:
-        module.register_forward_pre_hook(kept[_SERVES], with_kwargs=True)
+        module.register_forward_pre_hook(_given, with_kwargs=True)
     return module
+
+
+def _given(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return vars(module)[_SERVES](module, args, kwargs)
+
+
+def serve_training_only(module: nn.Module) -> None:
+    """Has a module whose forward is a graph refuse to run in evaluation."""
+    vars(module)[_SERVES] = dataclasses.replace(vars(module)[_SERVES], training_only=True)
+    if isinstance(module, SubnetworkGraph):
+        refuse_evaluation(module)
 
 
 def _rebuilt(body: dict[str, Any], imports: str, name: str, kept: Mapping[str, Any]) -> SubnetworkGraph:

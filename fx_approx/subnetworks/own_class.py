@@ -23,7 +23,10 @@ Check = Callable[[nn.Module], str]
 Change = tuple[nn.Module, str, int]
 """A module, an attribute of it, and a value."""
 
-_TRIES = 32
+Options = dict[tuple[type[nn.Module], str], list[Change]]
+"""By class and what is changed in it."""
+
+_TRIES = 48
 _TOGETHER = 3
 _NORMALISED = ("num_features", "num_channels", "num_parameters")
 _UNFIT_CONFIG = "no config of its class describes it, so that save_pretrained writes what from_pretrained cannot load"
@@ -56,7 +59,7 @@ def narrow_tensors(root: nn.Module, full: nn.Module, cuts: Mapping[str, Cut]) ->
         groups = made[id(tensor)].shape[0] if cut.depthwise else cut.groups
         holders[holder] = max(groups, holders.get(holder, 1))
     for holder, groups in holders.items():
-        _fit_sizes(root.get_submodule(holder), groups)
+        fit_sizes(root.get_submodule(holder), groups)
 
 
 def fit_own_class(
@@ -107,7 +110,7 @@ def inputs_read(cut: Cut, full: Tensor) -> Tensor:
 # ---- layers
 
 
-def _fit_sizes(layer: Any, groups: int) -> None:
+def fit_sizes(layer: Any, groups: int) -> None:
     """Sets the attributes of a layer that name the sizes of its tensors; nothing where it has none."""
     weight = parameters_of(layer).get("weight")
     if weight is None:
@@ -175,8 +178,8 @@ def fit_attributes(root: nn.Module, full: nn.Module, reason: str, check: Check) 
     """
     options = _options(root, full)
     if reason:
-        for chosen in itertools.islice(_subsets(list(options)), _TRIES):
-            undo = _set([change for kind in chosen for change in options[kind]])
+        for changes in itertools.islice(_ways(options, _following(root, full)), _TRIES):
+            undo = _set(changes)
             if not check(root):
                 reason = ""
                 break
@@ -189,10 +192,13 @@ def fit_attributes(root: nn.Module, full: nn.Module, reason: str, check: Check) 
     return reason
 
 
-def _subsets(kinds: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-    """Some of them, the fewest first."""
-    for count in range(1, min(_TOGETHER, len(kinds)) + 1):
-        yield from itertools.combinations(kinds, count)
+def _ways(options: Options, following: Options) -> Iterator[list[Change]]:
+    """One option, what follows one size, and some options, the fewest first."""
+    yield from options.values()
+    yield from following.values()
+    for count in range(2, min(_TOGETHER, len(options)) + 1):
+        for some in itertools.combinations(options.values(), count):
+            yield [change for changes in some for change in changes]
 
 
 def _set(changes: Sequence[Change]) -> list[Change]:
@@ -203,35 +209,64 @@ def _set(changes: Sequence[Change]) -> list[Change]:
     return before[::-1]
 
 
-def _options(root: nn.Module, full: nn.Module) -> dict[tuple[type[nn.Module], str], list[Change]]:
+def _options(root: nn.Module, full: nn.Module) -> Options:
     """By class and name of an attribute, what it would be if it named a size that has been narrowed.
 
     That is a size of a layer directly in the module, a part of it (as of query, key and value made by one layer), or
     into how many units of neighbouring channels it falls.
     """
-    found: dict[tuple[type[nn.Module], str], list[Change]] = {}
-    for path, module in full.named_modules():
-        own = root.get_submodule(path)
-        sizes = {
-            sizes
-            for name, child in module.named_children()
-            for key, tensor in parameters_of(child).items()
-            if tensor is not None
-            for sizes in _changed(tensor, parameters_of(own.get_submodule(name))[key])
-        }
-        for name, value in vars(module).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                continue
-            fitting = [(old != value, new * value // old) for old, new in sizes if _counts(value, old, new)]
+    found: Options = {}
+    for module, own, sizes in _modules(root, full):
+        for name, value in _counts_in(module):
+            fitting = [(old != value, new * value // old) for old, new in set(sizes.values()) if _fits(value, old, new)]
             if fitting:
                 found.setdefault((type(module), name), []).append((own, name, min(fitting)[1]))
     return found
 
 
-def _changed(before: Tensor, now: Tensor | None) -> list[tuple[int, int]]:
+def _following(root: nn.Module, full: nn.Module) -> Options:
+    """By class and size of a layer in it, what all attributes would be that name it or a part of it, if several do.
+
+    As numbers of heads and channels of an attention, which follow what its last layer reads.
+    """
+    found: Options = {}
+    for module, own, sizes in _modules(root, full):
+        for size, (old, new) in sizes.items():
+            fitting = [(own, name, new * value // old) for name, value in _counts_in(module) if _fits(value, old, new)]
+            if len(fitting) > 1:
+                found.setdefault((type(module), size), []).extend(fitting)
+    return found
+
+
+def _modules(root: nn.Module, full: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, dict[str, tuple[int, int]]]]:
+    """Modules, their narrow copies, and by name the sizes of layers directly in them that differ."""
+    for path, module in full.named_modules():
+        own = root.get_submodule(path)
+        yield (
+            module,
+            own,
+            {
+                f"{name}.{key}.{axis}": sizes
+                for name, child in module.named_children()
+                for key, tensor in parameters_of(child).items()
+                if tensor is not None
+                for axis, sizes in _changed(tensor, parameters_of(own.get_submodule(name))[key])
+            },
+        )
+
+
+def _counts_in(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Attributes that may name a size."""
+    for name, value in vars(module).items():
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            yield name, value
+
+
+def _changed(before: Tensor, now: Tensor | None) -> list[tuple[int, tuple[int, int]]]:
     assert now is not None
-    return [(old, new) for old, new in zip(before.shape, now.shape, strict=True) if old != new]
+    sizes = enumerate(zip(before.shape, now.shape, strict=True))
+    return [(axis, (old, new)) for axis, (old, new) in sizes if old != new]
 
 
-def _counts(value: int, old: int, new: int) -> bool:
+def _fits(value: int, old: int, new: int) -> bool:
     return old % value == 0 and new * value % old == 0

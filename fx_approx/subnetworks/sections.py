@@ -57,6 +57,13 @@ def parts_of(approx: ApproxModule, narrowing: Narrowing, selections: tuple[Selec
     ]
 
 
+def exact_parts(approx: ApproxModule, narrowing: Narrowing) -> list[Part]:
+    """The graphs of the model, or of its sections, without selections: nothing is narrowed."""
+    shared = approx._fx_approx.resample
+    count = 0 if shared is None else sum(1 for _ in shared.each())
+    return parts_of(approx, narrowing, (None,) * (count + sum(map(len, further_selectors(approx)))))
+
+
 def _handed(head: fx.Graph, chosen: Sequence[Any]) -> list[Any]:
     """What the head of the sections hands out, see :mod:`fx_approx.capture.split_sections`."""
     made: dict[fx.Node, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fx_approx._compat import children_of
-from fx_approx.core.layer_types import PRODUCT_LAYERS, layer_type
+from fx_approx.core.layer_types import CHANNEL_LAYERS, PRODUCT_LAYERS, layer_type
 from fx_approx.ops.channel_slices import spread
+from fx_approx.ops.narrow_calls import NARROW_CALLS
 from fx_approx.sampling.base import Selection
+from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.model_parts import Specialised
-from fx_approx.subnetworks.narrowing import Narrowing
+from fx_approx.subnetworks.narrowing import Narrowed, Narrowing
+from fx_approx.subnetworks.own_class import fit_sizes
 from fx_approx.subnetworks.part_layers import PartLayer, make_heads_attention, make_part_layer
 
 _ASK = (getattr, "size", "dim", len)
@@ -24,6 +28,8 @@ _SPLIT = (torch.split, torch.chunk, "split", "chunk", "narrow")
 _MOVE = (*_SPLIT, torch.cat, torch.concat, torch.flatten, "flatten")
 _PAIRS = (torch.matmul, torch.bmm, torch.einsum, operator.matmul, F.scaled_dot_product_attention, "matmul", "bmm")
 _PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+_LAYERS = (*PRODUCT_LAYERS, *CHANNEL_LAYERS)
+"""Layers of torch; a subclass of one may call functions with its own tensors, behind what it does by itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +58,7 @@ class WideValues:
         reads: By path of a layer, the entries of its input that it reads.
         writes: Paths of the layers that write into zeros.
         problems: By name of a graph, why there is no such form.
+        functions: By path of a layer in a class of the user's, whose forward calls a function, how it is narrowed.
     """
 
     def __init__(self, narrowing: Narrowing, widens: bool = False, narrow: nn.Module | None = None) -> None:
@@ -67,6 +74,11 @@ class WideValues:
         self.reads: dict[str, Tensor | None] = {}
         self.writes: set[str] = set()
         self.problems: dict[str, str] = {}
+        self.functions: dict[str, Narrowed] = {}
+
+    def narrowed(self, path: str) -> Narrowed | None:
+        """How a layer is narrowed; None if it is not."""
+        return self.narrowing.layers.get(path) or self.functions.get(path)
 
     def follow(self, graphs: Mapping[str, Specialised]) -> None:
         """Looks at all graphs of a model, until no further layer has to write into zeros."""
@@ -81,18 +93,21 @@ class WideValues:
         """By name, the indices that the layers have which :meth:`install` gives."""
         found = {f"{path}.reads": index for path, index in self.reads.items() if index is not None}
         for path in self.writes:
-            outputs = self.narrowing.layers[path].outputs
-            if outputs is not None:
-                found[f"{path}.writes"] = outputs.indices[0]
+            narrowed = self.narrowed(path)
+            if narrowed is not None and narrowed.outputs is not None:
+                found[f"{path}.writes"] = narrowed.outputs.indices[0]
         return found
 
     def install(self, own: nn.Module) -> None:
         """Gives ``own``, a copy of the narrow model, layers that do so."""
+        for path, function in self.functions.items():
+            function.change(own.get_submodule(path))
         for path in sorted({*self.writes, *(path for path, index in self.reads.items() if index is not None)}):
             layer = own.get_submodule(path)
             if isinstance(layer, nn.MultiheadAttention):
                 continue
-            narrowed = self.narrowing.layers[path]
+            narrowed = self.narrowed(path)
+            assert narrowed is not None
             index = None
             if path in self.writes and narrowed.outputs is not None:
                 index = narrowed.outputs.indices[0].clone()
@@ -111,7 +126,7 @@ class _Walk:
 
     def __init__(self, found: WideValues, part: str, made: Specialised) -> None:
         self.found, self.part, self.made = found, part, made
-        self.root, self.layers = found.narrow, found.narrowing.layers
+        self.root, self.layers, self.cuts = found.narrow, found.narrowing.layers, found.narrowing.cuts
         self.states: dict[fx.Node, _State] = {}
 
     def run(self) -> None:
@@ -128,6 +143,8 @@ class _Walk:
             return _State()
         if node.target in _PRODUCTS:
             return self._product(node)
+        if node.target in NARROW_CALLS and (owner := self._owner(node)):
+            return self._layer(owner, self._of(node.args[0]))
         if node.target is operator.getitem:
             return self._of(node.args[0])
         return self._joined(node)
@@ -151,12 +168,39 @@ class _Walk:
         if narrowed.sampled:
             self.found.problems[self.part] = f"{path} takes its selections in each call"
             return _State()
+        return self._layer(path, given)
+
+    def _layer(self, path: str, given: _State) -> _State:
+        """A narrow layer."""
+        narrowed = self.found.narrowed(path)
+        assert narrowed is not None
         self._read(path, self._index(path, given, narrowed.inputs))
         if narrowed.outputs is None:
             return _State()
         if path in self.found.writes:
             return _State(narrowed.outputs.indices[0], True)
         return _State(makers=frozenset((path,)))
+
+    def _owner(self, node: fx.Node) -> str:
+        """The path of the layer whose forward calls a function with its own narrow tensors; empty if there is none."""
+        reads = [str(one.target) for one in node.all_input_nodes if one.op == "get_attr" and one.target in self.cuts]
+        path = reads[0].rpartition(".")[0] if reads else ""
+        module = self.found.narrowing.full.get_submodule(path)
+        own = isinstance(module, _LAYERS) and layer_type(module) is None
+        if not own or any(one.rpartition(".")[0] != path for one in reads):
+            return ""
+        if path not in self.found.functions:
+            self.found.functions[path] = self._narrowed(self.cuts.get(f"{path}.weight", self.cuts[reads[0]]), module)
+        return path
+
+    def _narrowed(self, cut: Cut, module: nn.Module) -> Narrowed:
+        full: Tensor = operator.attrgetter(cut.source)(self.found.narrowing.full)
+        size, groups, by_channel = int(full.shape[0]), cut.groups, not isinstance(module, tuple(PRODUCT_LAYERS))
+        if cut.outputs is not None and (cut.depthwise or by_channel):
+            count = cut.outputs.indices.numel()
+            groups = count * cut.groups // size if cut.depthwise else count
+        inputs = cut.outputs if cut.depthwise or by_channel else cut.inputs
+        return Narrowed(inputs, cut.outputs, size, functools.partial(fit_sizes, groups=groups))
 
     def _index(self, path: str, given: _State, inputs: Selection | None) -> Tensor | None:
         """The entries of what a layer gets that it reads."""
@@ -165,6 +209,8 @@ class _Walk:
         layer: Any = self.root.get_submodule(path)
         names = ("in_features", "in_channels", "num_features", "num_channels", "num_parameters")
         count = next((int(getattr(layer, name)) for name in names if hasattr(layer, name)), -1)
+        if path in self.found.functions and inputs is not None:
+            count = inputs.indices.numel()
         if count == given.wide.numel():
             return given.wide
         if given.everything and inputs is not None:  # behind a flatten, a channel is several entries
@@ -185,9 +231,12 @@ class _Walk:
 
     def _product(self, node: fx.Node) -> _State:
         """A functional product, by a parameter of the model."""
+        layer = self._owner(node)
+        if layer:
+            return self._layer(layer, self._of(node.args[0]))
         weight, given = node.args[1], self._of(node.args[0])
         path = str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
-        cut = self.found.narrowing.cuts.get(path)
+        cut = self.cuts.get(path)
         owner = path.rpartition(".")[0]
         if given.wide is not None:
             if isinstance(self.root.get_submodule(owner), nn.MultiheadAttention):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fx_approx
@@ -263,6 +264,22 @@ def test_budgets_of_memory_and_operations_count_the_subnetwork() -> None:
         plan = fx_approx.explain(mlp(), policy, DIGITS).plan
         spent = share(step(mlp(), plan, DIGITS, subnetwork=True)[1])
         assert 0.95 * policy.budget < spent <= policy.budget
+
+
+class Standardised(nn.Linear):
+    """Its weight is computed in each step."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight / self.weight.std(1, keepdim=True), self.bias)
+
+
+def test_a_weight_that_is_computed_stays_exact() -> None:
+    """Else the plan would be for a subnetwork that cannot be cut out."""
+    policy = Auto(cost=ROOFLINE, check=False, subnetwork=True)
+    layers = nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), Standardised(512, 512), nn.ReLU()
+    approx = fx_approx.transform(nn.Sequential(*layers, nn.Linear(512, 10)), policy, DIGITS)
+    sub = extract(approx, example_inputs=DIGITS)
+    assert sub.get_submodule("0").out_features < 512 and sub.get_submodule("4").weight.shape == (512, 512)
 
 
 # ---- errors

@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 import fx_approx
 from fx_approx.policies import Exact, Override, Uniform
+from fx_approx.runtime.approx_module import find
+from fx_approx.sampling import Selection
 from fx_approx.subnetworks import record_of
+from fx_approx.subnetworks.record import tensors_of
 from tests.helpers.demand_nets import NETS
 from tests.helpers.hoisting import Layers, loss_of, perturbed
 
@@ -59,3 +62,23 @@ def placed(sub: nn.Module, name: str, parameter: Tensor) -> Tensor:
     mask = torch.zeros(parameter.numel(), dtype=torch.bool)
     mask[record_of(sub).cut_of(name).places(parameter).flatten()] = True
     return mask.view(parameter.shape)
+
+
+def other_selections(sub: nn.Module, approx: nn.Module, scaled: bool) -> list[Selection | None]:
+    """Of the sizes of those of ``sub``, drawn at random."""
+    found: list[Selection | None] = []
+    shared = find(approx)._fx_approx.resample.each()
+    for one, selection in zip(shared, record_of(sub).selections, strict=True):
+        if selection is None:
+            found.append(None)
+            continue
+        groups, count = selection.indices.shape
+        index = torch.stack([torch.randperm(one.pairs)[:count].sort().values for _ in range(groups)])
+        found.append(Selection(index, torch.rand(groups, count).double() + 0.5 if scaled else None))
+    return found
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether all tensors are equal, bitwise."""
+    mine, its = tensors_of(one), tensors_of(other)
+    return mine.keys() == its.keys() and all(torch.equal(tensor, its[name]) for name, tensor in mine.items())

@@ -384,6 +384,33 @@ def test_products_of_two_activations_and_straight_through_layers() -> None:
     merge(sub, approx)
 
 
+class Standardised(nn.Linear):
+    """Its weight is computed in each step."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight / self.weight.std(1, keepdim=True), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [(Products(), "matmul"), (nn.Sequential(nn.Linear(8, 12), Standardised(12, 12), nn.Linear(12, 5)), "1.linear")],
+    ids=["activations", "computed weight"],
+)
+def test_scores_of_what_the_step_computes_are_refused_by_name(model: nn.Module, name: str) -> None:
+    """No fixed network computes the same; with those products exact, the subnetwork does."""
+    model = model.double()
+    with pytest.raises(
+        UnsupportedError, match=rf"model: {name}.*: its selection follows .* Exact\(\) or scores uniform"
+    ):
+        extract(fx_approx.transform(copy.deepcopy(model), Uniform(0.5), X))
+    rest = {"1.linear": Exact()} if name == "1.linear" else {"matmul*": Exact(), "einsum*": Exact()}
+    approx = fx_approx.transform(copy.deepcopy(model), Override(rest, Uniform(0.5)), X)
+    sub = extract(approx, example_inputs=X)
+    with fx_approx.reuse_selection(approx):
+        assert torch.allclose(sub(X), approx(X), rtol=1e-12)
+    assert sum(p.numel() for p in sub.parameters()) < sum(p.numel() for p in model.parameters())
+
+
 # ---- with other tools
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import fx_approx
 from fx_approx.policies import Exact, Override, Uniform
@@ -20,28 +19,9 @@ from fx_approx.subnetworks.record import tensors_of
 from fx_approx.subnetworks.source import source_of
 from tests.helpers.demand_nets import NETS
 from tests.helpers.quick import in_turn
-from tests.subnetworks.nets import TWICE, X, hidden, transformed
+from tests.subnetworks.nets import TWICE, X, hidden, other_selections, same, transformed
 
 RANDOM = Override({"0": Exact()}, Uniform(0.5, scores="uniform", sampler="systematic"))
-
-
-def other_selections(sub: nn.Module, approx: nn.Module, scaled: bool) -> list[Selection | None]:
-    """Of the sizes of those of ``sub``, drawn at random."""
-    found: list[Selection | None] = []
-    shared = find(approx)._fx_approx.resample.each()
-    for one, selection in zip(shared, record_of(sub).selections, strict=True):
-        if selection is None:
-            found.append(None)
-            continue
-        groups, count = selection.indices.shape
-        index = torch.stack([torch.randperm(one.pairs)[:count].sort().values for _ in range(groups)])
-        found.append(Selection(index, torch.rand(groups, count).double() + 0.5 if scaled else None))
-    return found
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    mine, its = tensors_of(one), tensors_of(other)
-    return mine.keys() == its.keys() and all(torch.equal(tensor, its[name]) for name, tensor in mine.items())
 
 
 @pytest.mark.parametrize(("name", "scope"), in_turn(NETS, ["value", "group"], both=["fused-heads"]))
