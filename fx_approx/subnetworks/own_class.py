@@ -216,7 +216,7 @@ def _options(root: nn.Module, full: nn.Module) -> Options:
     into how many units of neighbouring channels it falls.
     """
     found: Options = {}
-    for module, own, sizes in _modules(root, full):
+    for module, own, sizes in _narrowed(root, full):
         for name, value in _counts_in(module):
             fitting = [(old != value, new * value // old) for old, new in set(sizes.values()) if _fits(value, old, new)]
             if fitting:
@@ -230,7 +230,7 @@ def _following(root: nn.Module, full: nn.Module) -> Options:
     As numbers of heads and channels of an attention, which follow what its last layer reads.
     """
     found: Options = {}
-    for module, own, sizes in _modules(root, full):
+    for module, own, sizes in _narrowed(root, full):
         for size, (old, new) in sizes.items():
             fitting = [(own, name, new * value // old) for name, value in _counts_in(module) if _fits(value, old, new)]
             if len(fitting) > 1:
@@ -238,7 +238,7 @@ def _following(root: nn.Module, full: nn.Module) -> Options:
     return found
 
 
-def _modules(root: nn.Module, full: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, dict[str, tuple[int, int]]]]:
+def _narrowed(root: nn.Module, full: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, dict[str, tuple[int, int]]]]:
     """Modules, their narrow copies, and by name the sizes of layers directly in them that differ."""
     for path, module in full.named_modules():
         own = root.get_submodule(path)

@@ -16,6 +16,7 @@ from fx_approx.passes import mask_tokens, sample_tokens
 from fx_approx.policies import Tokens, Uniform
 from fx_approx.runtime.approx_module import find
 from fx_approx.sampling.base import Selection
+from tests.helpers.quick import thinned
 from tests.passes.test_token_checks import Model, examples, lower, masked_mean, parts, rows
 from tests.passes.test_tokens import TOKENS, stack
 
@@ -30,7 +31,7 @@ CASES: list[tuple[str, str, Tokens]] = [
 ]
 
 
-@pytest.mark.parametrize(("how", "head", "policy"), CASES)
+@pytest.mark.parametrize(("how", "head", "policy"), thinned(CASES))
 def test_a_model_that_leaves_tokens_out_is_right(how: str, head: str, policy: Tokens) -> None:
     model, x = stack(how, head)
     approx = fx_approx.transform(model, policy, x)

@@ -390,6 +390,7 @@ def test_update_bn_gathers_exact_statistics() -> None:
     assert same(dict(approx.named_buffers()), dict(model.named_buffers()))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled() -> None:
     model, inputs = made()

@@ -42,7 +42,7 @@ def gradients(model: nn.Module, call: Callable[[Tensor], Tensor], inputs: list[T
 def test_switching_off_and_on_compiles_once_more_and_is_exact() -> None:
     model = mlp()
     approx = fx_approx.transform(model, Uniform(0.5, "systematic", scores="online"))
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(approx, backend=counter, fullgraph=True)
     x = torch.randn(16, 32)
     compiled(x)
@@ -182,6 +182,7 @@ def test_every_scope_is_one_graph_that_takes_the_samples_of_the_eager_run(
     assert compilations(approx) == 2, "each mode once"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dynamic", "most"), [pytest.param(None, 2, marks=pytest.mark.slow), (True, 1)])
 def test_batches_of_any_size_need_no_graph_each(dynamic: bool | None, most: int) -> None:
     model = Residual(1 if dynamic else 2)

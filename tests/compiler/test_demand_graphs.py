@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import fx_approx
 from tests.helpers.hoisting import Layers, assert_hoisting_changes_nothing, narrow_producers, perturbed
 from tests.helpers.modules import made_of
+from tests.helpers.quick import thinned
 
 CHANNELS = 8
 
@@ -131,7 +132,7 @@ def net(name: str) -> tuple[Between, Tensor]:
     return model, torch.randn(2, 3, 6, 6, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thinned(CASES))
 def test_between_two_convolutions(name: str) -> None:
     for scope, sampler, ratio in (("layer", "topk", 0.5), ("value", "systematic", 0.4), ("group", "topk", 0.01)):
         model, x = net(name)

@@ -33,10 +33,14 @@ OTHERS = ["apart", "power", "scaled", "micro batches", "resumed", "controlled", 
 
 
 SHARDED = [
-    *("vit blocks weight value", "vit nested stale group", "vit root weight value", "vit blocks online"),
-    *("vit blocks weight micro", "cnn layers stale group", "cnn layers uniform bernoulli"),
-    *("mlp layers weight systematic", "grouped layers weight value"),
-    *("mlp layers weight columns", "mlp layers weight copies"),
+    *("vit nested stale group", "vit blocks online", "vit blocks weight micro", "cnn layers uniform bernoulli"),
+    *("mlp layers weight systematic", "grouped layers weight value", "mlp layers weight columns"),
+]
+MORE_SHARDED = [
+    "vit blocks weight value",
+    "vit root weight value",
+    "cnn layers stale group",
+    "mlp layers weight copies",
 ]
 SHARDED_OTHERS = ["partly", "gradients", "mixed", "frontend", "python", "refused", "resumed"]
 FOUR = ["four copies", "four shards"]
@@ -251,6 +255,13 @@ def test_two_ranks_train_sharded_as_they_train_whole(two: Path, name: str) -> No
     trained_alike([result for result, _ in left(two, f"sharded {name}")])
     for _, warned in left(two, f"sharded {name}"):
         assert [text for text in warned if not re.match(KNOWN, text)] == []
+
+
+@pytest.mark.slow
+def test_more_models_trained_sharded_are_as_trained_whole(tmp_path: Path) -> None:
+    run(tmp_path, 2, [f"sharded {name}" for name in MORE_SHARDED])
+    for name in MORE_SHARDED:
+        test_two_ranks_train_sharded_as_they_train_whole(tmp_path, name)
 
 
 @pytest.mark.slow

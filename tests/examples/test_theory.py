@@ -364,6 +364,7 @@ def small(theory: Theory, name: str, monkeypatch: pytest.MonkeyPatch, *arguments
     return int(example.main(arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_script(
     theory: Theory, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

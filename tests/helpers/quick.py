@@ -14,6 +14,12 @@ def quick(cases: Iterable[tuple[Any, ...]], runs: Callable[..., bool]) -> list[A
     return [pytest.param(*case, marks=() if runs(*case) else pytest.mark.slow) for case in cases]
 
 
+def thinned(cases: Iterable[Any], step: int = 2) -> list[Any]:
+    """The cases, of which every ``step``-th runs and the others are slow."""
+    given = [one if isinstance(one, tuple) else (one,) for one in cases]
+    return [pytest.param(*one, marks=pytest.mark.slow if place % step else ()) for place, one in enumerate(given)]
+
+
 def in_turn(first: Collection[Any], second: Collection[Any], both: Collection[Any] = ()) -> list[Any]:
     """All pairs: of each ``first`` one runs, with the next ``second`` in turn, and all of those in ``both``."""
     turns = dict(zip(first, itertools.cycle(second), strict=False))

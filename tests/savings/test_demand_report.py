@@ -28,6 +28,7 @@ from fx_approx.savings.rows import Demanded
 from tests.helpers.demand_nets import NETS
 from tests.helpers.hoisting import Layers
 from tests.helpers.models import loss_of
+from tests.helpers.quick import thinned
 from tests.helpers.torchvision_compat import import_torchvision
 from tests.ops.counting import Keeping
 
@@ -181,7 +182,7 @@ def test_totals_equal_what_torch_counts(name: str, scope: str) -> None:
         assert whole.totals.demanded == 0 and not any(row.demand for row in whole.rows)
 
 
-@pytest.mark.parametrize("scope", ["exact", *SCOPES])
+@pytest.mark.parametrize("scope", thinned(["exact", *SCOPES], 3))
 @pytest.mark.parametrize(
     "name",
     [

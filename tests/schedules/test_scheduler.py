@@ -212,6 +212,7 @@ def test_an_exact_step_is_the_exact_model_s() -> None:
     assert torch.equal(model(IMAGES), plain(IMAGES))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:ExactTail:fx_approx.errors.BatchNormWarning")
 def test_compilations_are_the_distinct_ratios() -> None:
     """Exact, 0.75 and 0.5, in any order and back: three graphs."""

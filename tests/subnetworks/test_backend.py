@@ -393,6 +393,7 @@ def phases_of(made: tuple[Any, Backend, Any], stop: int, resume: Any = None, for
     return steps, copy.deepcopy({**state, "sampler": sampler}), phases
 
 
+@pytest.mark.slow
 def test_phases_of_a_compiled_model_resume_bitwise_and_outlive_its_code() -> None:
     made = compiled(blocks)
     steps, _, phases = phases_of(made, 9)

@@ -24,7 +24,7 @@ from tests.subnetworks.nets import TWICE, X, hidden, other_selections, same, tra
 RANDOM = Override({"0": Exact()}, Uniform(0.5, scores="uniform", sampler="systematic"))
 
 
-@pytest.mark.parametrize(("name", "scope"), in_turn(NETS, ["value", "group"], both=["fused-heads"]))
+@pytest.mark.parametrize(("name", "scope"), in_turn(NETS, ["value", "group"]))
 def test_the_tensors_are_those_of_a_fresh_subnetwork(name: str, scope: str) -> None:
     for sampler in ("topk", "systematic"):
         approx, x = transformed(name, scope, sampler)

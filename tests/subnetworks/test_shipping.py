@@ -89,6 +89,7 @@ def test_torch_export_for_training_and_of_any_batch() -> None:
     assert_close(exported(more).detach(), sub(more).detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -70,6 +70,7 @@ def test_a_value_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_processes_at_the_same_time(tmp_path: Path) -> None:
     code = (
         "import pathlib, sys; from fx_approx.utils.disk_cache import DiskCache\n"
