@@ -21,6 +21,7 @@ from torch.nn.utils import parameters_to_vector, parametrizations
 
 import fx_approx
 from fx_approx.policies import Uniform
+from tests.helpers.quick import thinned
 
 # ---- random forwards that read, write and iterate over the state of their model
 
@@ -359,7 +360,7 @@ def test_at_ratio_one_it_is_the_model_many_times(**case: Any) -> None:
     assert_is_the_model(**case)
 
 
-@pytest.mark.parametrize("name", MENU)
+@pytest.mark.parametrize("name", thinned(MENU))
 def test_each_step_alone(name: str) -> None:
     assert_is_the_model(["read layer", name], None, "fill", [True, False, True], "weight", 0)
 

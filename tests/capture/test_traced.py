@@ -16,6 +16,7 @@ from fx_approx.capture.containers import tensors
 from fx_approx.policies import Uniform
 from tests.helpers.models import same, train_step
 from tests.helpers.modules import made_of
+from tests.helpers.quick import thinned
 from tests.helpers.torchvision_compat import import_torchvision
 
 # ---- lengths, sizes and types, from the example inputs
@@ -111,7 +112,7 @@ def inputs(batch: int = 4, length: int = 6) -> Tensor:
     return torch.randn(batch, length, 12, generator=torch.Generator().manual_seed(batch))
 
 
-@each_body
+@pytest.mark.parametrize("body", thinned(BODIES), ids=lambda body: body.__name__)
 def test_it_is_traced_exact_where_sampling_is_off_and_narrowed_without_another_number(body: Any) -> None:
     model = Net(body)
     approx = fx_approx.transform(model, VALUE, inputs())  # a CaptureWarning would be an error here

@@ -18,7 +18,7 @@ from fx_approx import SamplerConfig
 from fx_approx._compat import retraces_autocast
 from fx_approx.policies import GradientSampling, Override, Paper, Uniform
 from tests.helpers.modules import made_of
-from tests.helpers.quick import in_turn
+from tests.helpers.quick import in_turn, thinned
 
 VALUE = Uniform(0.5)
 
@@ -209,7 +209,7 @@ EMA_FORWARD = Uniform(0.5, scores="ema")
 EMA_BACKWARD = GradientSampling(grad_weight=SamplerConfig("topk", 0.5, scores="ema"))
 
 
-@pytest.mark.parametrize(("policy", "inner"), in_turn([EMA_FORWARD, EMA_BACKWARD], ["aot_eager", "eager"]))
+@pytest.mark.parametrize(("policy", "inner"), in_turn([EMA_FORWARD, EMA_BACKWARD], ["eager", "aot_eager"]))
 def test_scores_that_learn_begin_with_a_step_that_is_not_compiled(policy: Any, inner: str) -> None:
     model, twin = Block(), Block()
     twin.load_state_dict(model.state_dict())
@@ -336,7 +336,7 @@ def Switching(self: Any, x: Tensor) -> Tensor:
     return self.high(y.float() / size)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", thinned(["eager", "aot_eager"]))
 def test_modes_inside_the_forward_are_kept(inner: str) -> None:
     model, x = Switching(), torch.randn(4, 32)
     found = []

@@ -115,7 +115,7 @@ def step(model: nn.Module, call: Callable[..., Any], inputs: dict[str, Tensor]) 
     return loss.detach(), [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize(("make", "sampled", "narrowed"), quick(CASES, llama, timm_resnet))
+@pytest.mark.parametrize(("make", "sampled", "narrowed"), quick(CASES, llama))
 def test_training_samples_by_module_path_and_hoisting_changes_no_number(
     make: Callable[[], Made], sampled: str, narrowed: str | None
 ) -> None:

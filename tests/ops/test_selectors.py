@@ -33,7 +33,7 @@ from tests.families import (
     product_case,
     upstream,
 )
-from tests.helpers.quick import quick
+from tests.helpers.quick import quick, thinned
 from tests.ops.roles import CHOOSING, EVEN, PRODUCTS, READS, ROWS, TYPES, RoleCase
 from tests.ops.selecting import choose, outcomes, randomness, samplers_of, selection_in, selector_of
 from tests.ops.test_products import close
@@ -86,7 +86,7 @@ def applied(one: RoleCase, operands: Operands, choice: Any) -> Tensor:
     return one.case.call(one.case.op.function, operands, **{one.argument: choice})
 
 
-@pytest.mark.parametrize(("one", "sampler"), sampled(), ids=lambda value: value.name)
+@pytest.mark.parametrize(("one", "sampler"), thinned(sampled()), ids=lambda value: value.name)
 def test_the_selection_and_what_comes_of_it_are_those_of_the_formula(one: RoleCase, sampler: SamplerCase) -> None:
     """Made early, or late, from the gradient, with the uniforms of the forward pass: then the gradient tells.
 

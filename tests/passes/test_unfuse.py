@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fx_approx
 from fx_approx.core.plan_effects import FULL
 from fx_approx.policies import Exact, Override
+from tests.helpers.quick import thinned
 from tests.helpers.torchvision_compat import import_torchvision
 
 from .attention import AHEAD, HEADS, LENGTH, ONLINE, SIZE, Block, Calls, Watch, names, transformed
@@ -77,7 +78,7 @@ def case(name: str) -> tuple[nn.Module, Tensor]:
     return Block(**options).double(), torch.randn(shape, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thinned(CASES))
 def test_an_exact_step_is_that_of_the_fused_layer_and_demand_reaches_the_projections(name: str) -> None:
     """Those that are packed in one weight, too: it has three times as many rows as the kept heads have entries."""
     model, x = case(name)

@@ -22,8 +22,10 @@ from fx_approx.policies import Exact, GradientSampling, Override, Uniform
 from tests.helpers.models import ZOO, Attention, CalledTwice, Tied, loss_of, mlp, same, tensors, train_step
 from tests.helpers.modes import EXACT_FORWARD, MODES, steps, transformed
 from tests.helpers.modules import made_of
+from tests.helpers.quick import thinned
 
 modes = pytest.mark.parametrize("mode", MODES)
+some_modes = pytest.mark.parametrize("mode", thinned(MODES))
 
 
 class Transformer(nn.Module):
@@ -112,7 +114,7 @@ class Unrolled(nn.Module):
         return self.head(self.b(self.a(x).relu()).relu())
 
 
-@modes
+@some_modes
 def test_a_layer_called_twice_has_the_gradients_of_both_calls(mode: str) -> None:
     model, x = CalledTwice(), torch.randn(6, 16)
     unrolled = transformed(Unrolled(model), MODES[mode](0.5))
@@ -124,7 +126,7 @@ def test_a_layer_called_twice_has_the_gradients_of_both_calls(mode: str) -> None
         assert same(grads[f"head.{name}"], apart[f"head.{name}"])
 
 
-@modes
+@some_modes
 def test_tied_weights_have_the_gradients_of_both_uses(mode: str) -> None:
     model, x = Tied(), torch.randint(10, (6, 3))
     loose = copy.deepcopy(model)
@@ -262,7 +264,7 @@ def test_other_modes_for_some_layers() -> None:
     assert reached["4.weight"] > 8, "straight through: more than the pairs of the output"
 
 
-@modes
+@some_modes
 def test_copies_go_on_as_the_original_does(mode: str) -> None:
     x = torch.randn(6, 16)
     approx = transformed(CalledTwice(), MODES[mode](0.5), seed=3)
@@ -275,7 +277,7 @@ def test_copies_go_on_as_the_original_does(mode: str) -> None:
     assert same(results[0][1], results[2][1]) and same(results[1][1], results[2][1])
 
 
-@modes
+@some_modes
 def test_training_resumes_exactly(mode: str) -> None:
     model, x = Transformer(), torch.randn(6, 5, 16)
     approx = transformed(model, MODES[mode](0.5), seed=5)
@@ -319,7 +321,7 @@ def test_hold_keeps_the_sample(mode: str) -> None:
     assert same(first, second) and not same(train_step(approx, x)[1], first[1])
 
 
-@modes
+@some_modes
 def test_the_seed_decides_the_sample(mode: str) -> None:
     model, x = Attention(), torch.randn(3, 5, 8)
     runs = [steps(transformed(copy.deepcopy(model), MODES[mode](0.5), seed=seed), 2, x) for seed in (1, 1, 2)]
@@ -327,7 +329,7 @@ def test_the_seed_decides_the_sample(mode: str) -> None:
     assert not same(runs[0][0][1], runs[2][0][1]) and not same(runs[0][0][1], runs[0][1][1])
 
 
-@modes
+@some_modes
 def test_forwards_may_wait_for_their_backward(mode: str) -> None:
     """Several forwards before a backward, and two backward passes through one forward."""
     approx, x = transformed(mlp(), MODES[mode](0.5)), torch.randn(6, 12)
