@@ -177,7 +177,7 @@ def _scatter(grad: Tensor, dim: int, index: Tensor, size: int, order: Order) -> 
 # Defined by hand and not by `custom_op`, whose wrapper takes longer than a small gather.
 _LIBRARY = torch.library.Library("fx_approx", "FRAGMENT")
 _LIBRARY.define("take(Tensor source, int dim, Tensor index) -> Tensor")
-_LIBRARY.define("put(Tensor grad, int dim, Tensor index, int size) -> Tensor")
+_LIBRARY.define("put(Tensor grad, int dim, Tensor index, SymInt size) -> Tensor")
 _LIBRARY.define("add_at(Tensor(a!) total, int dim, Tensor index, Tensor grad) -> ()")
 
 

@@ -351,11 +351,11 @@ def test_a_share_that_stays_is_one_compilation_and_a_ladder_one_for_each_rung(at
 
 
 @pytest.mark.slow
-def test_every_other_length_is_one_more_compilation_and_keeps_the_share() -> None:
+def test_all_other_lengths_are_one_more_compilation_and_keep_the_share() -> None:
     torch.compiler.reset()
     approx, counted = fx_approx.transform(Small(), Tokens(0.5), examples()), Counted()
     compiled = torch.compile(approx, backend=counted, fullgraph=True)
-    for tokens in (TOKENS, 14, 24, 14, TOKENS, 24):
+    for tokens in (TOKENS, 14, 24, 16, TOKENS, 30):
         assert compiled(examples(tokens=tokens)).shape == (3, tokens, WIDTH)
-    assert counted.graphs <= 3
+    assert counted.graphs == 2
     torch.compiler.reset()
