@@ -121,7 +121,9 @@ class Oracle(TorchFunctionMode):
         """The factor of the next call of a function in the module that is running, or in one below it."""
         path = ".".join(filter(None, (self._stack[-1], inside)))
         name = f"{path}.{kind}" if path else kind
-        if isinstance(self.model.get_submodule(path), _LAYERS.get(kind, ())) and name not in self.factors:
+        # A layer that multiplies by a weight stored transposed, as those of GPT-2, is a linear one by its own name.
+        own = kind == "addmm" and path in self.factors
+        if (own or isinstance(self.model.get_submodule(path), _LAYERS.get(kind, ()))) and name not in self.factors:
             name = path
         place = self.counts[name]
         self.counts[name] += 1
