@@ -338,8 +338,8 @@ CHANNELS: tuple[Row, ...] = (
         lambda: nn.Sequential(nn.Unflatten(1, (WIDTH, 1)), nn.Flatten(1, 2)), "open", name="Unflatten that names 16"
     ),
     _module(lambda: nn.PixelShuffle(2), "blocks", reads=4),
-    _module(lambda: nn.PixelUnshuffle(2), reads=4 * WIDTH),
     _fn("F.pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), "blocks", reads=4),
+    _module(lambda: nn.PixelUnshuffle(2), reads=4 * WIDTH),
     _module(lambda: nn.ChannelShuffle(4), "open"),
     _fn(
         "channel shuffle by views",

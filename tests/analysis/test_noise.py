@@ -169,6 +169,14 @@ def test_straight_through_has_exact_gradients() -> None:
     assert row.output.error > 0 and row.grad_input.error == row.grad_weight.error == 0
 
 
+def test_a_gradient_sampled_beside_a_straight_through_output_has_its_own_error_only() -> None:
+    spec = SamplerConfig("topk", 0.5)
+    alone = Linear().measured(GradientSampling(grad_weight=spec), 1)["1"]
+    row = Linear().measured(GradientSampling(spec, grad_weight=spec, straight_through=True), 1)["1"]
+    assert row.output.error > 0 == row.grad_input.error
+    assert row.grad_weight.error == pytest.approx(alone.grad_weight.error) != 0
+
+
 def steps_taken(model: nn.Module, x: Any, draws: int) -> list[dict[str, Tensor]]:
     """Gradients of ``draws`` training steps, all with the same dropout masks."""
     return [{k: g for k, g in train_step(model, x)[1].items() if g is not None} for _ in range(draws)]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fx_approx import ops
 from fx_approx.ops import channel_slices as channels
+from fx_approx.ops.gather import gather
 from fx_approx.sampling import Selection
 
 
@@ -100,6 +103,22 @@ def test_narrow_keeps_channels_last_and_its_gradient_is_zero_elsewhere() -> None
     expected = torch.zeros_like(x)
     expected[:, [1, 4]] = 2 * x.detach()[:, [1, 4]]
     assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize(("shape", "dim", "index"), [((2, 6, 3, 3), 1, [4, 1]), ((2, 5, 3), -2, [[1, 3], [4, 0]])])
+def test_compiled_as_for_a_gpu_a_gradient_is_zero_elsewhere(
+    shape: tuple[int, ...], dim: int, index: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There a gather is not a call of its own, and every entry fetches its gradient."""
+    monkeypatch.setitem(gather.__globals__, "is_opaque", lambda tensor: False)
+    places = torch.tensor(index)
+    step = torch.compile(lambda x: gather(x, dim, places).sin(), backend="aot_eager", fullgraph=True)
+    form = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    x = torch.randn(shape).contiguous(memory_format=form).requires_grad_()
+    step(x).sum().backward()
+    there = torch.zeros(shape, dtype=torch.bool)
+    there[(slice(None), places) if places.dim() == 1 else (torch.arange(2).unsqueeze(1), places)] = True
+    torch.testing.assert_close(x.grad, torch.where(there, x.detach().cos(), 0.0))
 
 
 def test_remaining() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,6 +47,11 @@ def padding() -> Tensor:
     return torch.arange(LENGTH) >= torch.tensor([4, LENGTH, 2])[:, None]
 
 
+def waves(*shape: int) -> Tensor:
+    """A mask of which no row is another with a constant added, which would weight values alike."""
+    return torch.linspace(0, 99, math.prod(shape), dtype=torch.float64).sin().view(shape)
+
+
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "batch_first": ({}, (3, LENGTH, SIZE)),
     "batch_second": ({"batch_first": False}, (LENGTH, 3, SIZE)),
@@ -54,16 +60,16 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "no_batches_second": ({"batch_first": False}, (LENGTH, SIZE)),
     "no_bias": ({"bias": False}, (3, LENGTH, SIZE)),
     "dropout": ({"dropout": 0.3}, (3, LENGTH, SIZE)),
-    "float_mask": ({"mask": torch.linspace(-1, 1, LENGTH * LENGTH).view(LENGTH, LENGTH).double()}, (3, LENGTH, SIZE)),
+    "float_mask": ({"mask": waves(LENGTH, LENGTH)}, (3, LENGTH, SIZE)),
+    "mask_of_heads": ({"mask": waves(12, LENGTH, LENGTH)}, (3, LENGTH, SIZE)),
     "bool_mask": ({"mask": causal() < 0}, (3, LENGTH, SIZE)),
-    "mask_of_heads": ({"mask": torch.linspace(-1, 1, 588).view(12, LENGTH, LENGTH).double()}, (3, LENGTH, SIZE)),
-    "mask_no_batches": ({"mask": torch.linspace(-1, 1, 196).view(4, LENGTH, LENGTH).double()}, (LENGTH, SIZE)),
+    "mask_no_batches": ({"mask": waves(4, LENGTH, LENGTH)}, (LENGTH, SIZE)),
     "causal": ({"mask": causal(), "causal": True}, (3, LENGTH, SIZE)),
     "padding": ({"padding": padding()}, (3, LENGTH, SIZE)),
     "float_padding": ({"padding": padding().double() * -1e4, "batch_first": False}, (LENGTH, 3, SIZE)),
     "padding_and_mask": ({"padding": padding(), "mask": causal() < 0, "causal": True}, (3, LENGTH, SIZE)),
     "padding_and_heads": (
-        {"padding": padding().double() * -1e4, "mask": torch.linspace(-1, 1, 588).view(12, LENGTH, LENGTH).double()},
+        {"padding": padding().double() * -1e4, "mask": waves(12, LENGTH, LENGTH)},
         (3, LENGTH, SIZE),
     ),
     "padding_no_batches": ({"padding": padding()[0]}, (LENGTH, SIZE)),

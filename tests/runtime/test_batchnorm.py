@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fx_approx
 from fx_approx.policies import GradientSampling, Uniform
+from fx_approx.runtime.narrow_layers import NarrowBatchNorm1d
+from fx_approx.sampling import Selection
 from fx_approx.schedules import Constant, ExactTail, ExactWarmup, PlanRatios, Schedule
 from tests.helpers.models import Cnn, mlp, same, train_step
 from tests.helpers.modules import made_of
@@ -287,6 +289,17 @@ def test_forwards_without_gradients_are_sampled_all_the_same() -> None:
     torch.testing.assert_close(x.grad, y.grad)
     with torch.no_grad():
         assert not torch.allclose(approx(BATCHES[1]), copy.deepcopy(fx_approx.restore(approx))(BATCHES[1]))
+
+
+def test_a_narrowed_layer_without_a_momentum_averages_plainly() -> None:
+    narrow, whole = NarrowBatchNorm1d(6, momentum=None), nn.BatchNorm1d(6, momentum=None)
+    some = [1, 4]
+    for x in torch.randn(3, 8, 6):
+        narrow(x[:, some], Selection(torch.tensor([some]), None))
+        whole(x)
+    assert narrow.num_batches_tracked == 3
+    torch.testing.assert_close(narrow.running_mean[some], whole.running_mean[some])
+    torch.testing.assert_close(narrow.running_var[some], whole.running_var[some])
 
 
 def test_layers_that_average_plainly_from_the_start_tell_nothing() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fx_approx
-from fx_approx.policies import Uniform
+from fx_approx.policies import GradientSampling, Uniform
 from fx_approx.runtime import rng as state
 from fx_approx.sampling import SAMPLERS
 from tests.helpers.models import Attention, Checkpointed, Cnn, WithDataDependent, loss_of, mlp, same
@@ -63,6 +63,11 @@ def test_sites_draw_differently() -> None:
     approx = fx_approx.transform(Pair(), Uniform(0.5, "systematic", scores="uniform", scope="layer"))
     first, second = approx(torch.randn(6, 32))
     assert not torch.equal(first, second)
+    approx = fx_approx.transform(Pair(), GradientSampling.weight_gradient(0.5, "systematic", scores="uniform"))
+    for rows in (6, 16):  # and of another number of rows than the numbers were drawn for
+        approx.zero_grad()
+        sum(y.sum() for y in approx(torch.randn(rows, 32))).backward()
+        assert not torch.equal(approx.a.weight.grad, approx.b.weight.grad)
 
 
 def test_topk_takes_no_random_numbers() -> None:

@@ -186,6 +186,14 @@ def test_a_shared_selection_ends_for_all_its_readers() -> None:
     assert torch.equal(model.h.weight, first)  # whose own selection goes on
 
 
+def test_layers_that_share_a_selection_go_together() -> None:
+    torch.manual_seed(0)
+    model = fx_approx.transform(Sum(), Uniform(0.5), torch.randn(16, 8))
+    assert fx_approx.schedules.zero_unread_weights(model, "a") == {"a": 8, "b": 8}
+    zero = [(one.weight == 0).all(0) for one in (model.a, model.b)]
+    assert int(zero[0].sum()) == 8 and torch.equal(*zero)
+
+
 def test_a_resumed_scheduler_changes_no_weight() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 8)
