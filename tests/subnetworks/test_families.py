@@ -36,7 +36,7 @@ TIMM = (
 NETS = ("yolo", "unet_transposed", "encoder")
 DETECTORS = ("retinanet_resnet50_fpn",)
 GRAPHS = ("swin_t",)  # its Python names numbers of heads
-STEPS = {"yolo": 5}  # a rounding of one weight grows by 4e6 in its 20 steps
+STEPS = {"yolo": 5, "hgnetv2_b0": 10}  # in 20 steps a rounding of one weight grows too much, by 4e6 in the first
 
 Made = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
@@ -72,7 +72,7 @@ def steps(model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], cou
         optimizer.step()
 
 
-def assert_trains_as(made: Made, scope: str, count: int = 20) -> nn.Module:
+def assert_trains_as(made: Made, scope: str, count: int = 20, tolerance: float = 1e-10) -> nn.Module:
     """Merged, the subnetwork is what the model is under one selection, to 1e-10 of the largest change of a weight."""
     model, args, keywords = made
     example = keywords or (args[0] if len(args) == 1 and isinstance(args[0], Tensor) else args)
@@ -87,7 +87,7 @@ def assert_trains_as(made: Made, scope: str, count: int = 20) -> nn.Module:
     moved = max(float((p.detach() - before[n]).abs().max()) for n, p in kept.named_parameters())
     pairs = zip((*approx.parameters(), *approx.buffers()), (*kept.parameters(), *kept.buffers()), strict=True)
     error = max(float((a.detach() - b.detach()).abs().nan_to_num().max()) for a, b in pairs if a.numel())
-    assert moved > 0 and error <= 1e-10 * moved, f"{error / moved:.1e}"
+    assert moved > 0 and error <= tolerance * moved, f"{error / moved:.1e}"
     return sub
 
 
@@ -122,7 +122,9 @@ def test_language_models_with_padding(zoo: Callable[[str, str], Made], name: str
     model, args, keywords = zoo("transformers", name)
     mask = torch.ones_like(keywords["input_ids"])
     mask[1, -3:] = 0
-    sub = assert_trains_as((model, args, {**keywords, "attention_mask": mask}), "value")
+    # Llama's normalisation computes in float32.
+    tolerance = 1e-6 if name.startswith("llama") else 1e-10
+    sub = assert_trains_as((model, args, {**keywords, "attention_mask": mask}), "value", tolerance=tolerance)
     assert type(sub) is type(model)
 
 
