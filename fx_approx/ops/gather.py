@@ -14,6 +14,7 @@ from fx_approx.sampling.base import Selection
 
 Order = tuple[int, ...] | None
 """What :func:`channels_last_order` gives."""
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def _keep_index(ctx: Any, inputs: tuple[Tensor, int, Tensor], output: Any) -> None:
@@ -58,6 +59,37 @@ def gather(source: Tensor, dim: int, index: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and source.requires_grad):
         return select(source, dim % source.dim(), index)
     result: Tensor = _Gather.apply(source, dim % source.dim(), index)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Scatter(torch.autograd.Function):
+    """The reverse of :class:`_Gather`."""
+
+    @staticmethod
+    def forward(part: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+        return _scatter(part, dim, index, size, channels_last_order(part))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, Tensor, int], output: Any) -> None:
+        _, ctx.dim, index, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        return None if grad is None else gather(grad, ctx.dim, *ctx.saved_tensors), None, None, None
+
+
+def scatter(part: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    """Zeros but for ``part`` at the entries ``index`` along ``dim``; keeps channels_last.
+
+    Args:
+        part: Any shape, ``k`` long along ``dim``.
+        dim: The axis, negative counted from the end.
+        index: ``[k]`` int64, unique.
+        size: How long the result is along ``dim``.
+    """
+    result: Tensor = _Scatter.apply(part, dim % part.dim(), index, size)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -127,8 +159,8 @@ def select_weight(weight: Tensor, groups: int, selection: Selection, index: Tens
 
 def channels_last_order(source: Tensor) -> Order:
     """The permutation that makes a channels_last tensor contiguous, or None for another layout."""
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(source.dim())
-    if channels_last is None or source.is_contiguous():
+    channels_last = _CHANNELS_LAST.get(source.dim())
+    if channels_last is None or is_batched(source) or source.is_contiguous():
         return None
     if not source.is_contiguous(memory_format=channels_last):
         return None
@@ -222,12 +254,10 @@ def _add_at(total: Tensor, dim: int, index: Tensor, grad: Tensor) -> None:
 
 
 def _empty(like: Tensor, dim: int, size: int) -> Tensor:
-    """``like`` with another size along ``dim``; contiguous, or channels_last where ``like`` is."""
+    """``like`` with another size along ``dim``; contiguous, or channels_last where ``like`` is; no view."""
     shape = [*like.shape[:dim], size, *like.shape[dim + 1 :]]
-    order = channels_last_order(like)
-    if order is None:
-        return like.new_empty(shape)
-    return like.new_empty([shape[axis] for axis in order]).permute(inverse(order))
+    layout = torch.contiguous_format if channels_last_order(like) is None else _CHANNELS_LAST[like.dim()]
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 class _Tap(torch.autograd.Function):
@@ -290,21 +320,48 @@ def _selected(source: Tensor, dim: int, index: Tensor) -> Tensor:
         flat = _rows(source.flatten(0, 1), 0, flat_indices(index, source.shape[1]))
         return flat.view(*index.shape, -1)
     order = channels_last_order(source)
+    if _writes_into_memory(source):
+        made = _empty(source, dim, index.shape[0])
+        if order is None:
+            _rows(source, dim, index, made)
+        else:
+            _rows(source.permute(order), order.index(dim), index, made.permute(order))
+        return made
     if order is None:
         return _rows(source, dim, index)
     return _rows(source.permute(order), order.index(dim), index).permute(inverse(order))
 
 
-def _rows(source: Tensor, dim: int, index: Tensor) -> Tensor:
+def _writes_into_memory(tensor: Tensor) -> bool:
+    """Whether a result may be memory of its own that operations with ``out=`` fill.
+
+    Such a result is no view, so that what follows may change it in place without the detour that autograd makes there.
+    """
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter) or is_transformed(tensor):
+        return False
+    return not (torch.is_grad_enabled() and tensor.requires_grad)
+
+
+def _rows(source: Tensor, dim: int, index: Tensor, out: Tensor | None = None) -> Tensor:
     """``source.index_select(dim, index)`` through whole rows of memory: 2 to 5 times as fast on CPUs."""
     if not source.is_contiguous() or source.numel() == 0:
-        return source.index_select(dim, index)
+        return torch.index_select(source, dim, index, out=out)
     outer, size, inner = math.prod(source.shape[:dim]), source.shape[dim], math.prod(source.shape[dim + 1 :])
     shape = (*source.shape[:dim], index.shape[0], *source.shape[dim + 1 :])
     if inner == 1:
-        return source.reshape(outer, size).index_select(1, index).reshape(shape)
+        rows = None if out is None else out.view(outer, index.shape[0])
+        return _columns(source.reshape(outer, size), index, rows).reshape(shape)
     starts = torch.arange(outer, device=index.device).unsqueeze(1) * size
-    return source.reshape(outer * size, inner).index_select(0, (starts + index).reshape(-1)).reshape(shape)
+    rows = None if out is None else out.view(-1, inner)
+    found = torch.index_select(source.reshape(outer * size, inner), 0, (starts + index).reshape(-1), out=rows)
+    return found.reshape(shape)
+
+
+def _columns(source: Tensor, index: Tensor, out: Tensor | None) -> Tensor:
+    """``[rows, k]`` of ``[rows, columns]``; on CPUs ``gather`` takes 0.3 to 0.9 of the time of ``index_select``."""
+    if source.device.type == "cpu":
+        return torch.gather(source, 1, index.expand(source.shape[0], -1), out=out)
+    return torch.index_select(source, 1, index, out=out)
 
 
 def _scattered(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
@@ -312,12 +369,25 @@ def _scattered(grad: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
         flat = _scattered(grad.flatten(0, 1), 0, flat_indices(index, size), index.shape[0] * size)
         return flat.view(index.shape[0], size, -1)
     order = channels_last_order(grad)
+    if _writes_into_memory(grad):
+        made = _empty(grad, dim, size).zero_()
+        if order is None:
+            _write(made, dim, index, grad)
+        else:
+            _write(made.permute(order), order.index(dim), index, grad.permute(order))
+        return made
     if order is not None:
         grad, dim = grad.permute(order), order.index(dim)
-    shape = (*grad.shape[:dim], size, *grad.shape[dim + 1 :])
-    full = grad.new_zeros(shape)
-    full = full.index_copy(dim, index, grad) if is_batched(grad) else full.index_copy_(dim, index, grad)
+    full = grad.new_zeros((*grad.shape[:dim], size, *grad.shape[dim + 1 :])).index_copy(dim, index, grad)
     return full if order is None else full.permute(inverse(order))
+
+
+def _write(full: Tensor, dim: int, index: Tensor, part: Tensor) -> None:
+    """Writes ``part`` at the entries ``index``; along the innermost axis ``scatter_`` is faster for 32 bits or more."""
+    if dim == full.dim() - 1 and full.device.type == "cpu" and full.element_size() >= 4:
+        full.scatter_(dim, index.expand(part.shape), part)
+    else:
+        full.index_copy_(dim, index, part)
 
 
 def _spread(grad: Tensor, dim: int, index: Tensor, size: int, order: Order) -> Tensor:

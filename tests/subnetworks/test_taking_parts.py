@@ -60,6 +60,38 @@ def test_a_part_is_put_among_zeros_in_its_layout(case: int) -> None:
     assert part.grad is not None and torch.allclose(part.grad, 3 * value**2)
 
 
+@pytest.mark.parametrize("case", range(5))
+def test_what_follows_may_change_a_part_or_a_whole_in_place(case: int) -> None:
+    value, dim = values()[case]
+    one, other = value.clone().requires_grad_(), value.clone().requires_grad_()
+    part = take_part(one, dim, INDEX)
+    whole = put_part(part, dim, INDEX, 6)
+    if dim == 1 or value.is_contiguous():
+        assert not part._is_view() and not whole._is_view()
+    whole += value
+    whole.relu_().pow(2).sum().backward()
+    expected = torch.zeros_like(other).index_copy(dim, INDEX, other.index_select(dim, INDEX)) + value
+    expected.relu().pow(2).sum().backward()
+    assert torch.equal(whole, expected.relu())
+    assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad)
+
+
+def through_both(value: Tensor) -> Tensor:
+    part = take_part(value, 1, INDEX).pow(3)
+    return put_part(part, 1, INDEX.flip(0), 7)
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_derivatives_of_every_kind(case: int) -> None:
+    value = values()[case][0]
+    assert torch.autograd.gradcheck(
+        through_both, value.requires_grad_(), check_forward_ad=True, check_batched_grad=True
+    )
+    assert torch.autograd.gradgradcheck(through_both, value)
+    one = torch.func.vmap(torch.func.grad(lambda v: through_both(v[None]).sum()))(value.detach())
+    assert torch.allclose(one, torch.autograd.grad(through_both(value).sum(), value)[0])
+
+
 class Residual(nn.Module):
     """A stream that is read in part and added to."""
 
