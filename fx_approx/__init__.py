@@ -15,6 +15,7 @@ from fx_approx import analysis as analysis
 from fx_approx import distributed as distributed
 from fx_approx import errors as errors
 from fx_approx import policies as policies
+from fx_approx import recipes as recipes
 from fx_approx import schedules as schedules
 from fx_approx import subnetworks as subnetworks
 from fx_approx.compiler.transform import explain, report, restore, transform

@@ -134,6 +134,11 @@ def is_compiled(module: nn.Module) -> bool:
     return isinstance(module, _OptimizedModule) or module._compiled_call_impl is not None
 
 
+def forget_compiled(module: nn.Module) -> None:
+    """Undoes ``module.compile()``: it runs its own Python again."""
+    module._compiled_call_impl = None
+
+
 def uncompiled(module: nn.Module) -> nn.Module | None:
     """The module in what ``torch.compile`` returned; None where ``module`` is something else."""
     if not isinstance(module, _OptimizedModule):

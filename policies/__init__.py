@@ -6,6 +6,7 @@ from fx_approx.policies.budget import ErrorBudget, FlopBudget, MemoryBudget, Tim
 from fx_approx.policies.cost_flops import FlopModel
 from fx_approx.policies.cost_measured import MeasuredModel
 from fx_approx.policies.cost_roofline import Device, RooflineModel, calibrate
+from fx_approx.policies.hidden_units import HiddenUnits
 from fx_approx.policies.override import Override
 from fx_approx.policies.paper import Paper
 from fx_approx.policies.parse import parse_policy
@@ -24,6 +25,7 @@ __all__ = [
     "FlopBudget",
     "FlopModel",
     "GradientSampling",
+    "HiddenUnits",
     "MeasuredModel",
     "MemoryBudget",
     "Override",

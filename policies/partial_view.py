@@ -63,6 +63,10 @@ class PartialView:
         groups = self._model.tied({**self._decided, **decisions})
         return [own for names in groups if (own := tuple(name for name in names if name in decisions))]
 
+    def coupled(self) -> frozenset[str]:
+        """Those of the whole model."""
+        return self._model.coupled()
+
     def weight_norms(self, name: str) -> Tensor | None:
         """Of the whole graph's layer ``name``."""
         return self._model.weight_norms(name)

@@ -203,6 +203,13 @@ def test_is_compiled() -> None:
     assert _compat.is_compiled(layer), "module.compile() leaves another mark"
 
 
+def test_forget_compiled() -> None:
+    layer = nn.Linear(2, 2)
+    layer.compile(backend="eager")
+    _compat.forget_compiled(layer)
+    assert not _compat.is_compiled(layer)
+
+
 def test_uncompiled() -> None:
     layer = nn.Linear(2, 2)
     assert _compat.uncompiled(torch.compile(layer, backend="eager")) is layer

@@ -154,6 +154,14 @@ class GraphView:
         """The sampled candidates, those together whose selections are one."""
         return tied(self._effects_of(decisions), [name for name, decision in decisions.items() if decision.roles])
 
+    def coupled(self) -> frozenset[str]:
+        """Candidates whose channels are added to others; see :meth:`fx_approx.core.step_cost.Model.coupled`."""
+        if self._compilation.flow is None:
+            return frozenset()
+        graph = self._compilation.analysis(self._plan({}, None)).sharing.coupling
+        with_others = [space for space in graph if any(other != space for other in graph[space])]
+        return frozenset(name for space in with_others for name in graph.nodes[space]["readers"])
+
     def weight_norms(self, name: str) -> Tensor | None:
         """``[groups, pairs]``, or None without a weight."""
         found = self._found[name]

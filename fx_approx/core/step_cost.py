@@ -213,6 +213,10 @@ class Model(Protocol):
         """The sampled candidates, those together whose selections are one, so that the largest ratio decides."""
         ...
 
+    def coupled(self) -> frozenset[str]:
+        """The candidates that read channels which an addition couples with others, as those of a residual stream."""
+        ...
+
     def weight_norms(self, name: str) -> Tensor | None:
         """Norms of the weight of a candidate by column-row pair, ``[groups, pairs]``; None without a weight."""
         ...

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Set
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fx_approx.core.candidates import Role, matches
 from fx_approx.core.plan_effects import Axis
@@ -110,7 +111,8 @@ def preserve(approx: ApproxModule, names: Set[str]) -> dict[str, int]:
         mask = published.mask.cpu()
         for name, (path, axis) in weights.items():
             flags = selected(axis, mask, published.slices)
-            kept[name] = approx.get_parameter(path), flags.view(candidates[name].groups, -1), int((~flags).sum())
+            weight: Tensor = operator.attrgetter(path)(approx)  # a view of the parameter, where it stands transposed
+            kept[name] = weight, flags.view(candidates[name].groups, -1), int((~flags).sum())
     for weight, flags, _ in kept.values():
         keep_columns(weight, flags.to(weight.device))
     missing = sorted(wanted - kept.keys())

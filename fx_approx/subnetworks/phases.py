@@ -166,6 +166,15 @@ class Phases:
         return self._outer
 
     @property
+    def subnetwork(self) -> nn.Module | None:
+        """The narrow network that trains in this step, without what wraps it; None while the full model does."""
+        return None if self._phase is None else self._phase.sub
+
+    def changes_next(self) -> tuple[bool, bool]:
+        """Whether :meth:`step` will change a ratio, and whether some layers will read more after it."""
+        return self._scheduler.changes_next()
+
+    @property
     def last_step(self) -> int:
         return self._scheduler.last_step
 

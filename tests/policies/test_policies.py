@@ -21,6 +21,7 @@ from fx_approx.policies import (
     FlopBudget,
     FlopModel,
     GradientSampling,
+    HiddenUnits,
     MemoryBudget,
     Override,
     Paper,
@@ -74,6 +75,7 @@ POLICIES: list[tuple[Policy, list[str] | None, dict[str, str]]] = [
     ),
     (Auto(cost=RooflineModel(device=DEVICE), check=False, min_k=1, round_to=1), None, {"conv1": "first convolution"}),
     (Tokens(0.5), [], {}),
+    (HiddenUnits(HALF), None, {"conv1": "no layer before it"}),
 ]
 
 

@@ -1,0 +1,333 @@
+"""The recipes: fine-tuning, training from scratch, transformers by tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fx_approx._compat import forget_compiled
+from fx_approx.capture.trace import kept_random_state
+from fx_approx.compiler.transform import transform
+from fx_approx.core.plan import Policy
+from fx_approx.dynamo.backend import backend
+from fx_approx.errors import NoEffectWarning, UnsupportedError
+from fx_approx.policies.hidden_units import HiddenUnits
+from fx_approx.policies.tokens import Tokens
+from fx_approx.policies.uniform import Exact, Uniform
+from fx_approx.recipes.gain import LEAST, predicted_or_timed, timed_backend
+from fx_approx.recipes.looks import Look, look
+from fx_approx.recipes.recipe import Choice, Driver, Recipe
+from fx_approx.runtime.validation import check_inputs
+from fx_approx.schedules.ratio_scheduler import RatioScheduler
+from fx_approx.schedules.schedule import ExactTail, ExactWarmup, PlanRatios, Schedule, check_ratio, check_step
+from fx_approx.subnetworks.phases import Phases
+
+_KEPT = 10**9
+_ADVICE = "docs/advice.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    """What a recipe would do.
+
+    Attributes:
+        policy: What is sampled.
+        warmup: Exact steps at the beginning.
+        tail: Exact steps at the end.
+        kept: One selection serves the whole training.
+        preserve: What was never read is set to zero before the tail.
+        choices: All this in words.
+    """
+
+    policy: Policy
+    warmup: int
+    tail: int
+    kept: bool
+    preserve: bool
+    choices: tuple[Choice, ...]
+
+    def schedule(self, steps: int) -> Schedule:
+        """The ratio at each step."""
+        inner: Schedule = ExactWarmup(PlanRatios(), self.warmup) if self.warmup else PlanRatios()
+        return ExactTail(inner, total=steps, steps=self.tail)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """The arguments that all recipes have."""
+
+    name: str
+    model: nn.Module
+    batch: Any
+    steps: int
+    compile: bool
+    check: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_step("steps", self.steps, 1)
+        for name in ("compile", "check"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if self.batch is None:
+            raise ValueError("batch: expected a training batch as the model is called with it, got None")
+
+    def exact(self, choices: Sequence[Choice], what: str, why: str) -> Recipe:
+        """A recipe that samples nothing."""
+        return Recipe(self.name, self.model, self.steps, (*choices, Choice(what, why)))
+
+
+def finetune(
+    model: nn.Module,
+    batch: Any,
+    steps: int,
+    ratio: float = 0.5,
+    *,
+    optimizer: Optimizer | None = None,
+    compile: bool = False,
+    check: bool = True,
+    seed: int = 0,
+) -> Recipe:
+    """Fine-tunes trained weights with a part of the channels, which is chosen once, by what the network does with them.
+
+    After a few exact steps the channels are chosen by running norms of activations and weights, and kept. What is not
+    read is set to zero at the end, and some exact steps follow. In networks of convolutions all layers are sampled; in
+    others those that read hidden units. Where it would not make a step faster, or there are too few steps, nothing is
+    sampled.
+
+    Args:
+        model: Trained, in training mode on its device; its parameters are trained.
+        batch: One training batch as the model is called with it: a tensor, a tuple, or a dict of keyword arguments.
+        steps: Steps of the optimiser in the whole training.
+        ratio: Share of the channels, in (0, 1).
+        optimizer: Of the model's parameters. With it the part trains as a physically narrow network, which is fastest;
+            ``recipe.model`` is another module then from phase to phase. Without it the transformed model trains.
+        compile: Run what is called by ``torch.compile``.
+        check: Time some steps first, with and without.
+        seed: All samples follow from it.
+
+    Returns:
+        The recipe; ``print`` shows what it chose, and why.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: One out of range, or an optimiser of other parameters.
+        CaptureError: ``model`` is compiled, wrapped, transformed or the like.
+    """
+    check_ratio("ratio", ratio)
+    given = _Given("finetune", model, batch, steps, compile, check, seed)
+    seen = look(model, batch)
+    layers = Uniform(ratio, min_k=16, round_to=8, scores="ema")
+    warmup, tail = max(10, steps // 20), max(seen.statistics or 1, steps // 50)
+    if seen.kind == "convolutions":
+        policy: Policy = layers
+        what = Choice(f"{ratio:g} of the channels of all layers, kept", "best of all settings in fine-tuned networks")
+    else:
+        policy = HiddenUnits(layers)
+        tail = max(tail, steps // 10)
+        what = Choice(f"{ratio:g} of the hidden units, kept", "a trained residual stream is worth leaving whole")
+    choices = (
+        what,
+        Choice(f"{warmup} exact steps first", "they tell which channels count"),
+        _tail(tail, seen),
+    )
+    return _made(given, seen, _Setting(policy, warmup, tail, True, True, choices), optimizer)
+
+
+def pretrain(
+    model: nn.Module,
+    batch: Any,
+    steps: int,
+    ratio: float = 0.65,
+    *,
+    compile: bool = False,
+    check: bool = True,
+    seed: int = 0,
+) -> Recipe:
+    """Trains from scratch with a part of the channels, those of the largest weights, and the last steps exactly.
+
+    Where the architecture is yours to choose, train a narrower network first and compare: from scratch it reached as
+    much at as many operations (docs/advice.md).
+
+    Args:
+        model: As in :func:`finetune`.
+        batch: As there.
+        steps: As there.
+        ratio: As there.
+        compile: As there.
+        check: As there.
+        seed: As there.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        TypeError: As :func:`finetune`.
+        ValueError: As there.
+        CaptureError: As there.
+    """
+    check_ratio("ratio", ratio)
+    given = _Given("pretrain", model, batch, steps, compile, check, seed)
+    seen = look(model, batch)
+    tail = max(seen.statistics or 1, steps // 50)
+    choices = (
+        Choice("a rival to try first", f"a narrower network reaches as much from scratch, see {_ADVICE}"),
+        Choice(f"{ratio:g} of the channels, those of the largest weights", "more accurate than chosen by activations"),
+        _tail(tail, seen),
+    )
+    return _made(given, seen, _Setting(Uniform(ratio, min_k=16), 0, tail, False, True, choices))
+
+
+def transformer(
+    model: nn.Module,
+    batch: Any,
+    steps: int,
+    ratio: float = 0.5,
+    *,
+    hidden_units: float = 1.0,
+    mode: str = "auto",
+    compile: bool = False,
+    check: bool = True,
+    seed: int = 0,
+) -> Recipe:
+    """Trains a transformer on a part of the tokens, others in each step, and the last tenth of the steps on all.
+
+    Models that pool or read a class token drop the others. Models that put out every position, such as language
+    models, could skip blocks: no evidence speaks for it, so they stay exact, unless ``mode="skip"`` asks for it.
+
+    Args:
+        model: As in :func:`finetune`.
+        batch: As there.
+        steps: As there.
+        ratio: Share of the tokens, in (0, 1).
+        hidden_units: Share of the hidden units on top of that; 1 for all.
+        mode: ``auto``, ``drop`` or ``skip``, see :class:`fx_approx.policies.Tokens`.
+        compile: As there.
+        check: As there.
+        seed: As there.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        TypeError: As :func:`finetune`.
+        ValueError: As there.
+        CaptureError: As there.
+    """
+    check_ratio("ratio", ratio)
+    check_ratio("hidden_units", hidden_units)
+    given = _Given("transformer", model, batch, steps, compile, check, seed)
+    seen = look(model, batch)
+    layers: Policy = Exact()
+    if hidden_units < 1:
+        layers = HiddenUnits(Uniform(hidden_units, min_k=16, round_to=8))
+    tokens = Tokens(ratio, mode, first=0, layers=layers)
+    if seen.traced and not seen.stacks:
+        why = seen.notes[0] if seen.notes else "it has no attention that can be followed"
+        return given.exact((), "exact: no tokens can be sampled", why)
+    if seen.traced and mode == "auto" and all(stack.drop is None for stack in seen.stacks):
+        return given.exact((), "exact: tokens can only skip blocks", f"{seen.stacks[0].whole}; mode='skip' tries it")
+    tail = max(seen.statistics or 1, steps // 10)
+    choices = [Choice(f"{ratio:g} of the tokens, others in each step", "above fewer epochs at as many operations")]
+    if hidden_units < 1:
+        choices.append(Choice(f"{hidden_units:g} of the hidden units", "asked for"))
+    choices.append(_tail(tail, seen))
+    return _made(given, seen, _Setting(tokens, 0, tail, False, hidden_units < 1, tuple(choices)))
+
+
+def _tail(tail: int, seen: Look) -> Choice:
+    why = "running statistics need as many" if tail == seen.statistics else "the evaluated network has all of it"
+    return Choice(f"{tail} exact steps at the end", why)
+
+
+def _made(given: _Given, seen: Look, setting: _Setting, optimizer: Optimizer | None = None) -> Recipe:
+    if seen.statistics is None:
+        why = "its BatchNorm averages over all batches (momentum=None)"
+        return given.exact(setting.choices, "exact: no tail is long enough", why)
+    spent = setting.warmup + setting.tail
+    if 2 * spent > given.steps:
+        why = f"{spent} of them would be exact; expected {2 * spent} or more"
+        return given.exact(setting.choices, f"exact: {given.steps} steps are too few", why)
+    make = _transformed if seen.traced else _by_backend
+    with kept_random_state():
+        return make(given, setting, optimizer)
+
+
+def _worth_it(given: _Given, setting: _Setting, speedup: float) -> tuple[Choice, ...] | Recipe:
+    """The choices with what was measured, or the recipe that samples nothing."""
+    if speedup < LEAST:
+        what = f"exact: a step would be {speedup:.2f} times as fast here"
+        return given.exact(setting.choices, what, f"expected {LEAST} or more, on this machine and at this batch")
+    return (*setting.choices, Choice(f"a sampled step is {speedup:.2f} times as fast here", "five steps in turn"))
+
+
+def _transformed(given: _Given, setting: _Setting, optimizer: Optimizer | None) -> Recipe:
+    choices: tuple[Choice, ...] | Recipe = setting.choices
+    narrow = optimizer is not None
+    if given.check:
+        policy = setting.policy
+        try:
+            speedup = predicted_or_timed(given.model, policy, given.batch, given.compile, narrow, optimizer)
+        except UnsupportedError as error:
+            return given.exact(setting.choices, "exact: there is no narrow network of it", str(error))
+        choices = _worth_it(given, setting, speedup)
+        if isinstance(choices, Recipe):
+            return choices
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NoEffectWarning)
+        try:
+            interval = _KEPT if setting.kept and not narrow else 1
+            approx = transform(
+                *(given.model, setting.policy, given.batch), seed=given.seed, selection_interval=interval
+            )
+        except NoEffectWarning as error:
+            return given.exact(setting.choices, "exact: nothing can be sampled", str(error))
+    schedule = setting.schedule(given.steps)
+    driver: Driver
+    if optimizer is not None:
+        wrap = torch.compile if given.compile else None
+        driver = Phases(approx, optimizer, schedule, preserve=setting.preserve, example_inputs=given.batch, wrap=wrap)
+        choices = (*choices, Choice("the part is a narrow network of its own", "nothing is sliced in a step"))
+    else:
+        driver = RatioScheduler(approx, schedule, preserve=setting.preserve)
+        if given.compile:
+            approx.compile()
+    return Recipe(given.name, given.model, given.steps, choices, approx, driver, given.batch)
+
+
+def _by_backend(given: _Given, setting: _Setting, optimizer: Optimizer | None) -> Recipe:
+    inner = "inductor" if given.compile else "eager"
+    narrow = optimizer is not None
+    handle = backend(
+        setting.policy, inner=inner, seed=given.seed, selection_interval=_KEPT if setting.kept and not narrow else 1
+    )
+    model = given.model
+    args, kwargs = check_inputs(model, given.batch)
+    assert args is not None
+    model.compile(backend=handle)
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    model(*args, **kwargs)  # graphs appear
+    with torch.no_grad():
+        for name, value in model.named_buffers():
+            value.copy_(buffers[name])
+    choices: tuple[Choice, ...] | Recipe = setting.choices
+    if given.check:
+        choices = _worth_it(given, setting, timed_backend(model, handle, given.batch))
+        if isinstance(choices, Recipe):
+            forget_compiled(model)
+            return choices
+    schedule = setting.schedule(given.steps)
+    driver: Driver
+    if optimizer is not None:
+        wrap = torch.compile if given.compile else None
+        driver = Phases(handle, optimizer, schedule, preserve=setting.preserve, example_inputs=given.batch, wrap=wrap)
+    else:
+        driver = RatioScheduler(handle, schedule, preserve=setting.preserve)
+    choices = (*choices, Choice("by a backend of torch.compile", "torch.fx cannot trace its forward"))
+    return Recipe(given.name, model, given.steps, choices, handle, driver, given.batch)

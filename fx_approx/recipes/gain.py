@@ -1,0 +1,71 @@
+"""Whether a recipe would pay: steps with and without it, in turn, on this machine."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fx_approx.analysis.time_prediction import estimate_step_time
+from fx_approx.capture.containers import mean_square
+from fx_approx.capture.trace import kept_random_state
+from fx_approx.core.plan import Policy
+from fx_approx.core.step_cost import MakeOptimizer
+from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict, set_sampling
+from fx_approx.runtime.handle import GraphHandle
+from fx_approx.runtime.validation import check_inputs
+from fx_approx.utils.timing import in_turn
+
+LEAST = 1.1
+"""A step that is not so many times as fast is not worth what sampling costs in accuracy."""
+
+
+def predicted_or_timed(
+    model: nn.Module, policy: Policy, batch: Any, compiled: bool, subnetwork: bool, optimizer: Optimizer | None
+) -> float:
+    """How many times as fast a step under ``policy`` is, by five steps in turn on copies of the model."""
+    found = estimate_step_time(
+        *(model, policy, batch),
+        check=True,
+        compiled=compiled,
+        repeats=5,
+        subnetwork=subnetwork,
+        optimizer=None if optimizer is None else maker(optimizer),
+    )
+    assert found.measured is not None
+    return found.measured.speedup[1]
+
+
+def maker(optimizer: Optimizer) -> MakeOptimizer:
+    """Makes optimisers of the same kind and settings."""
+    return lambda parameters: type(optimizer)(parameters, **optimizer.defaults)  # type: ignore[call-arg]
+
+
+def timed_backend(model: nn.Module, handle: GraphHandle, batch: Any) -> float:
+    """The same of a model that runs through a backend; its state, gradients and the samplers' are as before."""
+    args, kwargs = check_inputs(model, batch)
+    assert args is not None
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    state = sampler_state_dict(handle)
+
+    def run(enabled: bool) -> None:
+        set_sampling(handle, enabled=enabled)
+        mean_square(model(*args, **kwargs)).backward()
+
+    device = next(iter(model.parameters())).device
+    try:
+        with kept_random_state(), torch.enable_grad():
+            exact, sampled = in_turn([lambda: run(False), lambda: run(True)], device, 5, warmup=2)
+    finally:
+        set_sampling(handle, enabled=True)
+        load_sampler_state_dict(handle, state)
+        with torch.no_grad():
+            for name, value in model.named_buffers():
+                value.copy_(buffers[name])
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[name]
+    return statistics.median(one / other for one, other in zip(exact, sampled, strict=True))
