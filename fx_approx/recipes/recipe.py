@@ -73,6 +73,7 @@ class Recipe:
         taken: How many were taken.
         choices: What was chosen, and why.
         exact: The recipe samples nothing: ``model`` is the user's own.
+        sampling: This step is sampled, and not one of the exact ones.
     """
 
     def __init__(
@@ -109,6 +110,13 @@ class Recipe:
     @property
     def exact(self) -> bool:
         return self._handle is None
+
+    @property
+    def sampling(self) -> bool:
+        if isinstance(self._driver, Phases):
+            return self._driver.subnetwork is not None
+        ratios = self._driver.get_last_ratio() if isinstance(self._driver, RatioScheduler) else {}
+        return any(ratio < 1 for ratio in ratios.values())
 
     @property
     def model(self) -> nn.Module:
@@ -174,7 +182,7 @@ class Recipe:
         Raises:
             UnsupportedError: There is none; says why.
         """
-        if self._driver is not None and self._sampling():
+        if self.sampling:
             self._keep_narrow()
         if self._narrow is None:
             why = self._why_wide or "nothing was sampled yet" if self._handle is not None else "nothing is sampled"
@@ -208,12 +216,6 @@ class Recipe:
             load_sampler_state_dict(self._handle, state["sampler"])
             self._driver.load_state_dict(state["driver"])
         self.taken = taken
-
-    def _sampling(self) -> bool:
-        if isinstance(self._driver, Phases):
-            return self._driver.subnetwork is not None
-        assert isinstance(self._driver, RatioScheduler)
-        return any(ratio < 1 for ratio in self._driver.get_last_ratio().values())
 
     def _keep_narrow(self) -> None:
         """Keeps the narrow network of this step, for :meth:`ship`."""
