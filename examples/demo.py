@@ -131,9 +131,7 @@ def _finetune(model: nn.Module, batch: Tensor, steps: int, optimizer: Any, optio
 
 
 def _transformer(model: nn.Module, batch: Tensor, steps: int, optimizer: Any, options: argparse.Namespace) -> Recipe:
-    return fx_approx.recipes.transformer(
-        model, batch, steps, options.ratio, compile=options.compile, seed=options.seed
-    )
+    return fx_approx.recipes.transformer(model, batch, steps, options.ratio, compile=options.compile, seed=options.seed)
 
 
 def _pretrain(model: nn.Module, batch: Tensor, steps: int, optimizer: Any, options: argparse.Namespace) -> Recipe:

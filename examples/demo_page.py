@@ -31,7 +31,9 @@ def page(images: str, where: str, results: Sequence[Any]) -> str:
     parts += [_case(one) for one in results]
     body = "\n".join(parts)
     head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><style>{_STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}<title>fx_approx demo</title></head><body>{body}</body></html>\n"
+    return (
+        f"<!doctype html><html lang='en'><head>{head}<title>fx_approx demo</title></head><body>{body}</body></html>\n"
+    )
 
 
 def _case(one: Any) -> str:
@@ -49,9 +51,8 @@ def _case(one: Any) -> str:
             f"The network that ships has {narrow / full:.2f} of the weights, takes {fast / slow:.2f} of the time of a "
             f"batch, and has {shipped:.1f} %."
         )
-    curves = (
-        _curves("loss", _smooth(one.exact.losses), _smooth(one.sampled.losses))
-        + _curves("milliseconds of a step", _milliseconds(one.exact), _milliseconds(one.sampled))
+    curves = _curves("loss", _smooth(one.exact.losses), _smooth(one.sampled.losses)) + _curves(
+        "milliseconds of a step", _milliseconds(one.exact), _milliseconds(one.sampled)
     )
     layers = "" if one.recipe.exact else one.recipe.report().to_html()
     return (
@@ -89,7 +90,8 @@ def _curves(title: str, exact: Sequence[float], own: Sequence[float]) -> str:
     )
     caption = f"{title}; <span style='color:var(--exact)'>exact</span>, <span style='color:var(--own)'>recipe</span>"
     picture = f"<svg width='{_WIDTH}' height='{_HEIGHT}' role='img' aria-label='{_safe(title)}'>"
-    return f"<figure><figcaption>{caption}</figcaption>{picture}{axes}{line(exact, 'exact')}{line(own, 'own')}</svg></figure>"
+    lines = line(exact, "exact") + line(own, "own")
+    return f"<figure><figcaption>{caption}</figcaption>{picture}{axes}{lines}</svg></figure>"
 
 
 def _safe(text: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fx_approx.capture.containers import mean_square
 from fx_approx.capture.trace import kept_random_state
 from fx_approx.compiler.compilation import Compilation
+from fx_approx.compiler.extractors import extractors
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.flops import sliced_bytes, slicing_bytes
 from fx_approx.core.plan import Decision, Plan, make_plan
@@ -31,14 +32,6 @@ from fx_approx.savings.memory_model import Counts, Product, memory, trained_byte
 from fx_approx.utils.timing import in_turn
 
 _NO_OPERATION = ("placeholder", "output", "get_attr")
-_Extract = Callable[[nn.Module, Any], nn.Module]
-_extractors: list[_Extract] = []
-
-
-def extractor(function: _Extract) -> _Extract:
-    """Registers what makes a subnetwork of a transformed model and example inputs; it stands in a room above."""
-    _extractors[:] = [function]
-    return function
 
 
 class GraphView:
@@ -207,7 +200,7 @@ class GraphView:
             return made
         assert self._inputs is not None
         args, kwargs = self._inputs
-        return _extractors[0](made, kwargs or args)
+        return extractors[0](made, kwargs or args)
 
     @property
     def _operations(self) -> int:

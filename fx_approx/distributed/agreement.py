@@ -15,7 +15,6 @@ from torch import Tensor
 from fx_approx.errors import DistributedMismatchError
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.selection_tracker import SelectionTracker
-from fx_approx.runtime.upcoming import further_selectors
 from fx_approx.sampling.base import Selection
 
 _STATE = ("step", "increment", "selection_interval", "seed")
@@ -95,18 +94,23 @@ def readers_of(model: ApproxModule) -> list[str]:
     return [", ".join(dict.fromkeys(reading.name for reading in one.readings)) for one in classes]
 
 
-def check_chosen(model: ApproxModule, chosen: Sequence[Selection | None], group: dist.ProcessGroup | None) -> None:
-    """The random state of ``model`` and selections of it, in their order, are the same on all ranks of ``group``.
+def check_indices(
+    model: ApproxModule, chosen: Sequence[Selection | None], further: Sequence[str], group: dist.ProcessGroup | None
+) -> None:
+    """The random state of ``model`` and the indices of ``chosen`` are the same on all ranks of ``group``.
+
+    Args:
+        model: A transformed model.
+        chosen: First those that are made ahead, then those of the layers ``further``.
+        further: Names of layers.
+        group: None for all ranks.
 
     Raises:
         DistributedMismatchError: On every rank; names ranks and the layer that reads the selection.
     """
-    runtime = model._fx_approx
-    names = {id(selector): name for (name, _), selector in runtime.selectors.items()}
-    further = [names[id(selector)] for found in further_selectors(model) for selector in found.values()]
-    hashes = [runtime.state.new_zeros(()) if one is None else _ordered_hash(one.indices.flatten()) for one in chosen]
-    digest = torch.cat((runtime.state, torch.stack(hashes)))
-    check_selections(digest, [*readers_of(model), *further], group)
+    state = model._fx_approx.state
+    hashes = [state.new_zeros(()) if one is None else _ordered_hash(one.indices.flatten()) for one in chosen]
+    check_selections(torch.cat((state, torch.stack(hashes))), [*readers_of(model), *further], group)
 
 
 def _ordered_hash(indices: Tensor) -> Tensor:

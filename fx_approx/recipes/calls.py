@@ -20,9 +20,10 @@ from fx_approx.errors import NoEffectWarning, UnsupportedError
 from fx_approx.policies.hidden_units import HiddenUnits
 from fx_approx.policies.tokens import Tokens
 from fx_approx.policies.uniform import Exact, Uniform
-from fx_approx.recipes.gain import LEAST, predicted_or_timed, timed_backend
+from fx_approx.recipes.gain import LEAST, timed, timed_backend
 from fx_approx.recipes.looks import Look, look
-from fx_approx.recipes.recipe import Choice, Driver, Recipe
+from fx_approx.recipes.recipe import Choice, Recipe
+from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.validation import check_inputs
 from fx_approx.schedules.ratio_scheduler import RatioScheduler
 from fx_approx.schedules.schedule import ExactTail, ExactWarmup, PlanRatios, Schedule, check_ratio, check_step
@@ -273,7 +274,7 @@ def _transformed(given: _Given, setting: _Setting, optimizer: Optimizer | None) 
     if given.check:
         policy = setting.policy
         try:
-            speedup = predicted_or_timed(given.model, policy, given.batch, given.compile, narrow, optimizer)
+            speedup = timed(given.model, policy, given.batch, given.compile, narrow, optimizer)
         except UnsupportedError as error:
             return given.exact(setting.choices, "exact: there is no narrow network of it", str(error))
         choices = _worth_it(given, setting, speedup)
@@ -288,17 +289,9 @@ def _transformed(given: _Given, setting: _Setting, optimizer: Optimizer | None) 
             )
         except NoEffectWarning as error:
             return given.exact(setting.choices, "exact: nothing can be sampled", str(error))
-    schedule = setting.schedule(given.steps)
-    driver: Driver
-    if optimizer is not None:
-        wrap = torch.compile if given.compile else None
-        driver = Phases(approx, optimizer, schedule, preserve=setting.preserve, example_inputs=given.batch, wrap=wrap)
-        choices = (*choices, Choice("the part is a narrow network of its own", "nothing is sliced in a step"))
-    else:
-        driver = RatioScheduler(approx, schedule, preserve=setting.preserve)
-        if given.compile:
-            approx.compile()
-    return Recipe(given.name, given.model, given.steps, choices, approx, driver, given.batch)
+    if given.compile and not narrow:
+        approx.compile()
+    return _driven(given, setting, approx, optimizer, choices)
 
 
 def _by_backend(given: _Given, setting: _Setting, optimizer: Optimizer | None) -> Recipe:
@@ -322,12 +315,23 @@ def _by_backend(given: _Given, setting: _Setting, optimizer: Optimizer | None) -
         if isinstance(choices, Recipe):
             forget_compiled(model)
             return choices
-    schedule = setting.schedule(given.steps)
-    driver: Driver
-    if optimizer is not None:
-        wrap = torch.compile if given.compile else None
-        driver = Phases(handle, optimizer, schedule, preserve=setting.preserve, example_inputs=given.batch, wrap=wrap)
-    else:
-        driver = RatioScheduler(handle, schedule, preserve=setting.preserve)
     choices = (*choices, Choice("by a backend of torch.compile", "torch.fx cannot trace its forward"))
-    return Recipe(given.name, model, given.steps, choices, handle, driver, given.batch)
+    return _driven(given, setting, handle, optimizer, choices)
+
+
+def _driven(
+    given: _Given,
+    setting: _Setting,
+    handle: nn.Module | GraphHandle,
+    optimizer: Optimizer | None,
+    choices: tuple[Choice, ...],
+) -> Recipe:
+    """The recipe that moves the ratios of a transformed model or a backend."""
+    schedule, head = setting.schedule(given.steps), (given.name, given.model, given.steps)
+    if optimizer is None:
+        scheduler = RatioScheduler(handle, schedule, preserve=setting.preserve)
+        return Recipe(*head, choices, handle, scheduler=scheduler, batch=given.batch)
+    wrap = torch.compile if given.compile else None
+    phases = Phases(handle, optimizer, schedule, preserve=setting.preserve, example_inputs=given.batch, wrap=wrap)
+    choices = (*choices, Choice("the part is a narrow network of its own", "nothing is sliced in a step"))
+    return Recipe(*head, choices, handle, phases=phases, batch=given.batch)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fx_approx.analysis.time_prediction import estimate_step_time
 from fx_approx.capture.containers import mean_square
 from fx_approx.capture.trace import kept_random_state
+from fx_approx.compiler.transform import view_of
 from fx_approx.core.plan import Policy
 from fx_approx.core.step_cost import MakeOptimizer
 from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict, set_sampling
@@ -23,20 +23,19 @@ LEAST = 1.1
 """A step that is not so many times as fast is not worth what sampling costs in accuracy."""
 
 
-def predicted_or_timed(
+def timed(
     model: nn.Module, policy: Policy, batch: Any, compiled: bool, subnetwork: bool, optimizer: Optimizer | None
 ) -> float:
-    """How many times as fast a step under ``policy`` is, by five steps in turn on copies of the model."""
-    found = estimate_step_time(
-        *(model, policy, batch),
-        check=True,
-        compiled=compiled,
-        repeats=5,
-        subnetwork=subnetwork,
-        optimizer=None if optimizer is None else maker(optimizer),
-    )
-    assert found.measured is not None
-    return found.measured.speedup[1]
+    """How many times as fast a step under ``policy`` is, by five steps in turn on copies of the model.
+
+    Raises:
+        UnsupportedError: There is no subnetwork.
+    """
+    view, plan = view_of(model, policy, batch)
+    step = view.realized(subnetwork, None if optimizer is None else maker(optimizer))
+    decisions = {one.name: one for one in plan.sampled}
+    _, found = step.time([decisions], tokens=[plan.tokens], compiled=compiled, repeats=5)
+    return found.speedup[1]
 
 
 def maker(optimizer: Optimizer) -> MakeOptimizer:

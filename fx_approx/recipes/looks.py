@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from fx_approx.analysis.token_axis import token_axis
 from fx_approx.compiler.transform import analysed
 from fx_approx.core.layer_types import layer_type
+from fx_approx.core.plan import Plan
 from fx_approx.core.token_axis import TokenStack
 from fx_approx.runtime.batchnorm import enough_exact_batches, tracked
 
@@ -44,10 +44,9 @@ def look(model: nn.Module, batch: Any) -> Look:
     """
     made = analysed(model, batch)
     traced = not made.captured.opaque
-    tokens = token_axis(model, batch) if traced else None
     found = [layer for layer in tracked(model) if layer.training or not model.training]
     statistics = enough_exact_batches(found) if found else 0
-    stacks, notes = ((), ()) if tokens is None else (tokens.stacks, tokens.notes)
+    stacks, notes = (made.token_stacks(Plan((), {})), made.token_streams()[1]) if traced else ((), ())
     return Look(traced, _kind(model, bool(stacks)), stacks, notes, statistics)
 
 

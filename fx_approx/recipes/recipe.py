@@ -16,7 +16,6 @@ from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.savings.report import SavingsReport
 from fx_approx.schedules.ratio_scheduler import RatioScheduler
 from fx_approx.subnetworks.extract import extract
-from fx_approx.subnetworks.phases import Phases
 
 _KEYS = {"steps", "model", "sampler", "driver"}
 
@@ -35,7 +34,7 @@ class Choice:
 
 
 class Driver(Protocol):
-    """What moves the ratios: :class:`RatioScheduler`, or :class:`Phases`."""
+    """What moves the ratios: a :class:`fx_approx.schedules.RatioScheduler`, or :class:`Swapping`."""
 
     def step(self) -> None:
         """Goes on to the next step."""
@@ -51,6 +50,24 @@ class Driver(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there."""
+        ...
+
+
+class Swapping(Driver, Protocol):
+    """What swaps between the full model and narrow networks: :class:`fx_approx.subnetworks.Phases`."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What is to be called in this step."""
+        ...
+
+    @property
+    def subnetwork(self) -> nn.Module | None:
+        """The narrow network of this step; None where the full model trains."""
+        ...
+
+    def finish(self) -> nn.Module:
+        """Writes it back."""
         ...
 
 
@@ -83,7 +100,8 @@ class Recipe:
         steps: int,
         choices: tuple[Choice, ...],
         handle: nn.Module | GraphHandle | None = None,
-        driver: Driver | None = None,
+        scheduler: RatioScheduler | None = None,
+        phases: Swapping | None = None,
         batch: Any = None,
     ) -> None:
         """Made by the functions of :mod:`fx_approx.recipes`.
@@ -94,12 +112,15 @@ class Recipe:
             steps: How many there are.
             choices: What was chosen.
             handle: The transformed model, or the backend; None where nothing is sampled.
-            driver: What moves its ratios.
+            scheduler: What moves its ratios, where the selections stay in the graph.
+            phases: The same, where narrow networks train.
             batch: Example inputs, for subnetworks that run the model's own Python.
         """
         self.name, self.steps, self.choices = name, steps, choices
         self.taken = 0
-        self._full, self._handle, self._driver, self._batch = full, handle, driver, batch
+        self._full, self._handle, self._batch = full, handle, batch
+        self._scheduler, self._phases = scheduler, phases
+        self._driver: Driver | None = scheduler if phases is None else phases
         self._narrow: nn.Module | None = None
         self._why_wide = ""
 
@@ -113,15 +134,15 @@ class Recipe:
 
     @property
     def sampling(self) -> bool:
-        if isinstance(self._driver, Phases):
-            return self._driver.subnetwork is not None
-        ratios = self._driver.get_last_ratio() if isinstance(self._driver, RatioScheduler) else {}
+        if self._phases is not None:
+            return self._phases.subnetwork is not None
+        ratios = {} if self._scheduler is None else self._scheduler.get_last_ratio()
         return any(ratio < 1 for ratio in ratios.values())
 
     @property
     def model(self) -> nn.Module:
-        if isinstance(self._driver, Phases):
-            return self._driver.model
+        if self._phases is not None:
+            return self._phases.model
         return self._handle if isinstance(self._handle, nn.Module) else self._full
 
     def step(self) -> None:
@@ -166,8 +187,8 @@ class Recipe:
         """
         if self.taken < self.steps:
             raise ValueError(f"finish: {self.steps - self.taken} of {self.steps} steps are left; take them, or ship()")
-        if isinstance(self._driver, Phases):
-            self._driver.finish()
+        if self._phases is not None:
+            self._phases.finish()
         elif self._handle is not None:
             set_sampling(self._handle, enabled=False)
         if isinstance(self._handle, nn.Module):
@@ -221,9 +242,9 @@ class Recipe:
         """Keeps the narrow network of this step, for :meth:`ship`."""
         assert self._handle is not None
         try:
-            if isinstance(self._driver, Phases):
-                assert self._driver.subnetwork is not None
-                made = copy.deepcopy(self._driver.subnetwork)
+            if self._phases is not None:
+                assert self._phases.subnetwork is not None
+                made = copy.deepcopy(self._phases.subnetwork)
             else:
                 made = extract(self._handle, example_inputs=self._batch)
         except (UnsupportedError, ValueError) as error:

@@ -27,7 +27,6 @@ from fx_approx.subnetworks.model_parts import Part
 from fx_approx.subnetworks.narrowing import Narrowing
 from fx_approx.subnetworks.own_class import fit_attributes
 from fx_approx.subnetworks.same_operations import all_alike
-from fx_approx.subnetworks.sections import exact_parts
 from fx_approx.subnetworks.wide_values import WideValues
 
 Forms = dict[str, bool | None]
@@ -62,7 +61,12 @@ class Assembled:
 
 
 def assembled(
-    approx: ApproxModule, root: nn.Module, parts: Sequence[Part], narrowing: Narrowing, example: Any
+    approx: ApproxModule,
+    root: nn.Module,
+    parts: Sequence[Part],
+    narrowing: Narrowing,
+    example: Any,
+    exact_parts: Callable[[Narrowing], Sequence[Part]],
 ) -> Assembled:
     """The subnetwork.
 
@@ -72,6 +76,7 @@ def assembled(
         parts: What has graphs.
         narrowing: How its layers were narrowed.
         example: Inputs of the model, or None.
+        exact_parts: Makes the graphs of the parts without selections.
 
     Raises:
         UnsupportedError: Neither a graph nor the model's own Python serves ``example``.
@@ -95,7 +100,7 @@ def assembled(
         found = _serving(part, own, full, reference, calls.get(part.path, [call]), problem)
         form = forms[part.path] = found.form
         only = form is None and part.serves.training_only
-        if only and not _evaluates(approx, part.path, calls.get(part.path, [call])):
+        if only and not _evaluates(approx, part.path, calls.get(part.path, [call]), exact_parts):
             serve_training_only(reference.graph)
         above = f"{part.path}: " if part.path else ""
         reasons += [f"{above}{found.why}"] if found.why else []
@@ -111,11 +116,13 @@ def assembled(
     return Assembled(root, forms, "; ".join(reasons), tuple(notes))
 
 
-def _evaluates(approx: ApproxModule, path: str, calls: Sequence[Call]) -> bool:
+def _evaluates(
+    approx: ApproxModule, path: str, calls: Sequence[Call], exact_parts: Callable[[Narrowing], Sequence[Part]]
+) -> bool:
     """Whether the graph of a part computes in evaluation what the model's Python does, both without selections."""
     root = skeleton(exact_copy(approx))
     narrowing = Narrowing(root, approx)
-    part = next(part for part in exact_parts(approx, narrowing) if part.path == path)
+    part = next(part for part in exact_parts(narrowing) if part.path == path)
     return all_alike(_graph(root, part), skeleton(exact_copy(approx)).get_submodule(path), calls)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from fx_approx.capture.trace import skeleton
-from fx_approx.compiler.graph_view import extractor
+from fx_approx.compiler.extractors import extractor
 from fx_approx.runtime.approx_module import find
 from fx_approx.runtime.exact import exact_copy
 from fx_approx.runtime.handle import GraphHandle
@@ -20,7 +21,7 @@ from fx_approx.subnetworks.description import origin_of
 from fx_approx.subnetworks.from_backend import extract_from_backend
 from fx_approx.subnetworks.narrowing import Narrowing
 from fx_approx.subnetworks.record import ModelReference, Subnetwork, attach, identity_of, versions_of
-from fx_approx.subnetworks.sections import parts_of
+from fx_approx.subnetworks.sections import exact_parts, parts_of
 from fx_approx.subnetworks.selections import selections_of
 
 
@@ -69,7 +70,7 @@ def extract(
     narrowing = Narrowing(root, approx)
     parts = parts_of(approx, narrowing, chosen)
     narrowing.apply()
-    made = assembled(approx, root, parts, narrowing, example_inputs)
+    made = assembled(approx, root, parts, narrowing, example_inputs, functools.partial(exact_parts, approx))
     record = Subnetwork(
         narrowing.cuts,
         chosen,

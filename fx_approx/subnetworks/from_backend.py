@@ -13,7 +13,6 @@ from torch import Tensor, fx, nn
 from fx_approx.capture.error_text import describe
 from fx_approx.capture.module_snapshot import kept_values
 from fx_approx.capture.trace import kept_random_state, skeleton
-from fx_approx.distributed.agreement import check_chosen
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.exact import exact_copy
@@ -37,7 +36,7 @@ from fx_approx.subnetworks.record import (
     tensors_of,
     versions_of,
 )
-from fx_approx.subnetworks.selections import check_selections
+from fx_approx.subnetworks.selections import check_chosen, check_selections
 from fx_approx.subnetworks.specialize import Chosen, specialise
 
 Selections = Sequence[Selection | None]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fx_approx.distributed.agreement import check_chosen
+from fx_approx.distributed.agreement import check_indices
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.selector import Selector
@@ -89,3 +89,14 @@ def check_selections(approx: ApproxModule, chosen: Sequence[Selection | None], b
             )
         if any(len(row.unique()) != row.numel() for row in index):
             raise ValueError(f"selections[{place}]: expected units once each, got some of them twice")
+
+
+def check_chosen(approx: ApproxModule, chosen: Sequence[Selection | None], group: Any) -> None:
+    """The random state of ``approx`` and selections of it, in their order, are the same on all ranks of ``group``.
+
+    Raises:
+        DistributedMismatchError: On every rank; names ranks and the layer that reads the selection.
+    """
+    names = {id(selector): name for (name, _), selector in approx._fx_approx.selectors.items()}
+    further = [names[id(selector)] for found in further_selectors(approx) for selector in found.values()]
+    check_indices(approx, chosen, further, group)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fx_approx.distributed.agreement import check_chosen
 from fx_approx.errors import UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.controls import set_each, synchronize_scores
@@ -20,7 +19,7 @@ from fx_approx.subnetworks.extract import extract
 from fx_approx.subnetworks.from_backend import MisfitError, graphs_of, made_ahead
 from fx_approx.subnetworks.record import record_of
 from fx_approx.subnetworks.reselect import cut_anew, fits, reselect_graphs
-from fx_approx.subnetworks.selections import Selections, selections_of
+from fx_approx.subnetworks.selections import Selections, check_chosen, selections_of
 
 
 class Source(abc.ABC):

@@ -205,7 +205,7 @@ def test_a_run_that_stops_goes_on_bitwise(kind: str, stop: int) -> None:
 
 
 def test_where_it_does_not_pay_it_says_so_and_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "predicted_or_timed", lambda *args: 1.04)
+    monkeypatch.setattr(calls, "timed", lambda *args: 1.04)
     model = built(Cnn)
     recipe = recipes.finetune(model, IMAGES, STEPS)
     assert recipe.exact and recipe.model is model and "1.04 times as fast here" in str(recipe)
@@ -214,7 +214,7 @@ def test_where_it_does_not_pay_it_says_so_and_stays_exact(monkeypatch: pytest.Mo
     for call in (recipe.report, recipe.ship):
         with pytest.raises((ValueError, UnsupportedError), match="nothing is sampled"):
             call()
-    monkeypatch.setattr(calls, "predicted_or_timed", lambda *args: 1.5)
+    monkeypatch.setattr(calls, "timed", lambda *args: 1.5)
     recipe = recipes.finetune(model, IMAGES, STEPS)
     assert not recipe.exact and "1.50 times as fast here" in str(recipe)
 
