@@ -91,6 +91,16 @@ def check_selections(approx: ApproxModule, chosen: Sequence[Selection | None], b
             raise ValueError(f"selections[{place}]: expected units once each, got some of them twice")
 
 
+def first_selections(approx: ApproxModule) -> list[Selection | None]:
+    """The first units for every selection: sizes without scores, which may have learnt nothing yet."""
+    resample, device = approx._fx_approx.resample, approx._fx_approx.state.device
+    ahead = [
+        None if one.exact else Selection(torch.arange(one.k, device=device).repeat(one.groups, 1), None)
+        for one in (() if resample is None else resample.each())
+    ]
+    return [*ahead, *further_selections(approx)]
+
+
 def check_chosen(approx: ApproxModule, chosen: Sequence[Selection | None], group: Any) -> None:
     """The random state of ``approx`` and selections of it, in their order, are the same on all ranks of ``group``.
 

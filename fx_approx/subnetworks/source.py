@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 from typing import Any
 
-import torch
 from torch import nn
 
 from fx_approx.errors import UnsupportedError
@@ -13,13 +12,11 @@ from fx_approx.runtime.approx_module import ApproxModule, find
 from fx_approx.runtime.controls import set_each, synchronize_scores
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.rng import SELECTION_INTERVAL
-from fx_approx.runtime.upcoming import further_selections
-from fx_approx.sampling.base import Selection
 from fx_approx.subnetworks.extract import extract
 from fx_approx.subnetworks.from_backend import MisfitError, graphs_of, made_ahead
 from fx_approx.subnetworks.record import record_of
 from fx_approx.subnetworks.reselect import cut_anew, fits, reselect_graphs
-from fx_approx.subnetworks.selections import Selections, check_chosen, selections_of
+from fx_approx.subnetworks.selections import Selections, check_chosen, first_selections, selections_of
 
 
 class Source(abc.ABC):
@@ -118,12 +115,7 @@ class TransformedSource(Source):
         return (self.approx,)
 
     def sample_sub(self) -> nn.Module | None:
-        resample, device = self.approx._fx_approx.resample, self.approx._fx_approx.state.device
-        chosen = [
-            None if one.exact else Selection(torch.arange(one.k, device=device).repeat(one.groups, 1), None)
-            for one in (() if resample is None else resample.each())
-        ] + further_selections(self.approx)
-        return extract(self.approx, chosen or None)
+        return extract(self.approx, first_selections(self.approx) or None)
 
     def chosen(self, group: Any) -> Selections | None:
         if group is not None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fx_approx
+from fx_approx.compiler.extractors import extractors
 from fx_approx.compiler.graph_view import GraphView
 from fx_approx.compiler.transform import view_of
 from fx_approx.core.step_cost import ProductWork, StepWorkload, Update
@@ -326,3 +327,12 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], text: st
         TimeBudget(0.5, **options)
     with pytest.raises(error, match=text):
         Auto(**options)
+
+
+def test_what_is_timed_is_narrow_also_where_scores_have_learnt_nothing() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    x, sizes = torch.randn(2, 32), []
+    for scores in ("weight", "ema"):
+        approx = fx_approx.transform(model, Uniform(0.5, scores=scores), x)
+        sizes.append(sum(p.numel() for p in extractors[0](approx, x).parameters()))
+    assert sizes[0] == sizes[1] < 0.6 * sum(p.numel() for p in model.parameters())
