@@ -411,7 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = f"{last.what}: {last.why}" if one.recipe.exact else one.recipe.choices[0].what
         print(textwrap.fill(f"{one.name}, {one.task}. {said}.", 100))
     note = (
-        "Step times are medians of steps in turn, quartiles in brackets. Where accuracy falls, the training is too short "
+        "Step times are medians of steps in turn, quartiles in brackets. Where accuracy falls, training is too short "
         f"for what is left out: see the curves. More: {options.html}"
     )
     print(f"\n{textwrap.fill(note, 100)}")
