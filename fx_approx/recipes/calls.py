@@ -269,7 +269,7 @@ def _worth_it(given: _Given, setting: _Setting, speedup: float) -> tuple[Choice,
 
 
 def _transformed(given: _Given, setting: _Setting, optimizer: Optimizer | None) -> Recipe:
-    choices: tuple[Choice, ...] | Recipe = setting.choices
+    choices = setting.choices
     narrow = optimizer is not None
     if given.check:
         policy = setting.policy
@@ -277,9 +277,10 @@ def _transformed(given: _Given, setting: _Setting, optimizer: Optimizer | None) 
             speedup = timed(given.model, policy, given.batch, given.compile, narrow, optimizer)
         except UnsupportedError as error:
             return given.exact(setting.choices, "exact: there is no narrow network of it", str(error))
-        choices = _worth_it(given, setting, speedup)
-        if isinstance(choices, Recipe):
-            return choices
+        decided = _worth_it(given, setting, speedup)
+        if isinstance(decided, Recipe):
+            return decided
+        choices = decided
     with warnings.catch_warnings():
         warnings.simplefilter("error", NoEffectWarning)
         try:
@@ -309,12 +310,13 @@ def _by_backend(given: _Given, setting: _Setting, optimizer: Optimizer | None) -
     with torch.no_grad():
         for name, value in model.named_buffers():
             value.copy_(buffers[name])
-    choices: tuple[Choice, ...] | Recipe = setting.choices
+    choices = setting.choices
     if given.check:
-        choices = _worth_it(given, setting, timed_backend(model, handle, given.batch))
-        if isinstance(choices, Recipe):
+        decided = _worth_it(given, setting, timed_backend(model, handle, given.batch))
+        if isinstance(decided, Recipe):
             forget_compiled(model)
-            return choices
+            return decided
+        choices = decided
     choices = (*choices, Choice("by a backend of torch.compile", "torch.fx cannot trace its forward"))
     return _driven(given, setting, handle, optimizer, choices)
 
@@ -331,7 +333,7 @@ def _driven(
     if optimizer is None:
         scheduler = RatioScheduler(handle, schedule, preserve=setting.preserve)
         return Recipe(*head, choices, handle, scheduler=scheduler, batch=given.batch)
-    wrap = torch.compile if given.compile else None
+    wrap: Any = torch.compile if given.compile else None
     phases = Phases(handle, optimizer, schedule, preserve=setting.preserve, example_inputs=given.batch, wrap=wrap)
     choices = (*choices, Choice("the part is a narrow network of its own", "nothing is sliced in a step"))
     return Recipe(*head, choices, handle, phases=phases, batch=given.batch)

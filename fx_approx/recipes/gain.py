@@ -40,7 +40,7 @@ def timed(
 
 def maker(optimizer: Optimizer) -> MakeOptimizer:
     """Makes optimisers of the same kind and settings."""
-    return lambda parameters: type(optimizer)(parameters, **optimizer.defaults)  # type: ignore[call-arg]
+    return lambda parameters: type(optimizer)(parameters, **optimizer.defaults)
 
 
 def timed_backend(model: nn.Module, handle: GraphHandle, batch: Any) -> float:

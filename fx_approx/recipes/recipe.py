@@ -169,7 +169,7 @@ class Recipe:
         if self._handle is None:
             raise ValueError(f"report: nothing is sampled. {self.choices[-1].what}: {self.choices[-1].why}")
         runtimes = [piece._fx_approx for piece in pieces_of(self._handle)]
-        switches = [one for runtime in runtimes for one in (*runtime.selectors.values(), *runtime.tokens)]
+        switches: list[Any] = [one for runtime in runtimes for one in (*runtime.selectors.values(), *runtime.tokens)]
         before = [one.enabled for one in switches]
         try:
             for one in switches:

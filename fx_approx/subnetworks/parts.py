@@ -52,4 +52,5 @@ def _in_plain_operations(value: Tensor) -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
-    return torch.jit.is_tracing() or is_transformed(value) or unpack_dual(value).tangent is not None
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return bool(traced) or is_transformed(value) or unpack_dual(value).tangent is not None
