@@ -275,7 +275,11 @@ def transforms_in_progress() -> list[str]:
 def is_batched(tensor: Tensor) -> bool:
     """Whether vmap, that of ``torch.func`` or that of ``is_grads_batched``, runs over ``tensor``."""
     functorch = torch._C._functorch
-    return bool(functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
+    if functorch.is_batchedtensor(tensor):
+        return True
+    if torch.compiler.is_dynamo_compiling():  # which knows no batches of the older vmap, and not their name either
+        return False
+    return bool(functorch.is_legacy_batchedtensor(tensor))
 
 
 def is_transformed(tensor: Tensor) -> bool:
