@@ -6,30 +6,21 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.profiler import record_function
 
-from fx_approx._compat import is_profiling
 from fx_approx.capture.records import META_KEY
 from fx_approx.ops.channel_slices import slice_weights
 
 
-def scoped(function: Callable[..., Any], graph: fx.Graph, prologue: str) -> Callable[..., Any]:
-    """``function``, the code of ``graph``; while a profiler records an eager call, its nodes one by one in scopes.
+def in_scopes(graph: fx.Graph, prologue: str) -> Callable[..., Any]:
+    """What runs ``graph`` node by node, each product in a scope of the profiler.
 
     Args:
-        function: Called with the model and the inputs.
-        graph: What it computes.
+        graph: Of a transformed model, or of a section of it.
         prologue: Where the runtime hangs in the model.
     """
-
-    def run(model: nn.Module, *inputs: Any) -> Any:
-        if not torch.compiler.is_compiling() and is_profiling():
-            return _Scopes(model, graph, prologue).run(*inputs)
-        return function(model, *inputs)
-
-    return run
+    return lambda model, *inputs: _Scopes(model, graph, prologue).run(*inputs)
 
 
 class _Scopes(fx.Interpreter):

@@ -237,6 +237,7 @@ def test_predict(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     said = capsys.readouterr().out
     model, x = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 2)), torch.empty(4, 8)
     found = fx_approx.analysis.estimate_step_time(model, fx_approx.policies.Uniform(0.5), x)
+    assert said.startswith("Sequential under topk:\n")
     assert str(found) in " ".join(said.split()) and max(map(len, said.splitlines())) <= 80
     assert main(["explain", "climodels:ready", "--input", "4x8", "--time"]) == 0
     assert "Time, predicted: " in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import fx_approx
 from fx_approx.policies import GradientSampling, Uniform
 from fx_approx.runtime import profiled
+from tests.capture.test_sections import made
 from tests.helpers.models import Attention, mlp
 
 
@@ -50,6 +52,22 @@ def test_slices_of_weights_have_scopes_too() -> None:
     approx = fx_approx.transform(mlp(), Uniform(0.5), x)
     _, names = recorded(lambda: approx(x))
     assert {"0: slice", "2: slice", "0", "2"} <= set(names)
+
+
+def test_parts_with_graphs_of_their_own_have_scopes() -> None:
+    model, inputs = made()
+    with pytest.warns(fx_approx.errors.CaptureWarning, match="not traced"):
+        approx = fx_approx.transform(model, Uniform(0.5), inputs)
+    _, names = recorded(lambda: approx(*inputs))
+    assert {"backbone.stem.0", "head.tower.2", "head.tower.2: slice"} <= set(names)
+
+
+def test_a_part_by_itself_is_pickled() -> None:
+    approx = fx_approx.transform(mlp(), Uniform(0.5), torch.randn(6, 12))
+    copy = pickle.loads(pickle.dumps(approx))
+    _, names = recorded(lambda: copy(torch.randn(6, 12)))
+    assert "2: slice" in names
+    assert pickle.loads(pickle.dumps(approx[2]))(torch.randn(6, 16)).shape == (6, 16)
 
 
 def test_gradients_are_the_same() -> None:
