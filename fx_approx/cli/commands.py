@@ -58,7 +58,8 @@ def _errors(name: str) -> Iterator[None]:
     except (AlreadyTransformedError, CaptureError) as error:
         raise WrongArgumentError(f"{MODEL}: {name}: {without_name(error)}") from None
     except ValueError as error:
-        raise WrongArgumentError(f"argument --input: {without_name(error)}") from None
+        argument = "--policy" if str(error).startswith("budget: ") else "--input"
+        raise WrongArgumentError(f"argument {argument}: {without_name(error)}") from None
 
 
 def _explain(options: argparse.Namespace, model: nn.Module, policy: Policy) -> tuple[str, int]:

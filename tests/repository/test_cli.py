@@ -168,6 +168,10 @@ def test_what_is_not_traced_is_a_warning_or_a_note(capsys: pytest.CaptureFixture
         (["explain", "climodels:ready", "--rows", "some"], "argument --rows: invalid choice: 'some'"),
         (["explain", "climodels:ready", "--policy", "topk:0.5:online", "--time"], "argument --input: example_inputs: "),
         (["explain", "climodels:ready"], "argument --input: "),
+        (
+            ["explain", "climodels:ready", "--input", "4x8", "--policy", "flops:0.01"],
+            "argument --policy: budget: 0.01 of the exact step cannot be met",
+        ),
         (["predict", "climodels:ready"], "argument --input: predict needs the shapes of one training batch, such as"),
         (["verify", "climodels:ready"], "argument --input: verify needs the shapes of one training batch, such as"),
         (["predict", "climodels:ready", "--input", "4x9"], "argument --input: the model does not run on them: at 0"),
