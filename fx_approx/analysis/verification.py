@@ -19,9 +19,14 @@ from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.runtime.repeatable import Randomness
 from fx_approx.runtime.snapshot import module_of, repeatable, runnable, undone
 from fx_approx.runtime.validation import check_inputs
+from fx_approx.utils.tables import wrapped
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
 """Largest difference that is rounding, by data type, relative to the largest value of the kind."""
+
+
+_NAME = 44
+"""Most characters of a name in a line of the text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Verification:
         for kind in dict.fromkeys(one.kind for one in self.differences):
             of_kind = [one for one in self.differences if one.kind == kind]
             worst = max(of_kind, key=lambda one: math.inf if math.isnan(one.relative) else one.relative)
-            rows.append([kind, len(of_kind), f"{worst.relative:.1e}", f"{worst.scale:.3g}", str(worst)])
+            rows.append([kind, len(of_kind), f"{worst.relative:.1e}", f"{worst.scale:.3g}", wrapped(str(worst), _NAME)])
         said = "the same numbers" if self.passed else "DIFFERENT numbers"
         if self.incomparable is not None:
             said = f"cannot be compared, since {self.incomparable}"

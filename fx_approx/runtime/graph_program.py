@@ -15,9 +15,13 @@ from fx_approx.capture.records import Called, Capture, Section
 from fx_approx.capture.split_sections import split
 from fx_approx.runtime.checkpoints import is_checkpointed, outlined
 from fx_approx.runtime.guards import NO_GRAPH, GraphMatch, Guards
+from fx_approx.runtime.profiled import in_scopes
 
 PROLOGUE = "_fx_approx"
 """Where the runtime hangs in a model, and so its name in graphs."""
+
+_GRAPH = "fx_approx_graph"
+"""Where the code of a graph has that."""
 
 _numbers = itertools.count()
 
@@ -114,7 +118,9 @@ class GraphProgram:
         if is_checkpointed(graph):
             function = self._code(outlined(graph, self._code))
             return lambda model, *inputs: function(model, model, *inputs)
-        return self._code(graph)
+        function = self._code(graph)
+        vars(function)[_GRAPH] = graph
+        return function
 
     def _code(self, graph: fx.Graph) -> Callable[..., Any]:
         """A function whose lines a traceback and a debugger can show, as long as the program lives."""
@@ -138,6 +144,12 @@ class GraphProgram:
     def for_parts(self) -> GraphProgram:
         """What is pickled with a part of the model, whose graph does not run there: how the model was called."""
         return GraphProgram(Capture(None, self.capture.form, (), (), {}))
+
+
+def profiled(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """The code of a graph with a scope of the profiler for each product; other code as it is."""
+    graph = None if function is None else vars(function).get(_GRAPH)
+    return function if graph is None else in_scopes(graph, PROLOGUE)
 
 
 def _run_whole(root: Any, *values: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fx_approx._compat import Moved, buffers_of, in_backward
+from fx_approx._compat import Moved, buffers_of, in_backward, is_profiling
 from fx_approx.capture.records import Capture, Section
 from fx_approx.capture.size_guards import NESTED, described, holds_nested
 from fx_approx.core.candidates import Role
@@ -20,7 +20,7 @@ from fx_approx.errors import CaptureError, CaptureWarning, UnsupportedError, Wid
 from fx_approx.ops.functorch_guard import refuse_transforms
 from fx_approx.runtime.batchnorm_record import BatchNormRecord
 from fx_approx.runtime.forward_randomness import ForwardRandomness
-from fx_approx.runtime.graph_program import PROLOGUE, GraphProgram
+from fx_approx.runtime.graph_program import PROLOGUE, GraphProgram, profiled
 from fx_approx.runtime.plan_record import PlanRecord
 from fx_approx.runtime.rng import INCREMENT, Draw, new_state
 from fx_approx.runtime.selector import Selector
@@ -162,7 +162,9 @@ class Runtime(Moved):
 
     def run(self, root: nn.Module, exact: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One forward of ``root``: through the graph, or through its own Python ``exact`` with swapped layers."""
+        recorded = False
         if not torch.compiler.is_compiling():
+            recorded = is_profiling()
             _refuse_proxies(root, (*args, *kwargs.values()))
             if holds_nested((args, dict(kwargs))):
                 if root.training and self.samples:
@@ -177,7 +179,7 @@ class Runtime(Moved):
         if any([isinstance(one, PackedSequence) for one in (*args, *kwargs.values())]):
             return self._run_python(root, exact, args, kwargs, _PACKED)
         program = self.program
-        function = program.function
+        function = profiled(program.function) if recorded else program.function
         match, values = program.match(program.whole, root, function, args, kwargs)
         if not match.ok or function is None:
             return self._run_python(root, exact, args, kwargs, match.reason)
@@ -226,12 +228,16 @@ class Runtime(Moved):
         Raises:
             RecomputationError: A checkpoint recomputes it, and nothing tells which of several calls that was.
         """
-        if module.training and self.samples and not torch.compiler.is_compiling():
-            refuse_transforms()
-        program = self.program
+        program, recorded = self.program, False
         function = program.pieces.get(section.path)
+        if not torch.compiler.is_compiling():
+            recorded = is_profiling()
+            if module.training and self.samples:
+                refuse_transforms()
         if module is not program.guards[section.path].top:  # a copy of this module alone, such as a replica's
             function = None
+        if recorded:
+            function = profiled(function)
         match, values = program.match(section, module, function, args, kwargs)
         reason = match.reason
         if match.ok and function is not None:
