@@ -414,6 +414,7 @@ __all__ = [
     "compilations_of",
     "compiles_in_place",
     "convolve",
+    "forget_compiled",
     "fused_attention",
     "has_one_projection",
     "in_backward",

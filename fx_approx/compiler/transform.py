@@ -143,14 +143,14 @@ def explain(
     made = _prepare(model, example_inputs)
     view = functools.partial(_view, model, example_inputs, made, prune_unread)
     plan = decide(made.candidates, policy, view, made.called is not None)
-    report = made.predicted(type(model).__name__, plan, prune_unread)
+    found = made.predicted(type(model).__name__, plan, prune_unread)
     if predict:
         if made.called is None:
             raise ShapesRequiredError(
                 "example_inputs: expected a training batch, since times depend on shapes, got None"
             )
-        report = report.with_time(view().estimate(plan, RooflineModel(compiled=False)))
-    return Explanation(plan, report)
+        found = found.with_time(view().estimate(plan, RooflineModel(compiled=False)))
+    return Explanation(plan, found)
 
 
 def view_of(model: nn.Module, policy: Policy, example_inputs: Any, prune_unread: bool = True) -> tuple[GraphView, Plan]:

@@ -88,7 +88,7 @@ def page(
         *_list([summary.head(), *summary.totals_lines()]),
         "<h2>Layers</h2>",
         "<p>A click on a head sorts.</p>",
-        f'<div class="wide">{_table(rows, totals, names)}</div>',
+        f'<div class="wide">{rows_table(rows, totals, names)}</div>',
         "<h2>Graph</h2>",
         f"<p>{_LEGEND}</p>",
         f'<div class="wide">{graph_svg(nodes)}</div>',
@@ -103,7 +103,9 @@ def _list(lines: Sequence[str]) -> list[str]:
     return ["<ul>", *(f"<li>{html.escape(line)}</li>" for line in lines), "</ul>"]
 
 
-def _table(rows: Sequence[Row], totals: Totals, names: Sequence[str]) -> str:
+def rows_table(rows: Sequence[Row], totals: Totals, columns: Sequence[str] | None = None) -> str:
+    """The table of the rows with their sums, for any page; ``columns`` as in :func:`page`."""
+    names = checked(columns, _SHOWN)
     heads = "".join(f'<th scope="col">{html.escape(head)}</th>' for name in names for head in COLUMNS[name])
     lines = [f"<table><thead><tr>{heads}</tr></thead><tbody>"]
     lines += [f"<tr>{''.join(_cells(row, names))}</tr>" for row in rows]

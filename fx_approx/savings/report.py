@@ -14,7 +14,7 @@ from fx_approx.core.plan import Plan
 from fx_approx.core.step_cost import StepTimeEstimate
 from fx_approx.savings.bars import draw_bars
 from fx_approx.savings.drawing import DrawnNode
-from fx_approx.savings.page import page
+from fx_approx.savings.page import page, rows_table
 from fx_approx.savings.rows import Row, Sample, SelectionTime, Totals, flat_row, row_cells, total_cells
 from fx_approx.savings.summary import Summary
 from fx_approx.savings.token_rows import TokenRow
@@ -113,12 +113,15 @@ class SavingsReport:
         rows = [*map(row_cells, self.rows), total_cells(self.totals)]
         return "\n".join([table(rows, checked(columns), "github"), "", *(f"- {line}" for line in self._summary.full())])
 
-    def to_html(self, columns: Sequence[str] | None = None) -> str:
+    def to_html(self, columns: Sequence[str] | None = None, *, whole: bool = True) -> str:
         """A page by itself, which needs no network: totals, the rows to be sorted, the graph, and all notes.
 
         Args:
             columns: As in :meth:`to_text`; by default nearly all.
+            whole: False gives the table of the rows alone, for a page of your own.
         """
+        if not whole:
+            return rows_table(self.rows, self.totals, columns)
         return page(self.model, self.rows, self.totals, self.drawing, self._summary, columns)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:

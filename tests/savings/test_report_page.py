@@ -97,8 +97,13 @@ def test_columns_and_their_numbers() -> None:
         row.exact.grad_input,
         row.exact.grad_weight,
     ]
-    with pytest.raises(ValueError, match="columns: expected"):
-        report.to_html(["nothing"])
+    alone = report.to_html(["layer", "k"], whole=False)
+    assert alone.startswith("<table>") and [row[0][0] for row in Page(alone).rows[1:-1]] == [
+        r.name for r in report.rows
+    ]
+    for whole in (True, False):
+        with pytest.raises(ValueError, match="columns: expected"):
+            report.to_html(["nothing"], whole=whole)
 
 
 def test_bars_are_what_is_computed() -> None:
