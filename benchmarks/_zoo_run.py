@@ -270,8 +270,16 @@ def _reported(result: Result, report: Any) -> Result:
 
 def _reason(stop: str) -> str:
     """What a stop is for, without the names and numbers of one place."""
-    reason = stop.partition(": ")[2] or stop
-    return re.sub(r"\d+", "N", reason)
+    parts = (stop.partition(": ")[2] or stop).split("; ")
+    return re.sub(r"\d+", "N", "; ".join(dict.fromkeys(map(_without_place, parts))))
+
+
+def _without_place(reason: str) -> str:
+    """``the addition in layer1.0 reads all of it`` without the place, and layers without their names."""
+    found = re.fullmatch(r"(.+?)((?: in| behind) .+)? (reads (?:all|other channels) of it)", reason)
+    if found is None:
+        return reason
+    return f"{found[1] if found[2] else 'a layer'} {found[3]}"
 
 
 def _verified(result: Result, watched: Watched, made: Made, compiled: bool) -> Result:

@@ -54,7 +54,8 @@ def _case(one: Any) -> str:
     curves = _curves("loss", _smooth(one.exact.losses), _smooth(one.sampled.losses)) + _curves(
         "milliseconds of a step", _milliseconds(one.exact), _milliseconds(one.sampled)
     )
-    layers = "" if one.recipe.exact else one.recipe.report().to_html(["layer", "op", "k", "saved", "reason"])
+    columns = ["layer", "op", "k", "saved", "why"]
+    layers = "" if one.recipe.exact else one.recipe.report().to_html(columns, whole=False)
     return (
         f"<h2>{_safe(one.name)}, {_safe(one.task)}</h2><ul>{''.join(said)}</ul><p>{' '.join(facts)}</p>"
         f"<div class='pair'>{curves}</div>{layers}"

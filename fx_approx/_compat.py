@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.autograd import forward_ad
+from torch.autograd import profiler as _profiler
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as _KEPT
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.modules.conv import _ConvNd as ConvolutionBase
@@ -127,6 +128,11 @@ class Moved(nn.Module):
             usual: Does what torch does with any module.
         """
         usual()
+
+
+def is_profiling() -> bool:
+    """Whether a profiler of torch records; as cheap as reading an attribute."""
+    return bool(_profiler._is_profiler_enabled)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -408,6 +414,7 @@ __all__ = [
     "compilations_of",
     "compiles_in_place",
     "convolve",
+    "forget_compiled",
     "fused_attention",
     "has_one_projection",
     "in_backward",
@@ -417,6 +424,7 @@ __all__ = [
     "is_checkpoint",
     "is_compiled",
     "is_erased",
+    "is_profiling",
     "is_skipped_code",
     "is_transformed",
     "keep_in_copies",

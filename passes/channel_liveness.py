@@ -19,7 +19,10 @@ from fx_approx.passes.aliasing import changes_in_place
 from fx_approx.passes.channel_flow import Flow, Link, first, reads_shape_only
 from fx_approx.passes.find_candidates import CandidateSite
 from fx_approx.passes.gradient_readers import asked_inside
+from fx_approx.passes.node_words import place
 from fx_approx.passes.share_selections import Sharing, follows, share
+
+Stop = tuple[fx.Node | None, str]
 
 _UNUSED = -2
 
@@ -31,12 +34,13 @@ class Demand:
     Attributes:
         have: Node -> class of each segment of its channels that the node computes, FULL for all of them.
         wants: Node -> the same, as its users would have it; more than it can do where it is ``given``.
-        stops: Node -> why its value is whole although some reader needs a part only.
+        stops: Node -> why its value is whole although some reader needs a part only: who reads it, if that is why, and
+            what is said of that.
     """
 
     have: dict[fx.Node, tuple[int, ...]]
     wants: dict[fx.Node, tuple[int, ...]]
-    stops: dict[fx.Node, str]
+    stops: dict[fx.Node, tuple[Stop, ...]]
 
     def wanted(self, links: Sequence[Link], node: fx.Node) -> dict[fx.Node, list[int]]:
         """What ``node``, with ``links``, reads of each operand: class of each segment, as :attr:`have`."""
@@ -74,7 +78,7 @@ def _once(flow: Flow, sharing: Sharing, follow: frozenset[fx.Node], closed: set[
         if step.layout is None:
             continue
         wants = [_UNUSED] * len(step.layout.segments)
-        stops: list[str] = []
+        stops: list[Stop] = []
         for user in node.users:
             _read(flow, sharing, follow, demand, node, user, wants, stops)
         wants = [FULL if want == _UNUSED else want for want in wants]
@@ -83,10 +87,11 @@ def _once(flow: Flow, sharing: Sharing, follow: frozenset[fx.Node], closed: set[
         have = [want if can and _fits(flow, sharing, node, want) else FULL for want in wants]
         demand.have[node] = tuple(have)
         if stops:
-            demand.stops[node] = "; ".join(dict.fromkeys(stops))
+            demand.stops[node] = tuple(dict.fromkeys(stops))
         elif any(want != FULL and got == FULL for want, got in zip(wants, have, strict=True)):
             given = step.action == "given"
-            demand.stops[node] = "made by what computes all channels" if given else "nothing would be saved"
+            why = "made by what computes all channels" if given else "nothing would be saved"
+            demand.stops[node] = ((None, why),)
     return demand
 
 
@@ -104,7 +109,7 @@ def _read(
     node: fx.Node,
     user: fx.Node,
     wants: list[int],
-    stops: list[str],
+    stops: list[Stop],
 ) -> None:
     if flow.shape(node) is not None and reads_shape_only(user, node):
         return
@@ -121,16 +126,16 @@ def _read(
             _join(wants, place, FULL, stops, user)
 
 
-def _join(wants: list[int], place: int, wanted: int, stops: list[str], user: fx.Node) -> None:
+def _join(wants: list[int], place: int, wanted: int, stops: list[Stop], user: fx.Node) -> None:
     before = wants[place]
     if before in (_UNUSED, wanted):
         wants[place] = wanted
     else:
         wants[place] = FULL
     if wanted == FULL:
-        stops.append(f"{user.name} reads all of it")
+        stops.append((user, "reads all of it"))
     elif before not in (_UNUSED, FULL, wanted):
-        stops.append(f"{user.name} reads other channels of it")
+        stops.append((user, "reads other channels of it"))
 
 
 def _for_nothing(flow: Flow, demand: Demand, node: fx.Node) -> bool:
@@ -181,8 +186,8 @@ def share_and_find_live(flow: Flow, graph: fx.Graph, found: list[CandidateSite],
         whole = _whole_groups(flow, sharing, demand) - apart
         if not whole:
             for group in apart:
-                node = flow.spaces.origins[group][0].node.name
-                sharing.notes.append(f"{node}: not shared over additions, since their result is needed whole")
+                begins = place(flow.spaces.origins[group][0].node)
+                sharing.notes.append(f"{begins}: not shared over additions, since their result is needed whole")
             return sharing, demand
         apart |= whole
 

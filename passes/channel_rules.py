@@ -13,6 +13,7 @@ from fx_approx.core.values import Values
 from fx_approx.passes.aliasing import changed_for_others
 from fx_approx.passes.channel_flow import Flow, Handler, Step
 from fx_approx.passes.channel_spaces import Restart
+from fx_approx.passes.node_words import place
 from fx_approx.passes.operations import BY_NAME, FUNCTIONS, MODULES
 
 Modules = Callable[[type[nn.Module]], Handler | None]
@@ -27,11 +28,10 @@ def handle(
     node: fx.Node,
     of_module: Modules = MODULES.get,
     of_call: Calls = FUNCTIONS.get,
-    named: Callable[[fx.Node], str] = str,
 ) -> Step | None:
     """What ``node`` does to the channels, or to what else these rules are of; None if that is not known."""
     if seen := changed_for_others(flow, node):
-        flow.stopped[node] = f"{named(node)} changes in place what others read"
+        flow.stopped[node] = f"{place(node)} changes in place what others read"
         if not seen <= flow.spaces.dead:
             flow.spaces.dead |= seen
             raise Restart

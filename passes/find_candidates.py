@@ -12,13 +12,11 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fx_approx._compat import tree_leaves
-from fx_approx.capture.records import SECTION, Capture, owner
+from fx_approx.capture.records import META_KEY, SECTION, Capture, owner
 from fx_approx.core.candidates import Candidate, Frontend
 from fx_approx.core.hooks import is_hooked
 from fx_approx.core.layer_types import FUSED_LAYERS, PRODUCT_LAYERS, layer_type
 from fx_approx.ops.base import OPS, ProductOp, Unsupported, find_op, op_kwargs_of
-
-META_KEY = "fx_approx"
 
 FUSED_KEY = "fx_approx_fused"
 """Where a node says why a fused call could not be taken apart."""

@@ -13,13 +13,14 @@ from torch import fx, nn
 
 from fx_approx.core.layer_types import CHANNEL_LAYERS
 from fx_approx.core.plan import Plan
-from fx_approx.core.plan_effects import FULL, Axis, ChannelSlice, Operation, PlanEffects, TokenAxis
+from fx_approx.core.plan_effects import FULL, Axis, ChannelSlice, Operation, PlanEffects, Stop, TokenAxis
 from fx_approx.ops.narrow_calls import NARROW_CALLS
 from fx_approx.passes.aliasing import can_tap_relu, changes_in_place
 from fx_approx.passes.channel_flow import Flow
 from fx_approx.passes.channel_liveness import ChannelAnalysis, Demand
 from fx_approx.passes.channel_spaces import Layout
 from fx_approx.passes.find_candidates import CandidateSite, attribute
+from fx_approx.passes.node_words import place
 from fx_approx.passes.reshape_rules import RESHAPES
 from fx_approx.passes.sample_tokens import TokenStretch
 from fx_approx.passes.share_selections import Sharing, follows
@@ -126,6 +127,7 @@ def _operation(
         candidate=None if one is None else one.candidate.name,
         weight=None if one is None else one.weight,
         moves=one is None and _moves(flow, node),
+        joins=place(node) if one is None and step.layout is not None and _joins(flow, node) else "",
         own=own,
         rectified=can_tap_relu(flow, node),
         trained={
@@ -134,6 +136,11 @@ def _operation(
             if id(p) in trained
         },
     )
+
+
+def _joins(flow: Flow, node: fx.Node) -> bool:
+    """Whether several values that the step computes meet in ``node``."""
+    return sum(source not in flow.constants for source in node.all_input_nodes) > 1
 
 
 def _parameters_read(flow: Flow, node: fx.Node, multiplies: bool) -> Iterator[nn.Parameter]:
@@ -174,11 +181,11 @@ def _narrowed(flow: Flow, sharing: Sharing, demand: Demand, node: fx.Node) -> It
             yield source.name, _axis(own, wants)
 
 
-def _stops(flow: Flow, sharing: Sharing, demand: Demand, names: Mapping[str, str], plan: Plan) -> Iterator[str]:
+def _stops(flow: Flow, sharing: Sharing, demand: Demand, names: Mapping[str, str], plan: Plan) -> Iterator[Stop]:
     """Values of which some reader wants a part only, and why they are whole."""
     for node in flow.graph.nodes:
-        reason = demand.stops.get(node)
-        if reason is None or node.op == "placeholder" or FULL not in demand.have[node]:
+        stops = demand.stops.get(node)
+        if stops is None or node.op == "placeholder" or FULL not in demand.have[node]:
             continue
         if not any(_wants_less(flow, sharing, demand, node, user, names, plan) for user in node.users):
             continue
@@ -189,8 +196,9 @@ def _stops(flow: Flow, sharing: Sharing, demand: Demand, names: Mapping[str, str
             reason = "a sampled product of activations computes all of its output"
         else:
             refused = [flow.stopped[user] for user in node.users if user in flow.stopped]
-            reason = "; ".join(dict.fromkeys([*refused, *reason.split("; ")]))
-        yield f"{node.name}: {reason}"
+            reads = [what if user is None else f"{place(user)} {what}" for user, what in stops]
+            reason = "; ".join(dict.fromkeys([*refused, *reads]))
+        yield Stop(node.name, place(node), reason)
 
 
 def _wants_less(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, fx, nn
 
 from fx_approx._compat import children_of
-from fx_approx.capture.records import SECTION, Capture, owner
+from fx_approx.capture.records import META_KEY, SECTION, Capture, owner
 from fx_approx.core.candidates import Role
 from fx_approx.ops.base import SAMPLING_ARGUMENTS
 from fx_approx.ops.channel_slices import narrow, slice_weights, spread
@@ -16,7 +16,7 @@ from fx_approx.ops.sliced_linear import sliced_linear
 from fx_approx.passes.channel_flow import Flow
 from fx_approx.passes.channel_liveness import ChannelAnalysis
 from fx_approx.passes.channel_spaces import Segment
-from fx_approx.passes.find_candidates import META_KEY, CandidateSite
+from fx_approx.passes.find_candidates import CandidateSite
 from fx_approx.passes.graph_head import GraphHead, make_resample
 from fx_approx.passes.mask_tokens import mask_tokens
 from fx_approx.passes.narrow_graph import NarrowGraph

@@ -31,12 +31,12 @@ from fx_approx.ops.token_slices import (
 )
 from fx_approx.passes.channel_flow import AS_ANOTHER, Flow, Link, asks_sizes
 from fx_approx.passes.channel_spaces import Layout
+from fx_approx.passes.node_words import place
 from fx_approx.passes.reshape_rules import spelled_out
 from fx_approx.passes.token_checks import Sum, are_rows, is_sized_once, misread, spelled_slice, sums_along
 from fx_approx.passes.token_examples import Examples, choose, find_examples
 from fx_approx.passes.token_flow import Block, TokenStream
 from fx_approx.passes.token_scores import are_scores
-from fx_approx.passes.token_words import place
 from fx_approx.runtime.graph_program import PROLOGUE
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.token_selection import TokenSelection

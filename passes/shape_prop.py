@@ -13,12 +13,12 @@ from torch import Tensor, fx, nn
 from fx_approx._compat import storage_key, tree_leaves, tree_map_only
 from fx_approx.capture.asserts import only_checks
 from fx_approx.capture.fake_model import UNKNOWABLE, FakeModel, NoValuesError, fake_model
-from fx_approx.capture.records import SECTION, Capture, UnfitGraphError
+from fx_approx.capture.records import META_KEY, SECTION, Capture, UnfitGraphError
 from fx_approx.core.candidates import CallShapes, GemmShape, ProductFacts, RoleFlops
 from fx_approx.core.flops import measured_flops, role_flops
 from fx_approx.core.values import Values
 from fx_approx.ops.base import Unsupported
-from fx_approx.passes.find_candidates import META_KEY, CandidateSite
+from fx_approx.passes.find_candidates import CandidateSite
 
 _DIFFERS = "its graph does not compute what its Python does"
 

@@ -16,8 +16,8 @@ from torch import fx
 
 from fx_approx.passes.aliasing import changes_in_place, same_memory
 from fx_approx.passes.channel_flow import AS_ANOTHER, Flow, argument, asks_sizes, first, reads_shape_only
+from fx_approx.passes.node_words import place
 from fx_approx.passes.reshape_rules import RESHAPES
-from fx_approx.passes.token_words import place
 
 _SUMS = (*("sum", "mean", "amax", "amin"), torch.sum, torch.mean, torch.amax, torch.amin)
 

@@ -18,11 +18,11 @@ from fx_approx.core.token_sampling import TokenSampling
 from fx_approx.passes.aliasing import changes_in_place, same_memory
 from fx_approx.passes.channel_flow import Flow, Step, argument, asks_sizes, first, reads_shape_only
 from fx_approx.passes.channel_rules import handle as handle_by
+from fx_approx.passes.node_words import place
 from fx_approx.passes.operations import FUNCTIONS
 from fx_approx.passes.token_checks import Sum, are_rows
 from fx_approx.passes.token_rules import rule_of_call, rule_of_module
 from fx_approx.passes.token_scores import are_scores
-from fx_approx.passes.token_words import place
 from fx_approx.runtime.graph_program import PROLOGUE
 
 _LIKE = "one selection serves all examples"
@@ -201,7 +201,7 @@ def _flow(tokens: Flow, start: fx.Node, axis: int) -> Flow:
             return Step(flow.spaces.new(node, axis, (flow.shape(node) or ())[axis]))
         if node not in behind:
             return None
-        return handle_by(flow, node, rule_of_module, _rule_of_call, place)
+        return handle_by(flow, node, rule_of_module, _rule_of_call)
 
     return Flow(tokens.root, tokens.graph, tokens.values, handle)
 

@@ -21,10 +21,11 @@ from fx_approx.passes.channel_flow import Flow, Step, argument, reads_shape_only
 from fx_approx.passes.channel_rules import handle
 from fx_approx.passes.channel_spaces import Layout
 from fx_approx.passes.find_candidates import FUSED_KEY
+from fx_approx.passes.node_words import place
 from fx_approx.passes.token_checks import are_rows
 from fx_approx.passes.token_rules import rule_of_call, rule_of_module
 from fx_approx.passes.token_scores import Attention, are_scores, begins_scores, find_attention
-from fx_approx.passes.token_words import block_names, kind, place, unseen_attention
+from fx_approx.passes.token_words import block_names, kind, unseen_attention
 
 _OUTPUT = "output"
 _NOWHERE = "no value before it has its tokens along one axis, as where attention is in windows"
@@ -210,7 +211,7 @@ def _flow(
             return Step(flow.spaces.new(node, dim, shape[dim]))
         if node not in behind or (until is not None and node in flow.steps):
             return None
-        return handle(flow, node, rule_of_module, rule_of_call, place)
+        return handle(flow, node, rule_of_module, rule_of_call)
 
     return Flow(root, graph, values, step_of)
 

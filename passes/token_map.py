@@ -7,14 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import fx, nn
 
-from fx_approx.capture.records import owner
+from fx_approx.capture.records import META_KEY, owner
 from fx_approx.core.token_axis import TokenBlock, TokenStack
 from fx_approx.core.token_sampling import TokenSampling
 from fx_approx.passes.channel_flow import Flow
-from fx_approx.passes.find_candidates import META_KEY
+from fx_approx.passes.node_words import place
 from fx_approx.passes.sample_tokens import TokenStretch, choose_stretches, drop, sampled_space, unfit
 from fx_approx.passes.token_flow import Block, TokenStream, attends_itself
-from fx_approx.passes.token_words import place
 
 _NOTHING = (nn.Identity, nn.Dropout)
 

@@ -22,10 +22,10 @@ from fx_approx.passes.channel_flow import Flow, Handler, Link, Step, argument, f
 from fx_approx.passes.channel_spaces import Layout, regroup, stretch
 from fx_approx.passes.elementwise_rules import coupled, elementwise, pointwise
 from fx_approx.passes.layer_rules import CONVOLUTIONS, TRANSPOSED
+from fx_approx.passes.node_words import place
 from fx_approx.passes.operations import BY_NAME, FUNCTIONS, MODULES
 from fx_approx.passes.reshape_rules import RESHAPES, spelled_out
 from fx_approx.passes.token_checks import are_rows
-from fx_approx.passes.token_words import place
 
 
 def row_wise(flow: Flow, node: fx.Node) -> Step | None:

@@ -10,9 +10,6 @@ from torch import fx, nn
 
 from fx_approx.capture.records import owner
 from fx_approx.passes.channel_flow import Flow
-from fx_approx.passes.find_candidates import META_KEY
-
-_WORDS = {"getitem": "an index", "getattr": "an attribute", "iadd": "add", "isub": "sub", "imul": "mul"}
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _POOLING = (
@@ -30,29 +27,6 @@ _CALLS = {
     **{"conv": "convolution", "pool": "pooling", "roll": "shift", "softmax": "softmax over the sequence"},
     **dict.fromkeys(("reshape", "view", "flatten"), _FOLDED),
 }
-
-
-def place(node: fx.Node) -> str:
-    """A layer by its path, a functional product as reports name it, anything else by what it is and where it stands."""
-    if node.op == "placeholder":
-        return f"the input {node.name}"
-    if node.op in ("call_module", "get_attr"):
-        return str(node.target)
-    known = node.meta.get(META_KEY, ())
-    if len(known) == 1:
-        return str(known[0])
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    name, where = _WORDS.get(name.strip("_"), name.strip("_")), owner(node)
-    return f"{name} in {where}" if where else f"{name}{_behind(node)}"
-
-
-def _behind(node: fx.Node) -> str:
-    """Of a call in the model's own forward, the last layer or input before it, seen along first arguments."""
-    while node.all_input_nodes:
-        node = node.all_input_nodes[0]
-        if node.op in ("call_module", "placeholder") or owner(node):
-            return f" behind {place(node) if node.op in ('call_module', 'placeholder') else owner(node)}"
-    return ""
 
 
 def kind(flow: Flow, node: fx.Node) -> str:

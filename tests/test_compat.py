@@ -195,6 +195,15 @@ def test_Moved() -> None:
     assert _compat.Moved().to(torch.float64).training
 
 
+def test_is_profiling() -> None:
+    assert not _compat.is_profiling()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert _compat.is_profiling()
+    with torch.autograd.profiler.profile():
+        assert _compat.is_profiling()
+    assert not _compat.is_profiling()
+
+
 def test_is_compiled() -> None:
     layer = nn.Linear(2, 2)
     assert not _compat.is_compiled(layer)

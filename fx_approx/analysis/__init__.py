@@ -6,9 +6,10 @@ from fx_approx.analysis.noise import gradient_noise
 from fx_approx.analysis.noise_report import NoiseReport
 from fx_approx.analysis.scalar_logger import ScalarLogger
 from fx_approx.analysis.selection_timing import selection_time
-from fx_approx.analysis.time_prediction import StepTimeEstimate, estimate_step_time
+from fx_approx.analysis.time_prediction import estimate_step_time
 from fx_approx.analysis.token_axis import TokenAnalysis, token_axis
 from fx_approx.analysis.verification import Verification, verify
+from fx_approx.core.step_cost import StepTimeEstimate
 from fx_approx.savings.report import Explanation, SavingsReport, SelectionTime
 
 __all__ = [

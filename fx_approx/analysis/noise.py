@@ -18,12 +18,12 @@ from fx_approx._compat import buffers_of, in_backward, set_parameters
 from fx_approx.analysis.noise_report import NoiseReport, ProductNoise, Tally, noise_of, sampled_text
 from fx_approx.capture.containers import copied
 from fx_approx.capture.module_snapshot import AttributeSnapshot
+from fx_approx.capture.records import META_KEY
 from fx_approx.capture.trace import kept_random_state
 from fx_approx.core.candidates import Role
 from fx_approx.errors import CaptureWarning
 from fx_approx.ops.base import OPS, SAMPLING_ARGUMENTS
 from fx_approx.ops.gradient_selection import ProductSampling
-from fx_approx.passes.find_candidates import META_KEY
 from fx_approx.runtime.approx_module import find, unwrapped
 from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.layers import SampledLayer

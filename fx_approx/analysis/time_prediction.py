@@ -8,43 +8,9 @@ from typing import Any
 from torch import nn
 
 from fx_approx.compiler.transform import view_of
-from fx_approx.core.plan import Cost, Policy
-from fx_approx.core.step_cost import MakeOptimizer, StepTime, WholeCostModel
+from fx_approx.core.plan import Policy
+from fx_approx.core.step_cost import MakeOptimizer, StepTimeEstimate, WholeCostModel
 from fx_approx.policies.cost_roofline import RooflineModel
-
-
-@dataclasses.dataclass(frozen=True)
-class StepTimeEstimate:
-    """A training step, exact and under a plan.
-
-    Attributes:
-        exact: Predicted cost of the exact step.
-        now: Predicted cost under the plan.
-        omits: What the cost model leaves out.
-        measured: The step under the plan as it was timed; None if it was not.
-    """
-
-    exact: Cost
-    now: Cost
-    omits: str
-    measured: StepTime | None = None
-
-    @property
-    def speedup(self) -> float | None:
-        """Predicted: exact / now; None if the cost model has no times."""
-        if self.exact.seconds is None or not self.now.seconds:
-            return None
-        return self.exact.seconds / self.now.seconds
-
-    def __str__(self) -> str:
-        if self.exact.seconds is None or self.now.seconds is None:
-            text = f"{self.exact.flops:.4g} operations exact, {self.now.flops:.4g} now, predicted"
-        else:
-            times = f"{1000 * self.exact.seconds:.1f} ms exact, {1000 * self.now.seconds:.1f} ms now"
-            text = f"{self.speedup:.2f} times as fast, predicted ({times})"
-        if self.measured is not None:
-            text += f"; measured {self.measured} ({1000 * self.measured.seconds:.1f} ms)"
-        return f"{text}. Left out: {self.omits}."
 
 
 def estimate_step_time(
@@ -84,10 +50,9 @@ def estimate_step_time(
         raise ValueError("example_inputs: expected a training batch, since times depend on shapes, got None")
     seen, plan = view_of(model, policy, example_inputs, prune_unread)
     view = seen.realized(subnetwork, optimizer)
+    estimate = view.estimate(plan, RooflineModel(compiled) if cost is None else cost)
+    if not check:
+        return estimate
     decisions = {decision.name: decision for decision in plan.sampled}
-    chosen = RooflineModel(compiled) if cost is None else cost
-    some = view.with_tokens(plan.tokens)
-    exact, now = chosen.step(view.work({}), view), chosen.step(some.work(decisions), some)
-    timed = view.time([decisions], tokens=[plan.tokens], compiled=compiled, repeats=repeats) if check else None
-    measured = None if timed is None else timed[1]
-    return StepTimeEstimate(exact, now, chosen.omits, measured)
+    _, measured = view.time([decisions], tokens=[plan.tokens], compiled=compiled, repeats=repeats)
+    return dataclasses.replace(estimate, measured=measured)

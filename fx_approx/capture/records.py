@@ -15,6 +15,9 @@ from fx_approx._compat import tree_leaves
 from fx_approx.capture.side_effects import Fact, Members, members
 from fx_approx.capture.size_guards import SizeGuard, TensorSpec
 
+META_KEY = "fx_approx"
+"""Where a node of a graph has the names of the products that it computes."""
+
 SECTION = "fx_approx_section"
 """Where a node of several graphs in one says to which section it belongs, by number."""
 

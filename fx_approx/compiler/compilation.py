@@ -21,7 +21,8 @@ from fx_approx.passes.plan_effects import find_effects
 from fx_approx.passes.sample_tokens import TokenStretch, choose_stretches
 from fx_approx.passes.token_flow import TokenStream, find_tokens
 from fx_approx.passes.token_map import map_tokens
-from fx_approx.savings.report import SavingsReport, build_report
+from fx_approx.savings.build import build_report
+from fx_approx.savings.report import SavingsReport
 
 
 @dataclasses.dataclass

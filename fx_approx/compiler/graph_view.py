@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,16 @@ from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.flops import sliced_bytes, slicing_bytes
 from fx_approx.core.plan import Decision, Plan, make_plan
 from fx_approx.core.plan_effects import PlanEffects, TokenShare, tied
-from fx_approx.core.step_cost import MakeOptimizer, ProductWork, StepTime, StepWorkload, Update, at_rest
+from fx_approx.core.step_cost import (
+    MakeOptimizer,
+    ProductWork,
+    StepTime,
+    StepTimeEstimate,
+    StepWorkload,
+    Update,
+    WholeCostModel,
+    at_rest,
+)
 from fx_approx.core.token_sampling import TokenSampling
 from fx_approx.errors import UnsupportedError
 from fx_approx.ops.base import OPS
@@ -102,6 +112,13 @@ class GraphView:
         """Stretches of blocks, and why there are no more."""
         stretches, why = self._compilation.token_stretches(tokens)
         return tuple(stretch.share(tokens) for stretch in stretches), why
+
+    def estimate(self, plan: Plan, cost: WholeCostModel) -> StepTimeEstimate:
+        """What ``cost`` says of the exact step, and of that under ``plan``."""
+        some = self.with_tokens(plan.tokens)
+        decisions = {decision.name: decision for decision in plan.sampled}
+        exact, now = cost.step(self.work({}), self), cost.step(some.work(decisions), some)
+        return StepTimeEstimate(exact, now, cost.omits)
 
     def work(self, decisions: Mapping[str, Decision], memory: bool = True) -> StepWorkload:
         """The step under ``decisions``; see :meth:`fx_approx.core.step_cost.Model.work`."""
@@ -200,6 +217,8 @@ class GraphView:
             return made
         assert self._inputs is not None
         args, kwargs = self._inputs
+        if not extractors:
+            importlib.import_module("fx_approx.subnetworks.extract")
         return extractors[0](made, kwargs or args)
 
     @property

@@ -20,8 +20,9 @@ from fx_approx.compiler.graph_view import GraphView
 from fx_approx.compiler.pipeline import install, prepare
 from fx_approx.core.candidates import Role
 from fx_approx.core.plan import Plan, Policy
-from fx_approx.errors import CaptureWarning, NoEffectWarning
+from fx_approx.errors import CaptureWarning, NoEffectWarning, ShapesRequiredError
 from fx_approx.passes.apply_policy import check_policy, decide
+from fx_approx.policies.cost_roofline import RooflineModel
 from fx_approx.policies.uniform import DEFAULT_POLICY
 from fx_approx.runtime.approx_module import ApproxModule, adopt, find
 from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict
@@ -30,7 +31,8 @@ from fx_approx.runtime.graph_runtime import Runtime
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.shared_selection import coverages
 from fx_approx.runtime.validation import check_inputs, check_model, check_seed
-from fx_approx.savings.report import Explanation, SavingsReport, build_report
+from fx_approx.savings.build import build_report
+from fx_approx.savings.report import Explanation, SavingsReport
 from fx_approx.savings.rows import SelectorState
 
 M = TypeVar("M", bound=nn.Module)
@@ -115,7 +117,12 @@ def _transform(
 
 
 def explain(
-    model: nn.Module, policy: Policy | None = None, example_inputs: Any = None, *, prune_unread: bool = True
+    model: nn.Module,
+    policy: Policy | None = None,
+    example_inputs: Any = None,
+    *,
+    prune_unread: bool = True,
+    predict: bool = False,
 ) -> Explanation:
     """What :func:`transform` would do, without doing it: the plan, and the report it predicts.
 
@@ -124,6 +131,8 @@ def explain(
         policy: As there.
         example_inputs: As there; without them the report has no shapes.
         prune_unread: As there.
+        predict: Say what time an eager step takes, too, as :class:`fx_approx.policies.RooflineModel` predicts it. On a
+            device that it has not seen it takes some seconds once.
 
     Returns:
         An explanation whose ``plan`` can be edited and given to :func:`transform`.
@@ -134,7 +143,14 @@ def explain(
     made = _prepare(model, example_inputs)
     view = functools.partial(_view, model, example_inputs, made, prune_unread)
     plan = decide(made.candidates, policy, view, made.called is not None)
-    return Explanation(plan, made.predicted(type(model).__name__, plan, prune_unread))
+    found = made.predicted(type(model).__name__, plan, prune_unread)
+    if predict:
+        if made.called is None:
+            raise ShapesRequiredError(
+                "example_inputs: expected a training batch, since times depend on shapes, got None"
+            )
+        found = found.with_time(view().estimate(plan, RooflineModel(compiled=False)))
+    return Explanation(plan, found)
 
 
 def view_of(model: nn.Module, policy: Policy, example_inputs: Any, prune_unread: bool = True) -> tuple[GraphView, Plan]:

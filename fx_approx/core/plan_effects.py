@@ -98,6 +98,7 @@ class Operation:
         action: How it is made to work on some channels only, see :class:`fx_approx.passes.channel_flow.Step`.
         candidate: Name of the product that it is.
         weight: Path of that product's weight.
+        joins: Where values meet in it, what it is, in the words of modules; empty for anything else.
         moves: It writes new values and multiplies nothing: element-wise, normalisation, pooling, a copy.
         own: Bytes of parameters and statistics that it has for each channel.
         rectified: It is a ReLU that keeps only the signs, if parts of its value are taken.
@@ -119,10 +120,30 @@ class Operation:
     own: int
     rectified: bool
     trained: Mapping[str, tuple[Shape, int]]
+    joins: str = ""
     tokens: TokenAxis | None = None
     taken: Mapping[str, tuple[TokenAxis, ...]] = dataclasses.field(default_factory=dict)
     mixes: bool = False
     squares: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """A value that is whole although some reader wants a part of it only.
+
+    Attributes:
+        operation: Name of the operation that makes it.
+        value: The same in the words of modules.
+        reason: Why it is whole.
+    """
+
+    operation: str
+    value: str
+    reason: str
+
+    def __str__(self) -> str:
+        """One line of a report."""
+        return f"{self.value}: {self.reason}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +180,7 @@ class PlanEffects:
         reads: Candidate -> the axis that it contracts over, as its selections choose from it.
         operations: The nodes of the captured graph in order; empty if shapes are not known.
         values: Their shapes and memory.
-        stops: ``name: reason`` of each value that is whole although some reader wants a part of it only.
+        stops: Values that are whole although some reader wants a part of them only.
         notes: What was not shared, and why.
         hoisted: What is not demanded is not computed.
         packs: The signs of a tapped ReLU take one bit each, and not a byte.
@@ -171,7 +192,7 @@ class PlanEffects:
     reads: Mapping[str, Axis] = dataclasses.field(default_factory=dict)
     operations: tuple[Operation, ...] = ()
     values: Values | None = None
-    stops: tuple[str, ...] = ()
+    stops: tuple[Stop, ...] = ()
     notes: tuple[str, ...] = ()
     hoisted: bool = False
     packs: bool = False

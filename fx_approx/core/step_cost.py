@@ -154,6 +154,40 @@ class StepTime:
         return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
+@dataclasses.dataclass(frozen=True)
+class StepTimeEstimate:
+    """A training step, exact and under a plan.
+
+    Attributes:
+        exact: Predicted cost of the exact step.
+        now: Predicted cost under the plan.
+        omits: What the cost model leaves out.
+        measured: The step under the plan as it was timed; None if it was not.
+    """
+
+    exact: Cost
+    now: Cost
+    omits: str
+    measured: StepTime | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """Predicted: exact / now; None if the cost model has no times."""
+        if self.exact.seconds is None or not self.now.seconds:
+            return None
+        return self.exact.seconds / self.now.seconds
+
+    def __str__(self) -> str:
+        if self.exact.seconds is None or self.now.seconds is None:
+            text = f"{self.exact.flops:.4g} operations exact, {self.now.flops:.4g} now, predicted"
+        else:
+            times = f"{1000 * self.exact.seconds:.1f} ms exact, {1000 * self.now.seconds:.1f} ms now"
+            text = f"{self.speedup:.2f} times as fast, predicted ({times})"
+        if self.measured is not None:
+            text += f"; measured {self.measured} ({1000 * self.measured.seconds:.1f} ms)"
+        return f"{text}. Left out: {self.omits}."
+
+
 class Model(Protocol):
     """What a policy that sees the whole graph can ask of it."""
 

@@ -49,7 +49,8 @@ from fx_approx.runtime.batchnorm import averages
 from fx_approx.runtime.controls import apply_settings, load_sampler_state_dict, sampler_state_dict, unmatched
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.validation import check_model, check_seed
-from fx_approx.savings.report import Explanation, SavingsReport, merged_reports
+from fx_approx.savings.build import merged_reports
+from fx_approx.savings.report import Explanation, SavingsReport
 
 _STREAMS = 0x1B873593CC9E2D51  # odd: the seeds of a model's graphs stay apart
 _OUTSIDE = "called outside any module of the frame, so no training flag says when to sample"

@@ -16,7 +16,8 @@ from fx_approx.dynamo.layer_recovery import prefix_of
 from fx_approx.dynamo.step_totals import Products, Step, UncountableError, step_of
 from fx_approx.passes.find_candidates import BLOCKED_MODULES
 from fx_approx.runtime.approx_module import ApproxModule
-from fx_approx.savings.report import Row, SavingsReport, Totals, merged_reports
+from fx_approx.savings.build import merged_reports
+from fx_approx.savings.report import Row, SavingsReport, Totals
 
 Key = tuple[CodeType, tuple[int, ...], frozenset[str]]
 

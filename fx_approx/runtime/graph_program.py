@@ -15,6 +15,7 @@ from fx_approx.capture.records import Called, Capture, Section
 from fx_approx.capture.split_sections import split
 from fx_approx.runtime.checkpoints import is_checkpointed, outlined
 from fx_approx.runtime.guards import NO_GRAPH, GraphMatch, Guards
+from fx_approx.runtime.profiled import scoped
 
 PROLOGUE = "_fx_approx"
 """Where the runtime hangs in a model, and so its name in graphs."""
@@ -114,7 +115,7 @@ class GraphProgram:
         if is_checkpointed(graph):
             function = self._code(outlined(graph, self._code))
             return lambda model, *inputs: function(model, model, *inputs)
-        return self._code(graph)
+        return scoped(self._code(graph), graph, PROLOGUE)
 
     def _code(self, graph: fx.Graph) -> Callable[..., Any]:
         """A function whose lines a traceback and a debugger can show, as long as the program lives."""

@@ -220,13 +220,13 @@ def row_cells(row: Row) -> dict[str, list[str]]:
     exact, executed = (None if flops is None else flops.total for flops in (row.exact, row.executed))
     return {
         "layer": [row.name],
-        "op": [row.op],
+        "op": [_OPS.get(row.op, row.op)],
         "shape": [row.shape],
         "sampler": [
             _each(row, lambda sample: f"{sample.sampler}/{sample.scores}") + through if row.samples else "exact"
         ],
         "ratio": [_each(row, lambda sample: f"{sample.ratio:g}")],
-        "k": [_each(row, _count) if row.samples else "" if row.pairs is None else f"{row.pairs}"],
+        "k": [_each(row, _count) if row.samples else "" if row.pairs is None else f"all {row.pairs}"],
         "flops": [change(exact, executed)],
         "exact": _roles(row.exact),
         "executed": _roles(row.executed),
@@ -235,8 +235,39 @@ def row_cells(row: Row) -> dict[str, list[str]]:
         "demanded": [human(row.demanded) if row.demand else ""],
         "demand": [", ".join(map(str, row.demand))],
         "kept": [change(row.kept_exact, row.kept)],
-        "reason": [row.reason],
+        "why": [_why(row)],
     }
+
+
+def sort_values(row: Row) -> dict[str, list[str | float]]:
+    """What the cells of a row are sorted by, where that is not their text; what is not known comes last."""
+
+    def number(value: float | None) -> float:
+        return -1.0 if value is None else float(value)
+
+    def roles(flops: RoleFlops | None) -> list[str | float]:
+        return [number(None if flops is None else getattr(flops, role.value)) for role in Role]
+
+    sample = next(iter(row.samples), None)
+    share = 1.0 if sample is None else sample.k / sample.pairs if sample.k is not None and sample.pairs else -1.0
+    return {
+        "ratio": [1.0 if sample is None else sample.ratio],
+        "k": [share],
+        "flops": [number(None if row.executed is None else row.executed.total)],
+        "exact": roles(row.exact),
+        "executed": roles(row.executed),
+        "saved": [number(row.saved)],
+        "demanded": [number(row.demanded)],
+        "selection": [number(row.selection)],
+        "kept": [number(row.kept)],
+    }
+
+
+def _why(row: Row) -> str:
+    """The reason, and how much of its outputs is computed."""
+    some, of = (sum(one.unit * getattr(one, name) for one in row.demand) for name in ("kept", "units"))
+    what = "heads" if row.op == "scaled_dot_product_attention" else "outputs"
+    return "; ".join(part for part in (row.reason, f"{some} of {of} {what}" if of else "") if part)
 
 
 def total_cells(totals: Totals) -> dict[str, list[str]]:
@@ -262,6 +293,9 @@ def shape_text(candidate: Candidate) -> str:
     times = "".join(f"{count} x " for count in (shape.batch, shape.groups) if count > 1)
     return f"{times}({shape.m}, {shape.n}, {shape.k})"
 
+
+_OPS = {"scaled_dot_product_attention": "attention", "multi_head_attention_forward": "attention"}
+"""Words for ops whose names are long."""
 
 _SHORT = {Role.OUTPUT: "out", Role.GRAD_INPUT: "dX", Role.GRAD_WEIGHT: "dW"}
 

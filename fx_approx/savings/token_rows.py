@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import textwrap
 from collections.abc import Sequence
 
 from fx_approx.core.plan_effects import PlanEffects
 from fx_approx.core.token_axis import short_names
-
-_WIDTH = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +59,5 @@ def token_lines(rows: Sequence[TokenRow], notes: Sequence[str]) -> list[str]:
         last = short_names(names)[1][-1]
         where = names[0] if len(names) == 1 else f"{names[0]} to {last}"
         count = f"all {tokens}" if computed == tokens else f"{computed} of {tokens}"
-        lines.append(_filled(f"{where}: {count}, {reason}"))
-    return [*lines, *map(_filled, notes)]
-
-
-def _filled(line: str) -> str:
-    return textwrap.fill(line, _WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+        lines.append(f"  {where}: {count}, {reason}")
+    return [*lines, *(f"  {note}" for note in notes)]

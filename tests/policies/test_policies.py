@@ -14,6 +14,8 @@ import fx_approx
 from fx_approx import Plan, SamplerConfig, policies
 from fx_approx.core.candidates import Candidate, Role
 from fx_approx.core.plan import Decision, Policy
+from fx_approx.core.policy_names import POLICIES as NAMED
+from fx_approx.core.policy_names import SAMPLERS as NAMED_SAMPLERS
 from fx_approx.policies import (
     Auto,
     ErrorBudget,
@@ -35,6 +37,7 @@ from fx_approx.policies import (
 )
 from fx_approx.policies.cost_roofline import Device
 from fx_approx.policies.uniform import DEFAULT_POLICY
+from fx_approx.sampling.base import SAMPLERS
 from tests.helpers.models import Attention, CalledTwice, Cnn, NestedDropout, PlainCnn, mlp, same, train_step
 
 HALF = Uniform(0.5, scores="online")
@@ -159,11 +162,18 @@ def test_policies_as_text() -> None:
         "crs": Uniform(0.5, "crs"),
         "backward:0.3": GradientSampling.backward(0.3),
         "auto:0.25": Auto(0.25, check=False),
+        "hidden-units": HiddenUnits(),
+        "hidden-units:0.25": HiddenUnits(Uniform(0.25, min_k=16, round_to=8)),
+        "tokens": Tokens(0.5),
+        "tokens:0.25": Tokens(0.25),
         "flops:0.4": FlopBudget(0.4),
         "memory:0.8": MemoryBudget(0.8),
         "time:0.7": TimeBudget(0.7),
     }.items():
         assert parse_policy(text) == policy, text
+    assert set(NAMED_SAMPLERS) == set(SAMPLERS), "the help lists every sampler"
+    for name, (number, _) in NAMED.items():
+        parse_policy(f"{name}:0.5" if number else name)
 
 
 BACKWARD: dict[str, Any] = {"mode": "backward", "sampler": "systematic", "scores": "uniform"}

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from torch import nn
 
 import fx_approx
 from fx_approx.__main__ import main
-from fx_approx.utils.tables import COLUMNS
+from fx_approx.core.policy_names import POLICIES, SAMPLERS, form
 from tests.helpers import torchvision_compat
 
 COMPAT = Path(torchvision_compat.__file__)
@@ -104,9 +106,9 @@ def test_csv(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["output_k"] for row in rows] == ["4", "2"]
 
 
-@pytest.mark.parametrize(("form", "begin"), [("md", "| layer"), ("html", "<table>")])
+@pytest.mark.parametrize(("form", "begin"), [("md", "| layer"), ("html", "<!DOCTYPE html>")])
 def test_columns(form: str, begin: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["explain", "climodels:ready", "--input", "4x8", "--format", form, "--columns", "layer,k,reason"]) == 0
+    assert main(["explain", "climodels:ready", "--input", "4x8", "--format", form, "--columns", "layer,k,why"]) == 0
     said = capsys.readouterr().out
     assert said.startswith(begin)
     assert "sampler" not in said
@@ -121,7 +123,7 @@ def test_several_inputs_with_types(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_inputs_take_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["explain", "climodels:ready", "--input", "1000000000000x8"]) == 0
+    assert main(["explain", "climodels:ready", "--input", "1000000000000x8", "--columns", "layer,shape"]) == 0
     assert "1000000000000" in capsys.readouterr().out
 
 
@@ -162,6 +164,14 @@ def test_what_is_not_traced_is_a_warning_or_a_note(capsys: pytest.CaptureFixture
         (["explain", "climodels:ready", "--format", "yaml"], "argument --format: invalid choice: 'yaml'"),
         (["explain", "climodels:ready", "--columns", "layer,K"], "argument --columns: expected names from layer"),
         (["explain", "climodels:ready", "--columns", "k", "--format", "csv"], "argument --columns: only for"),
+        (["explain", "climodels:ready", "--rows", "all", "--format", "md"], "argument --rows: only for --format text"),
+        (["explain", "climodels:ready", "--rows", "some"], "argument --rows: invalid choice: 'some'"),
+        (["explain", "climodels:ready", "--policy", "topk:0.5:online", "--time"], "argument --input: example_inputs: "),
+        (["explain", "climodels:ready"], "argument --input: "),
+        (["predict", "climodels:ready"], "argument --input: predict needs the shapes of one training batch, such as"),
+        (["verify", "climodels:ready"], "argument --input: verify needs the shapes of one training batch, such as"),
+        (["predict", "climodels:ready", "--input", "4x9"], "argument --input: the model does not run on them: at 0"),
+        (["verify", "climodels:ready", "--input", "4x9"], "argument --input: the model does not run on them: at 0"),
         (["explain", "climodels:ready", "--setup", "nowhere.py"], "argument --setup: nowhere.py is no file"),
         (["explain", "torch.nn:LazyLinear", "--kwarg", "out_features=3"], "MODULE:CALLABLE: torch.nn:LazyLinear: "),
     ],
@@ -216,25 +226,100 @@ def test_as_a_command(tmp_path: Path) -> None:
     assert "layer4.1.conv2" in ended.stdout
 
 
-# ---- the columns of the report, which the command line names
+# ---- what is not explain
 
 
-def test_the_table_gets_narrower() -> None:
-    report = fx_approx.explain(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)), None, torch.empty(3, 8)).report
-    full = report.to_text()
-    assert report.to_text(width=1000).splitlines()[0] == full.splitlines()[0]
-    widths = []
-    for width in (160, 120, 100, 80):
-        lines = report.to_text(width=width).splitlines()
-        widths.append(max(map(len, lines)))
-        assert widths[-1] <= width
-    assert widths == sorted(widths, reverse=True)
-    for column in ("layer", "sampler", "k of K", "FLOPs", "saved %"):
-        assert column in report.to_text(width=10).splitlines()[0]
-    assert report.to_text(["k", "layer"]).split()[:4] == ["k", "of", "K", "layer"]
-    for wrong in ([], ["layers"], "layer"):
-        with pytest.raises(ValueError, match=f"columns: expected a list of names from {', '.join(COLUMNS)}"):
-            report.to_text(wrong)
+def test_predict(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    device = fx_approx.policies.Device("made up", "torch.float32", 1e9, 1e9, 1e9, 1e-6, 1.0, 1.0, 1.0, 1.0)
+    monkeypatch.setattr("fx_approx.policies.cost_roofline._calibrated", lambda *_: device)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["predict", "climodels:Nets.small", "--kwarg", "width=64", "--input", "4x8", "--policy", "topk"]) == 0
+    said = capsys.readouterr().out
+    model, x = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 2)), torch.empty(4, 8)
+    found = fx_approx.analysis.estimate_step_time(model, fx_approx.policies.Uniform(0.5), x)
+    assert str(found) in " ".join(said.split()) and max(map(len, said.splitlines())) <= 80
+    assert main(["explain", "climodels:ready", "--input", "4x8", "--time"]) == 0
+    assert "Time, predicted: " in capsys.readouterr().out
+
+
+def test_predict_checks_on_random_inputs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def estimate(model: nn.Module, policy: Any, inputs: Any, **how: Any) -> str:
+        seen.extend((inputs, how))
+        return "an estimate"
+
+    monkeypatch.setattr("fx_approx.cli.commands.estimate_step_time", estimate)
+    arguments = ["predict", "climodels:Two", "--input", "3x5:int64", "--input", "6", "--check", "--compiled"]
+    assert main(arguments) == 0 and main(arguments) == 0
+    (tokens, bias), how, again, _ = seen
+    assert tokens.dtype == torch.int64 and set(tokens.flatten().tolist()) == {0, 1} and bias.shape == (6,)
+    assert torch.equal(bias, again[1]) and bias.std() > 0, "the same in every run"
+    assert how == {"check": True, "compiled": True} and "an estimate" in capsys.readouterr().out
+
+
+def test_verify(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["verify", "climodels:Nets.small", "--kwarg", "width=64", "--input", "4x8"]) == 0
+    said = capsys.readouterr().out
+    assert "With and without demand: the same numbers" in said and "gradient" in said
+    wrong = SimpleNamespace(passed=False)
+    monkeypatch.setattr("fx_approx.cli.commands.verify", lambda model, inputs: wrong)
+    assert main(["verify", "climodels:Nets.small", "--input", "4x8"]) == 1
+
+
+def test_without_shapes_it_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "climodels:ready", "--policy", "topk:0.5:online"]) == 0
+    said = capsys.readouterr().out
+    assert "not known without shapes" in said and "--input" in said and " 0 exact" not in said
+
+
+@pytest.mark.parametrize(("columns", "most"), [(None, 100), ("80", 80), ("61", 61)])
+def test_it_fits(columns: str | None, most: int, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    if columns is None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+    else:
+        monkeypatch.setenv("COLUMNS", columns)
+    main(["explain", "tests.savings.test_report_text:vit_alone", "--input", "2x3x32x32"])
+    said = capsys.readouterr().out
+    assert 40 < max(map(len, said.splitlines())) <= most
+
+
+@pytest.mark.parametrize("command", [[], ["explain"], ["predict"], ["verify"]])
+def test_help_names_every_policy_in_a_line(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0 and max(map(len, lines)) <= 100
+    for name in (*map(form, POLICIES), *SAMPLERS):
+        (line,) = (line for line in lines if line.startswith(f"  {name} "))
+        assert len(line.split()) > 2
+
+
+WITHOUT_TORCH = """
+import contextlib, io, sys
+from fx_approx.__main__ import main
+for arguments in (["--help"], ["--version"], ["predict", "--help"], ["explain"], ["explain", "no_such_thing:net"],
+                  ["predict", "fx_approx:net"], ["explain", "a:b", "--policy", "best"], ["expalin"]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        try:
+            assert main(arguments) == 2, arguments
+        except SystemExit as ended:
+            assert ended.code == 0
+    assert out.getvalue()
+print("torch" in sys.modules)
+import fx_approx
+fx_approx.transform, fx_approx.policies.Uniform
+print("torch" in sys.modules)
+"""
+
+
+def test_help_and_wrong_arguments_need_no_torch() -> None:
+    ended = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, cwd=Path.cwd())
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == ["False", "True"]
 
 
 # ---- the helper that makes torchvision importable
