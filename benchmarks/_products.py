@@ -7,11 +7,11 @@ import functools
 import importlib
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _digit_nets import NETWORKS, batches
 from torch import Tensor, nn
 
 BATCH = 64
@@ -124,7 +124,7 @@ def random_products(quick: bool = False, seed: int = 0) -> list[Product]:
 
 
 def captured_products(quick: bool = False, seed: int = 0) -> list[Product]:
-    """The three products of a layer of the demo's CNN and MLP, trained exactly on the digits, in the step after.
+    """The three products of a layer of a small CNN and an MLP, trained exactly on the digits, in the step after.
 
     A convolution multiplies as im2col: OUTPUT is ``[positions, channels x taps] @ [.., out channels]``. It comes twice,
     since the package chooses whole channels and any other method may take the columns one by one. GRAD_INPUT contracts
@@ -132,15 +132,14 @@ def captured_products(quick: bool = False, seed: int = 0) -> list[Product]:
     behind a convolution makes every row of its A sum to zero, so B may have any vector taken from all of its rows, and
     with their mean taken the product is the same and other terms are large.
     """
-    demo, data = _examples()
-    images = data.digits(seed=seed)
+    images = _digits(seed)
     width, steps = (8, 10) if quick else (32, TRAINING_STEPS)
     found = []
     for kind, layer in (("CNN", "block3.conv"), ("MLP", "fc2")):
         torch.manual_seed(seed)
-        build, rate = demo.NETWORKS[kind]
+        build, rate = NETWORKS[kind]
         model = build(images, width)
-        x, y = _train(demo, model, images, rate, steps, seed)
+        x, y = _train(model, images, rate, steps, seed)
         if quick:
             x, y = x[: BATCH // 4], y[: BATCH // 4]
         operand, weight, gradient = _capture(model, model.get_submodule(layer), x, y)
@@ -159,13 +158,11 @@ def captured_products(quick: bool = False, seed: int = 0) -> list[Product]:
     return found
 
 
-def _train(
-    demo: ModuleType, model: nn.Module, images: Any, rate: float, steps: int, seed: int
-) -> tuple[Tensor, Tensor]:
+def _train(model: nn.Module, images: Any, rate: float, steps: int, seed: int) -> tuple[Tensor, Tensor]:
     """Trains for ``steps`` and returns the batch that would come next."""
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
     epochs = steps * BATCH // len(images.train) + 2
-    for step, (x, y) in enumerate(demo.batches(images, epochs, seed)):
+    for step, (x, y) in enumerate(batches(images, epochs, seed)):
         if step == steps:
             return x, y
         optimizer.zero_grad()
@@ -194,11 +191,10 @@ def _capture(model: nn.Module, layer: nn.Module, x: Tensor, y: Tensor) -> tuple[
     return operand, weight, gradient
 
 
-def _examples() -> tuple[ModuleType, ModuleType]:
-    """The modules ``demo`` and ``data`` of the examples, which are scripts and in no package."""
-    folder = str(Path(__file__).resolve().parents[1] / "examples")
-    sys.path.insert(0, folder)
+def _digits(seed: int) -> Any:
+    """The images of ``examples/data.py``."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     try:
-        return importlib.import_module("demo"), importlib.import_module("data")
+        return importlib.import_module("data").digits(seed=seed)
     finally:
-        sys.path.remove(folder)
+        sys.path.pop(0)

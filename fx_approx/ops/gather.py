@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fx_approx._compat import is_batched as is_under_vmap
 from fx_approx._compat import is_transformed
 from fx_approx.sampling.base import Selection
 
@@ -160,7 +161,7 @@ def select_weight(weight: Tensor, groups: int, selection: Selection, index: Tens
 def channels_last_order(source: Tensor) -> Order:
     """The permutation that makes a channels_last tensor contiguous, or None for another layout."""
     channels_last = _CHANNELS_LAST.get(source.dim())
-    if channels_last is None or is_batched(source) or source.is_contiguous():
+    if channels_last is None or is_under_vmap(source) or source.is_contiguous():
         return None
     if not source.is_contiguous(memory_format=channels_last):
         return None
