@@ -22,6 +22,7 @@ from fx_approx.compiler.transform import explain, report, restore, transform
 from fx_approx.core.plan import Plan
 from fx_approx.core.version import VERSION
 from fx_approx.dynamo.backend import backend
+from fx_approx.dynamo.named import set_default_policy
 from fx_approx.runtime.controls import (
     load_sampler_state_dict,
     recalibrate_batchnorm,
@@ -44,6 +45,7 @@ __all__ = [
     "restore",
     "reuse_selection",
     "sampler_state_dict",
+    "set_default_policy",
     "set_sampling",
     "transform",
 ]
