@@ -41,11 +41,18 @@ def fits(rule: Rule, candidate: Candidate, module: nn.Module | None) -> bool:
     """
     if isinstance(rule, str):
         return matches(rule, candidate)
-    if module is None:
-        return False
-    found = rule(candidate.fqn, module)
+    return module is not None and ask(rule, candidate.fqn, module)
+
+
+def ask(rule: LayerFilter, name: str, module: nn.Module) -> bool:
+    """What a function says of a layer.
+
+    Raises:
+        TypeError: It does not return a bool.
+    """
+    found = rule(name, module)
     if not isinstance(found, bool):
-        raise TypeError(f"{rule_text(rule)}({candidate.fqn!r}, module): expected True or False, got {found!r}")
+        raise TypeError(f"{rule_text(rule)}({name!r}, module): expected True or False, got {found!r}")
     return found
 
 
@@ -118,7 +125,7 @@ class Override:
         """The same, with the tokens of the base; policies for a whole graph come last, and see what others decided."""
         tokens: list[Any] = []
 
-        def ask(policy: Policy, own: Sequence[Candidate], decided: Mapping[str, Decision]) -> Sequence[Decision]:
+        def decided_by(policy: Policy, own: Sequence[Candidate], decided: Mapping[str, Decision]) -> Sequence[Decision]:
             if not is_whole(policy):
                 return policy.decide(own)
             found = policy.decide_whole(PartialView(model, own, decided))
@@ -126,13 +133,13 @@ class Override:
                 tokens[:] = found.tokens, found.why_tokens
             return list(found)
 
-        return make_plan(model.candidates, self._decide(model.candidates, model.module, ask), *tokens)
+        return make_plan(model.candidates, self._decide(model.candidates, model.module, decided_by), *tokens)
 
     def _decide(
         self,
         candidates: Sequence[Candidate],
         module_of: ModuleOf,
-        ask: Callable[[Policy, Sequence[Candidate], Mapping[str, Decision]], Sequence[Decision]],
+        decided_by: Callable[[Policy, Sequence[Candidate], Mapping[str, Decision]], Sequence[Decision]],
     ) -> list[Decision]:
         matching = [self._matching(candidate, module_of) for candidate in candidates]
         owners = [rules[0] if rules else None for rules in matching]
@@ -149,7 +156,7 @@ class Override:
         for rule, policy in sorted(policies, key=lambda one: is_whole(one[1])):
             own = [candidate for candidate, owner in zip(candidates, owners, strict=True) if owner == rule]
             if own:
-                decided.update((decision.name, decision) for decision in ask(policy, own, decided))
+                decided.update((decision.name, decision) for decision in decided_by(policy, own, decided))
         return [decided[candidate.name] for candidate in candidates]
 
     def _matching(self, candidate: Candidate, module_of: ModuleOf) -> list[Rule]:

@@ -218,7 +218,7 @@ class Model(Protocol):
         ...
 
     def module(self, name: str) -> nn.Module | None:
-        """The user's own layer that a candidate is, or the module in whose forward it stands; None where none is known."""
+        """The user's own layer that a candidate is, or the module in whose forward it stands; None if not known."""
         ...
 
     def weight_norms(self, name: str) -> Tensor | None:

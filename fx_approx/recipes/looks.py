@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import nn
 
 from fx_approx.analysis.token_axis import token_axis
+from fx_approx.capture.size_guards import SizeGuard
 from fx_approx.compiler.transform import analysed
 from fx_approx.core.layer_types import layer_type
 from fx_approx.core.token_axis import TokenStack
@@ -21,7 +23,7 @@ class Look:
     """What a recipe decides by.
 
     Attributes:
-        traced: ``torch.fx`` sees all of the forward; otherwise a backend of ``torch.compile`` has to.
+        traced: ``torch.fx`` sees all of the forward, as it is called here; else a backend of ``torch.compile`` has to.
         kind: ``convolutions``, ``transformer`` or ``other``.
         stacks: Its blocks of which some may compute a part of the tokens, where it is traced.
         notes: Why there are no more.
@@ -43,12 +45,19 @@ def look(model: nn.Module, batch: Any) -> Look:
         ValueError: ``batch`` does not fit.
     """
     made = analysed(model, batch)
-    traced = not made.captured.opaque
+    traced = not made.captured.opaque and not _hindered(model, made.captured.guard)
     tokens = token_axis(model, batch) if traced else None
     found = [layer for layer in tracked(model) if layer.training or not model.training]
     statistics = enough_exact_batches(found) if found else 0
     stacks, notes = ((), ()) if tokens is None else (tokens.stacks, tokens.notes)
     return Look(traced, _kind(model, bool(stacks)), stacks, notes, statistics)
+
+
+def _hindered(model: nn.Module, guard: SizeGuard | None) -> bool:
+    """Whether autocast is active here, and keeps a graph from serving: the Python around it asks for data types."""
+    if guard is None or guard.dtypes is None:
+        return False
+    return any(torch.is_autocast_enabled(device.type) for device in {one.device for one in model.parameters()})
 
 
 def _kind(model: nn.Module, has_tokens: bool) -> str:

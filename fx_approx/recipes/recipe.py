@@ -7,11 +7,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from fx_approx.compiler.transform import report
-from fx_approx.errors import UnsupportedError
-from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict, set_sampling
+from fx_approx.errors import FxApproxError, UnsupportedError
+from fx_approx.runtime.approx_module import ApproxModule
+from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict, set_sampling, synchronize_scores
 from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.savings.report import SavingsReport
 from fx_approx.schedules.ratio_scheduler import RatioScheduler
@@ -45,6 +47,10 @@ class Driver(Protocol):
         """Whether the next step changes a ratio, and whether some layers read more then."""
         ...
 
+    def get_last_ratio(self) -> dict[str, float]:
+        """The ratio in force by layer, 1 where it is exact."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Where it is."""
         ...
@@ -73,6 +79,9 @@ class Recipe:
         taken: How many were taken.
         choices: What was chosen, and why.
         exact: The recipe samples nothing: ``model`` is the user's own.
+        swaps: ``model`` is another module from phase to phase, as with an optimiser.
+        rises: The next :meth:`step` makes layers read more, and sets to zero what they did not read.
+        unserved: Why calls were not served by the graph that was made, if some were: layers are sampled one by one.
     """
 
     def __init__(
@@ -99,6 +108,7 @@ class Recipe:
         self.name, self.steps, self.choices = name, steps, choices
         self.taken = 0
         self._full, self._handle, self._driver, self._batch = full, handle, driver, batch
+        self._saved: dict[tuple[tuple[str, float], ...], float] = {}
         self._narrow: nn.Module | None = None
         self._why_wide = ""
 
@@ -111,13 +121,25 @@ class Recipe:
         return self._handle is None
 
     @property
+    def swaps(self) -> bool:
+        return isinstance(self._driver, Phases)
+
+    @property
+    def rises(self) -> bool:
+        return self._driver is not None and self.taken + 1 < self.steps and self._driver.changes_next()[1]
+
+    @property
+    def unserved(self) -> tuple[str, ...]:
+        return tuple(sorted(self._handle._fx_approx.warned)) if isinstance(self._handle, ApproxModule) else ()
+
+    @property
     def model(self) -> nn.Module:
         if isinstance(self._driver, Phases):
             return self._driver.model
         return self._handle if isinstance(self._handle, nn.Module) else self._full
 
     def step(self) -> None:
-        """Goes on; to be called after each step of the optimiser.
+        """Goes on; to be called after each step of the optimiser, by all ranks alike where there are several.
 
         Raises:
             ValueError: There are no more steps; or, with an optimiser, the full model was changed meanwhile.
@@ -127,7 +149,11 @@ class Recipe:
         self.taken += 1
         if self._driver is None or self.taken == self.steps:
             return
-        if self._driver.changes_next()[1]:
+        changed, rising = self._driver.changes_next()
+        if changed and torch.distributed.is_available() and torch.distributed.is_initialized():
+            assert self._handle is not None
+            synchronize_scores(self._handle)  # ranks that choose others would set other weights to zero
+        if rising:
             self._keep_narrow()
         self._driver.step()
 
@@ -149,6 +175,21 @@ class Recipe:
         finally:
             for one, enabled in zip(switches, before, strict=True):
                 one.enabled = enabled
+
+    def scalars(self) -> dict[str, float]:
+        """Numbers of this step for a log, in training mode.
+
+        Returns:
+            ``mean_ratio``, the mean of the ratios in force, and ``saved_flops``, the share of the operations of a step
+            that is saved, selections included.
+        """
+        ratios = {} if self._driver is None else self._driver.get_last_ratio()
+        if self._handle is None or not ratios:
+            return {"mean_ratio": 1.0, "saved_flops": 0.0}
+        key = tuple(ratios.items())
+        if key not in self._saved:
+            self._saved[key] = report(self._handle).totals.saved_net
+        return {"mean_ratio": sum(ratios.values()) / len(ratios), "saved_flops": self._saved[key]}
 
     def finish(self) -> nn.Module:
         """The user's own model, which has the trained weights; the recipe ends.
@@ -181,11 +222,16 @@ class Recipe:
             raise UnsupportedError(f"ship: there is no narrow network: {why}")
         return copy.deepcopy(self._narrow)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The model's state and all that goes on from here, but for the optimiser's."""
+    def state_dict(self, *, model: bool = True) -> dict[str, Any]:
+        """All that goes on from here, but for the optimiser's state.
+
+        Args:
+            model: With the model's state; False where it is stored beside this. Without it, and without an optimiser,
+                this is plain values for JSON.
+        """
         return {
             "steps": (self.taken, self.steps),
-            "model": self._full.state_dict(),
+            **({"model": self._full.state_dict()} if model else {}),
             "sampler": {} if self._handle is None else sampler_state_dict(self._handle),
             "driver": {} if self._driver is None else self._driver.state_dict(),
         }
@@ -193,21 +239,27 @@ class Recipe:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where another such recipe was; the optimiser loads its own state after this.
 
+        Where the state has no model's, the model has loaded its own before this.
+
         Raises:
             ValueError: ``state`` is none of a recipe, or of one with another number of steps.
         """
-        if set(state) != _KEYS:
+        if set(state) | {"model"} != _KEYS:
             raise ValueError(f"state: expected what Recipe.state_dict gives, got the keys {sorted(map(str, state))}")
         taken, steps = state["steps"]
         if steps != self.steps or bool(state["driver"]) != (self._driver is not None):
             raise ValueError(
                 f"state: expected that of a recipe of {self.steps} steps with the same choices, got {steps}"
             )
-        self._full.load_state_dict(state["model"])
+        if "model" in state:
+            self._full.load_state_dict(state["model"])
         if self._handle is not None and self._driver is not None:
             load_sampler_state_dict(self._handle, state["sampler"])
             self._driver.load_state_dict(state["driver"])
         self.taken = taken
+        self._narrow, self._why_wide = None, ""
+        if self._driver is not None and taken and not self._sampling():
+            self._why_wide = "it goes on from a state in which nothing was sampled, or no longer"
 
     def _sampling(self) -> bool:
         if isinstance(self._driver, Phases):
@@ -224,7 +276,7 @@ class Recipe:
                 made = copy.deepcopy(self._driver.subnetwork)
             else:
                 made = extract(self._handle, example_inputs=self._batch)
-        except (UnsupportedError, ValueError) as error:
+        except (FxApproxError, ValueError) as error:
             self._why_wide = str(error)
         else:
             self._narrow = made

@@ -45,9 +45,7 @@ def test_torch_finds_it_by_its_name(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": places, "FX_APPROX_POLICY": "topk:0.25:online"}
     inner = "import fx_approx.dynamo.backend as b, functools; b.backend.__kwdefaults__['inner'] = 'eager'\n"
     program = PROGRAM.replace("import torch\n", f"import torch\n{inner}", 1)
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["0.25", "0.5"]
 
@@ -70,5 +68,5 @@ def test_what_is_wrong_is_named(policy_of_the_environment: pytest.MonkeyPatch) -
     with pytest.raises(TypeError, match="policy: expected a policy such as"):
         fx_approx.set_default_policy(0.5)  # type: ignore[arg-type]
     policy_of_the_environment.setenv("FX_APPROX_POLICY", "best:0.5")
-    with pytest.raises(ValueError, match="FX_APPROX_POLICY: policy: expected exact, .* got 'best:0.5'"):
+    with pytest.raises(ValueError, match=r"FX_APPROX_POLICY: policy: expected exact, .* got 'best:0.5'"):
         compile_graph(torch.fx.symbolic_trace(nn.Linear(2, 2)), [])
