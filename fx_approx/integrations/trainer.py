@@ -27,9 +27,9 @@ class RecipeCallback(TrainerCallback, ExportableState):
         recipe.finish().save_pretrained(folder)
 
     Its state lies in ``trainer_state.json`` of each checkpoint; ``train(resume_from_checkpoint=...)`` with a recipe
-    that was made alike goes on from there. The log has ``fx_approx/mean_ratio`` and ``fx_approx/saved_flops`` beside the
-    loss, in ``trainer.state.log_history``, and in all that stands behind the callback; :meth:`add_to` puts it in front
-    of what ``report_to`` names.
+    that was made alike goes on from there. The log has ``fx_approx/mean_ratio`` and ``fx_approx/saved_flops`` beside
+    the loss, in ``trainer.state.log_history``, and in all that stands behind the callback; :meth:`add_to` puts it in
+    front of what ``report_to`` names.
 
     ``load_best_model_at_end`` may bring back a network that has not had the exact steps at the end, and
     ``restore_callback_states_from_checkpoint`` makes callbacks anew, which this one does not allow: leave both off.

@@ -15,7 +15,7 @@ from fx_approx._compat import forget_compiled
 from fx_approx.capture.trace import kept_random_state
 from fx_approx.compiler.transform import transform
 from fx_approx.core.plan import Policy
-from fx_approx.dynamo.backend import backend
+from fx_approx.dynamo.backend import Backend, backend
 from fx_approx.errors import NoEffectWarning, UnsupportedError
 from fx_approx.policies.hidden_units import HiddenUnits
 from fx_approx.policies.override import Rule, is_rule, rule_text
@@ -347,6 +347,15 @@ def _transformed(given: _Given, setting: _Setting, optimizer: Optimizer | None) 
     return Recipe(given.name, given.model, given.steps, choices, approx, driver, given.batch)
 
 
+def _why_none(handle: Backend) -> str:
+    """Why no graph of a backend samples."""
+    try:
+        rows = handle.report().rows
+    except ValueError as error:
+        return str(error)
+    return "; ".join(dict.fromkeys(row.reason for row in rows)) or "no layer multiplies"
+
+
 def _by_backend(given: _Given, setting: _Setting, optimizer: Optimizer | None) -> Recipe:
     inner = "inductor" if given.compile else "eager"
     narrow = optimizer is not None
@@ -366,7 +375,7 @@ def _by_backend(given: _Given, setting: _Setting, optimizer: Optimizer | None) -
             value.copy_(buffers[name])
     if not handle.pieces:
         forget_compiled(model)
-        return given.exact(setting.choices, "exact: nothing can be sampled", "no graph of torch.compile allows it")
+        return given.exact(setting.choices, "exact: nothing can be sampled", _why_none(handle))
     choices: tuple[Choice, ...] | Recipe = setting.choices
     if given.check:
         choices = _worth_it(given, setting, timed_backend(model, handle, given.batch))
