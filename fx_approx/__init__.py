@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fx_approx.compiler.transform import explain, report, restore, transform
     from fx_approx.core.plan import Plan
     from fx_approx.dynamo.backend import backend
+    from fx_approx.dynamo.named import set_default_policy
     from fx_approx.runtime.controls import (
         load_sampler_state_dict,
         recalibrate_batchnorm,
@@ -49,6 +50,7 @@ __all__ = [
     "restore",
     "reuse_selection",
     "sampler_state_dict",
+    "set_default_policy",
     "set_sampling",
     "transform",
 ]
@@ -60,6 +62,7 @@ _PLACES = {
     "Plan": "core.plan",
     "SamplerConfig": "sampling.spec",
     "backend": "dynamo.backend",
+    "set_default_policy": "dynamo.named",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fx_approx.core.candidates import Candidate
 from fx_approx.core.plan import Decision
@@ -66,6 +66,10 @@ class PartialView:
     def coupled(self) -> frozenset[str]:
         """Those of the whole model."""
         return self._model.coupled()
+
+    def module(self, name: str) -> nn.Module | None:
+        """Of the whole graph's candidate ``name``."""
+        return self._model.module(name)
 
     def weight_norms(self, name: str) -> Tensor | None:
         """Of the whole graph's layer ``name``."""

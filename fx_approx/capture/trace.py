@@ -35,17 +35,18 @@ _ENTRY = "_fx_approx_entry"
 _one_at_a_time = threading.RLock()
 
 
-def skeleton(model: nn.Module, shared: bool = True) -> nn.Module:
+def skeleton(model: nn.Module, shared: bool = True, without: object = None) -> nn.Module:
     """A copy of the module structure with the same parameter and buffer objects, and the user's own hooks.
 
     Args:
         model: The model.
         shared: False copies the tensors too, their gradients excepted: the copy may be run.
+        without: What is not copied: the copy has None in its place.
 
     Raises:
         CaptureError: A module cannot be copied.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(without): None}
     inside = {id(module) for module in model.modules()}
     seen: set[int] = set()
     for module in model.modules():

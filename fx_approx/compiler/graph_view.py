@@ -56,6 +56,7 @@ class GraphView:
         prune_unread: bool = True,
         build: Callable[[Plan], nn.Module] | None = None,
         inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
+        find: Callable[[str], nn.Module | None] | None = None,
     ) -> None:
         """A view of ``compilation``.
 
@@ -64,9 +65,11 @@ class GraphView:
             prune_unread: Channels that no one reads are not computed.
             build: Makes the model transformed by a plan, for :meth:`time`, which runs it, so on tensors of its own.
             inputs: Example inputs with values, positional and by keyword.
+            find: The user's own module at a path; None takes those of the compilation.
         """
         self._compilation, self._prune_unread = compilation, prune_unread
         self._build, self._inputs = build, inputs
+        self._find_module = compilation.root.get_submodule if find is None else find
         self._subnetwork = False
         self._optimizer: MakeOptimizer | None = None
         self._tokens: TokenSampling | None = None
@@ -171,6 +174,10 @@ class GraphView:
         graph = self._compilation.analysis(self._plan({}, None)).sharing.coupling
         with_others = [space for space in graph if any(other != space for other in graph[space])]
         return frozenset(name for space in with_others for name in graph.nodes[space]["readers"])
+
+    def module(self, name: str) -> nn.Module | None:
+        """The user's own module of a candidate; see :meth:`fx_approx.core.step_cost.Model.module`."""
+        return self._find_module(self._found[name].owner)
 
     def weight_norms(self, name: str) -> Tensor | None:
         """``[groups, pairs]``, or None without a weight."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from fx_approx._compat import children_of
 from fx_approx.capture.records import Called, CallForm, Section, call_form
 from fx_approx.capture.sections import with_sections, with_these
 from fx_approx.capture.size_guards import described
@@ -174,7 +175,17 @@ def _view(model: nn.Module, example_inputs: Any, made: Compilation, prune_unread
         return _transform(twin(), plan, _prepare(twin(), example_inputs), 0, 1, prune_unread)
 
     args, kwargs = check_inputs(model, example_inputs)
-    return GraphView(made, prune_unread, build, None if args is None else (args, kwargs))
+    return GraphView(made, prune_unread, build, None if args is None else (args, kwargs), functools.partial(_at, model))
+
+
+def _at(model: nn.Module, path: str) -> nn.Module:
+    """The module at ``path``, or the one around it where a pass has taken a module of the user's apart."""
+    for name in path.split(".") if path else ():
+        found = children_of(model).get(name)
+        if found is None:
+            break
+        model = found
+    return model
 
 
 def _prepare(

@@ -251,6 +251,10 @@ class Model(Protocol):
         """The candidates that read channels which an addition couples with others, as those of a residual stream."""
         ...
 
+    def module(self, name: str) -> nn.Module | None:
+        """The user's own layer that a candidate is, or the module in whose forward it stands; None if not known."""
+        ...
+
     def weight_norms(self, name: str) -> Tensor | None:
         """Norms of the weight of a candidate by column-row pair, ``[groups, pairs]``; None without a weight."""
         ...

@@ -42,7 +42,7 @@ from fx_approx.dynamo.report import CapturedGraph, Key, Left, Owners, Steps, who
 from fx_approx.errors import CaptureError, CaptureWarning, NoEffectWarning
 from fx_approx.ops.base import find_op
 from fx_approx.passes.apply_policy import check_policy, decide
-from fx_approx.policies.override import Override
+from fx_approx.policies.override import Override, rule_text
 from fx_approx.policies.uniform import DEFAULT_POLICY
 from fx_approx.runtime.approx_module import ApproxModule, adopt
 from fx_approx.runtime.batchnorm import averages
@@ -102,7 +102,7 @@ def backend(
     policy = DEFAULT_POLICY if policy is None else policy
     check_policy(policy)
     if isinstance(inner, str):
-        known = backend_names()
+        known = [name for name in backend_names() if name != "fx_approx"]  # that is this one
         if inner not in known:
             raise ValueError(f"inner: no backend {inner!r}; there are: {', '.join(sorted(known))}")
         if inner == "inductor":
@@ -213,7 +213,7 @@ class Backend(GraphHandle):
                 taken.append(graph)
         merged = whole_report(taken[::-1], self._steps, report)
         rules = dict.fromkeys((*self._unmatched, *unmatched(self)))
-        notes = [f"No layer of any graph so far matches the rule {rule!r}." for rule in rules]
+        notes = [f"No layer of any graph so far matches the rule {rule_text(rule)}." for rule in rules]
         return dataclasses.replace(merged, notes=(*merged.notes, *notes))
 
     def explain(self, model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
@@ -351,7 +351,7 @@ class Backend(GraphHandle):
             blocked = [one.candidate.blocked for one in prepared.sites if one.candidate.blocked]
             reason = "; ".join(dict.fromkeys(blocked)) if len(blocked) == len(prepared.sites) else _EVALUATING
             return graph.left(reason, self._prune_unread) if training else None
-        return dataclasses.replace(graph, plan=self._plan(prepared))
+        return dataclasses.replace(graph, plan=self._plan(prepared, frame))
 
     def _numbers_of(self, frame: Frame) -> tuple[int, ...]:
         return tuple(self._numbers[root.module] for root in frame.roots)
@@ -381,13 +381,14 @@ class Backend(GraphHandle):
         compiled: Callable[..., Any] = compiler(gm, list(example_inputs), **given)
         return compiled
 
-    def _plan(self, prepared: Compilation) -> Plan:
-        policy = self.policy
-        if isinstance(policy, (Plan, Override)):
+    def _plan(self, prepared: Compilation, frame: Frame) -> Plan:
+        policy, view = self.policy, GraphView(prepared, self._prune_unread, find=lambda path: _module(frame, path))
+        if isinstance(policy, Plan):
             policy = policy.part(prepared.candidates)
-        if isinstance(policy, Override):
+        elif isinstance(policy, Override):
+            policy = policy.part(view)
             self._unmatched = [rule for rule in self._unmatched if rule not in policy.rules]
-        return decide(prepared.candidates, policy, lambda: GraphView(prepared, self._prune_unread))
+        return decide(prepared.candidates, policy, lambda: view)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -462,6 +463,12 @@ def _take_over(approx: ApproxModule, before: ApproxModule) -> None:
         runtime.resample.join(old.resample)
 
 
+def _module(frame: Frame, path: str) -> nn.Module | None:
+    """The user's own module at a path of the skeleton."""
+    place = place_of(frame, path)
+    return None if place is None else place[0].find(place[1])
+
+
 def _multiplies(node: fx.Node) -> bool:
     higher_order = isinstance(node.target, HigherOrderOperator)
     return node.op in ("call_function", "call_method") and (higher_order or find_op(node.target) is not None)
@@ -471,10 +478,10 @@ def _owned(prepared: Compilation, frame: Frame) -> Compilation:
     """Blocks what no training flag speaks for, and what makes weights."""
     found = []
     for one in prepared.sites:
-        place, reason = place_of(frame, one.owner), None
+        reason = None
         if not one.owner and len(frame.roots) != 1:
             reason = _OUTSIDE
-        elif place is None or place[0].find(place[1]) is None:
+        elif _module(frame, one.owner) is None:
             reason = _UNREACHED
         elif "parametrizations" in one.owner.split("."):
             reason = _PARAMETRISATION

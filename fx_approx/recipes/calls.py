@@ -15,12 +15,14 @@ from fx_approx._compat import forget_compiled
 from fx_approx.capture.trace import kept_random_state
 from fx_approx.compiler.transform import transform
 from fx_approx.core.plan import Policy
-from fx_approx.dynamo.backend import backend
+from fx_approx.dynamo.backend import Backend, backend
 from fx_approx.errors import NoEffectWarning, UnsupportedError
 from fx_approx.policies.hidden_units import HiddenUnits
+from fx_approx.policies.override import Rule, is_rule, rule_text
 from fx_approx.policies.tokens import Tokens
 from fx_approx.policies.uniform import Exact, Uniform
-from fx_approx.recipes.gain import LEAST, timed, timed_backend
+from fx_approx.recipes.gain import LEAST, agreed, timed, timed_backend
+from fx_approx.recipes.limits import Limited, adapters, has_frozen
 from fx_approx.recipes.looks import Look, look
 from fx_approx.recipes.recipe import Choice, Recipe
 from fx_approx.runtime.handle import GraphHandle
@@ -61,7 +63,7 @@ class _Setting:
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """The arguments that all recipes have."""
+    """The arguments that all recipes have, and the names of the layers that ``layers`` was found to mean."""
 
     name: str
     model: nn.Module
@@ -70,12 +72,18 @@ class _Given:
     compile: bool
     check: bool
     seed: int
+    layers: Rule | None
+    found: set[str] = dataclasses.field(default_factory=set)
 
     def __post_init__(self) -> None:
         check_step("steps", self.steps, 1)
         for name in ("compile", "check"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if self.layers is not None and not is_rule(self.layers):
+            raise TypeError(
+                f"layers: expected a glob such as '*.mlp.*', a function of (name, module) or None, got {self.layers!r}"
+            )
         if self.batch is None:
             raise ValueError("batch: expected a training batch as the model is called with it, got None")
 
@@ -94,6 +102,7 @@ def finetune(
     compile: bool = False,
     check: bool = True,
     seed: int = 0,
+    layers: Rule | None = None,
 ) -> Recipe:
     """Fine-tunes trained weights with a part of the channels, which is chosen once, by what the network does with them.
 
@@ -103,42 +112,47 @@ def finetune(
     sampled.
 
     Args:
-        model: Trained, in training mode on its device; its parameters are trained.
+        model: Trained, in training mode on its device; its parameters are trained. Switch activation checkpointing on
+            before, and call this inside of ``torch.autocast`` where the model is called so.
         batch: One training batch as the model is called with it: a tensor, a tuple, or a dict of keyword arguments.
         steps: Steps of the optimiser in the whole training.
         ratio: Share of the channels, in (0, 1).
         optimizer: Of the model's parameters. With it the part trains as a physically narrow network, which is fastest;
             ``recipe.model`` is another module then from phase to phase. Without it the transformed model trains.
         compile: Run what is called by ``torch.compile``.
-        check: Time some steps first, with and without.
+        check: Time some steps first, with and without. Of several ranks, in a process group, the slowest decides.
         seed: All samples follow from it.
+        layers: The layers that may be sampled, a glob on their fully-qualified names or a function of name and module
+            (``lambda name, module: "mlp" in name``); None for all but the adapters of PEFT, which are small.
 
     Returns:
         The recipe; ``print`` shows what it chose, and why.
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: One out of range, or an optimiser of other parameters.
+        ValueError: One out of range, an optimiser of other parameters, or ``layers`` that match none.
         CaptureError: ``model`` is compiled, wrapped, transformed or the like.
     """
     check_ratio("ratio", ratio)
-    given = _Given("finetune", model, batch, steps, compile, check, seed)
+    given = _Given("finetune", model, batch, steps, compile, check, seed, layers)
     seen = look(model, batch)
-    layers = Uniform(ratio, min_k=16, round_to=8, scores="ema")
+    channels = Uniform(ratio, min_k=16, round_to=8, scores="ema")
     warmup, tail = max(10, steps // 20), max(seen.statistics or 1, steps // 50)
     if seen.kind == "convolutions":
-        policy: Policy = layers
+        policy: Policy = channels
         what = Choice(f"{ratio:g} of the channels of all layers, kept", "best of all settings in fine-tuned networks")
     else:
-        policy = HiddenUnits(layers)
+        policy = HiddenUnits(channels)
         tail = max(tail, steps // 10)
         what = Choice(f"{ratio:g} of the hidden units, kept", "a trained residual stream is worth leaving whole")
     choices = (
         what,
         Choice(f"{warmup} exact steps first", "they tell which channels count"),
         _tail(tail, seen),
+        *_about_weights(given),
     )
-    return _made(given, seen, _Setting(policy, warmup, tail, True, True, choices), optimizer)
+    limited = _limited(given, policy)
+    return _made(given, seen, _Setting(limited, warmup, tail, True, not has_frozen(model), choices), optimizer)
 
 
 def pretrain(
@@ -150,6 +164,7 @@ def pretrain(
     compile: bool = False,
     check: bool = True,
     seed: int = 0,
+    layers: Rule | None = None,
 ) -> Recipe:
     """Trains from scratch with a part of the channels, those of the largest weights, and the last steps exactly.
 
@@ -164,6 +179,7 @@ def pretrain(
         compile: As there.
         check: As there.
         seed: As there.
+        layers: As there.
 
     Returns:
         The recipe.
@@ -174,15 +190,17 @@ def pretrain(
         CaptureError: As there.
     """
     check_ratio("ratio", ratio)
-    given = _Given("pretrain", model, batch, steps, compile, check, seed)
+    given = _Given("pretrain", model, batch, steps, compile, check, seed, layers)
     seen = look(model, batch)
     tail = max(seen.statistics or 1, steps // 50)
     choices = (
         Choice("a rival to try first", f"a narrower network reaches as much from scratch, see {_ADVICE}"),
         Choice(f"{ratio:g} of the channels, those of the largest weights", "more accurate than chosen by activations"),
         _tail(tail, seen),
+        *_about_weights(given),
     )
-    return _made(given, seen, _Setting(Uniform(ratio, min_k=16), 0, tail, False, True, choices))
+    limited = _limited(given, Uniform(ratio, min_k=16))
+    return _made(given, seen, _Setting(limited, 0, tail, False, not has_frozen(model), choices))
 
 
 def transformer(
@@ -196,6 +214,7 @@ def transformer(
     compile: bool = False,
     check: bool = True,
     seed: int = 0,
+    layers: Rule | None = None,
 ) -> Recipe:
     """Trains a transformer on a part of the tokens, others in each step, and the last tenth of the steps on all.
 
@@ -212,6 +231,7 @@ def transformer(
         compile: As there.
         check: As there.
         seed: As there.
+        layers: As there, of those whose hidden units are sampled; tokens are those of all layers.
 
     Returns:
         The recipe.
@@ -223,12 +243,14 @@ def transformer(
     """
     check_ratio("ratio", ratio)
     check_ratio("hidden_units", hidden_units)
-    given = _Given("transformer", model, batch, steps, compile, check, seed)
+    given = _Given("transformer", model, batch, steps, compile, check, seed, layers)
     seen = look(model, batch)
-    layers: Policy = Exact()
+    if hidden_units == 1 and layers is not None:
+        raise ValueError("layers: says whose hidden units are sampled, and hidden_units=1 keeps all; expected None")
+    units: Policy = Exact()
     if hidden_units < 1:
-        layers = HiddenUnits(Uniform(hidden_units, min_k=16, round_to=8))
-    tokens = Tokens(ratio, mode, first=0, layers=layers)
+        units = _limited(given, HiddenUnits(Uniform(hidden_units, min_k=16, round_to=8)))
+    tokens = Tokens(ratio, mode, first=0, layers=units)
     if seen.traced and not seen.stacks:
         why = seen.notes[0] if seen.notes else "it has no attention that can be followed"
         return given.exact((), "exact: no tokens can be sampled", why)
@@ -238,8 +260,27 @@ def transformer(
     choices = [Choice(f"{ratio:g} of the tokens, others in each step", "above fewer epochs at as many operations")]
     if hidden_units < 1:
         choices.append(Choice(f"{hidden_units:g} of the hidden units", "asked for"))
+        choices += _about_weights(given)
     choices.append(_tail(tail, seen))
-    return _made(given, seen, _Setting(tokens, 0, tail, False, hidden_units < 1, tuple(choices)))
+    preserve = hidden_units < 1 and not has_frozen(model)
+    return _made(given, seen, _Setting(tokens, 0, tail, False, preserve, tuple(choices)))
+
+
+def _limited(given: _Given, policy: Policy) -> Policy:
+    """``policy`` for the layers that may be sampled."""
+    small = adapters(given.model)
+    if given.layers is None and not small:
+        return policy
+    return Limited(policy, given.layers, small, given.found)
+
+
+def _about_weights(given: _Given) -> list[Choice]:
+    """What happens to adapters and to frozen weights, if there are any."""
+    whole = given.layers is None and adapters(given.model)
+    found = [Choice("adapters stay exact", "they are small")] if whole else []
+    if has_frozen(given.model):
+        found.append(Choice("no weight is set to zero", "some are frozen, and stay as they are"))
+    return found
 
 
 def _tail(tail: int, seen: Look) -> Choice:
@@ -257,11 +298,16 @@ def _made(given: _Given, seen: Look, setting: _Setting, optimizer: Optimizer | N
         return given.exact(setting.choices, f"exact: {given.steps} steps are too few", why)
     make = _transformed if seen.traced else _by_backend
     with kept_random_state():
-        return make(given, setting, optimizer)
+        recipe = make(given, setting, optimizer)
+    if given.layers is not None and not given.found:
+        forget_compiled(given.model)
+        raise ValueError(f"layers: expected a rule that some layer fits, got {rule_text(given.layers)}")
+    return recipe
 
 
 def _worth_it(given: _Given, setting: _Setting, speedup: float) -> tuple[Choice, ...] | Recipe:
     """The choices with what was measured, or the recipe that samples nothing."""
+    speedup = agreed(speedup, given.model)
     if speedup < LEAST:
         what = f"exact: a step would be {speedup:.2f} times as fast here"
         return given.exact(setting.choices, what, f"expected {LEAST} or more, on this machine and at this batch")
@@ -295,6 +341,15 @@ def _transformed(given: _Given, setting: _Setting, optimizer: Optimizer | None) 
     return _driven(given, setting, approx, optimizer, choices)
 
 
+def _why_none(handle: Backend) -> str:
+    """Why no graph of a backend samples."""
+    try:
+        rows = handle.report().rows
+    except ValueError as error:
+        return str(error)
+    return "; ".join(dict.fromkeys(row.reason for row in rows)) or "no layer multiplies"
+
+
 def _by_backend(given: _Given, setting: _Setting, optimizer: Optimizer | None) -> Recipe:
     inner = "inductor" if given.compile else "eager"
     narrow = optimizer is not None
@@ -306,10 +361,15 @@ def _by_backend(given: _Given, setting: _Setting, optimizer: Optimizer | None) -
     assert args is not None
     model.compile(backend=handle)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    model(*args, **kwargs)  # graphs appear
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        model(*args, **kwargs)  # graphs appear
     with torch.no_grad():
         for name, value in model.named_buffers():
             value.copy_(buffers[name])
+    if not handle.pieces:
+        forget_compiled(model)
+        return given.exact(setting.choices, "exact: nothing can be sampled", _why_none(handle))
     choices = setting.choices
     if given.check:
         decided = _worth_it(given, setting, timed_backend(model, handle, given.batch))

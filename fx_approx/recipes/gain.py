@@ -38,6 +38,15 @@ def timed(
     return found.speedup[1]
 
 
+def agreed(speedup: float, model: nn.Module) -> float:
+    """The least of all ranks of a process group, so that they decide alike."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return speedup
+    least = torch.tensor(speedup, dtype=torch.float64, device=next(iter(model.parameters())).device)
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    return float(least)
+
+
 def maker(optimizer: Optimizer) -> MakeOptimizer:
     """Makes optimisers of the same kind and settings."""
     return lambda parameters: type(optimizer)(parameters, **optimizer.defaults)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from fx_approx.compiler.transform import report
-from fx_approx.errors import UnsupportedError
-from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict, set_sampling
+from fx_approx.errors import FxApproxError, UnsupportedError
+from fx_approx.runtime.approx_module import ApproxModule
+from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict, set_sampling, synchronize_scores
 from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.savings.report import SavingsReport
 from fx_approx.schedules.ratio_scheduler import RatioScheduler
@@ -42,6 +45,10 @@ class Driver(Protocol):
 
     def changes_next(self) -> tuple[bool, bool]:
         """Whether the next step changes a ratio, and whether some layers read more then."""
+        ...
+
+    def get_last_ratio(self) -> dict[str, float]:
+        """The ratio in force by layer, 1 where it is exact."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,6 +98,9 @@ class Recipe:
         choices: What was chosen, and why.
         exact: The recipe samples nothing: ``model`` is the user's own.
         sampling: This step is sampled, and not one of the exact ones.
+        swaps: ``model`` is another module from phase to phase, as with an optimiser.
+        rises: The next :meth:`step` makes layers read more, and sets to zero what they did not read.
+        unserved: Why calls were not served by the graph that was made, if some were: layers are sampled one by one.
     """
 
     def __init__(
@@ -121,6 +131,7 @@ class Recipe:
         self._full, self._handle, self._batch = full, handle, batch
         self._scheduler, self._phases = scheduler, phases
         self._driver: Driver | None = scheduler if phases is None else phases
+        self._saved: dict[tuple[tuple[str, float], ...], float] = {}
         self._narrow: nn.Module | None = None
         self._why_wide = ""
 
@@ -140,13 +151,25 @@ class Recipe:
         return any(ratio < 1 for ratio in ratios.values())
 
     @property
+    def swaps(self) -> bool:
+        return self._phases is not None
+
+    @property
+    def rises(self) -> bool:
+        return self._driver is not None and self.taken + 1 < self.steps and self._driver.changes_next()[1]
+
+    @property
+    def unserved(self) -> tuple[str, ...]:
+        return tuple(sorted(self._handle._fx_approx.warned)) if isinstance(self._handle, ApproxModule) else ()
+
+    @property
     def model(self) -> nn.Module:
         if self._phases is not None:
             return self._phases.model
         return self._handle if isinstance(self._handle, nn.Module) else self._full
 
     def step(self) -> None:
-        """Goes on; to be called after each step of the optimiser.
+        """Goes on; to be called after each step of the optimiser, by all ranks alike where there are several.
 
         Raises:
             ValueError: There are no more steps; or, with an optimiser, the full model was changed meanwhile.
@@ -156,7 +179,11 @@ class Recipe:
         self.taken += 1
         if self._driver is None or self.taken == self.steps:
             return
-        if self._driver.changes_next()[1]:
+        changed, rising = self._driver.changes_next()
+        if changed and torch.distributed.is_available() and torch.distributed.is_initialized():
+            assert self._handle is not None
+            synchronize_scores(self._handle)  # ranks that choose others would set other weights to zero
+        if rising:
             self._keep_narrow()
         self._driver.step()
 
@@ -178,6 +205,21 @@ class Recipe:
         finally:
             for one, enabled in zip(switches, before, strict=True):
                 one.enabled = enabled
+
+    def scalars(self) -> dict[str, float]:
+        """Numbers of this step for a log, in training mode.
+
+        Returns:
+            ``mean_ratio``, the mean of the ratios in force, and ``saved_flops``, the share of the operations of a step
+            that is saved, selections included.
+        """
+        ratios = {} if self._driver is None else self._driver.get_last_ratio()
+        if self._handle is None or not ratios:
+            return {"mean_ratio": 1.0, "saved_flops": 0.0}
+        key = tuple(ratios.items())
+        if key not in self._saved:
+            self._saved[key] = report(self._handle).totals.saved_net
+        return {"mean_ratio": sum(ratios.values()) / len(ratios), "saved_flops": self._saved[key]}
 
     def finish(self) -> nn.Module:
         """The user's own model, which has the trained weights; the recipe ends.
@@ -210,11 +252,16 @@ class Recipe:
             raise UnsupportedError(f"ship: there is no narrow network: {why}")
         return copy.deepcopy(self._narrow)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The model's state and all that goes on from here, but for the optimiser's."""
+    def state_dict(self, *, model: bool = True) -> dict[str, Any]:
+        """All that goes on from here, but for the optimiser's state.
+
+        Args:
+            model: With the model's state; False where it is stored beside this. Without it, and without an optimiser,
+                this is plain values for JSON.
+        """
         return {
             "steps": (self.taken, self.steps),
-            "model": self._full.state_dict(),
+            **({"model": self._full.state_dict()} if model else {}),
             "sampler": {} if self._handle is None else sampler_state_dict(self._handle),
             "driver": {} if self._driver is None else self._driver.state_dict(),
         }
@@ -222,21 +269,27 @@ class Recipe:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where another such recipe was; the optimiser loads its own state after this.
 
+        Where the state has no model's, the model has loaded its own before this.
+
         Raises:
             ValueError: ``state`` is none of a recipe, or of one with another number of steps.
         """
-        if set(state) != _KEYS:
+        if set(state) | {"model"} != _KEYS:
             raise ValueError(f"state: expected what Recipe.state_dict gives, got the keys {sorted(map(str, state))}")
         taken, steps = state["steps"]
         if steps != self.steps or bool(state["driver"]) != (self._driver is not None):
             raise ValueError(
                 f"state: expected that of a recipe of {self.steps} steps with the same choices, got {steps}"
             )
-        self._full.load_state_dict(state["model"])
+        if "model" in state:
+            self._full.load_state_dict(state["model"])
         if self._handle is not None and self._driver is not None:
             load_sampler_state_dict(self._handle, state["sampler"])
             self._driver.load_state_dict(state["driver"])
         self.taken = taken
+        self._narrow, self._why_wide = None, ""
+        if self._driver is not None and taken and not self.sampling:
+            self._why_wide = "it goes on from a state in which nothing was sampled, or no longer"
 
     def _keep_narrow(self) -> None:
         """Keeps the narrow network of this step, for :meth:`ship`."""
@@ -246,8 +299,20 @@ class Recipe:
                 assert self._phases.subnetwork is not None
                 made = copy.deepcopy(self._phases.subnetwork)
             else:
-                made = extract(self._handle, example_inputs=self._batch)
-        except (UnsupportedError, ValueError) as error:
+                with _own_forward(self.model):
+                    made = extract(self._handle, example_inputs=self._batch)
+        except (FxApproxError, ValueError) as error:
             self._why_wide = str(error)
         else:
             self._narrow = made
+
+
+@contextlib.contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Takes off what a trainer has put around the forward of this instance for mixed precision, and on again."""
+    own = vars(model)
+    taken = {name: own.pop(name) for name in ("forward", "_original_forward") if "_original_forward" in own}
+    try:
+        yield
+    finally:
+        own.update(taken)

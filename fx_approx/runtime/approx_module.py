@@ -88,7 +88,9 @@ def adopt(root: nn.Module, runtime: Runtime, reduce: Callable[[ApproxModule], tu
         "__reduce_ex__": lambda self, protocol: reduce(self),
         "exact_class": cls,
     }
-    root.__class__ = type(f"Approx{cls.__name__}", (ApproxModule, cls), namespace)
+    # Hugging Face writes the name of the class into what it saves.
+    name = cls.__name__ if hasattr(cls, "save_pretrained") else f"Approx{cls.__name__}"
+    root.__class__ = type(name, (ApproxModule, cls), namespace)
     root.__dict__["_fx_approx"] = runtime
     for section in runtime.program.capture.sections:
         if section.path:

@@ -299,10 +299,8 @@ def sampler_state_dict(model: nn.Module | GraphHandle) -> dict[str, Any]:
         what each stretch of blocks has learnt.
     """
     if isinstance(model, GraphHandle):
-        made: dict[int, ApproxModule] = {}
-        for approx in model.pieces:  # those for other shapes of the same layers have one state
-            made.setdefault(approx._fx_approx.state.data_ptr(), approx)
-        return {"graphs": [{"layers": layers_of(one), "state": sampler_state_dict(one)} for one in made.values()]}
+        made = _each_state(model)
+        return {"graphs": [{"layers": layers_of(one), "state": sampler_state_dict(one)} for one in made]}
     runtime = find(model)._fx_approx
     state = runtime.state
     extra: dict[str, Any] = {}
@@ -393,10 +391,7 @@ def _load_graphs(handle: GraphHandle, values: Mapping[str, Any]) -> None:
         if set(one) != {"layers", "state"} or not isinstance(one["state"], Mapping):
             raise ValueError(f"graphs: expected the layers and the state of each graph, got {one!r}")
     waiting = list(values["graphs"])
-    made: dict[int, ApproxModule] = {}
-    for approx in handle.pieces:
-        made.setdefault(approx._fx_approx.state.data_ptr(), approx)
-    for approx in made.values():
+    for approx in _each_state(handle):
         own = next((one for one in waiting if one["layers"] == layers_of(approx)), None)
         if own is not None:
             load_sampler_state_dict(approx, own["state"])
@@ -404,26 +399,34 @@ def _load_graphs(handle: GraphHandle, values: Mapping[str, Any]) -> None:
     handle.states = waiting
 
 
-def synchronize_scores(model: nn.Module, group: Any = None) -> None:
+def _each_state(model: nn.Module | GraphHandle) -> list[ApproxModule]:
+    """The transformed model or graphs; of those for other shapes of the same layers, with one state, the first."""
+    made: dict[int, ApproxModule] = {}
+    for approx in pieces_of(model):
+        made.setdefault(approx._fx_approx.state.data_ptr(), approx)
+    return list(made.values())
+
+
+def synchronize_scores(model: nn.Module | GraphHandle, group: Any = None) -> None:
     """Averages the running norms of scores that learn over all ranks, so that they choose the same channels and tokens.
 
     To be called by all ranks alike: once is enough where all see data of one kind; where the shared selection is relied
     upon, before every step. Nothing to do for other scores, which are the same on all ranks by themselves.
 
     Args:
-        model: A transformed model.
+        model: A transformed model, what wraps it, or a backend whose graphs are the same on all ranks.
         group: A process group of torch.distributed; None for all ranks.
 
     Raises:
         RuntimeError: There is no process group.
     """
-    runtime = find(model)._fx_approx
-    resample = runtime.resample
+    runtimes = [approx._fx_approx for approx in _each_state(model)]
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise RuntimeError("group: torch.distributed is not initialised; call torch.distributed.init_process_group")
-    learnt = [] if resample is None else [one for one in resample.each() if one.running is not None]
+    resamples = [runtime.resample for runtime in runtimes if runtime.resample is not None]
+    learnt = [one for resample in resamples for one in resample.each() if one.running is not None]
     norms = [one.running for one in learnt if one.running is not None]
-    norms += [one.running for one in runtime.tokens if one.running is not None]
+    norms += [one.running for runtime in runtimes for one in runtime.tokens if one.running is not None]
     ages = [one.age for one in learnt if one.age is not None]
     if not norms:
         return

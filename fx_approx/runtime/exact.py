@@ -11,7 +11,8 @@ from fx_approx.runtime.layers import unswap
 
 def exact_copy(approx: ApproxModule) -> nn.Module:
     """The original structure with exact layers, on the same parameters."""
-    root = skeleton(approx)
+    # The runtime of a graph for other shapes of the same layers holds layers of the graph before it.
+    root = skeleton(approx, without=approx._fx_approx)
     root.__dict__.pop("_fx_approx", None)
     root.__class__ = approx.exact_class
     for module in root.modules():

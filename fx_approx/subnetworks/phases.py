@@ -174,6 +174,10 @@ class Phases:
         """Whether :meth:`step` will change a ratio, and whether some layers will read more after it."""
         return self._scheduler.changes_next()
 
+    def get_last_ratio(self) -> dict[str, float]:
+        """The ratio in force by layer, see :meth:`RatioScheduler.get_last_ratio`."""
+        return self._scheduler.get_last_ratio()
+
     @property
     def last_step(self) -> int:
         return self._scheduler.last_step

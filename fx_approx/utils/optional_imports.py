@@ -1,4 +1,4 @@
-"""matplotlib, which the package does not install."""
+"""Packages that this one does not install."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ def load_matplotlib(module: str, what: str) -> Any:
     try:
         return importlib.import_module(f"matplotlib.{module}")
     except ImportError as error:
-        raise ImportError(
-            f"{what} needs matplotlib, which fx_approx does not install by itself: pip install matplotlib, or "
-            "'fx_approx[figures]'"
-        ) from error
+        raise ImportError(f"{absent(what, 'matplotlib')}, or 'fx_approx[figures]'") from error
+
+
+def absent(what: str, package: str) -> str:
+    """Says that ``what`` needs a package that is not installed, and how to get it."""
+    return f"{what} needs {package}, which fx_approx does not install by itself: pip install {package}"

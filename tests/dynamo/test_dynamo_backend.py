@@ -418,6 +418,25 @@ def test_a_call_by_hand_is_a_clear_error() -> None:
         fx_approx.backend(VALUE)(gm, [])
 
 
+def test_a_rule_may_be_a_function_of_name_and_module() -> None:
+    model, seen = Block(), {}
+
+    def square(name: str, module: nn.Module) -> bool:
+        seen[name] = module
+        return module.in_features == module.out_features
+
+    def never(name: str, module: nn.Module) -> bool:
+        return False
+
+    rules = {square: Uniform(0.25, scores="online"), never: VALUE}
+    backend = fx_approx.backend(Override(rules, Uniform(0.5, scores="online")), inner="eager")
+    torch.compile(model, backend=backend)(torch.randn(4, 32))
+    assert seen == {"fc1": model.fc1, "fc2": model.fc2, "fc3": model.fc3}
+    report = backend.report()
+    assert [row.samples[0].k for row in report.rows] == [16, 16, 32]
+    assert any("matches the rule" in note and "never" in note for note in report.notes)
+
+
 def test_a_rule_that_no_graph_has_a_layer_for_is_in_the_report() -> None:
     model = Block()
     backend = fx_approx.backend(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import fx_approx
 from fx_approx import Plan, SamplerConfig, policies
@@ -151,6 +152,30 @@ def test_override_by_the_name_of_a_functional_call() -> None:
     assert sampled(plan) == ["matmul", "matmul#2"]
 
 
+def test_override_by_a_function_of_name_and_module() -> None:
+    model, seen = CalledTwice(), {}
+
+    def square(name: str, module: nn.Module) -> bool:
+        seen[name] = module
+        return isinstance(module, nn.Linear) and module.in_features == module.out_features
+
+    squares = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.in_features == m.out_features]
+    plan = plan_of(model, Override({square: Exact()}, HALF))
+    assert sampled(plan) == ["head"] and squares == ["fc"]  # both calls of fc have its name
+    assert seen == {"fc": model.fc, "head": model.head}  # the user's own modules
+    assert Plan.from_json(plan.to_json()) == plan
+
+    attention = Attention()
+    plan = plan_of(attention, Override({lambda name, module: module is attention: HALF}, Exact()))
+    assert sampled(plan) == ["matmul", "matmul#2", "einsum", "bmm"]  # functional calls stand in a module's forward
+    nested = Override({lambda name, module: name == "fc": Override({"fc#2": Exact()}, HALF)}, Exact())
+    assert sampled(plan_of(model, nested)) == ["fc"]
+
+
+def never(name: str, module: nn.Module) -> bool:
+    return False
+
+
 def test_policies_as_text() -> None:
     for text, policy in {
         "exact": Exact(),
@@ -182,6 +207,14 @@ SENSITIVE = Sensitivity(0.5, {})
 WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Override({1: Exact()}, HALF), TypeError, "rules"),  # type: ignore[dict-item]
     (lambda: Override({"a": 0.5}, HALF), TypeError, "rules"),  # type: ignore[dict-item]
+    (lambda: Override({nn.ReLU(): Exact()}, HALF), TypeError, "a function of \\(name, module\\), got ReLU"),
+    (lambda: Override({never: Exact()}, HALF).decide([]), TypeError, "rules: never reads modules"),
+    (lambda: plan_of(mlp(), Override({never: Exact()}, HALF)), ValueError, "no candidate matches never; there are: "),
+    (
+        lambda: plan_of(mlp(), Override({lambda name, module: None: Exact()}, HALF)),  # type: ignore[dict-item]
+        TypeError,
+        r"lambda>\('0', module\): expected True or False, got None",
+    ),
     (lambda: Override({"a": Exact()}, None), TypeError, "base"),  # type: ignore[arg-type]
     (lambda: parse_policy(""), ValueError, "expected exact, paper"),
     (lambda: parse_policy("top"), ValueError, "topk"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -300,3 +301,112 @@ def test_a_model_that_is_not_traced_goes_by_the_backend() -> None:
     assert isinstance(narrow, transformers.GPT2LMHeadModel)
     assert sum(p.numel() for p in narrow.parameters()) < sum(p.numel() for p in model.parameters())
     assert recipe.finish() is model
+
+
+def test_layers_are_chosen_by_glob_or_by_function() -> None:
+    def sampled(layers: Any) -> list[str]:
+        recipe = recipes.pretrain(built(Cnn), IMAGES, STEPS, check=False, layers=layers)
+        return [row.name for row in recipe.report().rows if row.samples]
+
+    everything = sampled(None)
+    assert {"3", "6", "11"} <= set(everything)
+    assert sampled("3") == ["3"]
+    assert sampled(lambda name, module: isinstance(module, nn.Linear)) == ["11"]
+    recipe = recipes.pretrain(built(Cnn), IMAGES, STEPS, check=False, layers="3")
+    assert {row.reason for row in recipe.report().rows if row.name == "11"} == {"not among the layers asked for"}
+    vit = recipes.transformer(built(Vit), IMAGES, STEPS, hidden_units=0.5, check=False, layers="blocks.layers.1.*")
+    units = [row.name for row in vit.report().rows if row.samples]
+    assert units and all(name.startswith("blocks.layers.1.") for name in units) and "8 of 16" in str(vit.report())
+    for layers, error, message in (
+        ("nowhere", ValueError, "layers: expected a rule that some layer fits, got 'nowhere'"),
+        (3, TypeError, r"layers: expected a glob .* a function of \(name, module\) or None, got 3"),
+        (lambda name, module: None, TypeError, "expected True or False, got None"),
+    ):
+        with pytest.raises(error, match=message):
+            sampled(layers)
+    with pytest.raises(ValueError, match="layers: says whose hidden units"):
+        recipes.transformer(built(Vit), IMAGES, STEPS, check=False, layers="blocks.*")
+
+
+def test_the_numbers_of_each_step() -> None:
+    recipe = recipes.finetune(built(Cnn), IMAGES, STEPS, check=False)
+    saved, optimizer, numbers = recipe.report().totals.saved_net, sgd(recipe.model), []
+    tail = next(int(one.what.split()[0]) for one in recipe.choices if "at the end" in one.what)
+    for _ in range(STEPS):
+        numbers.append(recipe.scalars())
+        train(recipe, optimizer, 1)
+    sampled = [step for step, one in enumerate(numbers) if one == {"mean_ratio": 0.5, "saved_flops": saved}]
+    assert sampled == list(range(10, STEPS - tail)) and saved > 0.5
+    assert sum(one == {"mean_ratio": 1.0, "saved_flops": 0.0} for one in numbers) == 10 + tail
+    exact = recipes.finetune(built(Cnn), IMAGES, 20)
+    assert exact.scalars() == {"mean_ratio": 1.0, "saved_flops": 0.0}
+
+
+def test_a_state_without_the_model_goes_on_and_is_json() -> None:
+    through = recipes.finetune(built(Cnn), IMAGES, STEPS, check=False)
+    optimizer = sgd(through.model)
+    train(through, optimizer, 40)
+    state = json.loads(json.dumps(through.state_dict(model=False)))
+    own = copy.deepcopy((through.model.state_dict(), optimizer.state_dict()))
+    train(through, optimizer, STEPS - 40)
+
+    resumed = recipes.finetune(built(Cnn), IMAGES, STEPS, check=False)
+    optimizer = sgd(resumed.model)
+    resumed.model.load_state_dict(own[0])
+    resumed.load_state_dict(state)
+    optimizer.load_state_dict(own[1])
+    train(resumed, optimizer, STEPS - 40)
+    same(through.finish(), resumed.finish())
+    same(through.ship(), resumed.ship())
+
+    late = recipes.finetune(built(Cnn), IMAGES, STEPS, check=False)
+    late.load_state_dict(through.state_dict())
+    with pytest.raises(UnsupportedError, match="a state in which nothing was sampled, or no longer"):
+        late.ship()
+
+
+def test_frozen_weights_are_not_set_to_zero() -> None:
+    model = built(Cnn)
+    model[3].requires_grad_(False)
+    before = model[3].weight.clone()
+    recipe = recipes.finetune(model, IMAGES, STEPS, check=False)
+    assert "no weight is set to zero: some are frozen" in str(recipe)
+    train(recipe, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05), STEPS)
+    assert torch.equal(recipe.finish()[3].weight, before)  # type: ignore[index]
+
+
+class Turned(nn.Module):
+    """A layer whose weight stands as Hugging Face's Conv1D has it, ``[inputs, outputs]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(64, 64) / 8), nn.Parameter(torch.zeros(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class Untraced(nn.Module):
+    """Asks for what a graph does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(Turned(), nn.ReLU(), Turned(), nn.ReLU(), Turned())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) if torch.is_grad_enabled() else self.layers(x).clone()
+
+
+def test_what_ships_of_a_backend_has_seen_several_shapes() -> None:
+    """The graph for another shape holds what the one before it has learnt, layers of that included."""
+    torch._dynamo.reset()
+    torch.manual_seed(3)
+    model, rows = Untraced(), torch.randn(12, 64)
+    recipe = recipes.finetune(model, rows[:8], STEPS, check=False)
+    assert "by a backend" in str(recipe)
+    for step in range(20):
+        recipe.model(rows if step % 2 else rows[:8]).square().mean().backward()
+        recipe.step()
+    assert len(recipe._handle.pieces) > 1  # type: ignore[union-attr]
+    shipped = recipe.ship()
+    assert sum(p.numel() for p in shipped.parameters()) < sum(p.numel() for p in model.parameters())
