@@ -44,7 +44,7 @@ $(VENV)/.dev: $(DEPENDENCIES) | $(VENV)/bin/python
 dev: $(VENV)/.dev ## make or renew the working environment, an editable install with all tools
 
 demo: $(VENV)/.demo ## run the demo
-	$(VENV)/bin/python examples/demo.py
+	$(VENV)/bin/python -m fx_approx demo
 
 bench: $(VENV)/.dev ## run every benchmark, one after the other
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(VENV)/bin/python $$script; done

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from data import digits
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fx_approx
+from fx_approx.demo.images import digits
 from fx_approx.policies import Uniform
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from data import digits
 from policy_sweep.sweep import sweep
 from torch import Tensor, nn
 
+from fx_approx.demo.images import digits
 from fx_approx.policies import FlopBudget, Paper, Uniform
 
 Batch = tuple[Tensor, Tensor]

@@ -1,7 +1,8 @@
-"""The command line: ``python -m fx_approx COMMAND MODULE:CALLABLE --input SHAPE --policy POLICY``."""
+"""The command line: ``python -m fx_approx COMMAND``; ``--help`` lists the commands."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import sys
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         options = parse(arguments)
+        if options.command == "demo":
+            return _demo(options)
         commands = importlib.import_module("fx_approx.cli.commands")  # torch takes seconds, which help does not need
         text, code, said = commands.run(options)
     except WrongArgumentError as error:
@@ -34,6 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough; Python would complain again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(code)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    demo = importlib.import_module("fx_approx.demo.run")
+    training = demo.Options(options.epochs, options.width, options.ratio, options.compile, options.seed)
+    try:
+        demo.run(options.networks, options.html, options.data, options.limit, training)
+    except (OSError, ValueError) as error:
+        # A file of the user's; what else may be wrong, the arguments have been checked for.
+        if options.data is None and not isinstance(error, OSError):
+            raise
+        raise WrongArgumentError(f"demo: {error}") from None
+    return 0
 
 
 if __name__ == "__main__":

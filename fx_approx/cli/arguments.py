@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fx_approx.cli.demo_arguments import add_demo
 from fx_approx.core.policy_names import POLICIES, SAMPLERS, form, split_policy
 from fx_approx.core.version import VERSION
 from fx_approx.utils.tables import COLUMNS, FEW, NARROWEST, WIDTH
@@ -25,6 +26,7 @@ Looks at models as fx_approx sees them.
   python -m fx_approx explain torchvision.models:resnet50 --input 32x3x224x224 --policy topk:0.5
   python -m fx_approx predict torchvision.models:resnet50 --input 32x3x224x224 --check
   python -m fx_approx verify mymodels:Net.small --kwarg classes=10 --input 8x128:int64
+  python -m fx_approx demo
 """
 _EXPLAIN = """\
 What fx_approx.transform would sample in a model, layer by layer, without doing it.
@@ -75,6 +77,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         SystemExit: Help or the version was asked for, and printed.
     """
     options = _parser().parse_args(arguments)
+    if options.command == "demo":
+        return options
     top = options.model[0].partition(".")[0]
     if options.setup is None and top not in sys.modules and importlib.util.find_spec(top) is None:
         raise WrongArgumentError(f"{MODEL}: there is no module {top!r} (is it installed here?)")
@@ -138,6 +142,7 @@ def _parser() -> _Parser:
         formatter_class=raw,
     )
     _add_model(verify, "needed")
+    add_demo(commands)
     return parser
 
 

@@ -70,9 +70,8 @@ def _explain(options: argparse.Namespace, model: nn.Module, policy: Policy) -> t
 def _predict(options: argparse.Namespace, model: nn.Module, policy: Policy) -> tuple[str, int]:
     inputs = random_inputs(model, options.input) if options.check else example(model, options.input)
     found = estimate_step_time(model, policy, inputs, check=options.check, compiled=options.compiled)
-    return wrapped(f"{type(model).__name__} under {policy!r}", line_width()) + "\n" + wrapped(
-        str(found), line_width()
-    ), 0
+    head = f"{type(model).__name__} under {options.policy or f'the default policy, {policy!r}'}:"
+    return f"{wrapped(head, line_width())}\n{wrapped(str(found), line_width())}", 0
 
 
 def _verify(options: argparse.Namespace, model: nn.Module, policy: Policy) -> tuple[str, int]:

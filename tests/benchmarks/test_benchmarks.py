@@ -22,7 +22,7 @@ from fx_approx.ops import conv2d
 from fx_approx.sampling import get_sampler, inclusion_probabilities
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-MODULES = ("_header", "_products", "_rivals", "estimators", "_estimator_figures", "demo", "data")
+MODULES = ("_header", "_products", "_rivals", "estimators", "_estimator_figures")
 
 
 @pytest.fixture

@@ -1,27 +1,17 @@
-"""The demo, its images and the benchmarks, as small as they go."""
+"""Examples and benchmarks that have no file of their own, as small as they go."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import gzip
 import importlib
 import json
-import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
-
-from fx_approx.recipes import calls as recipes_calls
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TINY = ("--limit", "128", "--epochs", "3", "--width", "16")
 
 
 def scripts(folder: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ModuleType]]:
@@ -35,183 +25,9 @@ def scripts(folder: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def data(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    for modules in scripts("examples", ("data",), monkeypatch):
-        yield modules[0]
-
-
-@pytest.fixture
-def demo(data: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.setenv("COLUMNS", "110")
-    for modules in scripts("examples", ("demo",), monkeypatch):
-        yield modules[0]
-
-
-@pytest.fixture
 def transform_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     for modules in scripts("benchmarks", ("_header", "transform_time"), monkeypatch):
         yield modules[1]
-
-
-def idx(array: Tensor) -> bytes:
-    header = struct.pack(f">BBBB{array.dim()}I", 0, 0, 8, array.dim(), *array.shape)
-    return header + bytes(array.flatten().tolist())
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Four IDX files of random images in ten classes, two of them compressed."""
-    for name, count in (("train", 200), ("t10k", 30)):
-        images = torch.randint(256, (count, 20, 18), dtype=torch.uint8)
-        labels = (torch.arange(count) % 10).to(torch.uint8)
-        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(idx(images))
-        (tmp_path / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels), mtime=0))
-    return tmp_path
-
-
-# ---- images
-
-
-@pytest.mark.parametrize("shape", [(3, 5, 4), (7,), (0, 2, 2)])
-@pytest.mark.parametrize("compressed", [False, True])
-def test_idx_round_trip(data: ModuleType, tmp_path: Path, shape: tuple[int, ...], compressed: bool) -> None:
-    array = torch.randint(256, shape, dtype=torch.uint8)
-    path = tmp_path / ("x.gz" if compressed else "x")
-    path.write_bytes(gzip.compress(idx(array), mtime=0) if compressed else idx(array))
-    read = data.read_idx(path)
-    assert read.dtype == torch.uint8
-    assert torch.equal(read, array)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("x", b"", "no IDX file"),
-        ("x", b"P5 20 20", "no IDX file"),
-        ("x", bytes([0, 0, 13, 1, 0, 0, 0, 1, 0]), "no IDX file of unsigned bytes"),
-        ("x", bytes([0, 0, 8, 3, 0, 0]), "inside its header"),
-        ("x", bytes([0, 0, 8, 1, 0, 0, 0, 3, 1, 2]), "cut short or too long"),
-        ("x.gz", b"not compressed", "no complete gzip file"),
-        ("x.gz", gzip.compress(b"cut short" * 9, mtime=0)[:-9], "no complete gzip file"),
-    ],
-)
-def test_bad_idx_file(data: ModuleType, tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        data.read_idx(tmp_path / name)
-
-
-def test_folder(data: ModuleType, folder: Path) -> None:
-    images = data.idx_folder(folder, limit=50)
-    assert images.train.shape == (50, 1, 20, 18)
-    assert images.test.shape == (30, 1, 20, 18)
-    assert images.classes == 10
-    assert abs(float(images.train.mean())) < 1e-5
-    assert abs(float(images.train.std()) - 1) < 1e-5
-    # Images and labels are shuffled together.
-    same = data.idx_folder(folder, limit=50)
-    assert torch.equal(images.train, same.train)
-    assert torch.equal(images.train_labels, same.train_labels)
-    whole = data.idx_folder(folder)
-    assert torch.equal(whole.train_labels.bincount(), torch.full((10,), 20))
-
-
-@pytest.mark.parametrize("missing", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
-def test_missing_file_is_named(data: ModuleType, folder: Path, missing: str) -> None:
-    next(folder.glob(f"{missing}*")).unlink()
-    with pytest.raises(FileNotFoundError, match=f"neither {missing} nor {missing}.gz"):
-        data.idx_folder(folder)
-
-
-def test_images_and_labels_must_belong_together(data: ModuleType, folder: Path) -> None:
-    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(torch.zeros(29, dtype=torch.uint8))))
-    with pytest.raises(ValueError, match="N images and N labels"):
-        data.idx_folder(folder)
-
-
-def test_digits(data: ModuleType) -> None:
-    images = data.digits()
-    assert images.train.shape[1:] == (1, 8, 8)
-    assert len(images.train) + len(images.test) == 1797
-    assert images.classes == 10
-
-
-# ---- demo
-
-
-@pytest.fixture
-def quick(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Recipes do not time steps, which would decide about small networks by chance."""
-    for name, case in demo.CASES.items():
-        unchecked = functools.partial(_unchecked, case.recipe)
-        monkeypatch.setitem(demo.CASES, name, dataclasses.replace(case, recipe=unchecked))
-    return demo
-
-
-def _unchecked(recipe: Callable[..., Any], model: Any, batch: Any, steps: int, *rest: Any) -> Any:
-    before = recipes_calls.timed
-    recipes_calls.timed = lambda *args: 2.0
-    try:
-        return recipe(model, batch, steps, *rest)
-    finally:
-        recipes_calls.timed = before
-
-
-def test_demo(quick: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "demo.html"
-    assert quick.main((*TINY, "--epochs", "32", "--html", str(page))) == 0
-    said = capsys.readouterr()
-    rows = {line.split()[0]: line for line in said.out.splitlines() if line[:3] in ("CNN", "ViT", "MLP")}
-    assert all("→" in rows[name] for name in rows if "," not in rows[name].split()[0])
-    for text in ("of exact", "shipped:", "0.5 of the channels of all layers", "0.5 of the tokens"):
-        assert text in said.out
-    assert len(said.out.splitlines()) <= 30 and max(map(len, said.out.splitlines())) <= 110
-    assert "step" in said.err  # the progress bar, so that the output can be redirected without it
-    text = page.read_text(encoding="utf-8")
-    assert text.count("<svg") >= 6 and "http" not in text.replace("http://www.w3.org", "")
-
-
-def test_demo_on_a_folder(quick: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--data", str(folder), "--ratio", "0.25", "--networks", "MLP", "--html", str(tmp_path / "page.html"))
-    assert quick.main((*TINY, "--epochs", "1", *options)) == 0
-    assert "20 x 18 pixels" in capsys.readouterr().out
-
-
-def test_where_nothing_is_sampled_both_learn_the_same(demo: ModuleType, data: ModuleType) -> None:
-    options = demo.parse(TINY)
-    for name in ("CNN", "MLP"):
-        result = demo.compare(name, data.digits(options.limit), options)  # too few steps for a recipe
-        assert result.recipe.exact and result.exact.losses == result.sampled.losses
-        assert result.accuracies[0] == result.accuracies[1] and result.step_ratio is None
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--ratio", "0"), "--ratio: expected a number between 0 and 1, got '0'"),
-        (("--ratio", "nan"), "--ratio: expected a number between 0 and 1"),
-        (("--epochs", "0"), "--epochs: expected a whole number from 1 on, got '0'"),
-        (("--limit", "10"), "--limit: expected a whole number from 64 on"),
-        (("--width", "-3"), "--width: expected"),
-        (("--networks", "RNN"), "--networks: invalid choice: 'RNN'"),
-    ],
-)
-def test_bad_option(
-    demo: ModuleType, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        demo.main(options)
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_bad_folder(demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo.main(("--data", str(tmp_path / "nowhere"))) == 2
-    assert demo.main(("--data", str(tmp_path))) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert "nowhere is no folder" in said.err
-    assert "neither train-images-idx3-ubyte nor train-images-idx3-ubyte.gz" in said.err
 
 
 # ---- benchmarks
@@ -245,9 +61,7 @@ def test_token_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys:
 
 
 @pytest.mark.slow
-def test_sweep(
-    data: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for (module,) in scripts("examples", ("sweep",), monkeypatch):
         figure = tmp_path / "front.png"
         module.main(["--steps", "2", "--seeds", "0", "--figure", str(figure), "--directory", str(tmp_path / "runs")])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from typing import Any
+
+from fx_approx.demo.training import Result, Trainer
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2937; --soft: #6b7280; --line: #d1d5db; --exact: #6b7280; --own: #2563eb; }
@@ -19,13 +20,13 @@ td, th { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align
 _WIDTH, _HEIGHT, _LEFT, _BELOW = 420, 190, 46, 24
 
 
-def page(images: str, where: str, results: Sequence[Any]) -> str:
-    """The page of all results of ``demo.py``.
+def page(images: str, where: str, results: Sequence[Result]) -> str:
+    """The page of all results.
 
     Args:
         images: What the networks were trained on.
         where: Threads and versions.
-        results: ``demo.Result`` of each network.
+        results: Of each network.
     """
     parts = [f"<h1>Exact training, and by a recipe</h1><p class='soft'>{_safe(images)}; {_safe(where)}</p>"]
     parts += [_case(one) for one in results]
@@ -36,7 +37,7 @@ def page(images: str, where: str, results: Sequence[Any]) -> str:
     )
 
 
-def _case(one: Any) -> str:
+def _case(one: Result) -> str:
     ratio = one.step_ratio
     said = [f"<li>{_safe(choice.what)}: {_safe(choice.why)}</li>" for choice in one.recipe.choices]
     exact, own, shipped = one.accuracies
@@ -62,7 +63,7 @@ def _case(one: Any) -> str:
     )
 
 
-def _milliseconds(trainer: Any) -> list[float]:
+def _milliseconds(trainer: Trainer) -> list[float]:
     middle = sorted(trainer.seconds)[len(trainer.seconds) // 2]
     return [1000 * min(one, 4 * middle) for one in trainer.seconds]
 

@@ -1,4 +1,4 @@
-"""Images for the examples: scikit-learn's handwritten digits, or a folder of MNIST-like IDX files."""
+"""Images for the demo and the examples: handwritten digits that come with the package, or a folder of IDX files."""
 
 from __future__ import annotations
 
@@ -35,20 +35,21 @@ class Images:
 
 
 def digits(limit: int | None = None, seed: int = 0) -> Images:
-    """1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn; every fifth is for the test.
+    """1,797 handwritten digits of 8 x 8 pixels, which come with this package; every fifth is for the test.
+
+    They are the test set of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine
+    Learning Repository, 1998, https://doi.org/10.24432/C50P49, CC BY 4.0).
 
     Args:
         limit: Use so many training images, at most.
         seed: Which images are for the test, and which training images are used.
     """
-    from sklearn.datasets import load_digits  # only this source of images needs it
-
-    found = load_digits()
-    pixels = torch.from_numpy(found.images).float().unsqueeze(1)
-    labels = torch.from_numpy(found.target).long()
+    here = Path(__file__).parent
+    pixels = read_idx(here / "digits-images-idx3-ubyte.gz").float().unsqueeze(1)
+    labels = read_idx(here / "digits-labels-idx1-ubyte.gz").long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     test, train = order[: len(order) // 5], order[len(order) // 5 :][:limit]
-    return _standardised("scikit-learn digits", pixels[train], labels[train], pixels[test], labels[test])
+    return _standardised("handwritten digits", pixels[train], labels[train], pixels[test], labels[test])
 
 
 def idx_folder(folder: Path, limit: int | None = None, seed: int = 0) -> Images:
