@@ -34,7 +34,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(DEPENDENCIES) | $(VENV)/bin/python
-	$(VENV)/bin/python $(PIP_INSTALL) --editable '.[demo]'
+	$(VENV)/bin/python $(PIP_INSTALL) --editable .
 	touch $@
 
 $(VENV)/.dev: $(DEPENDENCIES) | $(VENV)/bin/python
@@ -77,12 +77,13 @@ test: fresh-test-env ## build the wheel, install it in a new environment, run th
 slow: fresh-test-env ## the same for the tests that take minutes
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
-lint: wheel ## ruff, mypy and the import contracts on the installed wheel, length of the files
+lint: wheel ## ruff, mypy and the import contracts on the installed wheel, what PyPI would refuse, length of the files
 	$(TEST_VENV)/bin/python $(PIP_INSTALL) "$$(echo $(TEST_VENV)/dist/*.whl)[dev]"
 	$(TEST_VENV)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps $(TEST_VENV)/dist/*.whl
 	$(TEST_VENV)/bin/ruff check .
 	$(TEST_VENV)/bin/ruff format --check .
 	cd $(TEST_VENV) && bin/mypy --strict --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p fx_approx
+	$(TEST_VENV)/bin/twine check --strict $(TEST_VENV)/dist/*
 	cd $(TEST_VENV) && bin/lint-imports "$(CURDIR)/pyproject.toml" --no-cache
 	@git ls-files --cached --others --exclude-standard '*.py' | xargs wc -l \
 	  | awk '$$2 != "total" && $$1 > 600 { print $$2 ": " $$1 " lines, more than 600"; bad = 1 } END { exit bad }'

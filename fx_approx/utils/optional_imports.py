@@ -15,7 +15,7 @@ def load_matplotlib(module: str, what: str) -> Any:
     try:
         return importlib.import_module(f"matplotlib.{module}")
     except ImportError as error:
-        raise ImportError(f"{absent(what, 'matplotlib')}, or 'fx_approx[figures]'") from error
+        raise ImportError(f"{absent(what, 'matplotlib')}, or 'fx_approx[plot]'") from error
 
 
 def absent(what: str, package: str) -> str:
