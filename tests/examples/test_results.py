@@ -319,11 +319,11 @@ def test_tables_and_figures(tables: ModuleType, tmp_path: Path, capsys: pytest.C
     # runs, accuracy, to exact, as trained, FLOPs, time, step, time to 91, time to 88
     assert cells["tail"] == ["2", "91.50 ± 0.71", "+0.50", "91.50 ± 0.71", "50.0", "0.50", "2.50", "0.50", "0.50"]
     assert cells["exact"] == ["2", "91.00 ± 1.41", "+0.00", "91.00 ± 1.41", "100.0", "1.00", "–", "1.00", "0.50"]
-    assert cells["sampled"] == ["1", "70.00", "-21.00", "60.00", "30.0", "0.50", "–", "–", "–"]
+    assert cells["sampled"] == ["1", "70.00 (one seed)", "-21.00", "60.00", "30.0", "0.50", "–", "–", "–"]
     assert cells["fewer"] == ["2", "89.00 ± 1.41", "-2.00", "89.00 ± 1.41", "50.0", "0.50", "–", "–", "0.50"]
     rivals = rows[9:]
     assert rivals[0] == ["tail", "91.50 ± 0.71", "exact, fewer epochs", "FLOPs", "89.00 ± 1.41", "2.50 ± 0.71"]
-    assert rivals[1] == ["tail", "91.50 ± 0.71", "exact, narrower", "time", "85.00", "6.00"]
+    assert rivals[1] == ["tail", "91.50 ± 0.71", "exact, narrower", "time", "85.00 (one seed)", "6.00 (one seed)"]
     assert capsys.readouterr().out.strip() == text.strip()
     assert sorted(path.name for path in (tmp_path / "to").glob("*.png")) == [
         "x-curves.png",
