@@ -128,7 +128,7 @@ def test_a_run_that_diverged_is_counted_and_has_no_accuracy(tables: ModuleType, 
     assert (tail.runs, tail.diverged, tail.accuracy, tail.seconds) == (1, 1, 91, 6.0)
     assert (sampled.runs, sampled.diverged, sampled.flops) == (0, 1, 0.25) and "sampled" not in results.curves.index
     cells = {line.split()[0]: line.split()[1:] for line in lines_of(tables.table(summaries.evaluated(runs), 0.5))}
-    assert cells["tail"][:4] == ["1_(1_diverged)", "91.00", "+0.00", "91.00"]
+    assert cells["tail"][:4] == ["1_(1_diverged)", "91.00_(one_seed)", "+0.00", "91.00"]
     assert cells["sampled"][:5] == ["0_(1_diverged)", "diverged", "–", "diverged", "25.0"]
 
 
@@ -158,7 +158,7 @@ def test_times_of_two_machines_are_told_by_exact_training_on_each(tables: Module
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         "tail",
         "1",
-        "92.00",
+        "92.00 (one seed)",
         "+2.00",
         "92.00",
         "50.0",
@@ -240,8 +240,8 @@ def test_what_is_compared_has_the_same_learning_rate(tables: ModuleType, summari
     results = summaries.evaluated([*runs, cost])
     found = results.found
     assert [line.split() for line in lines_of(tables.rivals(results))] == [
-        ["tail", "88.00", "exact,_fewer_epochs", "FLOPs", "80.00", "8.00"],
-        ["tail,_fast", "91.50_±_0.71", "exact,_fewer_epochs", "FLOPs", "87.00", "5.00"],
+        ["tail", "88.00_(one_seed)", "exact,_fewer_epochs", "FLOPs", "80.00_(one_seed)", "8.00_(one_seed)"],
+        ["tail,_fast", "91.50_±_0.71", "exact,_fewer_epochs", "FLOPs", "87.00_(one_seed)", "5.00_(one_seed)"],
     ]
     # Exact training takes as long at each rate, and so does what was measured at one of them.
     assert found.quicker.notna()[["tail", "tail, fast", "tail, slow"]].all() and found.timed.all()
