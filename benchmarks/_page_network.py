@@ -29,6 +29,11 @@ def bytes_of(content: Content) -> str:
     return rows_to_table(["network", "ratio", "scope", "dense, MB", "sent, MB", "less"], rows)
 
 
+def _links(result: Result) -> list[Any]:
+    """The slowest first."""
+    return sorted(result["measured"], key=lambda rate: rate["rate"])
+
+
 def machines(content: Content) -> str:
     """Each network was measured by itself."""
     parts = []
@@ -47,7 +52,7 @@ def times(content: Content) -> str:
     names = [_short(one["name"]) for one in results[0]["variants"][1:]]
     rows = []
     for one in results:
-        for rate in one["measured"]:
+        for rate in _links(one):
             dense = statistics.median(report._of(rate, "dense", "seconds")) / rate["stretch"]
             lines = [report._step_line(one, rate, own) for own in one["variants"][1:]]
             rows.append(
@@ -59,7 +64,7 @@ def times(content: Content) -> str:
         f"{one['difference']:.1g}; a step takes {1000 * one['overhead']:.0f} ms more than it waits, which is taken off."
         for one in results
     ]
-    links = [report._link_line(one, rate) for one in results for rate in one["measured"]]
+    links = [report._link_line(one, rate) for one in results for rate in _links(one)]
     heads = ["network", "hosts", "stands for Mb/s", "stretch", "set Mb/s", "one stream, Mb/s", "all-reduce, Mb/s"]
     return "\n\n".join(
         [
@@ -79,12 +84,12 @@ def sent(content: Content) -> str:
     """Bytes and processor time of a step, and the model on paper beside the measurement."""
     rows = []
     for one in content["results"]:
-        middle = next(rate for rate in one["measured"] if rate["rate"] == 1000)
+        middle = next(rate for rate in _links(one) if rate["rate"] == 1000)
         for own in one["variants"]:
             if "compute" in own:
                 continue
             name, over, paper = own["name"], [], []
-            for rate in one["measured"]:
+            for rate in _links(one):
                 counted, expected = (statistics.median(report._of(rate, name, key)) for key in ("counted", "expected"))
                 over.append(100 * (counted / expected - 1))
                 paper.append(report._step_line(one, rate, own)[-1].replace("-", "−"))
@@ -106,10 +111,10 @@ def paper(content: Content) -> str:
 
 
 def _paper(results: Sequence[Result], packing: bool) -> str:
-    alpha = min(rate["small"] / messages(one["hosts"], "ring") for one in results for rate in one["measured"])
+    alpha = min(rate["small"] / messages(one["hosts"], "ring") for one in results for rate in _links(one))
     rows, names = [], [_short(one["name"]) for one in results[0]["variants"][1:]]
     for result in {one["network"]: one for one in sorted(results, key=lambda one: -one["hosts"])}.values():
-        for rate in result["measured"]:
+        for rate in _links(result):
             link = Link(alpha, rate["all_reduce"] / rate["emulated"] * rate["rate"] * 1e6 / 8)
             for workers in report.WORKERS:
                 each = [_seconds(result, rate, link, workers, algorithm, packing) for algorithm in ALGORITHMS]

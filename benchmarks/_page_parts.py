@@ -33,22 +33,26 @@ class Section:
         machine: Hardware, versions and date, where the records do not hold them in the usual place.
         notes: The heading in notes.md that has remarks, if there are any.
         picture: A figure, relative to docs/results.
+        brief: What the list of all measurements says of it, instead of ``how``.
     """
 
     title: str
     records: Sequence[str]
-    command: str
+    command: str | Callable[..., str]
     how: str
     body: Callable[..., str]
     machine: Callable[..., str] | None = None
     notes: str = ""
     picture: str = ""
+    brief: str = ""
 
     def text(self) -> str:
         """The section in markdown."""
         contents = [load(name) for name in self.records]
         where = machine(contents[0]["environment"]) if self.machine is None else self.machine(*contents)
-        parts = [f"## {self.title}", f"```\n{self.command}\n```", self.how, f"{where} Records: {linked(self.records)}."]
+        command = self.command if isinstance(self.command, str) else self.command(*contents)
+        named = f" Records: {linked(self.records)}." if self.records else ""
+        parts = [f"## {self.title}", f"```\n{command}\n```", self.how, f"{where}{named}"]
         parts.append(self.body(*contents))
         if self.picture:
             parts.append(f"![{self.title}]({self.picture})")
@@ -83,6 +87,11 @@ def load(name: str) -> Content:
 def linked(names: Sequence[str]) -> str:
     """Files in docs/results as links from there."""
     return ", ".join(f"[{name}]({name})" for name in names)
+
+
+def from_docs(text: str) -> str:
+    """``text`` of a page in docs/results with its links as from docs."""
+    return re.sub(r"\]\((?=[\w#])", "](results/", text).replace("](../", "](")
 
 
 def anchor(title: str) -> str:

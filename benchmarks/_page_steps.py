@@ -134,7 +134,7 @@ def tokens(content: Content) -> str:
             one["optimizer"],
             "" if one["seconds"] is None else f"{1000 * one['seconds']:.0f}",
             quartiles(one["speedup"]),
-            f"{one['operations']:.2f}",
+            "" if one["operations"] is None else f"{one['operations']:.2f}",
             "" if one["peak"] is None else f"{one['peak'] / 1e6:,.0f} MB ({one['of_exact']:.2f})",
             one["processor"],
         ]
