@@ -128,12 +128,12 @@ GPU = Page(
             "Training steps on a GPU",
             ["gpu/wrn-28-10.json", "gpu/vit-b-16.json", "gpu/gated-mlp.json"],
             f"{_STEP} --models wrn_28_10 --batch 256 --device cuda --autocast bfloat16 --channels-last \\\n"
-            "    --compiled-only --no-swap --memory --profile --runs 11\n"
-            f"{_STEP} --models vit_b_16 --batch 256 --device cuda --autocast bfloat16 \\\n"
-            "    --compiled-only --no-swap --scopes value --memory --profile --runs 11\n"
+            "    --compiled-only --no-swapXX --batch 256 --device cuda --autocast bfloat16 \\\n"
+            "    --compiled-only --no-swap --scopes value --memory --profile\n"
             f"{_STEP} --models gated_mlp --batch 16384 --dtype bfloat16 --device cuda \\\n"
-            "    --compiled-only --no-swap --backward --scopes value --memory --profile --runs 11",
-            f"bfloat16, batch 256 (16,384 tokens), ratio 0.5, 11 steps of each variant in turn, everything compiled; {_QUARTILES}.",
+            "    --compiled-only --no-swap --backward --scopes value --memory --profile",
+            f"bfloat16, batch 256 (16,384 tokens), ratio 0.5, 11 steps of each variant in turn, everything compiled; {_QUARTILES}. The number of steps was "
+            "noted beside the records.",
             steps.steps,
             notes="On a GPU",
         ),
@@ -380,6 +380,6 @@ WRITTEN = (
     "The ViT block, counted with fused attention, and at a batch of 32",
     "On the way to the gathers of ResNet-50",
     "Tests on a GPU",
-    "Accuracy without records",
+    "Single looks",
 )
 """Headings of older.md."""
