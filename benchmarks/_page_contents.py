@@ -242,7 +242,10 @@ TRAINING = Page(
         ),
         _trained("The network that the small ViT begins with", "cifar-vit-small", "cifar-vit-small", "Fine-tuning"),
         _trained(
-            "Fine-tuning: a small ViT", "fashion-vit-small-finetune", "fashion-vit-small-finetune", "Fine-tuned transformers"
+            "Fine-tuning: a small ViT",
+            "fashion-vit-small-finetune",
+            "fashion-vit-small-finetune",
+            "Fine-tuned transformers",
         ),
         _trained(
             "Fine-tuning: MiniLM, sections of Debian", "debian-minilm", "debian-minilm", "Fine-tuned transformers"
@@ -363,9 +366,15 @@ PAGES = (TRAINING, TOKENS, STEPS, GPU, POLICIES, NETWORK)
 OWN = {
     "Experiments, all columns and figures": ("experiments/tables.md", "made by `examples/experiments/tables.py`."),
     "Many architectures, and whether they are right": ("model-zoo.md", "made by `benchmarks/model_zoo.py`."),
-    "Subnetworks: time": ("subnetworks.md", "whole training steps of physically narrow networks, by `benchmarks/subnetworks.py`."),
+    "Subnetworks: time": (
+        "subnetworks.md",
+        "whole training steps of physically narrow networks, by `benchmarks/subnetworks.py`.",
+    ),
     "Subnetworks: memory": ("subnetwork-memory.md", "peak memory of a step, by `benchmarks/subnetwork_memory.py`."),
-    "Subnetworks: which models": ("subnetwork-coverage.md", "beside Torch-Pruning, by `benchmarks/subnetwork_coverage.py`."),
+    "Subnetworks: which models": (
+        "subnetwork-coverage.md",
+        "beside Torch-Pruning, by `benchmarks/subnetwork_coverage.py`.",
+    ),
     "Errors of the estimators": (
         "../estimators.md#comparison-with-other-methods",
         "against operations and time, by `benchmarks/estimators.py`; records: [estimators.json](results/estimators.json).",

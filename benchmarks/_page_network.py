@@ -56,7 +56,13 @@ def times(content: Content) -> str:
             dense = statistics.median(report._of(rate, "dense", "seconds")) / rate["stretch"]
             lines = [report._step_line(one, rate, own) for own in one["variants"][1:]]
             rows.append(
-                [one["network"], str(one["hosts"]), f"{rate['rate']:,.0f}", f"{dense:.2f}", *(line[5] for line in lines)]
+                [
+                    one["network"],
+                    str(one["hosts"]),
+                    f"{rate['rate']:,.0f}",
+                    f"{dense:.2f}",
+                    *(line[5] for line in lines),
+                ]
             )
     checked = [
         f"- {one['network']}, {one['hosts']} hosts: {one['seconds']:.3f} s of computing; after 4 steps of training a "
@@ -93,9 +99,16 @@ def sent(content: Content) -> str:
                 counted, expected = (statistics.median(report._of(rate, name, key)) for key in ("counted", "expected"))
                 over.append(100 * (counted / expected - 1))
                 paper.append(report._step_line(one, rate, own)[-1].replace("-", "−"))
-            cpu, pack, unpack = (1000 * statistics.median(report._of(middle, name, k)) for k in ("cpu", "pack", "unpack"))
+            cpu, pack, unpack = (
+                1000 * statistics.median(report._of(middle, name, k)) for k in ("cpu", "pack", "unpack")
+            )
             counted = statistics.median(report._of(middle, name, "counted"))
-            cells = [f"{counted / 1e6:.2f}", f"{min(over):.2f} to {max(over):.2f} %", f"{cpu:.0f}", f"{pack + unpack:.0f}"]
+            cells = [
+                f"{counted / 1e6:.2f}",
+                f"{min(over):.2f} to {max(over):.2f} %",
+                f"{cpu:.0f}",
+                f"{pack + unpack:.0f}",
+            ]
             rows.append([one["network"], str(one["hosts"]), name, *cells, ", ".join(paper)])
     heads = ["network", "hosts", "variant", "sent, MB", "counted, more than reported", "CPU of a step, ms"]
     return rows_to_table([*heads, "of it in the hook, ms", "on paper, more than measured"], rows)

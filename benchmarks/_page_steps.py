@@ -140,7 +140,18 @@ def tokens(content: Content) -> str:
         ]
         for one in content["results"]
     ]
-    heads = ["model", "batch", "variant", "first", "", "optimiser", "ms", "exact / this", "operations", "peak (of exact)"]
+    heads = [
+        "model",
+        "batch",
+        "variant",
+        "first",
+        "",
+        "optimiser",
+        "ms",
+        "exact / this",
+        "operations",
+        "peak (of exact)",
+    ]
     return rows_to_table([*heads, "processor"], rows)
 
 

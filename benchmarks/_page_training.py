@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from _page_parts import REPOSITORY, RESULTS, Content, rows_to_table, signed
+from _page_parts import ONE, REPOSITORY, RESULTS, Content, rows_to_table, signed
 
 EXPERIMENTS = REPOSITORY / "examples" / "experiments"
 RUN = "python examples/experiments/run.py examples/experiments/configs"
@@ -128,16 +128,26 @@ def variants(results: Any) -> str:
                 f"{one.runs}" + (f" ({one.diverged} diverged)" if one.diverged else ""),
                 "" if brief else tables.told(one.accuracy, one.deviation),
                 "" if brief or less != less or one.Index == getattr(exact, "Index", None) else signed(less),
+                _known(one.trained if round(one.trained - one.accuracy, 2) and not brief else float("nan")),
                 f"{100 * one.flops:.1f} %",
                 _known(one.seconds / whole if one.timed else float("nan")),
                 f"{one.seconds:.0f}" if one.seconds == one.seconds and one.timed else "",
                 tables.quicker(one.quicker, one.speedup).replace("–", ""),
                 "" if one.peak != one.peak else f"{100 * one.peak:.0f} %",
                 "" if one.traffic != one.traffic else f"{100 * one.traffic:.0f} %",
-                f"{one.first_loss:.2f} to {one.last_loss:.2f}" if brief else "",
+                f"{one.first_loss:.2f} to {one.last_loss:.2f}" + f" ({ONE})" * (one.runs == 1) if brief else "",
             ]
         )
-    heads = ["variant", "seeds", "accuracy %", "to exact", "operations", "time of the training", "its seconds"]
+    heads = [
+        "variant",
+        "seeds",
+        "accuracy %",
+        "to exact",
+        "as trained %",
+        "operations",
+        "time of the training",
+        "its seconds",
+    ]
     heads += ["exact step / this step", "memory of a step", "gradient bytes", "loss, first to last steps"]
     kept = [place for place in range(len(heads)) if any(row[place] for row in rows)]
     return rows_to_table([heads[place] for place in kept], [[row[place] for place in kept] for row in rows])
