@@ -43,7 +43,8 @@ STEPS = Page(
             ["train-step-wrn-vit.json", "train-step-resnet50.json"],
             f"{_STEP} --models wrn_16_4 vit_b_block --compile --memory --profile --runs 11\n"
             f"{_STEP} --models resnet50 --compile --memory --profile --runs 7 --warmup 2",
-            f"Forward, loss and backward in float32, all variants in turn in one process: 11 runs, ResNet-50 7; {_QUARTILES}.",
+            "Forward, loss and backward in float32, all variants in turn in one process: 11 runs, ResNet-50 7; "
+            f"{_QUARTILES}.",
             steps.steps,
             notes="Demand-driven sampling: a whole training step",
         ),
@@ -52,7 +53,8 @@ STEPS = Page(
             ["train-step-frontends.json", "train-step-frontends-resnet50.json"],
             f"{_STEP} --models wrn_16_4 vit_b_block --compile --dynamo --no-swap --no-narrow\n"
             f"{_STEP} --models resnet50 --compile --dynamo --no-swap --no-narrow --runs 9 --warmup 2",
-            "The same steps after `transform`, and by `torch.compile(model, backend=fx_approx.backend(policy))` (*Dynamo*), in "
+            "The same steps after `transform`, and by `torch.compile(model, backend=fx_approx.backend(policy))` "
+            "(*Dynamo*), in "
             f"turn: 15 runs, ResNet-50 9; {_QUARTILES}.",
             steps.steps,
             notes="Through both frontends",
@@ -69,7 +71,8 @@ STEPS = Page(
             "Rules side by side",
             ["peers.json"],
             "python benchmarks/peers.py --compile --memory",
-            f"One training step by the rules of several systems, all at ratio 0.5, in turn, 15 runs; {_QUARTILES}. Equal ratios are "
+            f"One training step by the rules of several systems, all at ratio 0.5, in turn, 15 runs; {_QUARTILES}. "
+            "Equal ratios are "
             "not equal errors: this says what a step costs, not what it is worth.",
             steps.steps,
             notes="Rules side by side",
@@ -78,8 +81,10 @@ STEPS = Page(
             "Single products: where sampling pays",
             ["ops.json"],
             "python benchmarks/ops.py --batch 8 --runs 7 --ratios 0.25 0.5 --json ops.json --figure roofline-cpu.png",
-            "Products by themselves, eager (oneDNN), float32, by a given selection. Exact / this, medians of 7 runs, of these the "
-            "median over the layers of a network; in parentheses how many of its layers get faster. The quartiles of each product "
+            "Products by themselves, eager (oneDNN), float32, by a given selection. Exact / this, medians of 7 "
+            "runs, of these the "
+            "median over the layers of a network; in parentheses how many of its layers get faster. The quartiles "
+            "of each product "
             "stand in the records.",
             steps.products,
             notes="Single products: where sampling pays",
@@ -89,7 +94,8 @@ STEPS = Page(
             "Sampled gradients of one layer: time",
             ["roles.json", "roles-compiled.json"],
             "python benchmarks/roles.py\npython benchmarks/roles.py --compile",
-            "Forward and backward of one layer, ratio 0.5, float32; exact layer and variants in turn, 20 pairs of steps; "
+            "Forward and backward of one layer, ratio 0.5, float32; exact layer and variants in turn, 20 pairs of "
+            "steps; "
             f"{_QUARTILES}. With both gradients at one half the limit is 1.5.",
             steps.roles,
             notes="Sampled gradients of one layer: time",
@@ -98,7 +104,8 @@ STEPS = Page(
             "Sampled gradients: memory",
             ["memory.json"],
             "python benchmarks/memory.py",
-            "Four blocks of a ViT-B (768 features, 12 heads, 197 tokens, batch 32, float32), ratio 0.3. Bytes are counted, and the "
+            "Four blocks of a ViT-B (768 features, 12 heads, 197 tokens, batch 32, float32), ratio 0.3. Bytes are "
+            "counted, and the "
             "same in each run. Shares of exact in parentheses.",
             steps.memory,
             notes="Sampled gradients: memory",
@@ -106,13 +113,18 @@ STEPS = Page(
         Section(
             "Steps with some of the tokens",
             ["tokens.json"],
-            "python benchmarks/tokens.py --models vit_b_16 --first 0 --compiled-only --optimizers none adamw --runs 5 --warmup 1\n"
-            "python benchmarks/tokens.py --models vit_b_16 --batch 8 --first 0 --compiled-only --optimizers none --runs 5 --warmup 1\n"
+            "python benchmarks/tokens.py --models vit_b_16 --first 0 --compiled-only --optimizers none adamw --runs "
+            "5 --warmup 1\n"
+            "python benchmarks/tokens.py --models vit_b_16 --batch 8 --first 0 --compiled-only --optimizers none "
+            "--runs 5 --warmup 1\n"
             "python benchmarks/tokens.py --models gpt --compiled-only --optimizers none adamw --runs 5 --warmup 1\n"
-            "python benchmarks/tokens.py --models bert --first 0 --variants tokens --compiled-only --optimizers none adamw --runs 4 "
+            "python benchmarks/tokens.py --models bert --first 0 --variants tokens --compiled-only --optimizers "
+            "none adamw --runs 4 "
             "--warmup 1\n"
-            "python benchmarks/tokens.py --models vit_b_16 --batch 16 --memory --variants tokens --first 0 1 --optimizers adamw",
-            "Half of the tokens; *both*: half of the channels as well; *first*: blocks that compute all tokens. 5 runs in turn (BERT "
+            "python benchmarks/tokens.py --models vit_b_16 --batch 16 --memory --variants tokens --first 0 1 "
+            "--optimizers adamw",
+            "Half of the tokens; *both*: half of the channels as well; *first*: blocks that compute all tokens. 5 "
+            "runs in turn (BERT "
             f"4); {_QUARTILES}. The runs of the eager rows are not on record.",
             steps.tokens,
         ),
@@ -132,7 +144,8 @@ GPU = Page(
             "    --compiled-only --no-swap --scopes value --memory --profile\n"
             f"{_STEP} --models gated_mlp --batch 16384 --dtype bfloat16 --device cuda \\\n"
             "    --compiled-only --no-swap --backward --scopes value --memory --profile",
-            f"bfloat16, batch 256 (16,384 tokens), ratio 0.5, 11 steps of each variant in turn, everything compiled; {_QUARTILES}. The number of steps was "
+            "bfloat16, batch 256 (16,384 tokens), ratio 0.5, 11 steps of each variant in turn, everything "
+            f"compiled; {_QUARTILES}. The number of steps was "
             "noted beside the records.",
             steps.steps,
             notes="On a GPU",
@@ -157,8 +170,10 @@ POLICIES = Page(
             "Predicted and measured times",
             ["predictions-eager.json"],
             "python benchmarks/predictions.py --json predictions-eager.json",
-            "Speed-up of whole eager training steps with one ratio for all layers, value scope, weight scores: as measured in turn "
-            "with the exact step, medians of 7 runs with quartiles, and as the cost models predict it; in parentheses how far that "
+            "Speed-up of whole eager training steps with one ratio for all layers, value scope, weight scores: as "
+            "measured in turn "
+            "with the exact step, medians of 7 runs with quartiles, and as the cost models predict it; in "
+            "parentheses how far that "
             "is from the median.",
             policies.predictions,
             notes="Predicted and measured times",
@@ -167,7 +182,8 @@ POLICIES = Page(
             "Budgets against one ratio for all",
             ["budgets.json"],
             "python benchmarks/budgets.py --ratio 0.75 --json budgets.json",
-            "Ten networks after 30 exact steps on scikit-learn's digits. Error: ‖ĝ − g‖² / ‖g‖² of the gradient by all parameters, mean "
+            "Ten networks after 30 exact steps on scikit-learn's digits. Error: ‖ĝ − g‖² / ‖g‖² of the gradient by "
+            "all parameters, mean "
             "over four batches, one run; in parentheses as a share of the one ratio's.",
             policies.budgets,
             notes="Budgets against one ratio for all",
@@ -176,7 +192,8 @@ POLICIES = Page(
             "Auto",
             ["auto.json"],
             "python benchmarks/auto.py --size 128 --sweep --runs 7 --json auto.json",
-            "The smallest network of each of torchvision's classification families, 128 × 128, eager. Exact / this in turn, medians of 7 "
+            "The smallest network of each of torchvision's classification families, 128 × 128, eager. Exact / this "
+            "in turn, medians of 7 "
             "runs with quartiles; and the best of six plans with one ratio for all layers, in the same turns.",
             policies.auto,
             notes="Auto",
@@ -187,10 +204,14 @@ POLICIES = Page(
 TRAINING = Page(
     "training.md",
     "Experiments on real data",
-    "Whole trainings, and their rivals of equal cost: exact training for fewer epochs, and of a narrower network. Accuracy is on the "
-    "test set at the end, which was also used to choose ratios and rates. *To exact* is in points, to exact training at the same "
-    "rate. Operations, times, memory and bytes are shares of exact training's. Times with quartiles are of steps in turn. Compiling "
-    "is in no time, unless the section says so. What is as it was in a run of **one seed** says little below a point. The same rows "
+    "Whole trainings, and their rivals of equal cost: exact training for fewer epochs, and of a narrower network. "
+    "Accuracy is on the "
+    "test set at the end, which was also used to choose ratios and rates. *To exact* is in points, to exact "
+    "training at the same "
+    "rate. Operations, times, memory and bytes are shares of exact training's. Times with quartiles are of steps in "
+    "turn. Compiling "
+    "is in no time, unless the section says so. A row of **one seed** says little below a "
+    "point. The same rows "
     "with all columns, and figures: [tables](experiments/tables.md).",
     [
         _trained("MNIST: a CNN", "mnist-cnn", "mnist-cnn", "Experiments on real data"),
@@ -214,7 +235,8 @@ TRAINING = Page(
             "The learning rate",
             [],
             "python benchmarks/pages.py",
-            "Accuracy by learning rate, in multiples of the configured one; in brackets the seeds. The runs are those of the other "
+            "Accuracy by learning rate, in multiples of the configured one; in brackets the seeds. The runs are "
+            "those of the other "
             "sections of this page, and have their commands and machines.",
             training.rates,
             lambda: "Machines, versions and dates are those of the runs.",
@@ -234,8 +256,10 @@ TRAINING = Page(
             "fashion-wrn10-2-phases",
             "fashion-wrn10-2-phases",
             "Fine-tuning by phases",
-            "Seconds have in all that compiles and cuts networks out. The network that it begins with was trained for two epochs "
-            "(`cifar-wrn10-2.toml --autocast bfloat16 --only exact --seeds 2 --set training.epochs=2`). Exact training has one seed.",
+            "Seconds have in all that compiles and cuts networks out. The network that it begins with was trained "
+            "for two epochs "
+            "(`cifar-wrn10-2.toml --autocast bfloat16 --only exact --seeds 2 --set training.epochs=2`). Exact "
+            "training has one seed.",
         ),
         _trained(
             "Fine-tuning by phases: MiniLM", "debian-minilm-phases", "debian-minilm-phases", "Fine-tuning by phases"
@@ -260,23 +284,27 @@ TRAINING = Page(
             "imagenette-resnet50",
             "imagenette-resnet50",
             "The ImageNet path",
-            "One run of 50 steps each, too short to be about accuracy: mean losses of the first and the last ten steps.",
+            "One run of 50 steps each, too short to be about accuracy: mean losses of the first and the last ten "
+            "steps.",
         ),
         _trained(
             "The ImageNet path: ResNet-152",
             "imagenette-resnet152",
             "imagenette-resnet152",
             "The ImageNet path",
-            "As ResNet-50.",
+            "One run of 50 steps each, as ResNet-50.",
         ),
         Section(
             "Demand-driven sampling: accuracy",
             ["demand-accuracy.jsonl"],
-            'python benchmarks/demand_accuracy.py --data DIR --limit 2500 --depth 16 --epochs 9 \\\n    --settings exact "value, stale" '
+            "python benchmarks/demand_accuracy.py --data DIR --limit 2500 --depth 16 --epochs 9 \\\n"
+            '    --settings exact "value, stale" '
             '"value, stale, not hoisted" "group, stale" "value, stale, tail" "group, stale, tail" \\\n'
             "    --json-lines FILE",
-            "WRN-16-2 on 2,500 images of Fashion-MNIST (2,500 test images), 9 epochs of one-cycle SGD, TopK at ratio 0.5; mean ± standard "
-            "deviation of 3 seeds, as trained and after re-estimating the BatchNorm statistics. *Tail*: the last 3 epochs exact.",
+            "WRN-16-2 on 2,500 images of Fashion-MNIST (2,500 test images), 9 epochs of one-cycle SGD, TopK at "
+            "ratio 0.5; mean ± standard "
+            "deviation of 3 seeds, as trained and after re-estimating the BatchNorm statistics. *Tail*: the last 3 "
+            "epochs exact.",
             policies.demand_accuracy,
             _no_machine,
             "Demand-driven sampling: accuracy",
@@ -287,7 +315,8 @@ TRAINING = Page(
 TOKENS = Page(
     "tokens-and-examples.md",
     "Tokens, and examples that are drawn",
-    "Short trainings of small networks that leave out tokens, or read some of the examples: a sign of which way it goes, no more. "
+    "Short trainings of small networks that leave out tokens, or read some of the examples: a sign of which way it "
+    "goes, no more. "
     "Columns as in [experiments on real data](training.md); attention is counted in all of the operations here.",
     [
         _trained("A ViT from scratch", "cifar-vit-tokens", "cifar-vit-tokens", "Tokens, and examples that are drawn"),
@@ -315,7 +344,8 @@ TOKENS = Page(
 NETWORK = Page(
     "network.md",
     "Data-parallel training over a network",
-    "Hosts are network namespaces on one machine, each behind a token bucket; computing is waited for, all else is real.",
+    "Hosts are network namespaces on one machine, each behind a token bucket; computing is waited for, all else is "
+    "real.",
     [
         Section(
             "Steps over a network",
@@ -324,8 +354,10 @@ NETWORK = Page(
             "python benchmarks/multinode.py --networks resnet50 --hosts 2 --runs 5 --json r50.json\n"
             "python benchmarks/multinode.py --networks wrn_28_10 --hosts 4 --runs 3 --json wrn4.json\n"
             "python benchmarks/multinode.py --networks resnet152 --hosts 2 --runs 3 --json r152.json\n"
-            "python benchmarks/multinode.py --from-json wrn2.json r50.json wrn4.json r152.json --json docs/results/multinode.json",
-            "As root. Dense / this by neighbouring steps, medians, quartiles in brackets; 5 or 3 runs. Computing is equal for all, except in "
+            "python benchmarks/multinode.py --from-json wrn2.json r50.json wrn4.json r152.json --json "
+            "docs/results/multinode.json",
+            "As root. Dense / this by neighbouring steps, medians, quartiles in brackets; 5 or 3 runs. Computing is "
+            "equal for all, except in "
             "the last column. *Stale*: `ema` scores, as they were called.",
             network.times,
             network.machines,
@@ -335,7 +367,8 @@ NETWORK = Page(
             "Bytes and processor time of a step",
             ["multinode.json"],
             "python benchmarks/multinode.py --from-json docs/results/multinode.json",
-            "Medians of the steps. Bytes that the interface of a host counted, and how many more than the report says; processor time at "
+            "Medians of the steps. Bytes that the interface of a host counted, and how many more than the report "
+            "says; processor time at "
             "1 Gb/s; what the model on paper says more than was measured, at 100 Mb/s, 1 and 10 Gb/s.",
             network.sent,
             network.machines,
@@ -345,7 +378,8 @@ NETWORK = Page(
             "Many workers, on paper",
             ["multinode.json"],
             "python benchmarks/multinode.py --from-json docs/results/multinode.json",
-            "By the model of `benchmarks/_network_model.py` and the links as measured: ring / halving-doubling; seconds of the dense step, "
+            "By the model of `benchmarks/_network_model.py` and the links as measured: ring / halving-doubling; "
+            "seconds of the dense step, "
             "then dense / this. A prediction: nothing of it was measured.",
             network.paper,
             network.machines,
@@ -355,7 +389,8 @@ NETWORK = Page(
             "Bytes of gradients, as planned",
             ["multinode-bytes.json"],
             "python benchmarks/multinode.py --bytes-only",
-            "Gradients of a step, dense and by the plan; counted, the same in each run. *Not demanded* samples inputs only.",
+            "Gradients of a step, dense and by the plan; counted, the same in each run. *Not demanded* samples "
+            "inputs only.",
             network.bytes_of,
         ),
     ],
@@ -377,7 +412,8 @@ OWN = {
     ),
     "Errors of the estimators": (
         "../estimators.md#comparison-with-other-methods",
-        "against operations and time, by `benchmarks/estimators.py`; records: [estimators.json](results/estimators.json).",
+        "against operations and time, by `benchmarks/estimators.py`; records: "
+        "[estimators.json](results/estimators.json).",
     ),
 }
 """Pages that other scripts write: title, file in docs/results, what it is."""

@@ -66,8 +66,9 @@ def times(content: Content) -> str:
             )
     checked = [
         f"- {one['network']}, {one['hosts']} hosts: {one['seconds']:.3f} s of computing; after 4 steps of training a "
-        f"small network the parameters differ from dense reduction by {one['trained']:.1g}, the gradients of this one by "
-        f"{one['difference']:.1g}; a step takes {1000 * one['overhead']:.0f} ms more than it waits, which is taken off."
+        f"small network the parameters differ from dense reduction by {one['trained']:.1g}, the gradients of this one "
+        f"by {one['difference']:.1g}; a step takes {1000 * one['overhead']:.0f} ms more than it waits, "
+        "which is taken off."
         for one in results
     ]
     links = [report._link_line(one, rate) for one in results for rate in _links(one)]

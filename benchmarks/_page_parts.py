@@ -26,7 +26,7 @@ class Section:
 
     Attributes:
         title: Its heading.
-        records: Files in docs/results; the first one's ``environment`` is that of the section, unless ``machine`` has it.
+        records: Files in docs/results; the first one's ``environment`` is the section's, unless ``machine`` has it.
         command: What makes the records, a line for each command.
         how: How many runs, what the spread is, what the columns say.
         body: Makes the tables from the contents of the records.

@@ -1,4 +1,4 @@
-"""Tables of whole trainings, from the lines that examples/experiments/run.py and benchmarks/demand_accuracy.py wrote."""
+"""Tables of whole trainings, from the lines that examples/experiments/run.py wrote."""
 
 from __future__ import annotations
 

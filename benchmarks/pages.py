@@ -24,11 +24,11 @@ COMMAND = "python benchmarks/pages.py"
 
 _LEAD = f"""# Results
 
-What was found is told in [findings](findings.md). This page lists all measurements, and is made by `{COMMAND}`. Each table
-stands beside its command, the machine and the versions that made it, the number of runs and their spread; it is made from the
-records that it names. Where there is **one seed**, or one run, the row says so, and a difference of a point means little.
-[Notes](results/notes.md) have the methods and what was seen on the way; [older measurements](results/older.md) are those that
-left no records. Both are written by hand."""
+What was found is told in [findings](findings.md). This page lists all measurements, and is made by `{COMMAND}`. Each
+table stands beside its command, the machine and the versions that made it, the number of runs and their spread; it is
+made from the records that it names. Where there is **one seed**, or one run, it says so, and a difference of a point
+means little. [Notes](results/notes.md) have the methods and what was seen on the way;
+[older measurements](results/older.md) are those that left no records. Both are written by hand."""
 
 
 def index() -> str:

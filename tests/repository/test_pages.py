@@ -60,7 +60,8 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
 OLD = """
 the-demo operations-saved-on-known-networks many-architectures-and-whether-they-are-right time-of-the-transform
 demand-driven-sampling-a-whole-training-step through-both-frontends what-choosing-costs rules-side-by-side
-single-products-where-sampling-pays on-a-gpu policies predicted-and-measured-times budgets-against-one-ratio-for-all auto
+single-products-where-sampling-pays on-a-gpu policies predicted-and-measured-times
+budgets-against-one-ratio-for-all auto
 demand-driven-sampling-accuracy experiments-on-real-data the-learning-rate fine-tuning-by-phases a-gpt-from-scratch
 tokens-and-examples-that-are-drawn what-brings-sampling-closer-to-the-front data-parallel-training-over-a-network
 sampled-gradients-of-one-layer-time sampled-gradients-memory
