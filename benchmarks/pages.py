@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -80,6 +81,19 @@ def own_pages() -> Iterator[tuple[str, str]]:
     )
     zoo = json.loads((RESULTS / "model-zoo.json").read_text(encoding="utf-8"))
     yield "model-zoo.md", _zoo_table.markdown([Result(**one) for one in zoo["results"]], zoo["environment"])
+    yield "subnetwork-coverage.md", _coverage(RESULTS / "subnetwork-coverage.md")
+
+
+def _coverage(page: Path) -> str:
+    """The machine of the last run is on the page alone, and stays."""
+    import _coverage_page
+    import subnetwork_coverage
+
+    results = list(subnetwork_coverage.stored(page.with_suffix(".jsonl")).values())
+    last = re.compile(r"^The last of the runs: .*$", re.MULTILINE)
+    machine = last.search(page.read_text(encoding="utf-8"))
+    text: str = _coverage_page.markdown(results, {}, len(results))
+    return text if machine is None else last.sub(lambda _: machine[0], text)
 
 
 def pages() -> Iterator[tuple[Path, str]]:
