@@ -47,6 +47,11 @@ def spread(mean: float, deviation: float) -> str:
     return f"{mean:.2f}" if pd.isna(deviation) else f"{mean:.2f} ± {deviation:.2f}"
 
 
+def told(mean: float, deviation: float) -> str:
+    """The same, and of a single run that it is one."""
+    return spread(mean, deviation) + ("" if pd.isna(mean) or not pd.isna(deviation) else " (one seed)")
+
+
 def table(results: Results, within: float) -> str:
     """All variants as a table in markdown, each beside the exact training at its learning rate, if there is one."""
     rows = []
@@ -59,7 +64,7 @@ def table(results: Results, within: float) -> str:
             [
                 one.Index,
                 str(one.runs) + (f" ({one.diverged} diverged)" if one.diverged else ""),
-                spread(one.accuracy, one.deviation),
+                told(one.accuracy, one.deviation),
                 figure(one.accuracy - goal, "+.2f"),
                 spread(one.trained, one.trained_deviation),
                 figure(100 * one.flops, ".1f"),
@@ -113,11 +118,11 @@ def rivals(results: Results) -> str:
         rows.append(
             [
                 other.Index,
-                spread(other.accuracy, other.deviation),
+                told(other.accuracy, other.deviation),
                 f"exact, {'fewer epochs' if one.kind == 'epochs' else 'narrower'}",
                 one.equal.replace("flops", "FLOPs"),
-                spread(one.accuracy, one.deviation),
-                "–" if gains.empty else spread(gains.mean(), gains.std()),
+                told(one.accuracy, one.deviation),
+                "–" if gains.empty else told(gains.mean(), gains.std()),
             ]
         )
     heads = ["variant", "accuracy %", "rival", "of equal", "accuracy %", "variant − rival, pp (by seed)"]
@@ -132,7 +137,7 @@ def shipped(results: Results) -> str:
             f"{own['full']:.1f} / {own['sub']:.1f} = {quicker({batch: own['speedup']}, float('nan'))}"
             for batch, own in one.latency.items()
         ]
-        ends = spread(one.shipped, one.shipped_deviation), spread(one.accuracy, one.deviation)
+        ends = told(one.shipped, one.shipped_deviation), told(one.accuracy, one.deviation)
         rows.append([one.Index, str(one.runs), *ends, figure(100 * one.share, ".1f"), *times])
     if not rows:
         return ""

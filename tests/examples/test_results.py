@@ -128,7 +128,7 @@ def test_a_run_that_diverged_is_counted_and_has_no_accuracy(tables: ModuleType, 
     assert (tail.runs, tail.diverged, tail.accuracy, tail.seconds) == (1, 1, 91, 6.0)
     assert (sampled.runs, sampled.diverged, sampled.flops) == (0, 1, 0.25) and "sampled" not in results.curves.index
     cells = {line.split()[0]: line.split()[1:] for line in lines_of(tables.table(summaries.evaluated(runs), 0.5))}
-    assert cells["tail"][:4] == ["1_(1_diverged)", "91.00", "+0.00", "91.00"]
+    assert cells["tail"][:4] == ["1_(1_diverged)", "91.00_(one_seed)", "+0.00", "91.00"]
     assert cells["sampled"][:5] == ["0_(1_diverged)", "diverged", "–", "diverged", "25.0"]
 
 
@@ -158,7 +158,7 @@ def test_times_of_two_machines_are_told_by_exact_training_on_each(tables: Module
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         "tail",
         "1",
-        "92.00",
+        "92.00 (one seed)",
         "+2.00",
         "92.00",
         "50.0",
@@ -240,8 +240,8 @@ def test_what_is_compared_has_the_same_learning_rate(tables: ModuleType, summari
     results = summaries.evaluated([*runs, cost])
     found = results.found
     assert [line.split() for line in lines_of(tables.rivals(results))] == [
-        ["tail", "88.00", "exact,_fewer_epochs", "FLOPs", "80.00", "8.00"],
-        ["tail,_fast", "91.50_±_0.71", "exact,_fewer_epochs", "FLOPs", "87.00", "5.00"],
+        ["tail", "88.00_(one_seed)", "exact,_fewer_epochs", "FLOPs", "80.00_(one_seed)", "8.00_(one_seed)"],
+        ["tail,_fast", "91.50_±_0.71", "exact,_fewer_epochs", "FLOPs", "87.00_(one_seed)", "5.00_(one_seed)"],
     ]
     # Exact training takes as long at each rate, and so does what was measured at one of them.
     assert found.quicker.notna()[["tail", "tail, fast", "tail, slow"]].all() and found.timed.all()
@@ -319,11 +319,11 @@ def test_tables_and_figures(tables: ModuleType, tmp_path: Path, capsys: pytest.C
     # runs, accuracy, to exact, as trained, FLOPs, time, step, time to 91, time to 88
     assert cells["tail"] == ["2", "91.50 ± 0.71", "+0.50", "91.50 ± 0.71", "50.0", "0.50", "2.50", "0.50", "0.50"]
     assert cells["exact"] == ["2", "91.00 ± 1.41", "+0.00", "91.00 ± 1.41", "100.0", "1.00", "–", "1.00", "0.50"]
-    assert cells["sampled"] == ["1", "70.00", "-21.00", "60.00", "30.0", "0.50", "–", "–", "–"]
+    assert cells["sampled"] == ["1", "70.00 (one seed)", "-21.00", "60.00", "30.0", "0.50", "–", "–", "–"]
     assert cells["fewer"] == ["2", "89.00 ± 1.41", "-2.00", "89.00 ± 1.41", "50.0", "0.50", "–", "–", "0.50"]
     rivals = rows[9:]
     assert rivals[0] == ["tail", "91.50 ± 0.71", "exact, fewer epochs", "FLOPs", "89.00 ± 1.41", "2.50 ± 0.71"]
-    assert rivals[1] == ["tail", "91.50 ± 0.71", "exact, narrower", "time", "85.00", "6.00"]
+    assert rivals[1] == ["tail", "91.50 ± 0.71", "exact, narrower", "time", "85.00 (one seed)", "6.00 (one seed)"]
     assert capsys.readouterr().out.strip() == text.strip()
     assert sorted(path.name for path in (tmp_path / "to").glob("*.png")) == [
         "x-curves.png",
