@@ -19,10 +19,10 @@ import fx_approx
 from fx_approx.integrations.trainer import RecipeCallback
 
 
-def train(folder: str, steps: int = 200) -> Trainer:
+def train(folder: str, steps: int = 600) -> Trainer:
     """Trains from the last checkpoint in ``folder``, or the beginning, to the end."""
     digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 6 - 0.8
     data = [{"pixel_values": x, "labels": int(y)} for x, y in zip(images, digits.target, strict=True)]
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}

@@ -21,6 +21,8 @@ import torch
 from config import ConfigError, Data, needs
 from torch import Tensor
 
+from fx_approx.demo.images import read_idx
+
 Batch = tuple[Tensor, Tensor]
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -161,7 +163,6 @@ def _idx(place: Path) -> Arrays | None:
     paths = [next((p for p in (place / one, place / f"{one}.gz") if p.is_file()), None) for one in names]
     if not all(paths):
         return None
-    read_idx = runpy.run_path(str(Path(__file__).parents[1] / "data.py"))["read_idx"]
     train, train_labels, test, test_labels = (read_idx(path).numpy() for path in paths)
     return train[..., None], train_labels, test[..., None], test_labels
 

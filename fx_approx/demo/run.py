@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
+import fx_approx
 from fx_approx.demo.images import digits, idx_folder
 from fx_approx.demo.page import page
 from fx_approx.demo.training import BATCH, Options, Result, compare
-from fx_approx.errors import BatchNormWarning
 
 
 def table(results: Sequence[Result]) -> str:
@@ -78,7 +78,7 @@ def run(
     where = f"{how}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{images.name}: {len(images.train)} images of {height} x {width} pixels, batches of {BATCH}; {where}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", BatchNormWarning)
+        warnings.simplefilter("ignore", fx_approx.errors.BatchNormWarning)
         results = [compare(name, images, options, _progress) for name in networks]
     print(f"\n{table(results)}\n")
     html.write_text(page(images.name, where, results), encoding="utf-8")

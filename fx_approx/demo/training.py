@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fx_approx
 from fx_approx.demo.images import Images
 from fx_approx.demo.nets import CNN, MLP, ViT
-from fx_approx.errors import UnsupportedError
-from fx_approx.recipes.calls import finetune, pretrain, transformer
-from fx_approx.recipes.recipe import Recipe
 
 BATCH = 64
 FIRST = 5
@@ -68,22 +66,30 @@ class Case:
 
     build: Callable[[Images, int], nn.Module]
     task: str
-    recipe: Callable[..., Recipe]
+    recipe: Callable[..., fx_approx.recipes.Recipe]
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     epochs: float = 1.0
     tuned: bool = False
 
 
-def _finetune(model: nn.Module, batch: Tensor, steps: int, optimizer: Any, options: Options) -> Recipe:
-    return finetune(model, batch, steps, options.ratio, optimizer=optimizer, compile=options.compile, seed=options.seed)
+def _finetune(
+    model: nn.Module, batch: Tensor, steps: int, optimizer: Any, options: Options
+) -> fx_approx.recipes.Recipe:
+    return fx_approx.recipes.finetune(
+        model, batch, steps, options.ratio, optimizer=optimizer, compile=options.compile, seed=options.seed
+    )
 
 
-def _transformer(model: nn.Module, batch: Tensor, steps: int, optimizer: Any, options: Options) -> Recipe:
-    return transformer(model, batch, steps, options.ratio, compile=options.compile, seed=options.seed)
+def _transformer(
+    model: nn.Module, batch: Tensor, steps: int, optimizer: Any, options: Options
+) -> fx_approx.recipes.Recipe:
+    return fx_approx.recipes.transformer(model, batch, steps, options.ratio, compile=options.compile, seed=options.seed)
 
 
-def _pretrain(model: nn.Module, batch: Tensor, steps: int, optimizer: Any, options: Options) -> Recipe:
-    return pretrain(model, batch, steps, compile=options.compile, seed=options.seed)
+def _pretrain(
+    model: nn.Module, batch: Tensor, steps: int, optimizer: Any, options: Options
+) -> fx_approx.recipes.Recipe:
+    return fx_approx.recipes.pretrain(model, batch, steps, compile=options.compile, seed=options.seed)
 
 
 CASES = {
@@ -108,7 +114,7 @@ class Trainer:
     model: Callable[[], nn.Module]
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    recipe: Recipe | None = None
+    recipe: fx_approx.recipes.Recipe | None = None
     seconds: list[float] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
     kinds: list[bool] = dataclasses.field(default_factory=list)
@@ -167,7 +173,7 @@ class Result:
 
     name: str
     task: str
-    recipe: Recipe
+    recipe: fx_approx.recipes.Recipe
     exact: Trainer
     sampled: Trainer
     accuracies: tuple[float, float, float | None]
@@ -227,7 +233,7 @@ def compare(
     done = recipe.finish()
     try:
         narrow = recipe.ship()
-    except UnsupportedError:
+    except fx_approx.errors.UnsupportedError:
         narrow = None
     return Result(
         name,
@@ -236,13 +242,15 @@ def compare(
         exact,
         sampled,
         (accuracy(model, images), accuracy(done, images), None if narrow is None else accuracy(narrow, images)),
-        (_parameters(model), None if narrow is None else _parameters(narrow)),
+        (_count(model), None if narrow is None else _count(narrow)),
         _latency(model, narrow, images.test[:BATCH]),
         setup,
     )
 
 
-def _trainer(model: Callable[[], nn.Module], optimizer: Any, steps: int, recipe: Recipe | None = None) -> Trainer:
+def _trainer(
+    model: Callable[[], nn.Module], optimizer: Any, steps: int, recipe: fx_approx.recipes.Recipe | None = None
+) -> Trainer:
     rates = [group["lr"] for group in optimizer.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps + 1, cycle_momentum=False)
     return Trainer(model, optimizer, schedule, recipe)
@@ -258,7 +266,7 @@ def _learn_half(model: nn.Module, case: Case, images: Images, options: Options) 
         trainer.step(x, y)
 
 
-def _parameters(model: nn.Module) -> int:
+def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -144,6 +145,10 @@ class Backend(GraphHandle):
 
     def __repr__(self) -> str:
         return f"fx_approx.backend({self.policy!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
+        """Itself: a handle of graphs, which Lightning keeps a copy of, to compile the same model again."""
+        return self
 
     @property
     def __name__(self) -> str:
@@ -310,8 +315,10 @@ class Backend(GraphHandle):
             self._leave(graph.left(reason, self._prune_unread))
             return self._exact(gm, inputs, how)
 
-        # Torch's eager backend would make functions without second derivatives of what has them.
-        run = approx if self._inner == "eager" else torch.compile(approx, backend=self._inner, fullgraph=True, **how)
+        # Torch's eager backend would make functions without second derivatives of what has them. Lightning puts a
+        # function of its own in the place of torch.compile, which copies the backend; not all backends can be copied.
+        compile_ = inspect.unwrap(torch.compile)
+        run = approx if self._inner == "eager" else compile_(approx, backend=self._inner, fullgraph=True, **how)
         return CompiledGraph(self, approx, run, graph.lifted, exact)
 
     def _analysed(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> _Graph | Left | None:

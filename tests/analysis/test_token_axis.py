@@ -199,7 +199,7 @@ def test_plain_values_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="no block of Linear has tokens"):
         token_axis(nn.Linear(4, 4), torch.randn(2, 4)).plot()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"fx_approx\[figures\]"):
+    with pytest.raises(ImportError, match=r"fx_approx\[plot\]"):
         found.plot()
 
 

