@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from _digit_nets import NETWORKS, batches
 from torch import Tensor, nn
+
+from fx_approx.demo.images import digits
 
 BATCH = 64
 TRAINING_STEPS = 44
@@ -132,7 +131,7 @@ def captured_products(quick: bool = False, seed: int = 0) -> list[Product]:
     behind a convolution makes every row of its A sum to zero, so B may have any vector taken from all of its rows, and
     with their mean taken the product is the same and other terms are large.
     """
-    images = _digits(seed)
+    images = digits(seed=seed)
     width, steps = (8, 10) if quick else (32, TRAINING_STEPS)
     found = []
     for kind, layer in (("CNN", "block3.conv"), ("MLP", "fc2")):
@@ -189,12 +188,3 @@ def _capture(model: nn.Module, layer: nn.Module, x: Tensor, y: Tensor) -> tuple[
         columns = F.unfold(operand, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         operand, gradient = columns.mT.flatten(0, 1).contiguous(), gradient.flatten(2).mT.flatten(0, 1).contiguous()
     return operand, weight, gradient
-
-
-def _digits(seed: int) -> Any:
-    """The images of ``examples/data.py``."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    try:
-        return importlib.import_module("data").digits(seed=seed)
-    finally:
-        sys.path.pop(0)

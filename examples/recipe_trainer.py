@@ -1,4 +1,4 @@
-"""A recipe in the Trainer of Hugging Face: a small vision transformer learns scikit-learn's digits.
+"""A recipe in the Trainer of Hugging Face: a small BERT reads scikit-learn's digits, a pixel a token.
 
     python examples/recipe_trainer.py FOLDER
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 sys.path.append(str(Path(__file__).parents[1]))  # where the package is not installed, the sources beside this folder
@@ -19,15 +19,16 @@ import fx_approx
 from fx_approx.integrations.trainer import RecipeCallback
 
 
-def train(folder: str, steps: int = 600) -> Trainer:
+def train(folder: str, steps: int = 200) -> Trainer:
     """Trains from the last checkpoint in ``folder``, or the beginning, to the end."""
     digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 6 - 0.8
-    data = [{"pixel_values": x, "labels": int(y)} for x, y in zip(images, digits.target, strict=True)]
+    pixels, labels = torch.tensor(digits.data, dtype=torch.long), torch.tensor(digits.target)
+    data = [{"input_ids": x, "labels": int(y)} for x, y in zip(pixels, labels, strict=True)]
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
-    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=10, **sizes))
-    batch = {"pixel_values": images[:32], "labels": torch.tensor(digits.target[:32])}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    config = BertConfig(vocab_size=17, max_position_embeddings=64, num_labels=10, **sizes)
+    model = BertForSequenceClassification(config)
+    batch = {"input_ids": pixels[:32], "labels": labels[:32]}
     recipe = fx_approx.recipes.finetune(model, batch, steps, check=False)
     print(recipe)
     arguments = TrainingArguments(
@@ -44,7 +45,7 @@ def train(folder: str, steps: int = 600) -> Trainer:
         dataloader_pin_memory=False,
     )
     callbacks = [RecipeCallback(recipe)]
-    trainer = Trainer(recipe.model, arguments, train_dataset=data[360:], eval_dataset=data[:360], callbacks=callbacks)
+    trainer = Trainer(recipe.model, arguments, train_dataset=data[200:], eval_dataset=data[:200], callbacks=callbacks)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).is_dir() else None)
     recipe.finish().save_pretrained(f"{folder}/model")  # a plain model; recipe.ship() is a narrow one
     return trainer

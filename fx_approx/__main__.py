@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from fx_approx.cli.arguments import WrongArgumentError, parse
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 where ``verify`` finds another number; 2 for a wrong argument, which one line on stderr
-        names.
+        names; 3 for an error that no one has foreseen, of the model or of this package, with its traceback on stderr.
     """
     try:
         options = parse(arguments)
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WrongArgumentError as error:
         print(f"fx_approx: error: {error}", file=sys.stderr)
         return 2
+    except Exception:
+        traceback.print_exc()
+        return 3
     for warning in said:
         print(f"fx_approx: warning: {warning}", file=sys.stderr)
     try:

@@ -49,8 +49,13 @@ def ask(rule: LayerFilter, name: str, module: nn.Module) -> bool:
 
     Raises:
         TypeError: It does not return a bool.
+        ValueError: It raises an error itself; names the function and the layer.
     """
-    found = rule(name, module)
+    try:
+        found = rule(name, module)
+    except Exception as error:
+        text = f"{rule_text(rule)}({name!r}, {type(module).__name__}) failed: {type(error).__name__}: {error}"
+        raise ValueError(text) from error
     if not isinstance(found, bool):
         raise TypeError(f"{rule_text(rule)}({name!r}, module): expected True or False, got {found!r}")
     return found
@@ -61,8 +66,9 @@ class Override:
     """Applies other policies to the candidates that rules match, ``base`` to the rest.
 
     A function is called with the fully-qualified name of each candidate and with the user's own module, the layer
-    itself, or that in whose forward a functional call stands: ``lambda name, module: module.in_features > 512``. The
-    plan that comes of it holds names only.
+    itself, or that in whose forward a functional call stands:
+    ``lambda name, module: isinstance(module, nn.Linear) and module.in_features > 512``. The plan that comes of it holds
+    names only.
 
     Attributes:
         rules: Glob on the fully-qualified name, or a function of name and module -> policy; the first that matches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fx_approx._compat import forget_compiled
+from fx_approx.capture.module_snapshot import TensorSnapshot, kept_training_flags
 from fx_approx.capture.trace import kept_random_state
 from fx_approx.compiler.transform import transform
 from fx_approx.core.plan import Policy
@@ -24,11 +25,12 @@ from fx_approx.policies.uniform import Exact, Uniform
 from fx_approx.recipes.gain import LEAST, agreed, timed, timed_backend
 from fx_approx.recipes.limits import Limited, adapters, has_frozen
 from fx_approx.recipes.looks import Look, look
-from fx_approx.recipes.recipe import Choice, Recipe
+from fx_approx.recipes.recipe import FROZEN, Choice, Recipe
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.validation import check_inputs
 from fx_approx.schedules.ratio_scheduler import RatioScheduler
 from fx_approx.schedules.schedule import ExactTail, ExactWarmup, PlanRatios, Schedule, check_ratio, check_step
+from fx_approx.subnetworks.moments import check_kind
 from fx_approx.subnetworks.phases import Phases
 
 _KEPT = 10**9
@@ -77,6 +79,9 @@ class _Given:
 
     def __post_init__(self) -> None:
         check_step("steps", self.steps, 1)
+        check_step("seed", self.seed)
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(f"{self.name}: called within torch.inference_mode, in which nothing can be trained")
         for name in ("compile", "check"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
@@ -130,10 +135,15 @@ def finetune(
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: One out of range, an optimiser of other parameters, or ``layers`` that match none.
+        ValueError: One out of range, an optimiser of other parameters or on several ranks, or ``layers`` that match
+            none.
         CaptureError: ``model`` is compiled, wrapped, transformed or the like.
+        UnsupportedError: An optimiser whose state belongs to no parameter, such as LBFGS.
+        RuntimeError: Called within ``torch.inference_mode``.
     """
-    check_ratio("ratio", ratio)
+    _check_share(ratio)
+    if optimizer is not None:
+        _check_optimizer(optimizer)
     given = _Given("finetune", model, batch, steps, compile, check, seed, layers)
     seen = look(model, batch)
     channels = Uniform(ratio, min_k=16, round_to=8, scores="ema")
@@ -151,8 +161,7 @@ def finetune(
         _tail(tail, seen),
         *_about_weights(given),
     )
-    limited = _limited(given, policy)
-    return _made(given, seen, _Setting(limited, warmup, tail, True, not has_frozen(model), choices), optimizer)
+    return _made(given, seen, _Setting(_limited(given, policy), warmup, tail, True, True, choices), optimizer)
 
 
 def pretrain(
@@ -189,7 +198,7 @@ def pretrain(
         ValueError: As there.
         CaptureError: As there.
     """
-    check_ratio("ratio", ratio)
+    _check_share(ratio)
     given = _Given("pretrain", model, batch, steps, compile, check, seed, layers)
     seen = look(model, batch)
     tail = max(seen.statistics or 1, steps // 50)
@@ -199,8 +208,8 @@ def pretrain(
         _tail(tail, seen),
         *_about_weights(given),
     )
-    limited = _limited(given, Uniform(ratio, min_k=16))
-    return _made(given, seen, _Setting(limited, 0, tail, False, not has_frozen(model), choices))
+    policy = _limited(given, Uniform(ratio, min_k=16))
+    return _made(given, seen, _Setting(policy, 0, tail, False, True, choices))
 
 
 def transformer(
@@ -241,7 +250,7 @@ def transformer(
         ValueError: As there.
         CaptureError: As there.
     """
-    check_ratio("ratio", ratio)
+    _check_share(ratio)
     check_ratio("hidden_units", hidden_units)
     given = _Given("transformer", model, batch, steps, compile, check, seed, layers)
     seen = look(model, batch)
@@ -260,10 +269,10 @@ def transformer(
     choices = [Choice(f"{ratio:g} of the tokens, others in each step", "above fewer epochs at as many operations")]
     if hidden_units < 1:
         choices.append(Choice(f"{hidden_units:g} of the hidden units", "asked for"))
-        choices += _about_weights(given)
     choices.append(_tail(tail, seen))
-    preserve = hidden_units < 1 and not has_frozen(model)
-    return _made(given, seen, _Setting(tokens, 0, tail, False, preserve, tuple(choices)))
+    if hidden_units < 1:
+        choices += _about_weights(given)
+    return _made(given, seen, _Setting(tokens, 0, tail, False, hidden_units < 1, tuple(choices)))
 
 
 def _limited(given: _Given, policy: Policy) -> Policy:
@@ -275,12 +284,31 @@ def _limited(given: _Given, policy: Policy) -> Policy:
 
 
 def _about_weights(given: _Given) -> list[Choice]:
-    """What happens to adapters and to frozen weights, if there are any."""
-    whole = given.layers is None and adapters(given.model)
-    found = [Choice("adapters stay exact", "they are small")] if whole else []
+    """What happens to weights before the exact steps at the end, and to adapters, if there are any."""
+    found = [Choice("weights that are not read are set to zero then", "the exact network computes what was trained")]
+    if given.layers is None and adapters(given.model):
+        found.append(Choice("adapters stay exact", "they are small"))
     if has_frozen(given.model):
-        found.append(Choice("no weight is set to zero", "some are frozen, and stay as they are"))
+        found.append(FROZEN)
     return found
+
+
+def _check_share(ratio: float) -> None:
+    check_ratio("ratio", ratio)
+    if ratio == 1:
+        raise ValueError("ratio: expected a share in (0, 1), got 1, which is exact training and needs no recipe")
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: expected one of torch.optim, made of the model's parameters, got {optimizer!r}")
+    check_kind(optimizer)
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if several and torch.distributed.get_world_size() > 1:
+        raise ValueError(
+            "optimizer: expected None on several ranks: it trains another module from phase to phase, each of which "
+            "has to be wrapped; see fx_approx.subnetworks.Phases(wrap=DistributedDataParallel)"
+        )
 
 
 def _tail(tail: int, seen: Look) -> Choice:
@@ -292,6 +320,8 @@ def _made(given: _Given, seen: Look, setting: _Setting, optimizer: Optimizer | N
     if seen.statistics is None:
         why = "its BatchNorm averages over all batches (momentum=None)"
         return given.exact(setting.choices, "exact: no tail is long enough", why)
+    if not any(parameter.requires_grad for parameter in given.model.parameters()):
+        return given.exact(setting.choices, "exact: nothing is trained", "no parameter has requires_grad")
     spent = setting.warmup + setting.tail
     if 2 * spent > given.steps:
         why = f"{spent} of them would be exact; expected {2 * spent} or more"
@@ -360,23 +390,37 @@ def _by_backend(given: _Given, setting: _Setting, optimizer: Optimizer | None) -
     args, kwargs = check_inputs(model, given.batch)
     assert args is not None
     model.compile(backend=handle)
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NoEffectWarning)
-        model(*args, **kwargs)  # graphs appear
-    with torch.no_grad():
-        for name, value in model.named_buffers():
-            value.copy_(buffers[name])
-    if not handle.pieces:
+    try:
+        recipe = _seen_by(handle, given, setting, optimizer, lambda: model(*args, **kwargs))
+    except BaseException:
         forget_compiled(model)
-        return given.exact(setting.choices, "exact: nothing can be sampled", _why_none(handle))
-    choices = setting.choices
-    if given.check:
-        decided = _worth_it(given, setting, timed_backend(model, handle, given.batch))
-        if isinstance(decided, Recipe):
-            forget_compiled(model)
-            return decided
-        choices = decided
+        raise
+    if recipe.exact:
+        forget_compiled(model)
+    return recipe
+
+
+def _seen_by(
+    handle: Backend, given: _Given, setting: _Setting, optimizer: Optimizer | None, call: Callable[[], Any]
+) -> Recipe:
+    """The recipe of a model that ``handle`` compiles when it is called."""
+    model, choices = given.model, setting.choices
+    buffers = TensorSnapshot(model.buffers())
+    with kept_training_flags(model.modules()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        if not model.training:
+            model.train()  # graphs of evaluation are exact
+        try:
+            call()  # graphs appear
+        finally:
+            buffers.restore()
+        if not handle.pieces:
+            return given.exact(choices, "exact: nothing can be sampled", _why_none(handle))
+        if given.check:
+            decided = _worth_it(given, setting, timed_backend(model, handle, given.batch))
+            if isinstance(decided, Recipe):
+                return decided
+            choices = decided
     choices = (*choices, Choice("by a backend of torch.compile", "torch.fx cannot trace its forward"))
     return _driven(given, setting, handle, optimizer, choices)
 
@@ -390,10 +434,11 @@ def _driven(
 ) -> Recipe:
     """The recipe that moves the ratios of a transformed model or a backend."""
     schedule, head = setting.schedule(given.steps), (given.name, given.model, given.steps)
+    made = [one.what for one in setting.choices] + ([] if optimizer is None else ["a narrow network trains"])
     if optimizer is None:
         scheduler = RatioScheduler(handle, schedule, preserve=setting.preserve)
-        return Recipe(*head, choices, handle, scheduler=scheduler, batch=given.batch)
+        return Recipe(*head, choices, handle, scheduler=scheduler, batch=given.batch, made=made)
     wrap: Any = torch.compile if given.compile else None
     phases = Phases(handle, optimizer, schedule, preserve=setting.preserve, example_inputs=given.batch, wrap=wrap)
     choices = (*choices, Choice("the part is a narrow network of its own", "nothing is sliced in a step"))
-    return Recipe(*head, choices, handle, phases=phases, batch=given.batch)
+    return Recipe(*head, choices, handle, phases=phases, batch=given.batch, made=made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 from typing import Any
 
@@ -49,7 +50,11 @@ def agreed(speedup: float, model: nn.Module) -> float:
 
 def maker(optimizer: Optimizer) -> MakeOptimizer:
     """Makes optimisers of the same kind and settings."""
-    return lambda parameters: type(optimizer)(parameters, **optimizer.defaults)
+    kind = type(optimizer)
+    known = inspect.signature(kind).parameters
+    # Some keep among their defaults what their constructor does not take, such as AdamW.
+    settings = {name: value for name, value in optimizer.defaults.items() if name in known}
+    return lambda parameters: kind(parameters, **settings)
 
 
 def timed_backend(model: nn.Module, handle: GraphHandle, batch: Any) -> float:
@@ -59,6 +64,8 @@ def timed_backend(model: nn.Module, handle: GraphHandle, batch: Any) -> float:
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     state = sampler_state_dict(handle)
+    for parameter in model.parameters():
+        parameter.grad = None  # or backward would add to what waits there
 
     def run(enabled: bool) -> None:
         set_sampling(handle, enabled=enabled)

@@ -5,22 +5,31 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fx_approx._compat import forget_compiled
 from fx_approx.compiler.transform import report
-from fx_approx.errors import FxApproxError, UnsupportedError
+from fx_approx.errors import NoEffectWarning, UnsupportedError
 from fx_approx.runtime.approx_module import ApproxModule
-from fx_approx.runtime.controls import load_sampler_state_dict, sampler_state_dict, set_sampling, synchronize_scores
+from fx_approx.runtime.controls import (
+    follow_modes,
+    load_sampler_state_dict,
+    sampler_state_dict,
+    set_sampling,
+    synchronize_scores,
+)
 from fx_approx.runtime.handle import GraphHandle, pieces_of
 from fx_approx.savings.report import SavingsReport
+from fx_approx.schedules.preserve import LEFT_WHOLE
 from fx_approx.schedules.ratio_scheduler import RatioScheduler
 from fx_approx.subnetworks.extract import extract
 
-_KEYS = {"steps", "model", "sampler", "driver"}
+_KEYS = {"steps", "made", "model", "sampler", "driver"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +43,9 @@ class Choice:
 
     what: str
     why: str
+
+
+FROZEN = Choice("frozen weights are left whole", "they stay as they are, so nothing is set to zero in them")
 
 
 class Driver(Protocol):
@@ -113,6 +125,7 @@ class Recipe:
         scheduler: RatioScheduler | None = None,
         phases: Swapping | None = None,
         batch: Any = None,
+        made: Sequence[str] = (),
     ) -> None:
         """Made by the functions of :mod:`fx_approx.recipes`.
 
@@ -125,14 +138,17 @@ class Recipe:
             scheduler: What moves its ratios, where the selections stay in the graph.
             phases: The same, where narrow networks train.
             batch: Example inputs, for subnetworks that run the model's own Python.
+            made: What it was asked for, in words: a state of another one is refused.
         """
         self.name, self.steps, self.choices = name, steps, choices
         self.taken = 0
+        self._made = (name, *made)
         self._full, self._handle, self._batch = full, handle, batch
         self._scheduler, self._phases = scheduler, phases
         self._driver: Driver | None = scheduler if phases is None else phases
         self._saved: dict[tuple[tuple[str, float], ...], float] = {}
         self._narrow: nn.Module | None = None
+        self._pieces: Sequence[ApproxModule] = ()
         self._why_wide = ""
 
     def __str__(self) -> str:
@@ -176,16 +192,26 @@ class Recipe:
         """
         if self.taken >= self.steps:
             raise ValueError(f"step: all {self.steps} steps of the recipe were taken; call finish()")
+        if self._driver is not None and self.taken + 1 < self.steps:
+            self._go_on(self._driver)
         self.taken += 1
-        if self._driver is None or self.taken == self.steps:
-            return
-        changed, rising = self._driver.changes_next()
+
+    def _go_on(self, driver: Driver) -> None:
+        changed, rising = driver.changes_next()
         if changed and torch.distributed.is_available() and torch.distributed.is_initialized():
             assert self._handle is not None
             synchronize_scores(self._handle)  # ranks that choose others would set other weights to zero
+        kept = self._narrow, self._why_wide
         if rising:
             self._keep_narrow()
-        self._driver.step()
+        try:
+            with warnings.catch_warnings():
+                if FROZEN in self.choices:  # it was said at the beginning
+                    warnings.filterwarnings("ignore", f".*{LEFT_WHOLE}", NoEffectWarning)
+                driver.step()
+        except BaseException:
+            self._narrow, self._why_wide = kept
+            raise
 
     def report(self) -> SavingsReport:
         """What each layer saves in a sampled step, whatever step this is, see :func:`fx_approx.report`.
@@ -234,7 +260,10 @@ class Recipe:
         elif self._handle is not None:
             set_sampling(self._handle, enabled=False)
         if isinstance(self._handle, nn.Module):
-            self._full.train(self._handle.training)
+            follow_modes(self._full, self._handle)
+        elif self._handle is not None:
+            self._pieces = pieces_of(self._handle)  # the backend has them only as long as the model is compiled
+            forget_compiled(self._full)
         return self._full
 
     def ship(self) -> nn.Module:
@@ -261,6 +290,7 @@ class Recipe:
         """
         return {
             "steps": (self.taken, self.steps),
+            "made": list(self._made),
             **({"model": self._full.state_dict()} if model else {}),
             "sampler": {} if self._handle is None else sampler_state_dict(self._handle),
             "driver": {} if self._driver is None else self._driver.state_dict(),
@@ -272,7 +302,8 @@ class Recipe:
         Where the state has no model's, the model has loaded its own before this.
 
         Raises:
-            ValueError: ``state`` is none of a recipe, or of one with another number of steps.
+            ValueError: ``state`` is none of a recipe, or of one that was made otherwise, or of another model. Nothing
+                is changed then.
         """
         if set(state) | {"model"} != _KEYS:
             raise ValueError(f"state: expected what Recipe.state_dict gives, got the keys {sorted(map(str, state))}")
@@ -281,7 +312,13 @@ class Recipe:
             raise ValueError(
                 f"state: expected that of a recipe of {self.steps} steps with the same choices, got {steps}"
             )
+        if tuple(state["made"]) != self._made:
+            own, other = "; ".join(self._made), "; ".join(map(str, state["made"]))
+            raise ValueError(
+                f"state: expected that of a recipe that was made alike ({own}), got one of another ({other})"
+            )
         if "model" in state:
+            _check_tensors(self._full, state["model"])
             self._full.load_state_dict(state["model"])
         if self._handle is not None and self._driver is not None:
             load_sampler_state_dict(self._handle, state["sampler"])
@@ -301,10 +338,21 @@ class Recipe:
             else:
                 with _own_forward(self.model):
                     made = extract(self._handle, example_inputs=self._batch)
-        except (FxApproxError, ValueError) as error:
-            self._why_wide = str(error)
+        except Exception as error:  # whatever it is, the training goes on without one
+            self._why_wide = f"{type(error).__name__}: {error}"
         else:
             self._narrow = made
+
+
+def _check_tensors(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """ValueError unless ``state`` has what ``model`` has, by names and shapes."""
+    own = model.state_dict()
+    wrong = sorted(own.keys() ^ state.keys())
+    for name, value in own.items():
+        if not wrong and isinstance(value, Tensor) and value.shape != getattr(state[name], "shape", None):
+            wrong = [name]
+    if wrong:
+        raise ValueError(f"state: of another model: {wrong[0]} is missing, unknown or of another shape")
 
 
 @contextlib.contextmanager

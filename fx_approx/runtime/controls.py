@@ -220,6 +220,19 @@ def layers_of(approx: ApproxModule) -> list[str]:
     return sorted(candidate.name for candidate in approx._fx_approx.record.candidates)
 
 
+def follow_modes(model: nn.Module, other: nn.Module) -> None:
+    """Puts each module of ``model`` into the mode of that of its name in ``other``, or of ``other`` itself.
+
+    So parts that were set to ``eval()`` by themselves, such as frozen BatchNorm, stay so.
+    """
+    there = dict(other.named_modules(remove_duplicate=False))
+    if model.training != other.training:
+        model.train(other.training)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name in there:
+            module.training = there[name].training
+
+
 def set_each(model: nn.Module | GraphHandle, settings: Mapping[Selector, tuple[float, bool]]) -> None:
     """Ratio and switch of single selectors of ``model``, all at once; for names that globs cannot tell apart."""
     for selector, (ratio, _) in settings.items():

@@ -251,7 +251,7 @@ class Runtime(Moved):
         if self.resample is not None and self.resample.published is not None:
             self.resample.published.fill()
         result = exact(module, *args, **kwargs)
-        self._warn(exact, reason, 6)
+        self._warn(module, exact, reason, 6)
         return result
 
     def _head_of_call(self, root: nn.Module, section: Section, inputs: Any) -> tuple[Any, ...] | None:
@@ -305,12 +305,13 @@ class Runtime(Moved):
         if self.resample is not None and self.resample.published is not None and not self.program.pieces:
             self.resample.published.fill()
         result = self._run_inside(lambda: exact(root, *args, **kwargs))
-        self._warn(exact, reason, 7)
+        self._warn(root, exact, reason, 7)
         return result
 
-    def _warn(self, exact: Callable[..., Any], reason: str | None, stacklevel: int) -> None:
-        """Says once why a graph did not serve, if there is a reason."""
-        if reason and not torch.compiler.is_compiling() and reason not in self.warned and self.samples:
+    def _warn(self, module: nn.Module, exact: Callable[..., Any], reason: str | None, stacklevel: int) -> None:
+        """Says once why a graph did not serve a training step, if there is a reason."""
+        training = module.training and torch.is_grad_enabled()
+        if reason and training and not torch.compiler.is_compiling() and reason not in self.warned and self.samples:
             self.warned.add(reason)
             name = exact.__qualname__.rpartition(".")[0]
             warnings.warn(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Set
+from collections.abc import Collection, Set
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from fx_approx.runtime.selection_tracker import SelectionTracker
 from fx_approx.runtime.sharding import is_shard
 from fx_approx.runtime.upcoming import next_selections
 
+LEFT_WHOLE = "are left whole"
 _KINDS = ("linear", "conv")  # whose weight is [outputs, inputs of a group, ...]
 
 
@@ -36,7 +37,8 @@ def zero_unread_weights(model: nn.Module | GraphHandle, layers: str = "*") -> di
     :func:`fx_approx.transform`, :func:`fx_approx.reuse_selection`), and otherwise what the next sampled step would
     leave out. Scores ``ema`` look for channels that were not read for long, so that the next step may read others than
     the last one: keep one selection with them, or take scores ``weight``. Gradients, optimiser state and BatchNorm
-    statistics are left alone.
+    statistics are left alone, and so are weights that are not trained (``requires_grad`` False): nothing would bring
+    back what they know.
 
     In data-parallel training all ranks are to call it alike, with selections that agree: scores ``weight``, or what
     :func:`fx_approx.distributed.enable_sparse_allreduce` or :func:`fx_approx.distributed.synchronize_scores` keeps
@@ -57,7 +59,8 @@ def zero_unread_weights(model: nn.Module | GraphHandle, layers: str = "*") -> di
 
     Warns:
         NoEffectWarning: The selection of some sampled layers is not made ahead, or is not of a weight of a linear or
-            convolution layer, or the weight is used elsewhere, too: they compute something else when exact.
+            convolution layer, or the weight is used elsewhere, too, or is not trained: they compute something else when
+            exact.
     """
     pieces = pieces_of(model)
     there: list[str] = []
@@ -105,6 +108,9 @@ def preserve(approx: ApproxModule, names: Set[str]) -> dict[str, int]:
     places = {place for place, readers in enumerate(read) if readers & names}
     wanted = (names | {name for place in places for name in read[place]}) & on
     weights = _weights(approx, wanted)
+    parameters = dict(approx.named_parameters(remove_duplicate=False))
+    frozen = {name for name, (path, _) in weights.items() if not parameters[path].requires_grad}
+    weights = {name: use for name, use in weights.items() if name not in frozen}
     kept = {}
     if weights:
         published = _published(approx, places)
@@ -115,7 +121,9 @@ def preserve(approx: ApproxModule, names: Set[str]) -> dict[str, int]:
             kept[name] = weight, flags.view(candidates[name].groups, -1), int((~flags).sum())
     for weight, flags, _ in kept.values():
         keep_columns(weight, flags.to(weight.device))
-    missing = sorted(wanted - kept.keys())
+    if frozen:
+        warnings.warn(f"{left_whole(frozen)}: they compute something else when exact", NoEffectWarning, stacklevel=3)
+    missing = sorted(wanted - kept.keys() - frozen)
     if missing:
         warnings.warn(
             f"the selection of {len(missing)} sampled layers is not made ahead, or is of no weight of their own, such "
@@ -124,6 +132,11 @@ def preserve(approx: ApproxModule, names: Set[str]) -> dict[str, int]:
             stacklevel=3,
         )
     return {name: count for name, (_, _, count) in kept.items()}
+
+
+def left_whole(names: Collection[str]) -> str:
+    """Says of layers whose weights are not trained that these are not set to zero."""
+    return f"weights of {len(names)} sampled layers are not trained, such as that of {min(names)}, and {LEFT_WHOLE}"
 
 
 def _weights(approx: ApproxModule, wanted: Set[str]) -> dict[str, tuple[str, Axis]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from fx_approx.ops.channel_slices import keep_columns
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.sharding import whole_tensor
+from fx_approx.schedules.preserve import left_whole
 from fx_approx.subnetworks.cuts import Cut
 from fx_approx.subnetworks.full_model import full_model
 from fx_approx.subnetworks.record import (
@@ -32,7 +34,8 @@ def merge(sub: nn.Module, model: nn.Module | GraphHandle, *, preserve: bool = Fa
             ``torch.optim.swa_utils.AveragedModel``. It stays as it is.
         model: The model that it was cut out of, or a copy of that; of a backend's, the model itself or the backend.
         preserve: Set the weights to zero by which the full model reads what ``sub`` does not have, so that the exact
-            model computes what ``sub`` does; see :func:`fx_approx.schedules.zero_unread_weights`.
+            model computes what ``sub`` does; see :func:`fx_approx.schedules.zero_unread_weights`. Those that are not
+            trained (``requires_grad`` False) are left whole.
 
     Raises:
         ValueError: ``sub`` is of another model, was written back before, or ``model`` was changed since it was cut out;
@@ -40,8 +43,23 @@ def merge(sub: nn.Module, model: nn.Module | GraphHandle, *, preserve: bool = Fa
             changed then.
 
     Warns:
-        NoEffectWarning: With ``preserve``: ``sub`` reads a part of a tensor that it holds whole, or multiplies chosen
-            pairs of two activations, so that the exact model computes something else.
+        NoEffectWarning: With ``preserve``: ``sub`` reads a part of a tensor that it holds whole, multiplies chosen
+            pairs of two activations, or reads a part of a weight that is not trained, so that the exact model computes
+            something else.
+    """
+    write_back(sub, model, preserve, lambda parameter: parameter.requires_grad)
+
+
+def write_back(
+    sub: nn.Module, model: nn.Module | GraphHandle, preserve: bool, is_trained: Callable[[nn.Parameter], bool]
+) -> None:
+    """What :func:`merge` does.
+
+    Args:
+        sub: As there.
+        model: As there.
+        preserve: As there.
+        is_trained: Asked of parameters of ``sub``; those of others are left whole.
     """
     record = record_of(sub)
     approx = full_model(record, model)
@@ -51,17 +69,24 @@ def merge(sub: nn.Module, model: nn.Module | GraphHandle, *, preserve: bool = Fa
     if missing:
         raise ValueError(f"sub: it has no {missing[0]}, so that it is not what extract returned")
     done: set[int] = set()
+    frozen: list[str] = []
     with torch.no_grad():
         for name, tensor in full.items():
             if id(tensor) in done or name not in own:  # it has several names, or the graph of sub never reads it
                 continue
             done.add(id(tensor))
             cut = record.cut_of(name)
-            if preserve:
+            part = own[name]
+            if preserve and isinstance(part, nn.Parameter) and not is_trained(part):
+                if cut.inputs is not None and tensor.dim() >= 2:
+                    frozen.append(name)
+            elif preserve:
                 zero_unread(tensor, cut)
-            cut.put(tensor, whole_tensor(own[name]))
+            cut.put(tensor, whole_tensor(part))
+    if frozen:
+        warnings.warn(f"{left_whole(frozen)}: the exact model computes something else", NoEffectWarning, stacklevel=3)
     if preserve and record.sliced:
-        warnings.warn(f"{record.why_inexact()}: the exact model computes something else", NoEffectWarning, stacklevel=2)
+        warnings.warn(f"{record.why_inexact()}: the exact model computes something else", NoEffectWarning, stacklevel=3)
     if preserve:  # the statistics of what is read were gathered by the network that the exact model is now
         for one in model.pieces if isinstance(model, GraphHandle) else (approx,):
             if isinstance(one, ApproxModule):

@@ -12,16 +12,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from fx_approx._compat import version_of
 from fx_approx.analysis.scalar_logger import ScalarLogger
-from fx_approx.errors import BatchNormWarning
-from fx_approx.runtime.controls import set_each
+from fx_approx.errors import BatchNormWarning, NoEffectWarning
+from fx_approx.runtime.controls import follow_modes, set_each
 from fx_approx.runtime.handle import GraphHandle
 from fx_approx.runtime.upcoming import use_up
 from fx_approx.sampling.base import Selection
 from fx_approx.schedules.preserve import check_preservable
 from fx_approx.schedules.ratio_scheduler import RatioScheduler
 from fx_approx.schedules.schedule import Schedule, check_step
-from fx_approx.subnetworks.merge import merge
+from fx_approx.subnetworks.merge import write_back
 from fx_approx.subnetworks.optimizers import (
     Rest,
     check_optimizer,
@@ -144,6 +145,7 @@ class Phases:
         self._idle: _Phase | None = None
         self._since = 0
         self._stepped = False
+        self._began: list[int] | None = None
         before = self._source.settings()
         with warnings.catch_warnings():
             if preserve:  # what a phase gathers fits the exact model then, see merge
@@ -192,7 +194,11 @@ class Phases:
             ValueError: A phase begins, and scores ``ema`` have learnt nothing yet; or the full model was changed
                 during a phase.
             DistributedMismatchError: The selections differ between the ranks.
+
+        Warns:
+            NoEffectWarning: The optimiser's first step in a phase changed no parameter of the subnetwork.
         """
+        self._check_trained()
         steps = self._since + 1
         changed, rising = self._scheduler.changes_next()
         if changed:
@@ -212,6 +218,19 @@ class Phases:
         self._leave(self._preserve, self._since)
         self._source.switch_off()
         return self._full
+
+    def _check_trained(self) -> None:
+        """Warns once a phase where it is not :attr:`model` that trains: an older one was called, or kept in a name."""
+        if self._phase is None or self._began is None or not self._stepped:
+            return
+        if self._began == _versions(self._phase.sub):
+            warnings.warn(
+                "step: the optimiser has changed no parameter of the subnetwork; call phases.model, or recipe.model, "
+                "afresh in each step: it is another module from phase to phase",
+                NoEffectWarning,
+                stacklevel=3,
+            )
+        self._began = None
 
     def _note_step(self) -> None:
         self._stepped = True
@@ -236,8 +255,7 @@ class Phases:
         if phase is None:
             return
         self._write_back(phase, preserve, steps)
-        if phase.sub.training != self._full.training:
-            self._full.train(phase.sub.training)
+        follow_modes(self._full, phase.sub)
         self._phase, self._idle = None, phase
 
     def _write_back(self, phase: _Phase, preserve: bool, steps: int) -> bool:
@@ -245,7 +263,8 @@ class Phases:
         graphs = self._source.graphs(phase.sub)
         self._clear_spent()
         check_widening(self._optimizer, phase.sub)  # before anything is written
-        merge(phase.sub, self._source.given, preserve=preserve)
+        held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        write_back(phase.sub, self._source.given, preserve, lambda one: one.requires_grad and id(one) in held)
         widen_optimizer(self._optimizer, phase.sub)
         return any([use_up(approx, chosen, steps) for approx, chosen in graphs])
 
@@ -288,6 +307,7 @@ class Phases:
         """The optimiser goes over to a subnetwork."""
         narrow_optimizer(self._optimizer, phase.sub, self._source.given, rest=self._rest)
         self._phase, self._idle, self._since = phase, None, 0
+        self._began = _versions(phase.sub)
 
     def _group(self) -> Any:
         """The process group that is known so far."""
@@ -344,6 +364,10 @@ class Phases:
         if unknown:
             raise ValueError(f"state: of another model: it has moments of {unknown[0]}, which this one has not")
         return sub
+
+
+def _versions(sub: nn.Module) -> list[int]:
+    return [version_of(parameter) for parameter in sub.parameters()]
 
 
 def _group(outer: nn.Module | None) -> Any:

@@ -36,11 +36,11 @@ def accuracy(model: torch.nn.Module) -> float:
 
 
 def test_trainer(example: Callable[[str], Any], tmp_path: Path) -> None:
-    whole = example("trainer")(str(tmp_path / "whole"), 60)
+    whole = example("trainer")(str(tmp_path / "whole"), 40)
     losses = [one["eval_loss"] for one in whole.state.log_history if "eval_loss" in one]
-    assert losses[-1] < min(losses[0], 2.25)
-    shutil.copytree(tmp_path / "whole" / "checkpoint-30", tmp_path / "broken" / "checkpoint-30")
-    assert_same(whole.model, example("trainer")(str(tmp_path / "broken"), 60).model)
+    assert losses[-1] < losses[0]
+    shutil.copytree(tmp_path / "whole" / "checkpoint-20", tmp_path / "broken" / "checkpoint-20")
+    assert_same(whole.model, example("trainer")(str(tmp_path / "broken"), 40).model)
     assert (tmp_path / "whole" / "model" / "config.json").exists()
 
 

@@ -74,7 +74,7 @@ def test_the_plan_is_within_the_budget_as_the_report_counts_it(
     assert again == found.plan
     approx = fx_approx.transform(model, again, x)
     assert fx_approx.report(approx).totals == found.report.totals
-    assert f"Tokens: {again.why_tokens}" in str(fx_approx.report(approx))
+    assert f"Tokens: {again.why_tokens}" in " ".join(str(fx_approx.report(approx)).split())
 
 
 def test_predicted_time_is_within_the_budget(made: tuple[Stack, torch.Tensor]) -> None:
