@@ -140,7 +140,8 @@ GPU = Page(
             "Training steps on a GPU",
             ["gpu/wrn-28-10.json", "gpu/vit-b-16.json", "gpu/gated-mlp.json"],
             f"{_STEP} --models wrn_28_10 --batch 256 --device cuda --autocast bfloat16 --channels-last \\\n"
-            "    --compiled-only --no-swapXX --batch 256 --device cuda --autocast bfloat16 \\\n"
+            "    --compiled-only --no-swap --memory --profile\n"
+            f"{_STEP} --models vit_b_16 --batch 256 --device cuda --autocast bfloat16 \\\n"
             "    --compiled-only --no-swap --scopes value --memory --profile\n"
             f"{_STEP} --models gated_mlp --batch 16384 --dtype bfloat16 --device cuda \\\n"
             "    --compiled-only --no-swap --backward --scopes value --memory --profile",
