@@ -19,8 +19,8 @@ PYTEST := OMP_NUM_THREADS=1 FX_APPROX_TEST_INSTALLED=1 $(TEST_VENV)/bin/pytest -
 LATEST_FAST := $(foreach name,sampling policies benchmarks examples,--ignore=tests/$(name)) \
   $(foreach name,analysis/test_noise* compiler/test_reference_defects distributed/test_slices \
     repository/test_repository schedules/test_controller schedules/test_growth,'--ignore-glob=tests/$(name).py')
-# multinode.py needs root, and an hour; pages.py measures nothing.
-BENCHMARKS := $(filter-out benchmarks/multinode.py benchmarks/pages.py, $(wildcard benchmarks/[!_]*.py))
+# multinode.py needs root and an hour, gpu.py a GPU; pages.py measures nothing.
+BENCHMARKS := $(filter-out $(foreach name,multinode pages gpu,benchmarks/$(name).py), $(wildcard benchmarks/[!_]*.py))
 
 .DELETE_ON_ERROR:
 .PHONY: help dev demo bench test test-latest test-latest-fast slow lint clean fresh-test-env wheel

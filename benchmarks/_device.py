@@ -23,6 +23,27 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tf32", action="store_true", help="float32 products in TF32 (CUDA); without it they are not")
 
 
+def add_autocast_option(parser: argparse.ArgumentParser) -> None:
+    """The option ``--autocast``."""
+    parser.add_argument("--autocast", choices=DTYPES[1:], help="forward under autocast to this, parameters in --dtype")
+
+
+def autocast(device: str, dtype: str | None) -> contextlib.AbstractContextManager[object]:
+    """Autocast to a type by name; nothing for None."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype=getattr(torch, dtype))
+
+
+def enlarged(inputs: torch.Tensor, batch: int | None) -> torch.Tensor:
+    """``batch`` examples, those of ``inputs`` over and over."""
+    if batch is None:
+        return inputs
+    times = -(-batch // len(inputs))
+    last = inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last)
+    made = inputs.detach().repeat(times, *[1] * (inputs.dim() - 1))[:batch]
+    made = made.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return made.requires_grad_(inputs.requires_grad)
+
+
 def refuse_device_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Ends with an error where the device is not there or has no TF32."""
     if options.device not in ("cpu", "cuda"):

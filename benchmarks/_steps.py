@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import gc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from _device import DTYPES, Quartiles, add_device_options, precision, quartiles, refuse_device_options, shown, speedup
+from _device import (
+    Quartiles,
+    add_autocast_option,
+    add_device_options,
+    autocast,
+    precision,
+    quartiles,
+    refuse_device_options,
+    shown,
+    speedup,
+)
 from _header import add_json_option
 from _models import MODELS
 from _peak import peak_bytes
@@ -47,32 +56,31 @@ class Step:
         model: nn.Module,
         inputs: Any,
         compiled: bool,
-        autocast: str | None = None,
+        lower: str | None = None,
         backend: Any = "inductor",
         graphs: bool = False,
     ) -> None:
         self.original, self.inputs, self.graphs = model, inputs, graphs and compiled
         mode = {"mode": "reduce-overhead"} if self.graphs else {}
         self.model = torch.compile(model, dynamic=False, backend=backend, **mode) if compiled else model
-        self.autocast = None if autocast is None else getattr(torch, autocast)
+        self.lower = lower
 
     def __call__(self) -> None:
         """Forward, loss, backward; gradients are dropped."""
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        lower = contextlib.nullcontext()
-        if self.autocast is not None:
-            lower = torch.autocast(self.inputs.device.type, dtype=self.autocast)
-        with lower:
+        with autocast(self.inputs.device.type, self.lower):
             result = self.model(self.inputs)
         result.float().square().mean().backward()
         for tensor in (self.inputs, *self.original.parameters()):
             tensor.grad = None
 
 
-def train_step(run: Any, inputs: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Forward, loss, backward and the optimiser's step."""
-    run(inputs).float().square().mean().backward()
+def train_step(run: Any, inputs: Tensor, optimizer: torch.optim.Optimizer, lower: str | None = None) -> None:
+    """Forward, under autocast where it is asked for, loss, backward and the optimiser's step."""
+    with autocast(inputs.device.type, lower):
+        result = run(inputs)
+    result.float().square().mean().backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -89,7 +97,7 @@ def add_step_options(parser: argparse.ArgumentParser, models: Sequence[str]) -> 
     parser.add_argument("--runs", type=int, default=15, help="steps of each variant (15)")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each before (3)")
     add_device_options(parser)
-    parser.add_argument("--autocast", choices=DTYPES[1:], help="forward under autocast to this, parameters in --dtype")
+    add_autocast_option(parser)
     parser.add_argument(
         "--channels-last", action=argparse.BooleanOptionalAction, help="layout of images (by default the model's own)"
     )

@@ -2,6 +2,7 @@
 
     python benchmarks/subnetworks.py --json docs/results/subnetworks.json --markdown docs/results/subnetworks.md
     python benchmarks/subnetworks.py --models wrn_16_4 resnet50 --no-compile --runs 7
+    python benchmarks/subnetworks.py --models resnet50 --device cuda --autocast bfloat16 --batch 256 --compiled-only
 
 All variants of a model, eager and compiled, take their steps in turn in one process. A ratio above 1 is faster than
 the exact model, eager or compiled as the variant itself. `kept` is the transformed model under `reuse_selection`,
@@ -16,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _device import add_autocast_option, add_device_options, enlarged, precision, refuse_device_options
 from _header import environment, header, parse_ratio
 from _steps import train_step
 from _subnetwork_cases import CASES, DEFAULT, Case, add_case_options, write
@@ -74,10 +77,12 @@ def same_shapes(sub: nn.Module, narrow: nn.Module) -> bool:
     return one == other
 
 
-def step(model: nn.Module, run: Any, inputs: Tensor, optimizer: torch.optim.Optimizer, kept: bool) -> None:
+def step(
+    model: nn.Module, run: Any, inputs: Tensor, optimizer: torch.optim.Optimizer, kept: bool, lower: str | None
+) -> None:
     """A whole step, under one kept selection or not."""
     with fx_approx.reuse_selection(model) if kept else contextlib.nullcontext():
-        train_step(run, inputs, optimizer)
+        train_step(run, inputs, optimizer, lower)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Variants:
     reason: str
 
 
-def variants(case: Case, ratio: float, min_k: int, batch: int | None = None) -> Variants:
+def variants(case: Case, ratio: float, min_k: int, batch: int | None = None, device: str = "cpu") -> Variants:
     """The models of one case, after the check.
 
     Raises:
@@ -98,11 +103,10 @@ def variants(case: Case, ratio: float, min_k: int, batch: int | None = None) -> 
     """
     torch.manual_seed(0)
     exact, inputs = case.build()
-    if batch is not None:
-        inputs = inputs[:batch]
+    exact, inputs = exact.to(device), enlarged(inputs, batch).to(device)
     approx = fx_approx.transform(copy.deepcopy(exact), case.policy(ratio, min_k), inputs)
     check(case.name, approx, inputs)
-    sub, narrow = extract(approx, example_inputs=inputs), case.narrow()
+    sub, narrow = extract(approx, example_inputs=inputs), case.narrow().to(device)
     if ratio == 0.5 and not same_shapes(sub, narrow):
         raise AssertionError(f"{case.name}: the narrow network has other parameters than the subnetwork")
     models = {"exact": exact, "kept": approx, "subnetwork": sub, "narrow": narrow}
@@ -112,8 +116,8 @@ def variants(case: Case, ratio: float, min_k: int, batch: int | None = None) -> 
 def measure(case: Case, options: argparse.Namespace) -> list[Timed]:
     """All variants of one case, eager and compiled, with each optimiser."""
     measured = measured_on(environment())
-    made = variants(case, options.ratio, options.min_k, options.batch)
-    modes = (False, True) if options.compile else (False,)
+    made = variants(case, options.ratio, options.min_k, options.batch, options.device)
+    modes = [False] * (not options.compiled_only) + [True] * options.compile
     found = []
     for optimizer in options.optimizers:
         torch.compiler.reset()
@@ -123,11 +127,11 @@ def measure(case: Case, options: argparse.Namespace) -> list[Timed]:
             for compiled in modes:
                 run = torch.compile(model, dynamic=False) if compiled else model
                 kept = variant == "kept"
-                calls[variant, compiled] = lambda m=model, r=run, o=own, k=kept: step(m, r, made.inputs, o, k)
+                what = model, run, made.inputs, own, kept, options.autocast
+                calls[variant, compiled] = functools.partial(step, *what)
         clock = time.process_time if options.processor_time else time.perf_counter
-        taken = in_turn(
-            list(calls.values()), torch.device("cpu"), options.runs, warmup=options.warmup, before=1, clock=clock
-        )
+        device = torch.device(options.device)
+        taken = in_turn([*calls.values()], device, options.runs, warmup=options.warmup, before=1, clock=clock)
         for (variant, compiled), seconds in zip(calls, taken, strict=True):
             model = made.models[variant]
             found.append(
@@ -155,17 +159,21 @@ def stored(path: Path | None) -> list[Timed]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_case_options(parser, "at most so many examples in a step")
+    add_case_options(parser, "examples in a step")
     parser.add_argument("--scopes", nargs="+", choices=["value", "group"], help="only these")
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     parser.add_argument("--runs", type=int, default=15, help="steps of each variant (15)")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each before (3)")
     parser.add_argument("--threads", type=int, help="threads of torch (its default)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compiled, too")
+    parser.add_argument("--compiled-only", action="store_true", help="compiled only")
+    add_device_options(parser)
+    add_autocast_option(parser)
     parser.add_argument(
         "--processor-time", action="store_true", help="of all threads, for a look on a machine that others use, too"
     )
     options = parse_ratio(parser, arguments)
+    refuse_device_options(parser, options)
     chosen = [one for one in CASES if (one.name in DEFAULT if options.models is None else one.model in options.models)]
     chosen = [one for one in chosen if options.scopes is None or one.scope in options.scopes]
     if options.threads is not None:
@@ -174,7 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     order = [one.name for one in CASES]
     tried: list[Timed] = []
     for case in chosen:
-        own = measure(case, options)
+        with precision(options.tf32):
+            own = measure(case, options)
         tried += own
         print(f"\n{table(own, f'{case.model}, {case.what}')}", flush=True)
         fresh = {one.key for one in tried}

@@ -3,6 +3,7 @@
     python benchmarks/tokens.py
     python benchmarks/tokens.py --models vit_b_16 gpt --compiled-only --first 0 1 --json tokens.json
     python benchmarks/tokens.py --models vit_b_16 --memory --batch 16
+    python benchmarks/tokens.py --models vit_b_16 --device cuda --autocast bfloat16 --batch 128 --compiled-only
 
 All variants of a model take their steps in turn in one process, on the same parameters, without an optimiser and with
 each that is asked for; a ratio above 1 is faster than the exact model with the same optimiser, eager or compiled as the
@@ -25,7 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _device import quartiles, shown, speedup
+from _device import (
+    add_autocast_option,
+    add_device_options,
+    autocast,
+    precision,
+    quartiles,
+    refuse_device_options,
+    shown,
+    speedup,
+)
 from _header import add_json_option, environment, header, parse_ratio, store
 from _models import PlainBlock, torchvision_models
 from _peak import peak_bytes
@@ -164,15 +174,19 @@ def policy(variant: str, ratio: float, first: int) -> Tokens:
 class Step:
     """Forward, backward and the optimiser's step."""
 
-    def __init__(self, model: Any, inputs: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
-        self.model, self.inputs, self.optimizer = model, inputs, optimizer
+    def __init__(
+        self, model: Any, inputs: Tensor, optimizer: torch.optim.Optimizer | None, lower: str | None = None
+    ) -> None:
+        self.model, self.inputs, self.optimizer, self.lower = model, inputs, optimizer, lower
 
     def __call__(self) -> None:
         """One step."""
         if self.optimizer is not None:
-            train_step(self.model, self.inputs, self.optimizer)
+            train_step(self.model, self.inputs, self.optimizer, self.lower)
             return
-        self.model(self.inputs).float().square().mean().backward()
+        with autocast(self.inputs.device.type, self.lower):
+            result = self.model(self.inputs)
+        result.float().square().mean().backward()
         self.model.zero_grad(set_to_none=True)
 
 
@@ -198,7 +212,7 @@ def check(name: str, exact: nn.Module, inputs: Tensor, ratio: float, first: int)
 
 def measure(name: str, compiled: bool, options: argparse.Namespace) -> list[Measured]:
     """All variants of one model, eager or compiled, with each optimiser."""
-    exact, inputs = build(name, options.batch)
+    exact, inputs = (one.to(options.device) for one in build(name, options.batch))
     models: dict[tuple[str, int], nn.Module] = {("exact", 0): exact}
     for first in options.first:
         check(name, exact, inputs, options.ratio, first)
@@ -207,8 +221,12 @@ def measure(name: str, compiled: bool, options: argparse.Namespace) -> list[Meas
     counts = {kind: operations(model, inputs) for kind, model in models.items()}
     made = {kind: make and make(exact.parameters()) for kind in options.optimizers for make in [OPTIMIZERS[kind]]}
     runs = {kind: torch.compile(model, dynamic=False) if compiled else model for kind, model in models.items()}
-    steps = {(kind, optimizer): Step(run, inputs, own) for optimizer, own in made.items() for kind, run in runs.items()}
-    device = torch.device("cpu")
+    steps = {
+        (kind, optimizer): Step(run, inputs, own, options.autocast)
+        for optimizer, own in made.items()
+        for kind, run in runs.items()
+    }
+    device = torch.device(options.device)
     taken = in_turn([*steps.values()], device, options.runs, warmup=options.warmup, back_and_forth=True)
     times = dict(zip(steps, taken, strict=True))
     torch.compiler.reset()
@@ -291,8 +309,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compiled-only", action="store_true", help="compiled only")
     parser.add_argument("--memory", action="store_true", help="memory instead of time")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
+    add_device_options(parser)
+    add_autocast_option(parser)
     add_json_option(parser)
     options = parse_ratio(parser, arguments)
+    refuse_device_options(parser, options)
+    if options.memory and options.device != "cpu":
+        parser.error("--memory: only on the CPU, whose allocations are counted one by one")
     if min(options.first) < 0:
         parser.error(f"--first: expected 0 or more, got {min(options.first)}")
     return options
@@ -312,7 +335,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found += measure_memory(name, options)
         else:
             for compiled in modes:
-                found += measure(name, compiled, options)
+                with precision(options.tf32):
+                    found += measure(name, compiled, options)
         add_to(options.json, found)
     print(tabulate(rows(found), HEADERS, disable_numparse=True))
 
