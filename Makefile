@@ -19,11 +19,11 @@ PYTEST := OMP_NUM_THREADS=1 FX_APPROX_TEST_INSTALLED=1 $(TEST_VENV)/bin/pytest -
 LATEST_FAST := $(foreach name,sampling policies benchmarks examples,--ignore=tests/$(name)) \
   $(foreach name,analysis/test_noise* compiler/test_reference_defects distributed/test_slices \
     repository/test_repository schedules/test_controller schedules/test_growth,'--ignore-glob=tests/$(name).py')
-# multinode.py needs root and an hour, gpu.py a GPU; pages.py measures nothing.
-BENCHMARKS := $(filter-out $(foreach name,multinode pages gpu,benchmarks/$(name).py), $(wildcard benchmarks/[!_]*.py))
+# multinode.py needs root and an hour, gpu.py a GPU, regression.py another commit; pages.py measures nothing.
+BENCHMARKS := $(filter-out $(foreach name,multinode pages gpu regression,benchmarks/$(name).py), $(wildcard benchmarks/[!_]*.py))
 
 .DELETE_ON_ERROR:
-.PHONY: help dev demo bench test test-latest test-latest-fast slow lint clean fresh-test-env wheel
+.PHONY: help dev demo bench bench-quick test test-latest test-latest-fast slow lint clean fresh-test-env wheel
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -48,6 +48,11 @@ demo: $(VENV)/.demo ## run the demo
 
 bench: $(VENV)/.dev ## run every benchmark, one after the other
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(VENV)/bin/python $$script; done
+
+BASE ?= HEAD~1
+
+bench-quick: $(VENV)/.dev ## whether steps have become slower since the commit BASE (HEAD~1), in ten minutes
+	$(VENV)/bin/python benchmarks/regression.py --base $(BASE)
 
 # ---- the test environment: the built wheel, never the source tree
 
