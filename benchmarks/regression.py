@@ -4,9 +4,9 @@
     python benchmarks/regression.py --base v0.1.0 --only wrn-16-4 --rounds 5 --json found.json
 
 The other commit is checked out beside this tree, whose uncommitted changes count. Each measurement is a script of this
-folder, run by turns in either tree, in a process of its own. Within a process the variants take their steps in turn with
-the exact model: only ratios are compared, which a busy machine moves less than seconds. A row is slower where its median
-has fallen by more than the tolerance and no round of one commit overlaps any of the other. The exit code is 1 then.
+folder, run by turns in either tree, in a process of its own. Within a process the variants take their steps in turn
+with the exact model: only ratios are compared, which a busy machine moves less than seconds. A row is slower where its
+median has fallen by more than the tolerance and no round of one commit overlaps the other's; the exit code is 1 then.
 """
 
 from __future__ import annotations
