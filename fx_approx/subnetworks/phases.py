@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from fx_approx._compat import version_of
 from fx_approx.analysis.scalar_logger import ScalarLogger
 from fx_approx.errors import BatchNormWarning, NoEffectWarning
 from fx_approx.runtime.controls import follow_modes, set_each
@@ -145,7 +144,7 @@ class Phases:
         self._idle: _Phase | None = None
         self._since = 0
         self._stepped = False
-        self._began: list[int] | None = None
+        self._trains: bool | None = None
         before = self._source.settings()
         with warnings.catch_warnings():
             if preserve:  # what a phase gathers fits the exact model then, see merge
@@ -221,19 +220,19 @@ class Phases:
 
     def _check_trained(self) -> None:
         """Warns once a phase where it is not :attr:`model` that trains: an older one was called, or kept in a name."""
-        if self._phase is None or self._began is None or not self._stepped:
-            return
-        if self._began == _versions(self._phase.sub):
+        if self._phase is not None and self._trains is False:
             warnings.warn(
-                "step: the optimiser has changed no parameter of the subnetwork; call phases.model, or recipe.model, "
-                "afresh in each step: it is another module from phase to phase",
+                "step: the optimiser has changed no parameter of the subnetwork, none of which has a gradient; call "
+                "phases.model, or recipe.model, afresh in each step: it is another module from phase to phase",
                 NoEffectWarning,
                 stacklevel=3,
             )
-        self._began = None
+            self._trains = True
 
     def _note_step(self) -> None:
         self._stepped = True
+        if self._phase is not None and self._trains is None:
+            self._trains = any(parameter.grad is not None for parameter in self._phase.sub.parameters())
 
     def _wrapped(self, module: nn.Module) -> nn.Module:
         outer = module if self._wrap is None else self._wrap(module)
@@ -307,7 +306,7 @@ class Phases:
         """The optimiser goes over to a subnetwork."""
         narrow_optimizer(self._optimizer, phase.sub, self._source.given, rest=self._rest)
         self._phase, self._idle, self._since = phase, None, 0
-        self._began = _versions(phase.sub)
+        self._trains = None
 
     def _group(self) -> Any:
         """The process group that is known so far."""
@@ -364,10 +363,6 @@ class Phases:
         if unknown:
             raise ValueError(f"state: of another model: it has moments of {unknown[0]}, which this one has not")
         return sub
-
-
-def _versions(sub: nn.Module) -> list[int]:
-    return [version_of(parameter) for parameter in sub.parameters()]
 
 
 def _group(outer: nn.Module | None) -> Any:
