@@ -46,7 +46,8 @@ class ViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, 1, H, W]`` to ``[N, classes]``."""
         x = self.embed(x).flatten(2).transpose(1, 2) + self.positions
-        return self.head(self.norm(self.blocks(x)).mean(1))
+        result: Tensor = self.head(self.norm(self.blocks(x)).mean(1))
+        return result
 
 
 class MLP(nn.Sequential):

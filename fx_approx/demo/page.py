@@ -45,9 +45,8 @@ def _case(one: Result) -> str:
     if ratio is not None:
         facts.append(f"A sampled step takes {ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}] of an exact one.")
         facts.append(f"The training took {one.training_ratio:.2f} of exact training, and {one.setup:.1f} s to set up.")
-    if shipped is not None:
-        full, narrow = one.parameters
-        slow, fast = one.latency
+    (full, narrow), (slow, fast) = one.parameters, one.latency
+    if shipped is not None and narrow is not None and fast is not None:
         facts.append(
             f"The network that ships has {narrow / full:.2f} of the weights, takes {fast / slow:.2f} of the time of a "
             f"batch, and has {shipped:.1f} %."

@@ -7,7 +7,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -222,7 +222,7 @@ def compare(
     start = time.perf_counter()
     recipe = case.recipe(other, images.train[:BATCH], steps, optimizer, options)
     setup = time.perf_counter() - start
-    runs = torch.compile(model) if options.compile else model
+    runs: nn.Module = cast(nn.Module, torch.compile(model)) if options.compile else model
     exact = _trainer(lambda: runs, case.optimizer(model), steps)
     sampled = _trainer(lambda: recipe.model, optimizer, steps, recipe)
     for step, (x, y) in enumerate(batches(images, steps, options.seed)):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from fx_approx.integrations.served import Recipe, check_recipe, check_served, check_start, logged
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.utils.optional_imports import absent
@@ -49,8 +47,9 @@ class RecipeCallback(TrainerCallback, ExportableState):
         check_recipe(recipe)
         self.recipe = recipe
         self._numbers: dict[str, float] = {}
+        model: Any = recipe.model
         if isinstance(recipe.model, ApproxModule):
-            recipe.model.accepts_loss_kwargs = False
+            model.accepts_loss_kwargs = False
 
     def add_to(self, trainer: Any) -> None:
         """Puts the callback in front of all others of a ``transformers.Trainer``, so that they log what it adds."""
@@ -58,7 +57,7 @@ class RecipeCallback(TrainerCallback, ExportableState):
         if isinstance(self.recipe.model, ApproxModule):
             trainer.model_accepts_loss_kwargs = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Takes over the state of a checkpoint, if there is one.
 
         Raises:
@@ -67,7 +66,7 @@ class RecipeCallback(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and saved is not None:
             self.recipe.load_state_dict(saved["attributes"]["recipe"])
-        check_start(self.recipe, "the Trainer", state.max_steps, state.global_step, model)
+        check_start(self.recipe, "the Trainer", state.max_steps, state.global_step, given["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Goes on with the recipe.
@@ -79,10 +78,10 @@ class RecipeCallback(TrainerCallback, ExportableState):
         self._numbers = logged(self.recipe)
         self.recipe.step()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Adds to what is logged of training steps."""
-        if "loss" in logs:
-            logs.update(self._numbers)
+        if "loss" in given["logs"]:
+            given["logs"].update(self._numbers)
             state.log_history[-1].update(self._numbers)
 
     def state(self) -> dict[str, Any]:
