@@ -1,6 +1,6 @@
 """What mkdocs is told beside its configuration: where the sources are, pages made of other files, formulas.
 
-- The packages ``passes`` and ``policies`` stand at the top of the tree; for the reference all are laid out as a wheel has them.
+- The packages ``passes`` and ``policies`` stand at the top of the tree; the reference reads all as a wheel has them.
 - CONTRIBUTING.md and CHANGELOG.md are pages; so is each file outside of docs/ that a page links to.
 - The gallery is made of what ``docs/_site/record.py`` has recorded.
 - Formulas become MathML, which browsers show without a script.

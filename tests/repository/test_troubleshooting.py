@@ -82,7 +82,9 @@ def entries() -> dict[str, str]:
 @pytest.mark.parametrize(("path", "line", "text"), all_warnings())
 def test_every_warning_has_its_entry(path: str, line: int, text: str) -> None:
     assert len(text) >= SHORTEST, f"{path}:{line}: what it says cannot be told from others"
-    assert text in " ".join(PAGE.split()), f"docs/guides/troubleshooting.md has no entry for the warning of {path}:{line}"
+    assert text in " ".join(PAGE.split()), (
+        f"docs/guides/troubleshooting.md has no entry for the warning of {path}:{line}"
+    )
 
 
 @pytest.mark.parametrize("name", CLASSES)
