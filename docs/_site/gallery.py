@@ -9,8 +9,9 @@ from record import SCRIPTS, Script
 
 HEAD = """# Gallery
 
-Each script of `examples/` with what it printed when it was run. Outputs are recorded by `python docs/_site/record.py`; times are those
-of the machine that is named beside them, with what else it did. In commands FOLDER is an empty folder, and PICTURES that of the pictures.
+Each script of `examples/` with what it printed when it was run. The outputs are recorded by
+`python docs/_site/record.py`. Times are those of the machine that is named below each, with what else it did. In
+commands FOLDER is an empty folder, and PICTURES that of the pictures.
 """
 
 

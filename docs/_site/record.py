@@ -85,13 +85,13 @@ def record(script: Script, setup: Path | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         filled = script.command.replace("FOLDER", f"{folder}/run").replace("PICTURES", str(GALLERY))
         begun, load = time.perf_counter(), os.getloadavg()[0]
-        os.mkdir(f"{folder}/run") if "demo.html" in filled else None
+        if "demo.html" in filled:
+            os.mkdir(f"{folder}/run")
         done = subprocess.run(
-            [*_interpreted(filled.split(), setup)],
+            _interpreted(filled.split(), setup),
             cwd=REPOSITORY,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100", "HF_HUB_OFFLINE": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             check=False,
         )
@@ -99,25 +99,30 @@ def record(script: Script, setup: Path | None) -> None:
             raise SystemExit(f"{script.command}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
         seconds = time.perf_counter() - begun
         printed = done.stdout.replace(f"{folder}/run", "FOLDER").replace(f"{GALLERY}{os.sep}", "PICTURES/")
+    threads = f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}"
     stored = {
         "command": script.command,
         "output": _shown(printed),
         "seconds": round(seconds),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, load {load:.1f} when it began",
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {threads}, load {load:.1f} when it began",
         "versions": f"Python {sys.version.split()[0]}, torch {importlib.metadata.version('torch')}",
         "date": datetime.date.today().isoformat(),
     }
     path = GALLERY / f"{script.name}.json"
     path.write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"{path.relative_to(REPOSITORY)}: {seconds:.0f} s")
+    print(f"{path.relative_to(REPOSITORY)}: {seconds:.0f} s", flush=True)
 
 
 _SET_UP = """
 import runpy, sys
-runpy.run_path(sys.argv[1], run_name="__main__")
-module, sys.argv = sys.argv[2] == "-m", sys.argv[3:] if sys.argv[2] == "-m" else sys.argv[2:]
-sys.path[0] = "" if module else sys.argv[0].rpartition("/")[0]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True) if module else runpy.run_path(sys.argv[0], run_name="__main__")
+setup, *command = sys.argv[1:]
+runpy.run_path(setup, run_name="__main__")
+if command[0] == "-m":
+    sys.argv, sys.path[0] = command[1:], ""
+    runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+else:
+    sys.argv, sys.path[0] = command, command[0].rpartition("/")[0]
+    runpy.run_path(command[0], run_name="__main__")
 """
 
 
