@@ -53,7 +53,8 @@ def on_files(files: Any, config: Any) -> Any:
         add(name, _moved((REPOSITORY / source).read_text(encoding="utf-8"), source))
     add("gallery.md", gallery(REPOSITORY))
     texts = [(file.src_uri, file.content_string) for file in files.documentation_pages()]
-    for name in sorted({one for uri, text in texts for one in _outside(uri, text)}):
+    linked = {one for uri, text in texts for one in _outside(uri, text)}
+    for name in sorted(linked - set(INCLUDED.values())):  # those are pages already
         add(_page_of(name), _listing(REPOSITORY / name, name))
     return files
 

@@ -1,4 +1,4 @@
-"""The README, the guides and the concepts are readable: their sentences are short.
+"""The README, the guides, recipes and trainers are readable: their sentences are short.
 
     python tests/repository/test_readability.py [PAGES]
 
@@ -16,7 +16,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
-READ = [REPOSITORY / "README.md", DOCS / "index.md", DOCS / "get-started.md", *sorted((DOCS / "guides").glob("*.md"))]
+TOP = ("index.md", "get-started.md", "recipes.md", "integrations.md")
+READ = [REPOSITORY / "README.md", *(DOCS / name for name in TOP), *sorted((DOCS / "guides").glob("*.md"))]
 LIMIT = 20
 """Words of a sentence, on average over a page."""
 
