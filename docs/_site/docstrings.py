@@ -8,6 +8,7 @@ from typing import Any
 import griffe
 
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`(~?)([\w.]+)`")
+PAGE = re.compile(r"\bdocs/([\w-]+)\.md\b")
 CODE_FOLLOWS = re.compile(r"(?<=\S)[ ]?::(?=\n\s*\n)|^::(?=\n\s*\n)", re.MULTILINE)
 
 
@@ -31,6 +32,7 @@ class Docstrings(griffe.Extension):
             unknown = {"warn_unknown_params": False, "warn_missing_types": False}
             docstring.parser_options = {**docstring.parser_options, **unknown}
         text = CODE_FOLLOWS.sub(lambda found: ":" if found.start() and found[0] != "::" else "", docstring.value)
+        text = PAGE.sub(r'<a href="../\1.html">\1</a>', text)  # all pages of the reference lie in one folder
         docstring.value = ROLE.sub(link, text)
 
 

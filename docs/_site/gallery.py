@@ -17,7 +17,8 @@ commands FOLDER is an empty folder, and PICTURES that of the pictures.
 
 def gallery(repository: Path) -> str:
     """The page."""
-    return "\n".join([HEAD, *(_part(repository, script) for script in SCRIPTS)])
+    records = repository / "docs" / "gallery"
+    return "\n".join([HEAD, *(_part(repository, one) for one in SCRIPTS if (records / f"{one.name}.json").exists())])
 
 
 def _part(repository: Path, script: Script) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,22 @@ def test_the_reference_has_the_integrations() -> None:
 def test_nothing_is_told_twice_in_the_reference() -> None:
     names = documented()
     assert sorted(set(names)) == sorted(names)
+
+
+# ---- the gallery
+
+
+def test_every_example_is_in_the_gallery() -> None:
+    recorder = runpy.run_path(str(DOCS / "_site" / "record.py"))
+    scripts = {script.name: script for script in recorder["SCRIPTS"]}
+    assert {path.stem for path in (DOCS / "gallery").glob("*.json")} == set(scripts)
+    shown = {script.source for script in scripts.values()}
+    there = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "examples").glob("*.py")}
+    assert there <= shown
+    for script in scripts.values():
+        stored = json.loads((DOCS / "gallery" / f"{script.name}.json").read_text(encoding="utf-8"))
+        assert stored["command"] == script.command, "run docs/_site/record.py again"
+        assert all((DOCS / "gallery" / name).is_file() for name in script.pictures)
 
 
 # ---- the menu
