@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.plugins import event_priority
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -32,6 +33,7 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>
 CODE = re.compile(r"^(```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
+@event_priority(100)  # before mkdocstrings, which leaves out a folder that is not there yet
 def on_config(config: Any) -> Any:
     """Lays the packages out as they are imported."""
     shutil.rmtree(SOURCES, ignore_errors=True)
