@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 FX_APPROX_TEST_INSTALLED=1 $(TEST_VENV)/bin/pytest -
 # The fast half: what rests on torch's internals. Left out is what rests on the rest of the package.
 LATEST_FAST := $(foreach name,sampling policies benchmarks examples,--ignore=tests/$(name)) \
   $(foreach name,analysis/test_noise* compiler/test_reference_defects distributed/test_slices \
-    repository/test_repository schedules/test_controller schedules/test_growth,'--ignore-glob=tests/$(name).py')
+    repository/test_[dprt]* schedules/test_controller schedules/test_growth,'--ignore-glob=tests/$(name).py')
 # multinode.py needs root and an hour, gpu.py a GPU, regression.py another commit; pages.py measures nothing.
 BENCHMARKS := $(filter-out $(foreach name,multinode pages gpu regression,benchmarks/$(name).py), $(wildcard benchmarks/[!_]*.py))
 

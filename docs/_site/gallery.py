@@ -7,11 +7,15 @@ from pathlib import Path
 
 from record import SCRIPTS, Script
 
-HEAD = """# Gallery
+HEAD = """---
+hide: [navigation]
+---
+
+# Gallery
 
 Each script of `examples/` with what it printed when it was run. The outputs are recorded by
 `python docs/_site/record.py`. Times are those of the machine that is named below each, with what else it did. In
-commands FOLDER is an empty folder, and PICTURES that of the pictures.
+commands FOLDER is an empty folder.
 """
 
 
@@ -27,8 +31,8 @@ def _part(repository: Path, script: Script) -> str:
     if script.source is not None:
         first = (repository / script.source).read_text(encoding="utf-8").removeprefix('"""').split("\n\n")[0]
         lines += [" ".join(first.removesuffix('"""').split()), ""]
-    lines += ["```text", f"$ {stored['command']}", stored["output"], "```", ""]
-    lines += [f"![{script.title}](gallery/{name})\n" for name in script.pictures]
+    lines += ["```text", f"$ {stored['command']}", *filter(None, [stored["output"]]), "```", ""]
+    lines += [f"![{script.title}]({name})\n" for name in script.pictures]
     lines += [f"*{stored['machine']}; {stored['versions']}; {stored['seconds']} s; {stored['date']}.*", ""]
     if script.source is not None:
         source = (repository / script.source).read_text(encoding="utf-8").rstrip()

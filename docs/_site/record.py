@@ -1,4 +1,4 @@
-"""Runs the scripts of examples/ and records what they print, and their pictures, in docs/gallery.
+"""Runs the scripts of examples/ and records in docs/gallery what they print.
 
     python docs/_site/record.py                  # all, some minutes on 2 cores
     python docs/_site/record.py quickstart demo  # these
@@ -33,9 +33,9 @@ class Script:
     Attributes:
         name: Of its record.
         title: Its heading.
-        command: What is run; FOLDER is an empty folder, PICTURES that of the pictures.
+        command: What is run; FOLDER is an empty folder.
         source: The file to show, if there is one.
-        pictures: Files that it writes into PICTURES.
+        pictures: Files of docs/ that it writes.
     """
 
     name: str
@@ -51,7 +51,7 @@ def _example(name: str, title: str, arguments: str = "", pictures: Sequence[str]
 
 
 def _theory(name: str, title: str) -> Script:
-    return _example(f"theory/{name}", title, "--out PICTURES", [f"theory_{name}.png"])
+    return _example(f"theory/{name}", title, "--out docs/figures", [f"figures/theory_{name}.png"])
 
 
 SCRIPTS = (
@@ -62,14 +62,14 @@ SCRIPTS = (
     _example("recipe_accelerate", "A recipe with accelerate", "FOLDER"),
     _example("recipe_peft", "A recipe and LoRA"),
     _example("recipe_timm", "A recipe beside timm's training pieces"),
-    _example("token_pictures", "Which tokens are computed", "--out PICTURES", ["tokens.png"]),
+    _example("token_pictures", "Which tokens are computed", "--out docs/figures", ["figures/tokens.png"]),
     Script(
         "ddp_train",
         "Data-parallel training",
         "torchrun --nproc-per-node 2 examples/ddp_train.py --epochs 2",
         "examples/ddp_train.py",
     ),
-    _example("sweep", "A sweep over policies", "--seeds 0 --figure PICTURES/sweep.png", ["sweep.png"]),
+    _example("sweep", "A sweep over policies", "--seeds 0 --figure docs/gallery/sweep.png", ["gallery/sweep.png"]),
     _example("importance_trainer", "Examples drawn by their losses, in the Trainer", "FOLDER"),
     _example("importance_lightning", "Examples drawn by their losses, in Lightning", "FOLDER"),
     _theory("linear_regression", "Theory: sampling is a penalty"),
@@ -83,7 +83,7 @@ SCRIPTS = (
 def record(script: Script, setup: Path | None) -> None:
     """Runs one, and writes its record; an error if it fails."""
     with tempfile.TemporaryDirectory() as folder:
-        filled = script.command.replace("FOLDER", f"{folder}/run").replace("PICTURES", str(GALLERY))
+        filled = script.command.replace("FOLDER", f"{folder}/run")
         begun, load = time.perf_counter(), os.getloadavg()[0]
         if "demo.html" in filled:
             os.mkdir(f"{folder}/run")
@@ -98,7 +98,7 @@ def record(script: Script, setup: Path | None) -> None:
         if done.returncode:
             raise SystemExit(f"{script.command}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
         seconds = time.perf_counter() - begun
-        printed = done.stdout.replace(f"{folder}/run", "FOLDER").replace(f"{GALLERY}{os.sep}", "PICTURES/")
+        printed = done.stdout.replace(f"{folder}/run", "FOLDER")
     threads = f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}"
     stored = {
         "command": script.command,
