@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import html
+import logging
 import posixpath
 import re
 import shutil
@@ -28,6 +29,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = REPOSITORY / "build" / "docs-sources"
 INCLUDED = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 
+LOG = logging.getLogger("mkdocs.hooks")
 LINK = re.compile(r"(\[[^\]]*\])\(([^)\s]+)\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 CODE = re.compile(r"^(```.*?^```$)", re.MULTILINE | re.DOTALL)
@@ -75,12 +77,16 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return _in_prose(markdown, lambda text: LINK.sub(link, text))
 
 
-def on_page_content(html_: str, **_: Any) -> str:
-    """Makes formulas MathML."""
+def on_page_content(html_: str, page: Any, **_: Any) -> str:
+    """Makes formulas MathML; a command of TeX that is not known is a warning."""
 
     def formula(found: re.Match[str]) -> str:
         display = "block" if found[2] == "[" else "inline"
-        return convert(html.unescape(found[3]).strip(), display=display)
+        text = html.unescape(found[3]).strip().replace(r"\Big\Vert", r"\Big‖")  # its name is not known there
+        made = convert(text, display=display)
+        if unknown := re.findall(r">(\\\w*)", made):
+            LOG.warning("%s: MathML has no %s of %s", page.file.src_uri, ", ".join(unknown), text)
+        return made
 
     return FORMULA.sub(formula, html_)
 
