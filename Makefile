@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TEST_VENV ?= .venv-test
 LATEST_VENV ?= .venv-latest
+DOCS_VENV ?= .venv-docs
 CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 PYTEST_ARGS ?=
@@ -23,7 +24,7 @@ LATEST_FAST := $(foreach name,sampling policies benchmarks examples,--ignore=tes
 BENCHMARKS := $(filter-out $(foreach name,multinode pages gpu regression,benchmarks/$(name).py), $(wildcard benchmarks/[!_]*.py))
 
 .DELETE_ON_ERROR:
-.PHONY: help dev demo bench bench-quick test test-latest test-latest-fast slow lint clean fresh-test-env wheel
+.PHONY: help dev demo docs bench bench-quick test test-latest test-latest-fast slow lint clean fresh-test-env wheel
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -53,6 +54,17 @@ BASE ?= HEAD~1
 
 bench-quick: $(VENV)/.dev ## whether steps have become slower since the commit BASE (HEAD~1), in ten minutes
 	$(VENV)/bin/python benchmarks/regression.py --base $(BASE)
+
+# ---- the site of the documentation; it reads the sources, so neither the package nor torch is installed
+
+$(DOCS_VENV)/.docs: $(DEPENDENCIES)
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])' \
+	  | xargs $(DOCS_VENV)/bin/python $(PIP_INSTALL)
+	touch $@
+
+docs: $(DOCS_VENV)/.docs ## build the site of the documentation into build/site
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 # ---- the test environment: the built wheel, never the source tree
 
@@ -106,5 +118,5 @@ test-latest-fast: build/constraints-latest.txt ## the half of it that rests on t
 	$(MAKE) --no-print-directory test TEST_VENV=$(LATEST_VENV) CONSTRAINTS=$< PYTEST_ARGS="$(LATEST_FAST) $(PYTEST_ARGS)"
 
 clean: ## remove environments, caches and builds
-	rm -rf $(VENV) $(TEST_VENV) $(LATEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TEST_VENV) $(LATEST_VENV) $(DOCS_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

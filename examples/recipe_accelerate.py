@@ -27,6 +27,7 @@ def train(folder: str, steps: int = 200, stop: int | None = None) -> nn.Module:
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision="bf16")
     recipe = fx_approx.recipes.finetune(model, x[:32], steps, check=False)
+    print(recipe)
     optimizer = torch.optim.AdamW(recipe.model.parameters(), 1e-3)
     network, optimizer = accelerator.prepare(recipe.model, optimizer)
     accelerator.register_for_checkpointing(recipe)  # a recipe has state_dict and load_state_dict
