@@ -277,12 +277,14 @@ class Recipe:
         if self.sampling:
             self._keep_narrow()
         if self._narrow is None:
-            why = self._why_wide or "nothing was sampled yet" if self._handle is not None else "nothing is sampled"
+            why = self._why_wide or ("nothing was sampled yet" if self._handle is not None else "nothing is sampled")
+            if self._handle is not None and not any(piece._fx_approx.selectors for piece in pieces_of(self._handle)):
+                why = "tokens are left out, and all channels are read"
             raise UnsupportedError(f"ship: there is no narrow network: {why}")
         return copy.deepcopy(self._narrow)
 
     def state_dict(self, *, model: bool = True) -> dict[str, Any]:
-        """All that goes on from here, but for the optimiser's state.
+        """All that goes on from here, but for the optimiser's state; its tensors are the model's own, not copies.
 
         Args:
             model: With the model's state; False where it is stored beside this. Without it, and without an optimiser,

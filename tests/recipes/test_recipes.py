@@ -153,6 +153,10 @@ def test_a_transformer_drops_tokens_and_ends_with_all() -> None:
     same(model, other)
     with pytest.raises(UnsupportedError, match="ship: there is no narrow network"):
         recipe.ship()
+    alone = recipes.transformer(built(Vit), IMAGES, STEPS, check=False)
+    train(alone, sgd(alone.model), 2)
+    with pytest.raises(UnsupportedError, match="no narrow network: tokens are left out, and all channels are read"):
+        alone.ship()
 
 
 @pytest.mark.parametrize("with_optimizer", [True, False])
