@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from fx_approx.cli.arguments import WrongArgumentError, parse
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 where ``verify`` finds another number; 2 for a wrong argument, which one line on stderr
         names; 3 for an error that no one has foreseen, of the model or of this package, with its traceback on stderr.
     """
+    # Torch says so when it is imported without NumPy, which nothing here needs.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
     try:
         options = parse(arguments)
         if options.command == "demo":
