@@ -51,16 +51,23 @@ def planned_bytes(networks: Sequence[str], ratios: Sequence[float], min_k: int) 
     return found
 
 
+def byte_cells(one: dict[str, Any]) -> list[str]:
+    """A setting, its megabytes, dense and sent, and the share that is saved."""
+    return [
+        one["network"],
+        f"{one['ratio']:.3g}",
+        one["scope"],
+        f"{one['dense'] / 1e6:.1f}",
+        f"{one['sent'] / 1e6:.1f}",
+        f"{100 * (1 - one['sent'] / one['dense']):.1f} %",
+    ]
+
+
 def show_bytes(found: Sequence[dict[str, Any]]) -> None:
     """Prints them."""
     lines = [
         [
-            one["network"],
-            f"{one['ratio']:.3g}",
-            one["scope"],
-            f"{one['dense'] / 1e6:.1f}",
-            f"{one['sent'] / 1e6:.1f}",
-            f"{100 * (1 - one['sent'] / one['dense']):.1f} %",
+            *byte_cells(one),
             f"{100 * (1 - one['sent of sliced'] / one['dense of sliced']):.1f} % ({one['sliced']})",
         ]
         for one in found

@@ -15,17 +15,7 @@ Result = dict[str, Any]
 
 def bytes_of(content: Content) -> str:
     """Gradients of a step, as planned."""
-    rows = [
-        [
-            one["network"],
-            f"{one['ratio']:.3g}",
-            one["scope"],
-            f"{one['dense'] / 1e6:.1f}",
-            f"{one['sent'] / 1e6:.1f}",
-            f"{100 * (1 - one['sent'] / one['dense']):.1f} %",
-        ]
-        for one in content["results"]
-    ]
+    rows = [report.byte_cells(one) for one in content["results"]]
     return rows_to_table(["network", "ratio", "scope", "dense, MB", "sent, MB", "less"], rows)
 
 
