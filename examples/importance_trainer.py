@@ -96,5 +96,20 @@ def train(folder: str, epochs: int = 6, limit: int = 1000, save: int = 25) -> Im
     return trainer
 
 
+def summary(trainer: ImportanceTrainer) -> str:
+    """What was read, and how the network does on the digits that it was not given."""
+    digits, sampler = load_digits(), trainer.sampler
+    pixels = torch.tensor(digits.data[sampler.size :] / 16, dtype=torch.float32)
+    labels = torch.tensor(digits.target[sampler.size :])
+    with torch.no_grad():
+        right = trainer.model(pixels)["logits"].argmax(1) == labels
+    steps, losses = trainer.state.global_step, sampler.state_dict()["losses"]
+    return (
+        f"{steps} steps in {sampler.epochs} epochs, each of {len(sampler)} of {sampler.size} digits\n"
+        f"last loss of a digit: mean {losses.mean():.3f}, largest {losses.max():.2f}\n"
+        f"accuracy on {len(labels)} other digits: {100 * right.float().mean():.1f} %"
+    )
+
+
 if __name__ == "__main__":
-    train(sys.argv[1])
+    print(summary(train(sys.argv[1])))

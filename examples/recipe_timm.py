@@ -2,10 +2,13 @@
 
     python examples/recipe_timm.py
 
-needs timm and scikit-learn, whose digits it learns.
+needs timm and scikit-learn, whose digits it learns. So small a network gains no time: without ``check=False`` the
+recipe would leave it exact.
 """
 
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -22,26 +25,37 @@ import fx_approx
 from fx_approx.integrations.timm import step_with_ema
 
 
-def train(steps: int = 600) -> tuple[float, float]:
-    """Trains, and returns the accuracy of the network and of the average of its weights."""
+def train(steps: int = 600) -> str:
+    """Trains, and returns what came of it, in words."""
     digits = load_digits()
     x, y = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 6 - 0.8, torch.tensor(digits.target)
     torch.manual_seed(0)
     sizes = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 2, "num_heads": 4}
     recipe = fx_approx.recipes.finetune(VisionTransformer(**sizes, num_classes=10), x[:32], steps, check=False)
+    print(recipe)
     optimizer = create_optimizer_v2(recipe.model, "adamw", lr=2e-3, weight_decay=0.05, layer_decay=0.8)
     schedule = {"warmup_t": steps // 10, "warmup_lr_init": 1e-5, "t_in_epochs": False}
     scheduler = CosineLRScheduler(optimizer, t_initial=steps, **schedule)
     ema = ModelEmaV3(recipe.model, decay=0.95)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
     for step, rows in enumerate(torch.randint(360, len(x), (steps, 32))):
+        taken, start = seconds[recipe.sampling], time.perf_counter()
         optimizer.zero_grad()
         F.cross_entropy(recipe.model(x[rows]), y[rows]).backward()
         optimizer.step()
         step_with_ema(recipe, ema, step)
         scheduler.step_update(step + 1)
-    found = [(one.eval()(x[:360]).argmax(1) == y[:360]).float().mean().item() for one in (recipe.finish(), ema.module)]
-    return found[0], found[1]
+        taken.append(time.perf_counter() - start)
+    models = recipe.finish(), ema.module
+    found = [100 * (one.eval()(x[:360]).argmax(1) == y[:360]).float().mean().item() for one in models]
+    exact, sampled = (1000 * statistics.median(seconds[kind]) for kind in (False, True))
+    saved = 100 * recipe.report().totals.saved
+    return (
+        f"{steps} steps: {len(seconds[True])} sampled, each with {saved:.0f} % fewer operations\n"
+        f"median step: {sampled:.1f} ms sampled, {exact:.1f} ms exact, which is {sampled / exact:.2f} of the time\n"
+        f"accuracy on 360 digits that were held back: {found[0]:.1f} %, of the average of the weights {found[1]:.1f} %"
+    )
 
 
 if __name__ == "__main__":
-    print("accuracy {:.3f}, of the average {:.3f}".format(*train()))
+    print(f"\n{train()}")

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.helpers.torchvision_compat import define_missing_schemas
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -40,6 +42,19 @@ def test_transform_time(transform_time: ModuleType, tmp_path: Path, capsys: pyte
     stored = json.loads(target.read_text(encoding="utf-8"))
     assert [each["products"] for each in stored["results"]] == [2, 5]
     assert {"processor", "cores", "torch", "fx_approx"} <= set(stored["environment"])
+
+
+# ---- a recipe beside timm
+
+
+def test_recipe_timm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    define_missing_schemas()  # timm imports torchvision
+    pytest.importorskip("timm")
+    for (module,) in scripts("examples", ("recipe_timm",), monkeypatch):
+        said = module.train(40).splitlines()
+    assert capsys.readouterr().out.startswith("finetune: 40 steps of VisionTransformer")
+    assert [line.split()[0] for line in said] == ["40", "median", "accuracy"]
+    assert " 26 sampled, each with 50 % fewer operations" in said[0]
 
 
 # ---- pictures of tokens

@@ -72,8 +72,10 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def test_the_trainer_of_hugging_face(example: Callable[[str], Any], tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    train = example("importance_trainer").train
+    script = example("importance_trainer")
+    train = script.train
     whole = train(str(tmp_path / "whole"), EPOCHS, LIMIT, save=5)
+    assert script.summary(whole).startswith("24 steps in 4 epochs, each of 180 of 300 digits")
     # Six steps read 180 examples; the first two epochs are exact, and so is the last.
     assert whole.state.global_step == whole.state.max_steps == 6 * EPOCHS
     other, layers = by_hand(lambda step: 1e-2 * (1 - step / 24), clip=1.0, decay=0.0)
@@ -95,8 +97,10 @@ def test_the_trainer_of_hugging_face(example: Callable[[str], Any], tmp_path: Pa
 )
 def test_lightning(example: Callable[[str], Any], tmp_path: Path) -> None:
     pytest.importorskip("lightning")
-    train = example("importance_lightning").train
+    script = example("importance_lightning")
+    train = script.train
     whole = train(str(tmp_path / "whole"), EPOCHS, limit=LIMIT)
+    assert script.summary(whole).startswith("24 steps in 4 epochs, each of 180 of 300 digits")
     assert whole.trainer.global_step == 6 * EPOCHS
     other, layers = by_hand(lambda step: 1e-2, clip=math.inf, decay=0.01)
     assert_near(whole.layers, whole.sampler, other, layers)
