@@ -50,7 +50,7 @@ def _demo(options: argparse.Namespace) -> int:
     demo = importlib.import_module("fx_approx.demo.run")
     training = demo.Options(options.epochs, options.width, options.ratio, options.compile, options.seed)
     try:
-        demo.run(options.networks, options.html, options.data, options.limit, training)
+        demo.run(options.networks, options.html, options.data, options.limit, training, options.json)
     except (OSError, ValueError) as error:
         # A file of the user's; what else may be wrong, the arguments have been checked for.
         if options.data is None and not isinstance(error, OSError):

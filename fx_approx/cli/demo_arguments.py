@@ -48,6 +48,7 @@ def add_demo(commands: Any) -> None:
     demo.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="only these")
     demo.add_argument("--compile", action="store_true", help="torch.compile all models")
     demo.add_argument("--html", type=Path, default=Path("demo.html"), metavar="FILE", help="the page (%(default)s)")
+    demo.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
 
 
 def _whole(least: int) -> Callable[[str], int]:

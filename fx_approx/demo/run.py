@@ -8,12 +8,17 @@ page has the curves and what each layer computes.
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
+import json
+import platform
 import sys
 import textwrap
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -22,6 +27,7 @@ import fx_approx
 from fx_approx.demo.images import digits, idx_folder
 from fx_approx.demo.page import page
 from fx_approx.demo.training import BATCH, Options, Result, compare
+from fx_approx.utils.timing import device_key
 
 
 def table(results: Sequence[Result]) -> str:
@@ -49,12 +55,46 @@ def table(results: Sequence[Result]) -> str:
     return tabulate(rows, [*heads, "shipped:\nweights", "its\nlatency", "its\naccuracy"], disable_numparse=True)
 
 
+def record(images: str, options: Options, results: Sequence[Result]) -> dict[str, Any]:
+    """What came of it, as plain values: machine and versions, options, and each network's numbers.
+
+    Args:
+        images: What the networks were trained on.
+        options: Of the trainings.
+        results: Of each network.
+    """
+    versions = {"python": platform.python_version(), "fx_approx": fx_approx.__version__}
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    networks = [
+        {
+            "name": one.name,
+            "task": one.task,
+            "left_exact": one.recipe.exact,
+            "saved": None if one.recipe.exact else one.recipe.report().totals.saved,
+            "step_ratio": one.step_ratio,
+            "training_ratio": one.training_ratio,
+            "accuracies": one.accuracies,
+            "parameters": one.parameters,
+            "latency": one.latency,
+            "setup": one.setup,
+        }
+        for one in results
+    ]
+    return {
+        "environment": {**device_key(torch.device("cpu")), **versions, "date": date},
+        "images": images,
+        "options": dataclasses.asdict(options),
+        "results": networks,
+    }
+
+
 def run(
     networks: Sequence[str],
     html: Path,
     data: Path | None = None,
     limit: int = 2000,
     options: Options | None = None,
+    numbers: Path | None = None,
 ) -> None:
     """Trains the networks, prints the table and writes the page.
 
@@ -64,6 +104,7 @@ def run(
         data: A folder with MNIST or Fashion-MNIST as IDX files; None for the digits.
         limit: Training images at most; in a folder, test images too.
         options: Of the trainings.
+        numbers: A file for what :func:`record` gives, as JSON; None for none.
 
     Raises:
         OSError: A file is missing, or cannot be written.
@@ -71,7 +112,9 @@ def run(
     """
     options = Options() if options is None else options
     images = digits(limit, options.seed) if data is None else idx_folder(data, limit, options.seed)
-    html.touch()  # a page that cannot be written is found out before the training
+    for file in (html, numbers):
+        if file is not None:
+            file.touch()  # what cannot be written is found out before the training
     start = time.perf_counter()
     how = "compiled" if options.compile else "eager"
     height, width = images.train.shape[-2:]
@@ -82,6 +125,8 @@ def run(
         results = [compare(name, images, options, _progress) for name in networks]
     print(f"\n{table(results)}\n")
     html.write_text(page(images.name, where, results), encoding="utf-8")
+    if numbers is not None:
+        numbers.write_text(json.dumps(record(images.name, options, results), indent=2) + "\n", encoding="utf-8")
     for one in results:
         last = one.recipe.choices[-1]
         said = f"{last.what}: {last.why}" if one.recipe.exact else one.recipe.choices[0].what

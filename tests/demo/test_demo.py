@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gzip
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,22 @@ def test_demo_on_a_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "20 x 18 pixels" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("quick")
+def test_the_numbers_of_a_seed(tmp_path: Path) -> None:
+    """What the table has, as JSON; another seed has other accuracies, and the same one the same."""
+    found = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        file = tmp_path / f"{name}.json"
+        options = ("--networks", "CNN", "--seed", seed, "--json", str(file), "--html", str(tmp_path / "page.html"))
+        assert main((*TINY, "--epochs", "30", *options)) == 0
+        found.append(json.loads(file.read_text(encoding="utf-8")))
+    same, again, other = (one["results"][0] for one in found)
+    assert [one["options"]["seed"] for one in found] == [1, 1, 2] and same["name"] == "CNN" and not same["left_exact"]
+    assert {"name", "threads", "torch", "python", "fx_approx", "date"} <= set(found[0]["environment"])
+    assert same["accuracies"] == again["accuracies"] != other["accuracies"]
+    assert 0 < same["saved"] < 1 and len(same["step_ratio"]) == 3 and same["parameters"][1] < same["parameters"][0]
+
+
 def test_where_nothing_is_sampled_both_learn_the_same() -> None:
     options = training.Options(epochs=3, width=16)
     for name in ("CNN", "MLP"):
@@ -185,9 +202,11 @@ def test_bad_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_page_that_cannot_be_written_is_told_before_the_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main((*TINY, "--html", str(tmp_path / "nowhere" / "page.html"))) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and "nowhere" in said.err
+    for option in ("--html", "--json"):
+        here = ("--html", str(tmp_path / "page.html"))
+        assert main((*TINY, *here, option, str(tmp_path / "nowhere" / "file"))) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and "nowhere" in said.err
 
 
 def test_the_line_of_progress_overwrites_itself(
