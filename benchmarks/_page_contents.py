@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _page_demo as demo
 import _page_network as network
 import _page_policies as policies
 import _page_steps as steps
@@ -32,6 +33,16 @@ def _trained(title: str, name: str, config: str, notes: str, more: str = "") -> 
 def _no_machine(_: Content) -> str:
     return "The records hold no machine; torch 2.13.0 (CPU), 2026-11-25, was noted beside them."
 
+
+_DEMO = Section(
+    "The demo, by seeds",
+    demo.RECORDS,
+    demo.command,
+    "Three small networks, exactly and by a recipe, in turn. Mean ± standard deviation over the seeds; times are "
+    "shares of exact training's, of a step the median of each run. Setting up is not counted.",
+    demo.body,
+    demo.machines,
+)
 
 STEPS = Page(
     "steps.md",
@@ -310,6 +321,7 @@ TRAINING = Page(
             _no_machine,
             "Demand-driven sampling: accuracy",
         ),
+        *([_DEMO] if demo.RECORDS else []),
     ],
 )
 

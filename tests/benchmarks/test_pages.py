@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +51,33 @@ def test_a_changed_record_and_a_changed_page_make_a_page_stale(tmp_path: Path) -
     ]
 
 
+def ran(seed: int, accuracy: float, left_exact: bool) -> dict[str, Any]:
+    """A record of the demo with one network."""
+    narrow = (None, None, None) if left_exact else (accuracy - 2, 250, 0.002)
+    one = {"name": "CNN", "left_exact": left_exact, "saved": None if left_exact else 0.75, "training_ratio": 0.5}
+    one |= {"step_ratio": None if left_exact else [0.35, 0.3, 0.4], "accuracies": [90.0, accuracy, narrow[0]]}
+    one |= {"parameters": [1000, narrow[1]], "latency": [0.004, narrow[2]]}
+    versions = {"name": "a processor", "threads": 1, "python": "3.11", "torch": "2.13", "fx_approx": "0.2"}
+    about = {"environment": {**versions, "date": f"day {seed}"}, "images": "digits", "options": {"seed": seed}}
+    return {**about, "results": [one]}
+
+
+def test_the_demo_over_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    page = importlib.import_module("_page_demo")
+    records = [ran(0, 88.0, False), ran(1, 86.0, False), ran(2, 90.0, True)]
+    row = page.body(*records).splitlines()[-1]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        *("CNN, left exact in 1 of 3", "75 ± 0", "0.35 ± 0.00", "0.50 ± 0.00", "90.0 ± 0.0", "88.0 ± 2.0"),
+        *("85.0 ± 1.4", "0.25 ± 0.00", "0.50 ± 0.00"),
+    ]
+    assert "(one seed)" in page.body(records[0])
+    assert page.command(*records).splitlines()[2] == "python -m fx_approx demo --seed 2 --json docs/results/demo-2.json"
+    assert page.machines(*records) == (
+        "a processor, threads: 1; Python 3.11, torch 2.13, fx_approx 0.2; day 0, day 1, day 2. Images: digits."
+    )
+
+
 def sections(name: str) -> list[str]:
     return re.split(r"^## ", (RESULTS / name).read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
 
@@ -59,7 +88,8 @@ def test_every_table_has_its_command_machine_and_records(name: str) -> None:
     assert found
     for section in found:
         title = section.partition("\n")[0]
-        assert re.match(r"[^\n]+\n\n```\n(OMP_NUM_THREADS=1 )?python (benchmarks|examples)/", section), title
+        command = r"(OMP_NUM_THREADS=1 )?python (benchmarks/|examples/|-m fx_approx )"
+        assert re.match(rf"[^\n]+\n\n```\n{command}", section), title
         assert "\n|---" in section, title
         if title != "The learning rate":  # of the runs that the other sections of the page have
             assert "torch 2." in section and "Records: [" in section, title
