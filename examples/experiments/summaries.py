@@ -16,12 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from records import slug
+from records import accuracy, mended, sampled_forward, slug
 
 Record = Mapping[str, Any]
-
-_EXACT_FORWARD = ("backward", "weight_gradient")
-"""Policies that sample gradients alone: BatchNorm sees what it would see in exact training."""
 
 _COSTS = ["quicker", "peak", "traffic", "time"]
 
@@ -61,23 +58,6 @@ class Results:
     found: pd.DataFrame
     accuracies: pd.DataFrame
     curves: pd.DataFrame
-
-
-def _sampled_forward(options: Mapping[str, Any]) -> bool:
-    policy = options["policy"]
-    return bool(policy) and policy.get("kind") not in _EXACT_FORWARD
-
-
-def mended(record: Record) -> bool:
-    """Whether the accuracy of a run is that after re-estimating statistics: the last forward passes are sampled."""
-    options = record["options"]
-    sampled = _sampled_forward(options) and not options.get("subnetwork")  # the statistics of a narrow one are its own
-    return sampled and not options["tail"] and record["final"].get("recalibrated") is not None
-
-
-def accuracy(record: Record) -> float:
-    """Of the end of a run, per cent."""
-    return float(record["final"]["recalibrated" if mended(record) else "accuracy"])
 
 
 def processor(record: Record) -> str:
@@ -211,7 +191,7 @@ def _curves(ended: pd.DataFrame, clocked: pd.Index, ends: pd.Series) -> pd.DataF
     shortest = ended.record.map(lambda record: len(record["epochs"])).groupby(ended.variant).min()
     rows = []
     for run in ended.itertuples():
-        epochs, mend = run.record["epochs"], _sampled_forward(run.options)
+        epochs, mend = run.record["epochs"], sampled_forward(run.options)
         for number, one in enumerate(epochs[: shortest[run.variant]]):
             reached = one.get("accuracy", math.nan)
             reached = one.get("recalibrated", reached) if mend else reached
