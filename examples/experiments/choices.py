@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, ConfigError, Variant, plain
-from records import Records, accuracy, digest
+from records import Records, accuracy, digest, told
 
 FORMAT = 1
 
@@ -31,11 +31,6 @@ def described(config: Config, name: str, identity: Mapping[str, Any]) -> dict[st
 def key(described: Mapping[str, Any], seed: int, validation: int = 0) -> str:
     """Tells runs apart; those with so many examples held out are others."""
     return digest([FORMAT, described, seed, *([validation] if validation else [])])
-
-
-def told(values: Mapping[str, Any]) -> str:
-    """The values of a try, for people."""
-    return ", ".join(f"{name} = {value}" for name, value in values.items())
 
 
 @dataclasses.dataclass(frozen=True)

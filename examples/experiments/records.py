@@ -1,6 +1,6 @@
 """Where results and unfinished runs are kept: JSON lines, one for each run, safe for several processes at a time.
 
-Also which of its accuracies is that of a run.
+Also which of its accuracies is that of a run, and how a try is told.
 """
 
 from __future__ import annotations
@@ -121,3 +121,8 @@ def mended(record: Mapping[str, Any]) -> bool:
 def accuracy(record: Mapping[str, Any]) -> float:
     """Of the end of a run, per cent."""
     return float(record["final"]["recalibrated" if mended(record) else "accuracy"])
+
+
+def told(values: Mapping[str, Any]) -> str:
+    """The values of a try, for people."""
+    return ", ".join(f"{name} = {value}" for name, value in values.items())

@@ -37,7 +37,7 @@ import variants
 from choices import FORMAT, Choices, NotChosen
 from config import Config, ConfigError, load, plain
 from networks import Network, network
-from records import Records, digest
+from records import Records, digest, told
 from sources import REPOSITORY, open_source
 from training import Budget, Run, Settings
 
@@ -278,7 +278,7 @@ def _check(config: Config, check: Callable[[Config, str], Any]) -> None:
             try:
                 check(choices.put(config, name, tried), name)
             except ConfigError as error:
-                raise ConfigError(f"{error}, in the try {choices.told(values)}" if values else str(error)) from None
+                raise ConfigError(f"{error}, in the try {told(values)}" if values else str(error)) from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -337,7 +337,7 @@ def _list(experiment: Experiment, names: Sequence[str], options: argparse.Namesp
             for one, seed in itertools.product(found.tries(name), config.choice_seeds):
                 reached = found.accuracy(name, one, seed)
                 said = "missing" if reached is None else choices.percent(reached)
-                print(f"{config.name}: {name}, {choices.told(one.values)}, seed {seed}, held out: {said}")
+                print(f"{config.name}: {name}, {told(one.values)}, seed {seed}, held out: {said}")
             print(f"{config.name}: {name}: {found.taken(name)}")
         except NotChosen as error:
             print(error)
@@ -357,7 +357,7 @@ def _choose(experiment: Experiment, names: Sequence[str], progress: bool) -> Non
         for one, seed in itertools.product(found.tries(name), config.choice_seeds):
             about = {"validation": config.validation, "tried": dict(one.values)}
             said = experiment.of(one.config).do(name, seed, progress, about)
-            print(f"{config.name}: {name}, {choices.told(one.values)}, seed {seed}, held out: {said}", flush=True)
+            print(f"{config.name}: {name}, {told(one.values)}, seed {seed}, held out: {said}", flush=True)
     for name in names:
         print(f"{config.name}: {name}: {found.taken(name)}", flush=True)
 
