@@ -114,11 +114,12 @@ def table(results: Results, within: float) -> str:
 def rivals(results: Results) -> str:
     """What exact baselines of equal cost reach beside the variants whose cost they have; empty if there are none.
 
-    A baseline at another learning rate stands beside its variant at that rate.
+    A baseline at another learning rate stands beside its variant at that rate. One whose rate was chosen from tries
+    stands beside its variant with what was chosen for that.
     """
     found, rows = results.found, []
     for one in found[(found.equal != "") & found.to.isin(found.index)].itertuples():
-        other = at_rate(found, found.alike[one.to], one.rate)
+        other = next(found.loc[[one.to]].itertuples()) if one.tries else at_rate(found, found.alike[one.to], one.rate)
         if other is None:
             continue
         gains = (results.accuracies[other.Index] - results.accuracies[one.Index]).dropna()
@@ -172,8 +173,10 @@ def choices(results: Results) -> str:
 
 
 def rates(results: Results) -> str:
-    """Accuracies by learning rate, seeds in brackets; empty where no variant had a second one."""
-    found = results.found
+    """Accuracies by learning rate, seeds in brackets; empty where no variant had a second one but in its tries."""
+    found = results.found[results.found.tries == 0]
+    if found.empty:
+        return ""
     columns = sorted(found.rate.unique())
     cells = found.apply(lambda one: f"{spread(one.accuracy, one.deviation)} ({one.runs})", axis=1)
     rows = []

@@ -495,9 +495,11 @@ def test_the_configurations_that_are_here_are_read(scripts: SimpleNamespace) -> 
         config = scripts.config.load(path)
         scripts.networks.network(config.network, path.name)
         assert config.name == path.stem
-        for name in config.variants:
-            scripts.variants.policy_of(config, name)
-            scripts.variants.schedule_of(config, name, 100)
+        for name, variant in config.variants.items():
+            for _, tried in variant.alternatives():
+                one = scripts.choices.put(config, name, tried)
+                scripts.variants.policy_of(one, name)
+                scripts.variants.schedule_of(one, name, 100)
         if config.start is not None:
             other = scripts.config.load(path.parent / config.start.config)
             assert config.start.variant in other.variants and other.network == config.network

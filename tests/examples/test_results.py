@@ -277,6 +277,7 @@ def test_tries_stand_beside_what_the_best_of_them_reached(tables: ModuleType, su
             "chosen": {"rate": 2.0},
         },
         record("exact", 0, (90, 92), 1.0, 10.0),
+        {**record("fewer", 0, (80, 85), 0.5, 5.0, equal="flops", by="epochs", to="tail", rate=4.0), "tries": 2},
     ]
     tried = [
         held_out("tail", 100, 70.0, 1.0, policy=policy, tail=0.2),
@@ -291,7 +292,11 @@ def test_tries_stand_beside_what_the_best_of_them_reached(tables: ModuleType, su
     results = summaries.evaluated(own)
     assert results.found.loc["tail"].accuracy == 91 and set(results.accuracies.index) == {0}
     cells = {line.split()[0]: line.split()[1:3] for line in lines_of(tables.table(results, 0.5))}
-    assert cells == {"exact": ["1", "1"], "tail": ["1", "3"]}
+    assert cells == {"exact": ["1", "1"], "tail": ["1", "3"], "fewer": ["1", "2"]}
+    # Each at the rate that is best for it.
+    (rival,) = lines_of(tables.rivals(results))
+    assert rival.split()[:2] == ["tail", "91.00_(one_seed)"] and rival.split()[-1] == "6.00_(one_seed)"
+    assert tables.rates(results) == ""
     assert [line.split() for line in lines_of(tables.choices(results))] == [
         ["tail", "rate_=_1.0", "5,000", "1", "70.00_(one_seed)"],
         ["tail", "rate_=_2.0", "5,000", "2", "81.00_±_1.41", "taken"],
