@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx._compat import forget_compiled
-from fx_approx.compiler.transform import report
+from fx_approx.compiler.transform import explain, report
 from fx_approx.errors import NoEffectWarning, UnsupportedError
+from fx_approx.policies.uniform import Exact
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.controls import (
     follow_modes,
@@ -150,6 +151,10 @@ class Recipe:
         self._narrow: nn.Module | None = None
         self._pieces: Sequence[ApproxModule] = ()
         self._why_wide = ""
+        self._said = False
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {self.taken} of {self.steps} steps, {'exact' if self.exact else 'sampled'}>"
 
     def __str__(self) -> str:
         head = f"{self.name}: {self.steps} steps of {type(self._full).__name__}"
@@ -189,9 +194,21 @@ class Recipe:
 
         Raises:
             ValueError: There are no more steps; or, with an optimiser, the full model was changed meanwhile.
+
+        Warns:
+            NoEffectWarning: ``model`` is in evaluation mode, in which nothing is sampled; or, with an optimiser, that
+                one does not step.
         """
         if self.taken >= self.steps:
             raise ValueError(f"step: all {self.steps} steps of the recipe were taken; call finish()")
+        if not (self.exact or self._said or self.model.training):
+            self._said = True
+            warnings.warn(
+                "step: recipe.model is in evaluation mode, in which nothing is sampled and BatchNorm learns nothing; "
+                "call recipe.model.train() before a step of training",
+                NoEffectWarning,
+                stacklevel=2,
+            )
         if self._driver is not None and self.taken + 1 < self.steps:
             self._go_on(self._driver)
         self.taken += 1
@@ -216,11 +233,14 @@ class Recipe:
     def report(self) -> SavingsReport:
         """What each layer saves in a sampled step, whatever step this is, see :func:`fx_approx.report`.
 
+        Where nothing is sampled, all layers are exact, and a note says why.
+
         Raises:
-            ValueError: Nothing is sampled (``print(recipe)`` says why), or a backend has compiled nothing yet.
+            ValueError: A backend has compiled nothing yet.
         """
         if self._handle is None:
-            raise ValueError(f"report: nothing is sampled. {self.choices[-1].what}: {self.choices[-1].why}")
+            found = explain(self._full, Exact(), self._batch).report
+            return dataclasses.replace(found, notes=(*found.notes, *(f"{one.what}: {one.why}" for one in self.choices)))
         runtimes = [piece._fx_approx for piece in pieces_of(self._handle)]
         switches: list[Any] = [one for runtime in runtimes for one in (*runtime.selectors.values(), *runtime.tokens)]
         before = [one.enabled for one in switches]
