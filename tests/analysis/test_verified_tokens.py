@@ -31,7 +31,7 @@ CASES: list[tuple[str, str, Tokens]] = [
 ]
 
 
-@pytest.mark.parametrize(("how", "head", "policy"), thinned(CASES))
+@pytest.mark.parametrize(("how", "head", "policy"), thinned(CASES, 3))
 def test_a_model_that_leaves_tokens_out_is_right(how: str, head: str, policy: Tokens) -> None:
     model, x = stack(how, head)
     approx = fx_approx.transform(model, policy, x)
@@ -46,7 +46,12 @@ def test_a_model_that_leaves_tokens_out_is_right(how: str, head: str, policy: To
 
 @pytest.mark.parametrize(
     ("inner", "head"),
-    [(rows, None), (parts, None), (lower, None), (None, lambda x, there, hidden: x[:, 1:].mean(1) + x[:, 0])],
+    [
+        (rows, None),
+        pytest.param(parts, None, marks=pytest.mark.slow),
+        (lower, None),
+        (None, lambda x, there, hidden: x[:, 1:].mean(1) + x[:, 0]),
+    ],
     ids=["rows", "parts", "mask", "rest"],
 )
 def test_other_models(inner: Any, head: Any) -> None:

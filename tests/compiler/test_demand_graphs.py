@@ -132,7 +132,7 @@ def net(name: str) -> tuple[Between, Tensor]:
     return model, torch.randn(2, 3, 6, 6, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", thinned(CASES))
+@pytest.mark.parametrize("name", thinned(CASES, 4))
 def test_between_two_convolutions(name: str) -> None:
     for scope, sampler, ratio in (("layer", "topk", 0.5), ("value", "systematic", 0.4), ("group", "topk", 0.01)):
         model, x = net(name)
@@ -518,7 +518,7 @@ def check(program: Program, policy: Layers, seed: int) -> None:
         assert torch.equal(hoisted.eval()(x.clone()), exact(x.clone()))
 
 
-@settings(max_examples=20, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
 @given(programs(), POLICIES, st.integers(0, 3))
 def test_random_graphs(program: Program, policy: Layers, seed: int) -> None:
     check(program, policy, seed)

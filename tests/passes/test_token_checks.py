@@ -98,8 +98,8 @@ def examples(batch: int = 3, tokens: int = TOKENS) -> Tensor:
     ("inner", "head", "lengths"),
     [
         (rows, None, (TOKENS, 24)),
-        (parts, None, (TOKENS, 24)),
-        (split, None, (TOKENS,)),
+        pytest.param(parts, None, (TOKENS, 24), marks=pytest.mark.slow),
+        pytest.param(split, None, (TOKENS,), marks=pytest.mark.slow),
         (lower, None, (TOKENS,)),
         (None, lambda x, there, hidden: x[:, -1], (TOKENS, 24)),
         (None, lambda x, there, hidden: x[:, 1:].mean(1) + x[:, 0], (TOKENS, 24)),

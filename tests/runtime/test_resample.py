@@ -213,6 +213,7 @@ def test_scores_are_weight_norms_times_running_norms() -> None:
     assert indices(model, batch())[1] == sorted(weight.topk(8).indices.tolist())
 
 
+@pytest.mark.slow
 def test_no_channel_starves() -> None:
     """TopK on fixed weights and one batch would choose the same channels for ever."""
     torch.manual_seed(0)
@@ -438,6 +439,7 @@ def test_hoisted_equals_whole_under_a_checkpoint() -> None:
     assert_same_numbers(one, other, 1e-10)  # the statistics are updated twice, as by any checkpoint
 
 
+@pytest.mark.slow
 def test_a_checkpoint_around_a_compiled_model_takes_the_selections_of_its_forward() -> None:
     """Running norms move in every forward, so a recomputation that chose anew would choose otherwise."""
     torch._dynamo.reset()

@@ -63,7 +63,7 @@ class Page(html.parser.HTMLParser):
             self.texts[-1] += data
 
 
-@pytest.mark.parametrize("name", ["resnet50", "vit", "bert"])
+@pytest.mark.parametrize("name", ["resnet50", "vit", pytest.param("bert", marks=pytest.mark.slow)])
 def test_it_stands_by_itself_and_has_every_row(name: str) -> None:
     report = report_of(name)
     text = report.to_html()

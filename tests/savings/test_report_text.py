@@ -24,7 +24,7 @@ VISION = import_torchvision().models
 
 
 def vit() -> tuple[nn.Module, torch.Tensor]:
-    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 12, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
+    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 4, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
     return VISION.VisionTransformer(**sizes), torch.empty(2, 3, 32, 32)
 
 
@@ -39,7 +39,7 @@ def report_of(name: str) -> SavingsReport:
         return fx_approx.explain(VISION.resnet50(), Uniform(0.5), torch.empty(2, 3, 64, 64)).report
     if name == "bert":
         transformers = pytest.importorskip("transformers")
-        sizes = {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 128}
+        sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
         config = transformers.BertConfig(vocab_size=100, **sizes)
         model = transformers.BertForSequenceClassification(config)
         return fx_approx.backend(Uniform(0.5)).explain(model, torch.randint(100, (2, 16))).report
