@@ -116,14 +116,16 @@ def put_on_nothing(whole: Tensor, part: Tensor, dim: int, chosen: Selection | No
 
 @pytest.mark.parametrize(
     ("case", "name", "broken"),
-    [
-        (0, "token_positions", lambda own: Selection(torch.arange(6).unsqueeze(0), None)),
-        (3, "narrow", shifted),
-        (3, "narrow", of_tables),
-        (2, "narrow", across),
-        (3, "put_back", put_elsewhere),
-        (4, "put_back", put_on_nothing),
-    ],
+    thinned(
+        [
+            (0, "token_positions", lambda own: Selection(torch.arange(6).unsqueeze(0), None)),
+            (3, "narrow", shifted),
+            (3, "narrow", of_tables),
+            (2, "narrow", across),
+            (3, "put_back", put_elsewhere),
+            (4, "put_back", put_on_nothing),
+        ]
+    ),
     ids=["class", "shifted", "tables", "across", "elsewhere", "nothing"],
 )
 def test_a_broken_gather_is_found(monkeypatch: pytest.MonkeyPatch, case: int, name: str, broken: Any) -> None:

@@ -33,7 +33,7 @@ from tests.helpers.models import (
     train_step,
 )
 from tests.helpers.modules import made_of
-from tests.helpers.quick import in_turn
+from tests.helpers.quick import in_turn, thinned
 
 HALF = Uniform(0.5, "systematic", scores="online")
 every_model = pytest.mark.parametrize("name", ZOO)
@@ -65,7 +65,7 @@ def photograph(model: nn.Module) -> dict[str, Any]:
     return seen
 
 
-@every_model
+@pytest.mark.parametrize("name", thinned(ZOO))
 def test_the_users_model_is_not_touched(name: str) -> None:
     build, inputs = ZOO[name]
     model, x = build(), inputs()

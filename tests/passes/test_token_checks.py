@@ -157,7 +157,7 @@ def recurrent(model: Model, x: Tensor, block: Any, table: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("inner", "head", "reason"),
     [
-        (recurrent, None, "lstm mixes positions"),
+        pytest.param(recurrent, None, "lstm mixes positions", marks=pytest.mark.slow),
         (None, lambda x, there, hidden: x.sum(1) / (x.numel() / 48), "numel behind .* reads every position"),
         (None, lambda x, there, hidden: x.sum(1) / x.shape[1], "computes with the number of tokens"),
         (lambda m, x, b, t: x * (1 + 1 / x.size(1)), None, "computes with the number of tokens"),

@@ -387,7 +387,7 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...], list[tuple[int, ..
     }
 
 
-@pytest.mark.parametrize("name", networks())
+@pytest.mark.parametrize("name", thinned(networks()))
 def test_the_error_is_that_of_the_exact_model(name: str) -> None:
     model, right, wrong = networks()[name]
     for scores, scope, demand in (("online", "layer", True), ("weight", "layer", False), ("weight", "value", True)):

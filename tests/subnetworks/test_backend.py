@@ -346,6 +346,7 @@ def test_what_does_not_fit_a_compiled_model_is_refused_and_changes_nothing() -> 
         narrow_optimizer(other, sub, backend)
 
 
+@pytest.mark.slow
 def test_a_stored_one_is_written_back_and_goes_on() -> None:
     model, backend, batch = compiled(llama, Override({"*down_proj": HALF}, Exact()))
     sub, stream = extract(backend, example_inputs=batch), io.BytesIO()
