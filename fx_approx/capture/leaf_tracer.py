@@ -24,7 +24,6 @@ from fx_approx.capture.side_effects import (
     Reads,
     grad_mode,
     no_side_effects,
-    recorded,
     refused,
     unwatched,
 )
@@ -51,7 +50,7 @@ class LeafTracer(fx.Tracer):
         parts: The parts of tuples whose length is known, by node.
 
     Args:
-        reads: Filled while tracing.
+        reads: Filled while tracing, if the caller has them :func:`~fx_approx.capture.side_effects.recorded`.
         values: What example inputs tell of traced values.
         may_ask: A question that example inputs could answer is :class:`NeedsValues`.
     """
@@ -71,7 +70,7 @@ class LeafTracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of ``root``; what tracing would silently remove from its own forward is an error."""
         self.real = RealTensors(root, self.reads)
-        with torch.inference_mode(False), torch.enable_grad(), no_side_effects(root), recorded(self.reads), refused():
+        with torch.inference_mode(False), torch.enable_grad(), no_side_effects(root), refused():
             self._outside = grad_mode()
             with Operators(self.real), Functions(self.real, self), checks_replaced(self._as_node), kinds_told():
                 graph = super().trace(root, concrete_args)

@@ -24,7 +24,7 @@ from fx_approx.capture.known_values import KnownValues
 from fx_approx.capture.leaf_tracer import LeafTracer
 from fx_approx.capture.module_snapshot import AttributeSnapshot
 from fx_approx.capture.records import CallForm, Capture, Granted, Opaque, owner
-from fx_approx.capture.side_effects import Reads, containers, random_state, set_random_state
+from fx_approx.capture.side_effects import Reads, containers, random_state, recorded, set_random_state
 from fx_approx.capture.traced_values import NeedsValues
 from fx_approx.core.layer_types import FUSED_LAYERS
 from fx_approx.errors import CaptureError
@@ -129,8 +129,9 @@ def _capture(
             None, form, (Opaque("", "a layer of torch that is several products in one call"),), (), {}
         ), False
     reads = Reads()
-    # A forward may store a Proxy in a module, and fx adds constants.
-    with AttributeSnapshot(root.modules()).kept():
+    # A forward may store a Proxy in a module, and fx adds constants. Reads are recorded once for both traces: to watch
+    # them changes nn.Module, which empties the caches of all its subclasses.
+    with AttributeSnapshot(root.modules()).kept(), recorded(reads):
         try:
             tracer, graph, constants = _trace(root, form, path, reads, True, known, may_ask)
         except Exception as error:  # whatever a user's forward does with a Proxy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import re
@@ -242,6 +243,7 @@ def test_what_rounding_leaves_of_zero_is_not_called_biased() -> None:
         assert report.parameters["0.bias"].biased is False
 
 
+@functools.cache
 def mixed_report() -> NoiseReport:
     """A biased and an unbiased layer; draws of both."""
     torch.manual_seed(0)

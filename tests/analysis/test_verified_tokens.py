@@ -31,7 +31,7 @@ CASES: list[tuple[str, str, Tokens]] = [
 ]
 
 
-@pytest.mark.parametrize(("how", "head", "policy"), thinned(CASES))
+@pytest.mark.parametrize(("how", "head", "policy"), thinned(CASES, 3))
 def test_a_model_that_leaves_tokens_out_is_right(how: str, head: str, policy: Tokens) -> None:
     model, x = stack(how, head)
     approx = fx_approx.transform(model, policy, x)
@@ -46,7 +46,12 @@ def test_a_model_that_leaves_tokens_out_is_right(how: str, head: str, policy: To
 
 @pytest.mark.parametrize(
     ("inner", "head"),
-    [(rows, None), (parts, None), (lower, None), (None, lambda x, there, hidden: x[:, 1:].mean(1) + x[:, 0])],
+    [
+        (rows, None),
+        pytest.param(parts, None, marks=pytest.mark.slow),
+        (lower, None),
+        (None, lambda x, there, hidden: x[:, 1:].mean(1) + x[:, 0]),
+    ],
     ids=["rows", "parts", "mask", "rest"],
 )
 def test_other_models(inner: Any, head: Any) -> None:
@@ -111,14 +116,16 @@ def put_on_nothing(whole: Tensor, part: Tensor, dim: int, chosen: Selection | No
 
 @pytest.mark.parametrize(
     ("case", "name", "broken"),
-    [
-        (0, "token_positions", lambda own: Selection(torch.arange(6).unsqueeze(0), None)),
-        (3, "narrow", shifted),
-        (3, "narrow", of_tables),
-        (2, "narrow", across),
-        (3, "put_back", put_elsewhere),
-        (4, "put_back", put_on_nothing),
-    ],
+    thinned(
+        [
+            (0, "token_positions", lambda own: Selection(torch.arange(6).unsqueeze(0), None)),
+            (3, "narrow", shifted),
+            (3, "narrow", of_tables),
+            (2, "narrow", across),
+            (3, "put_back", put_elsewhere),
+            (4, "put_back", put_on_nothing),
+        ]
+    ),
     ids=["class", "shifted", "tables", "across", "elsewhere", "nothing"],
 )
 def test_a_broken_gather_is_found(monkeypatch: pytest.MonkeyPatch, case: int, name: str, broken: Any) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,36 +17,33 @@ RESULTS = REPOSITORY / "docs" / "results"
 GENERATED = ("training.md", "tokens-and-examples.md", "steps.md", "gpu.md", "policies.md", "network.md")
 
 
-def check(repository: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(repository / "benchmarks" / "pages.py"), "--check"]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, in this process, where torch is imported already."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    return importlib.import_module("pages")
 
 
-def test_no_page_is_stale() -> None:
-    done = check(REPOSITORY)
-    assert done.returncode == 0, done.stdout + done.stderr + "\nrun: python benchmarks/pages.py"
+def test_no_page_is_stale(pages: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pages.main(["--check"]) == 0, capsys.readouterr().out + "\nrun: python benchmarks/pages.py"
 
 
-def test_a_changed_record_and_a_changed_page_make_a_page_stale(tmp_path: Path) -> None:
-    for folder in ("benchmarks", "docs", "examples", "tests/helpers"):
-        shutil.copytree(
-            REPOSITORY / folder,
-            tmp_path / folder,
-            ignore=shutil.ignore_patterns("__pycache__"),
-            copy_function=shutil.copy,
-        )
-    record, page = (tmp_path / "docs" / "results" / name for name in ("selection.json", "gpu.md"))
+def test_a_changed_record_and_a_changed_page_make_a_page_stale(
+    pages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "docs" / "results"
+    shutil.copytree(RESULTS, results, copy_function=shutil.copy)
+    shutil.copy(RESULTS.parent / "results.md", results.parent)
+    for module in (pages, importlib.import_module("_page_parts")):
+        monkeypatch.setattr(module, "REPOSITORY", tmp_path)
+        monkeypatch.setattr(module, "RESULTS", results)
+    record, page = results / "selection.json", results / "gpu.md"
     content = json.loads(record.read_text(encoding="utf-8"))
     content["results"][0]["share"] += 0.01
     record.write_text(json.dumps(content), encoding="utf-8")
     page.write_text(page.read_text(encoding="utf-8").replace("1.44", "1.54"), encoding="utf-8")
-    done = check(tmp_path)
-    assert done.returncode == 1 and done.stdout.splitlines() == [
-        "docs/results/steps.md: stale",
-        "docs/results/gpu.md: stale",
-    ]
+    assert pages.main(["--check"]) == 1
+    assert capsys.readouterr().out.splitlines() == ["docs/results/steps.md: stale", "docs/results/gpu.md: stale"]
 
 
 def ran(seed: int, accuracy: float, left_exact: bool) -> dict[str, Any]:

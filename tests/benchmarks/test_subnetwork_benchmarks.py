@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.quick import thinned
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 PREFIXES = ("_coverage", "_subnetwork", "_zoo", "subnetwork")
 NAMES = ("_device", "_header", "_models", "_narrow", "_peak", "minilm", "config")
@@ -68,7 +70,7 @@ def test_ratios_and_aims_follow_from_the_times() -> None:
     assert "0.80 [0.80, 0.80]" in text.split("## Eager against compiled")[1]
 
 
-@pytest.mark.parametrize("name", ["wrn_16_4, value", "wrn_16_4, group", "vit_b_block, value"])
+@pytest.mark.parametrize("name", thinned(["wrn_16_4, value", "wrn_16_4, group", "vit_b_block, value"]))
 def test_networks_written_by_hand_have_the_parameters_of_the_subnetworks(name: str) -> None:
     subnetworks, cases = (importlib.import_module(one) for one in ("subnetworks", "_subnetwork_cases"))
     torch.manual_seed(0)

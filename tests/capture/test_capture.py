@@ -33,6 +33,7 @@ from tests.helpers.models import (
     train_step,
 )
 from tests.helpers.modules import made_of
+from tests.helpers.quick import in_turn, thinned
 
 HALF = Uniform(0.5, "systematic", scores="online")
 every_model = pytest.mark.parametrize("name", ZOO)
@@ -64,7 +65,7 @@ def photograph(model: nn.Module) -> dict[str, Any]:
     return seen
 
 
-@every_model
+@pytest.mark.parametrize("name", thinned(ZOO))
 def test_the_users_model_is_not_touched(name: str) -> None:
     build, inputs = ZOO[name]
     model, x = build(), inputs()
@@ -96,8 +97,7 @@ def test_tracing_leaves_nothing_in_containers_of_the_copy() -> None:
     assert approx.block.calls == []
 
 
-@every_model
-@pytest.mark.parametrize("given", [False, True], ids=["no inputs", "inputs"])
+@pytest.mark.parametrize(("name", "given"), in_turn(ZOO, [True, False]))
 def test_one_transform_serves_both_modes_and_a_sampled_step_differs(name: str, given: bool) -> None:
     build, inputs = ZOO[name]
     model, x = build(), inputs()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fx_approx
 from fx_approx.policies import Paper, Uniform
 from tests.helpers.modules import made_of
+from tests.helpers.quick import thinned
 
 ALL = Uniform(1.0, scores="online")
 HALF = Uniform(0.5, "systematic", scores="online")
@@ -189,7 +190,7 @@ def assert_same(approx: Any, exact: Any, x: Tensor) -> None:
     assert hasattr(approx.l, "last") == hasattr(exact.l, "last")
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", thinned(BODIES))
 def test_at_ratio_one_it_is_the_model(body: Forward) -> None:
     x = torch.randn(8, 16)
     for given in (None, x):

@@ -142,7 +142,8 @@ def test_the_numbers_are_those_of_the_same_selections_without_demand(part: type[
     ("model", "policy"),
     [
         (Branching, Paper(0.5, scores="ema", scope="group")),
-        *((Uncalled, VALUE), (Uncalled, Override({"*": VALUE}, Exact())), (Translate, VALUE)),
+        *((Uncalled, VALUE), (Uncalled, Override({"*": VALUE}, Exact()))),
+        pytest.param(Translate, VALUE, marks=pytest.mark.slow),
     ],
 )
 def test_no_layer_refuses_the_model(model: type[nn.Module], policy: Policy) -> None:

@@ -20,6 +20,7 @@ from tests.helpers.hoisting import loss_of, narrow_producers, perturbed
 from tests.helpers.models import same
 from tests.helpers.modes import MODES
 from tests.helpers.modules import made_of
+from tests.helpers.quick import thinned
 
 AHEAD = Uniform(0.5)
 RANDOM = Uniform(0.5, "crs")
@@ -132,7 +133,7 @@ def test_they_compute_the_sampled_function() -> None:
     torch.testing.assert_close(list(grads.values()), list(expected), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["forward", "positions", "combined_straight"])
+@pytest.mark.parametrize("mode", thinned(["forward", "positions", "combined_straight"]))
 def test_at_ratio_one_the_model_is_exact(mode: str) -> None:
     model, inputs = made()
     with warnings.catch_warnings():
@@ -144,7 +145,7 @@ def test_at_ratio_one_the_model_is_exact(mode: str) -> None:
     assert same(dict(approx.named_buffers()), dict(model.named_buffers()))
 
 
-@pytest.mark.parametrize("policy", [AHEAD, RANDOM, Uniform(0.5, scores="online")])
+@pytest.mark.parametrize("policy", thinned([RANDOM, AHEAD, Uniform(0.5, scores="online")]))
 def test_demand_changes_no_number(policy: Any) -> None:
     model, inputs = made()
     approx = fx_approx.transform(model, policy, inputs)
@@ -260,7 +261,7 @@ class Checkpointed(nn.Module):
         return self.end(x) if bool(x.sum() == x.sum()) else x
 
 
-@pytest.mark.parametrize("policy", [AHEAD, RANDOM, Uniform(0.5, "crs", scores="ema")])
+@pytest.mark.parametrize("policy", thinned([AHEAD, RANDOM, Uniform(0.5, "crs", scores="ema")]))
 def test_under_a_checkpoint_a_section_is_recomputed_with_the_same_selections(policy: Any) -> None:
     x = torch.randn(6, 8)
     results = []

@@ -347,6 +347,7 @@ given = hypothesis.given(
 )
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=15)
 @given
 def test_at_ratio_one_it_is_the_model(**case: Any) -> None:
@@ -360,7 +361,7 @@ def test_at_ratio_one_it_is_the_model_many_times(**case: Any) -> None:
     assert_is_the_model(**case)
 
 
-@pytest.mark.parametrize("name", thinned(MENU))
+@pytest.mark.parametrize("name", thinned(MENU, 3))
 def test_each_step_alone(name: str) -> None:
     assert_is_the_model(["read layer", name], None, "fill", [True, False, True], "weight", 0)
 

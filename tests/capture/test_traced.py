@@ -127,6 +127,7 @@ def test_it_is_traced_exact_where_sampling_is_off_and_narrowed_without_another_n
     torch.testing.assert_close(train_step(approx, inputs()), train_step(whole, inputs()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [assigned], ids=lambda body: body.__name__)
 def test_it_compiles(body: Any) -> None:
     approx = fx_approx.transform(Net(body), VALUE, inputs())

@@ -54,7 +54,7 @@ def check(name: str, scope: str, scores: str, sampler: str, seed: int) -> None:
     ("name", "scope", "scores", "sampler"),
     quick(
         [(name, *SOME[3 * j + (i + j) % 3]) for i, name in enumerate(NETS) for j in range(3)],
-        lambda name, scope, scores, sampler: (list(NETS).index(name) + SCOPES.index(scope)) % 3 > 0,
+        lambda name, scope, scores, sampler: (list(NETS).index(name) + SCOPES.index(scope)) % 3 == 2,
     ),
 )
 def test_hoisting_changes_no_number(name: str, scope: str, scores: str, sampler: str) -> None:
@@ -89,8 +89,11 @@ def test_papers_policy(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "ratio"),
     [
-        *(("post-activation", 0.05), ("post-activation", 0.9), ("grouped", 0.05), ("grouped", 0.3)),
-        *(("fused-heads", 0.05), ("fused-heads", 0.9), ("dense", 0.3), ("dense", 0.9)),
+        *(("post-activation", 0.05), ("grouped", 0.3), ("fused-heads", 0.05), ("dense", 0.9)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("post-activation", 0.9), ("grouped", 0.05), ("fused-heads", 0.9), ("dense", 0.3))
+        ),
     ],
 )
 def test_other_ratios(name: str, ratio: float) -> None:
@@ -134,43 +137,43 @@ NARROW: dict[tuple[str, str], set[str]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "scope"), NARROW)
+@pytest.mark.parametrize(("name", "scope"), thinned(NARROW))
 def test_who_computes_fewer_outputs(name: str, scope: str) -> None:
     model, x = built(name)
     approx = fx_approx.transform(model, Layers("topk", 0.5, "weight", scope), x)
     assert narrow_producers(approx) == NARROW[name, scope]
 
 
-@pytest.mark.parametrize("name", thinned(NETS))
+@pytest.mark.parametrize("name", thinned(NETS, 4))
 def test_a_wider_scope_never_computes_more(name: str) -> None:
     model, x = built(name)
     found = [narrow_values(fx_approx.transform(model, Layers(scope=scope), x)) for scope in SCOPES]
     assert found[0] and found[0] <= found[1] and found[0] <= found[2]
 
 
-@pytest.mark.parametrize("name", ["post-activation", "conv-next"])
+@pytest.mark.parametrize("name", thinned(["conv-next", "post-activation"]))
 def test_float32_within_rounding(name: str) -> None:
     model, x = built(name, dtype=torch.float32)
     hoisted = assert_hoisting_changes_nothing(model, Layers("systematic", 0.5, "weight", "group"), x, tolerance=2e-4)
     assert fx_approx.analysis.verify(hoisted, x).passed
 
 
-def test_evaluation_is_exact() -> None:
-    for name in NETS:
-        model, x = built(name)
-        expected = model.eval()(x)
-        approx = fx_approx.transform(model, Layers(scope="group"), x).eval()
-        assert torch.equal(approx(x), expected), name
+@pytest.mark.parametrize("name", thinned(NETS, 3))
+def test_evaluation_is_exact(name: str) -> None:
+    model, x = built(name)
+    expected = model.eval()(x)
+    approx = fx_approx.transform(model, Layers(scope="group"), x).eval()
+    assert torch.equal(approx(x), expected)
 
 
-def test_another_batch_size_than_the_examples() -> None:
-    for name in NETS:
-        model, x = built(name)
-        hoisted, whole = pair(model, Layers(scope="group"), x)
-        for other in (x[:1].repeat(2, *[1] * (x.dim() - 1)), torch.cat([x, x])):
-            one, two = training_step(hoisted, other).outputs[0], training_step(whole, other).outputs[0]
-            assert one.shape == two.shape
-            torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize("name", thinned(NETS, 3))
+def test_another_batch_size_than_the_examples(name: str) -> None:
+    model, x = built(name)
+    hoisted, whole = pair(model, Layers(scope="group"), x)
+    for other in (x[:1].repeat(2, *[1] * (x.dim() - 1)), torch.cat([x, x])):
+        one, two = training_step(hoisted, other).outputs[0], training_step(whole, other).outputs[0]
+        assert one.shape == two.shape
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
 
 
 def test_an_example_of_one_row() -> None:
@@ -323,7 +326,6 @@ def test_hoisted_equals_whole(heads: int, options: dict[str, int], narrowed: set
     torch.manual_seed(0)
     model = Grouped(heads, **options).double()
     x = torch.randn(2, 5, 8, dtype=torch.float64)
-    for seed, sampler in enumerate(("topk", "systematic")):
-        policy = Layers(scope="value", sampler=sampler, ratio=0.34 if heads == 3 else 0.5)
-        hoisted = assert_hoisting_changes_nothing(model, policy, x, seed=seed)
-        assert narrow_producers(hoisted) == narrowed
+    policy = Layers(scope="value", sampler="topk" if options else "systematic", ratio=0.34 if heads == 3 else 0.5)
+    hoisted = assert_hoisting_changes_nothing(model, policy, x)
+    assert narrow_producers(hoisted) == narrowed

@@ -17,6 +17,7 @@ from fx_approx.core.flops import attention_backward_flops, attention_flops
 from fx_approx.policies import Exact, FlopBudget, RooflineModel, Uniform
 from fx_approx.policies.cost_roofline import Device
 from tests.helpers.modules import made_of
+from tests.helpers.quick import thinned
 
 VALUE = Uniform(0.5)
 WIDTH, HEADS = 32, 4
@@ -82,7 +83,7 @@ def test_the_report_counts_both_products_forward_and_backward(case: str) -> None
     assert report.totals.exact.total == sum(one.exact.total for one in report.rows if one.exact is not None)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", thinned(CASES))
 def test_torchs_counter_finds_as_much_on_the_running_model(case: str) -> None:
     options, length = CASES[case]
     model, given = Attend(**options), tuple(t.requires_grad_() for t in inputs(length))

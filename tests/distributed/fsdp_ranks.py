@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import ranks
-import reduction_ranks
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -311,6 +310,3 @@ SCENARIOS: dict[str, Callable[[int, str], Any]] = {
     "four copies": _both("mlp", "layers", mesh=lambda: copies(2)),
     "four shards": _both("cnn", "layers"),
 }
-
-if __name__ == "__main__":
-    ranks.main({**reduction_ranks.SCENARIOS, **{f"sharded {name}": scenario for name, scenario in SCENARIOS.items()}})

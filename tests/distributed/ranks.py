@@ -171,9 +171,9 @@ def main(scenarios: dict[str, Callable[[int, str], Any]]) -> None:
     os._exit(0)
 
 
-def run(folder: Path, size: int, names: list[str], script: str = "fsdp_ranks.py", inner: str = "eager") -> Path:
-    """``size`` processes go through scenarios of a script, and leave their results in ``folder``."""
-    command = [sys.executable, str(Path(__file__).with_name(script))]
+def run(folder: Path, size: int, names: list[str], inner: str = "eager") -> Path:
+    """``size`` processes go through scenarios, and leave their results in ``folder``."""
+    command = [sys.executable, str(Path(__file__).with_name("all_ranks.py"))]
     environment = {**os.environ, "FX_APPROX_TEST_INNER": inner}
     ranks = [
         subprocess.Popen([*command, str(rank), str(size), str(folder), *names], cwd=folder, env=environment)

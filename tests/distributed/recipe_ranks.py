@@ -90,6 +90,3 @@ SCENARIOS: dict[str, Callable[[int, str], Any]] = {
     "agreed": agreed,
     "synchronized": synchronized,
 }
-
-if __name__ == "__main__":
-    ranks.main(SCENARIOS)

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -168,6 +167,3 @@ SCENARIOS: dict[str, Callable[[int, str], Any]] = {
         for scenario in (phases, sharded, differing, alone)
     },
 }
-
-if __name__ == "__main__":
-    ranks.main(SCENARIOS)

@@ -20,7 +20,7 @@ from tests.distributed.ranks import batch, left, made, run
 
 SAME = [
     *("mlp value", "cnn group", "vit value", "cnn stale", "mlp systematic", "cnn bernoulli", "mlp systematic, micro"),
-    *("cnn fp16", "cnn compiled inside", "cnn unused", "cnn static", "cnn views"),
+    *("cnn fp16", "cnn unused", "cnn static", "cnn views"),
 ]
 ODD = {
     "other seed": "rank 1: seed is '1', and '0' on the others",
@@ -33,10 +33,11 @@ OTHERS = ["apart", "power", "scaled", "micro batches", "resumed", "controlled", 
 
 
 SHARDED = [
-    *("vit nested stale group", "vit blocks online", "vit blocks weight micro", "cnn layers uniform bernoulli"),
+    *("vit nested stale group", "vit blocks online", "vit blocks weight micro"),
     *("mlp layers weight systematic", "grouped layers weight value", "mlp layers weight columns"),
 ]
 MORE_SHARDED = [
+    "cnn layers uniform bernoulli",
     "vit blocks weight value",
     "vit root weight value",
     "cnn layers stale group",
@@ -64,11 +65,7 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks left; the last scenario ends with the death of one."""
-    sharded = [f"sharded {name}" for name in (*SHARDED, *SHARDED_OTHERS)]
-    return run(tmp_path_factory.mktemp("two"), 2, [*SAME, *ODD, *OTHERS, *sharded, "killed"])
+SCENARIOS = [*SAME, *ODD, *OTHERS, *(f"sharded {name}" for name in (*SHARDED, *SHARDED_OTHERS)), "killed"]
 
 
 def equal(one: list[Tensor], other: list[Tensor]) -> bool:

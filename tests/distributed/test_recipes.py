@@ -8,18 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.ranks import left, run
+from tests.distributed.ranks import left
 
-SCENARIOS = ["graph", "backend", "agreed", "synchronized"]
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("recipes"), 2, SCENARIOS, "recipe_ranks.py")
+SCENARIOS = ["recipe graph", "recipe backend", "recipe agreed", "recipe synchronized"]
 
 
 def results(two: Path, name: str) -> list[Any]:
-    found = left(two, name)
+    found = left(two, f"recipe {name}")
     assert not [warning for _, warned in found for warning in warned]
     return [result for result, _ in found]
 

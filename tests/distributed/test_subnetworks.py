@@ -9,19 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.ranks import left, run
+from tests.distributed.ranks import left
 
-SCENARIOS = ["mlp", "vit", "phases", "sharded", "differing", "alone"]
+SCENARIOS = [f"subnetwork {name}" for name in ("mlp", "vit", "phases", "sharded", "differing", "alone")]
 KNOWN = "FSDP2-wrapped module"
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("subnetworks"), 2, SCENARIOS, "subnetwork_ranks.py")
-
-
 def results(two: Path, name: str) -> list[Any]:
-    found = left(two, name)
+    found = left(two, f"subnetwork {name}")
     assert not [warning for _, warned in found for warning in warned if not re.search(KNOWN, warning)]
     return [result for result, _ in found]
 

@@ -54,6 +54,7 @@ def _cases() -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "seed"), _cases())
 def test_a_step_is_that_of_the_model_whose_layers_see_fewer_tokens(
     name: str, seed: int, chosen: list[tuple[TokenSelection, Tensor]]

@@ -238,12 +238,15 @@ def test_what_steps_cost_is_measured_beside_exact_training(
     assert "--costs: expected 2 or more, got 1" in capsys.readouterr().err
 
 
+CNN = ("cnn", "channels = [8, 8]\nkernel = 3\nhidden = 16\nnorm = true")
+
+
 @pytest.mark.parametrize(
     ("network", "options", "last", "variant"),
     [
         pytest.param("mlp", "hidden = 16", "classifier", "value, tail", marks=pytest.mark.slow),
-        ("cnn", "channels = [8, 8]\nkernel = 3\nhidden = 16\nnorm = true", "classifier", "moving"),
-        ("cnn", "channels = [8, 8]\nkernel = 3\nhidden = 16\nnorm = true", "classifier", "phases"),
+        pytest.param(*CNN, "classifier", "moving", marks=pytest.mark.slow),
+        (*CNN, "classifier", "phases"),
         ("mlp", "hidden = 16", "classifier", "importance"),
         pytest.param("wrn", "depth = 10\nwiden = 1", "8", "value, tail", marks=pytest.mark.slow),
     ],

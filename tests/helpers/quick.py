@@ -20,7 +20,7 @@ def thinned(cases: Iterable[Any], step: int = 2) -> list[Any]:
     return [pytest.param(*one, marks=pytest.mark.slow if place % step else ()) for place, one in enumerate(given)]
 
 
-def in_turn(first: Collection[Any], second: Collection[Any], both: Collection[Any] = ()) -> list[Any]:
-    """All pairs: of each ``first`` one runs, with the next ``second`` in turn, and all of those in ``both``."""
-    turns = dict(zip(first, itertools.cycle(second), strict=False))
-    return quick(itertools.product(first, second), lambda one, other: one in both or turns[one] == other)
+def in_turn(first: Collection[Any], second: Collection[Any], both: Collection[Any] = (), step: int = 1) -> list[Any]:
+    """All pairs: of every ``step``-th ``first`` one runs, with the next ``second``; of those in ``both`` all."""
+    turns = set(zip([*first][::step], itertools.cycle(second), strict=False))
+    return quick(itertools.product(first, second), lambda one, other: one in both or (one, other) in turns)

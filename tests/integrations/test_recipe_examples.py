@@ -35,6 +35,7 @@ def accuracy(model: torch.nn.Module) -> float:
     return (model.eval()(x).argmax(1) == torch.tensor(digits.target)).float().mean().item()
 
 
+@pytest.mark.slow
 def test_trainer(example: Callable[[str], Any], tmp_path: Path) -> None:
     whole = example("trainer")(str(tmp_path / "whole"), 40)
     losses = [one["eval_loss"] for one in whole.state.log_history if "eval_loss" in one]
@@ -58,6 +59,7 @@ def test_lightning(example: Callable[[str], Any], tmp_path: Path) -> None:
     assert accuracy(whole) > 0.9
 
 
+@pytest.mark.slow
 def test_accelerate(example: Callable[[str], Any], tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     # The Trainer of another test may have made the state of this process already.
@@ -70,6 +72,7 @@ def test_accelerate(example: Callable[[str], Any], tmp_path: Path) -> None:
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.slow
 def test_peft(example: Callable[[str], Any]) -> None:
     report = example("peft")().report()
     sampled = [row.name for row in report.rows if row.samples]
@@ -77,6 +80,7 @@ def test_peft(example: Callable[[str], Any]) -> None:
     assert 0.15 < report.totals.saved < 0.5
 
 
+@pytest.mark.slow
 def test_timm(example: Callable[[str], Any]) -> None:
     network, average = example("timm")(200)
     assert network > 0.3 and average > 0.25  # chance is 0.1

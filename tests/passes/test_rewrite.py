@@ -27,6 +27,7 @@ from tests.helpers.models import (
     tensors,
     train_step,
 )
+from tests.helpers.quick import thinned
 
 TOPK, RANDOM = Uniform(0.5, scores="online"), Uniform(0.5, "systematic", scores="online")
 
@@ -37,7 +38,7 @@ def transformed(model: nn.Module, policy: Any = TOPK, **options: Any) -> Any:
         return fx_approx.transform(model, policy, **options)
 
 
-@pytest.mark.parametrize("place, name", list(enumerate(ZOO)))
+@pytest.mark.parametrize("place, name", thinned(enumerate(ZOO)))
 def test_parameters_are_those_of_the_model_and_evaluation_and_ratio_one_are_exact(place: int, name: str) -> None:
     """Bitwise, with one of the samplers for each model, and all of them for one model."""
     build, inputs = ZOO[name]

@@ -98,8 +98,8 @@ def examples(batch: int = 3, tokens: int = TOKENS) -> Tensor:
     ("inner", "head", "lengths"),
     [
         (rows, None, (TOKENS, 24)),
-        (parts, None, (TOKENS, 24)),
-        (split, None, (TOKENS,)),
+        pytest.param(parts, None, (TOKENS, 24), marks=pytest.mark.slow),
+        pytest.param(split, None, (TOKENS,), marks=pytest.mark.slow),
         (lower, None, (TOKENS,)),
         (None, lambda x, there, hidden: x[:, -1], (TOKENS, 24)),
         (None, lambda x, there, hidden: x[:, 1:].mean(1) + x[:, 0], (TOKENS, 24)),
@@ -157,7 +157,7 @@ def recurrent(model: Model, x: Tensor, block: Any, table: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("inner", "head", "reason"),
     [
-        (recurrent, None, "lstm mixes positions"),
+        pytest.param(recurrent, None, "lstm mixes positions", marks=pytest.mark.slow),
         (None, lambda x, there, hidden: x.sum(1) / (x.numel() / 48), "numel behind .* reads every position"),
         (None, lambda x, there, hidden: x.sum(1) / x.shape[1], "computes with the number of tokens"),
         (lambda m, x, b, t: x * (1 + 1 / x.size(1)), None, "computes with the number of tokens"),

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fx_approx
 from fx_approx.policies import Tokens, Uniform
-from tests.helpers.quick import thinned
+from tests.helpers.quick import in_turn, thinned
 from tests.passes.test_token_checks import made
 
 WIDTH, HEADS, TOKENS = 16, 2, 10
@@ -124,8 +124,7 @@ WAYS = [plain, causal, in_place, by_labels, positions_first, rows, shared_keys]
 
 
 @pytest.mark.parametrize("head", thinned(["all", "mean"]))
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("attend", WAYS)
+@pytest.mark.parametrize(("attend", "bias"), in_turn(WAYS, [False, True]))
 def test_values_and_gradients_are_those_of_the_model_by_hand(attend: Any, bias: bool, head: str) -> None:
     if bias and attend not in (plain, in_place, shared_keys):
         pytest.skip("takes no bias")

@@ -84,7 +84,7 @@ def case(name: str) -> tuple[nn.Module, Tensor]:
     return Block(**options).double(), torch.randn(shape, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", thinned(CASES))
+@pytest.mark.parametrize("name", thinned(CASES, 4))
 def test_an_exact_step_is_that_of_the_fused_layer_and_demand_reaches_the_projections(name: str) -> None:
     """Those that are packed in one weight, too: it has three times as many rows as the kept heads have entries."""
     model, x = case(name)
@@ -118,7 +118,7 @@ def test_an_exact_step_is_bitwise_that_of_the_fused_layer_in_float32(options: An
     assert all(map(torch.equal, step(approx, x), step(model, x)))
 
 
-@pytest.mark.parametrize("heads", [1, 2, 3, 6, 12])
+@pytest.mark.parametrize("heads", thinned([1, 2, 3, 6, 12]))
 def test_any_number_of_heads(heads: int) -> None:
     """One head leaves nothing to choose; 2 and 3 look like a split into query and key; 12 have one entry each."""
     model = nn.Sequential(nn.Linear(12, 12), Calls(lambda attn, x: attn(x, x, x, need_weights=False)[0]))
@@ -280,6 +280,7 @@ def test_a_layer_that_was_changed_runs_as_it_is(change: Callable[[Any], Any]) ->
     assert torch.equal(output, fx_approx.restore(approx)(x))
 
 
+@pytest.mark.slow
 def test_compiled_in_one_piece() -> None:
     x = torch.randn(3, LENGTH, SIZE)
     approx = transformed(Block(), AHEAD, x)

@@ -16,6 +16,7 @@ from fx_approx.core.step_cost import Model, StepTime, StepWorkload
 from fx_approx.policies import Auto, Exact, RooflineModel
 from fx_approx.policies.auto_search import drafts
 from fx_approx.policies.cost_roofline import Device
+from tests.helpers.quick import in_turn
 
 from .test_budget import IMAGES, network
 
@@ -130,8 +131,7 @@ def test_both_drafts_of_a_scope_are_timed_where_they_differ(monkeypatch: pytest.
     assert asked == [("value", False)] * 2
 
 
-@pytest.mark.parametrize("scope", ["value", "group"])
-@pytest.mark.parametrize("slicing", [2e8, 5e8])
+@pytest.mark.parametrize(("scope", "slicing"), in_turn(["value", "group"], [2e8, 5e8]))
 def test_no_selection_is_left_that_does_not_pay_and_none_is_missing_that_would(scope: str, slicing: float) -> None:
     """The pruned draft is a local optimum, by the cost model itself."""
     device = Device("in between", "torch.float32", 1e11, 1e10, slicing, 1e-6, 0.8, 0.7, 0.5, 0.1)

@@ -53,10 +53,10 @@ def flops(totals: Any) -> float:
 @pytest.mark.parametrize(
     ("policy", "spent", "layers"),
     [
-        (FlopBudget(0.8, tokens=HALF, **SMALL), flops, False),
+        pytest.param(FlopBudget(0.8, tokens=HALF, **SMALL), flops, False, marks=pytest.mark.slow),
         (FlopBudget(0.5, tokens=HALF, **SMALL), flops, True),
         (MemoryBudget(0.75, tokens=HALF, **SMALL), lambda t: t.memory / t.memory_exact, False),
-        (FlopBudget(0.5, tokens=Tokens(0.5, mode="skip"), **SMALL), flops, True),
+        pytest.param(FlopBudget(0.5, tokens=Tokens(0.5, mode="skip"), **SMALL), flops, True, marks=pytest.mark.slow),
     ],
 )
 def test_the_plan_is_within_the_budget_as_the_report_counts_it(

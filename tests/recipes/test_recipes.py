@@ -19,6 +19,7 @@ from fx_approx.recipes import Recipe, calls
 from fx_approx.recipes.gain import Gain
 from fx_approx.schedules import ExactTail, ExactWarmup, PlanRatios, RatioScheduler
 from fx_approx.subnetworks import Phases
+from tests.helpers.quick import in_turn
 
 STEPS = 80
 IMAGES, LABELS = torch.randn(8, 3, 8, 8, dtype=torch.float64), torch.randint(5, (8,))
@@ -185,8 +186,7 @@ def test_what_ships_is_the_part_before_the_exact_steps(with_optimizer: bool) -> 
     assert not shared and not torch.allclose(model.eval()(IMAGES), now)
 
 
-@pytest.mark.parametrize("kind", ["phases", "graph", "tokens"])
-@pytest.mark.parametrize("stop", [5, 40, 77])
+@pytest.mark.parametrize(("kind", "stop"), in_turn(["phases", "graph", "tokens"], [5, 40, 77]))
 def test_a_run_that_stops_goes_on_bitwise(kind: str, stop: int) -> None:
     def begin() -> tuple[nn.Module, torch.optim.Optimizer, Recipe]:
         model = built(Vit if kind == "tokens" else Cnn)
@@ -278,6 +278,7 @@ def test_steps_are_counted() -> None:
         recipe.load_state_dict({"steps": 1})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo, at a graph break
 def test_a_model_that_is_not_traced_goes_by_the_backend() -> None:
     import transformers

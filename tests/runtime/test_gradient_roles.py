@@ -17,7 +17,7 @@ from fx_approx import SamplerConfig
 from fx_approx.core.plan import Policy
 from fx_approx.policies import Exact, GradientSampling, Override, Uniform
 from fx_approx.sampling import SAMPLERS
-from tests.helpers.quick import thinned
+from tests.helpers.quick import in_turn, thinned
 
 
 def cnn() -> nn.Sequential:
@@ -161,6 +161,7 @@ def projections(network: str, policy: Policy, steps: int) -> Tensor:
     return errors.mean(0) / (errors.std(0) / steps**0.5).clamp(min=1e-300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "sampler"),
     [
@@ -181,6 +182,7 @@ BIASED: dict[str, Policy] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "kind", "steps"),
     [
@@ -307,9 +309,8 @@ def prepared(kind: type[Dense], inside: bool, mark: str, ask: str) -> tuple[Dens
     return model, x, delta, torch.randn_like(delta)
 
 
-@pytest.mark.parametrize("kind", [Dense, Convolved])
 @pytest.mark.parametrize("inside", thinned([True, False]))
-@pytest.mark.parametrize("scope", ["layer", "value", "group"])
+@pytest.mark.parametrize(("scope", "kind"), in_turn(["layer", "value", "group"], [Convolved, Dense]))
 def test_the_gradient_is_that_of_the_sampled_function(kind: type[Dense], inside: bool, scope: str) -> None:
     for mark, ask, demand in (
         *(("new name", "grad", True), ("same name", "lenient", True)),

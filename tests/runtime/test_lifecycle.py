@@ -24,6 +24,7 @@ from fx_approx._compat import FakeTensor
 from fx_approx.policies import Uniform
 from tests.helpers.models import ZOO, Cnn, Tied, loss_of, mlp, same, tensors, train_step
 from tests.helpers.modules import made_of
+from tests.helpers.quick import thinned
 
 RANDOM = Uniform(0.5, "systematic", scores="online")
 every_model = pytest.mark.parametrize("name", ZOO)
@@ -78,7 +79,7 @@ def by_pickle(model: nn.Module) -> nn.Module:
     return saved(model, weights_only=False)
 
 
-@every_model
+@pytest.mark.parametrize("name", thinned(ZOO))
 def test_copies_and_pickles_are_equal_and_independent(name: str) -> None:
     build, inputs = ZOO[name]
     approx, x = transformed(build(), seed=7, selection_interval=2), inputs()
@@ -386,7 +387,7 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...], list[tuple[int, ..
     }
 
 
-@pytest.mark.parametrize("name", networks())
+@pytest.mark.parametrize("name", thinned(networks()))
 def test_the_error_is_that_of_the_exact_model(name: str) -> None:
     model, right, wrong = networks()[name]
     for scores, scope, demand in (("online", "layer", True), ("weight", "layer", False), ("weight", "value", True)):

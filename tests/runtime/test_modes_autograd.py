@@ -372,7 +372,7 @@ def WithCheckpoint(self: Any, x: Tensor) -> Tensor:
 
 
 _MIXED = ("positions",)
-_QUICK = ("forward", "weight_gradient")
+_QUICK = ("forward",)
 COMPILED = quick(
     [*(("mixed" if mode in _MIXED else "linear", mode) for mode in MODES), ("checkpoint", "ema")],
     lambda name, mode: name == "checkpoint" or mode in _QUICK,

@@ -21,6 +21,7 @@ from tests.helpers.ahead import Readers, batch, indices, names, readers, same, s
 from tests.helpers.demand_nets import NETS
 from tests.helpers.hoisting import Layers, assert_same_numbers, pair, perturbed, training_step
 from tests.helpers.modules import made_of
+from tests.helpers.quick import thinned
 
 # ---- which readers scope, and by what
 
@@ -189,20 +190,26 @@ def test_running_norms_move_on_sampled_channels_only() -> None:
     assert one.age.tolist() == [0 if unit in chosen else 1 for unit in range(6)]
 
 
-def test_running_norms_are_those_without_demand() -> None:
-    torch.manual_seed(0)
-    names = ("post-activation", "grouped", "fused-heads", "dense", "squeeze-excite", "vgg")
-    for name, scope in zip(names, ("group", "value", "layer") * 2, strict=True):
-        build, shape = NETS[name]
-        x = torch.randn(shape).double()
-        hoisted, whole = pair(perturbed(build()).double(), Layers("topk", 0.5, "ema", scope), x)
-        for _ in range(3):
-            hoisted(x)
-            whole(x)
-        for one, other in zip(shared(hoisted), shared(whole), strict=True):
-            torch.testing.assert_close(one.running, other.running)
-            assert torch.equal(one.age, other.age)
-            assert (one.running >= 0).all(), name
+@pytest.mark.parametrize(
+    ("name", "scope"),
+    thinned(
+        [
+            *(("grouped", "group"), ("post-activation", "group"), ("dense", "value"), ("squeeze-excite", "value")),
+            *(("fused-heads", "layer"), ("vgg", "layer")),
+        ]
+    ),
+)
+def test_running_norms_are_those_without_demand(name: str, scope: str) -> None:
+    build, shape = NETS[name]
+    x = torch.randn(shape).double()
+    hoisted, whole = pair(perturbed(build()).double(), Layers("topk", 0.5, "ema", scope), x)
+    for _ in range(3):
+        hoisted(x)
+        whole(x)
+    for one, other in zip(shared(hoisted), shared(whole), strict=True):
+        torch.testing.assert_close(one.running, other.running)
+        assert torch.equal(one.age, other.age)
+        assert (one.running >= 0).all()
 
 
 def test_scores_are_weight_norms_times_running_norms() -> None:
@@ -213,6 +220,7 @@ def test_scores_are_weight_norms_times_running_norms() -> None:
     assert indices(model, batch())[1] == sorted(weight.topk(8).indices.tolist())
 
 
+@pytest.mark.slow
 def test_no_channel_starves() -> None:
     """TopK on fixed weights and one batch would choose the same channels for ever."""
     torch.manual_seed(0)
@@ -438,6 +446,7 @@ def test_hoisted_equals_whole_under_a_checkpoint() -> None:
     assert_same_numbers(one, other, 1e-10)  # the statistics are updated twice, as by any checkpoint
 
 
+@pytest.mark.slow
 def test_a_checkpoint_around_a_compiled_model_takes_the_selections_of_its_forward() -> None:
     """Running norms move in every forward, so a recomputation that chose anew would choose otherwise."""
     torch._dynamo.reset()

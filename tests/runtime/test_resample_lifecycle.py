@@ -18,6 +18,7 @@ from fx_approx.runtime.approx_module import find
 from tests.helpers.ahead import batch, indices, readers, same, selections, shared, shuffle
 from tests.helpers.demand_nets import NETS
 from tests.helpers.hoisting import Layers, assert_same_numbers, narrow_producers, pair, perturbed, training_step
+from tests.helpers.quick import thinned
 
 
 def stale(**options: Any) -> nn.Module:
@@ -34,7 +35,7 @@ def no_leftovers() -> Iterator[None]:
 # ---- saved and resumed
 
 
-@pytest.mark.parametrize(("scores", "steps"), [("ema", 0), ("ema", 1), ("ema", 2), ("ema", 3), ("weight", 3)])
+@pytest.mark.parametrize(("scores", "steps"), thinned([("ema", 0), ("ema", 1), ("ema", 2), ("ema", 3), ("weight", 3)]))
 def test_resumed_runs_continue_exactly(scores: str, steps: int) -> None:
     """With every=2, in the middle of a period and between two; the state goes through JSON."""
     model = readers(Layers("systematic", scores=scores, scope="value"), selection_interval=2)
@@ -220,8 +221,9 @@ def with_momentum(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        *(("post-activation", frozen), ("pre-activation", with_momentum)),
-        *(("dense", with_momentum), ("squeeze-excite", frozen)),
+        *(("pre-activation", with_momentum), ("squeeze-excite", frozen)),
+        pytest.param("post-activation", frozen, marks=pytest.mark.slow),
+        pytest.param("dense", with_momentum, marks=pytest.mark.slow),
     ],
 )
 def test_batch_norm_frozen_or_averaging(name: str, change: Any) -> None:
@@ -269,14 +271,10 @@ def test_sync_batch_norm_without_a_process_group() -> None:
 
 
 SCORES = ("weight", "ema")
-# All of the cross with ``-m slow``; this one compiles quickly.
-QUICK = (("fused-heads", "group", "ema"),)
-COMPILED = [
-    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-    for case in itertools.product(("vgg", "post-activation", "grouped", "fused-heads"), ("value", "group"), SCORES)
-]
+COMPILED = [*itertools.product(("vgg", "post-activation", "grouped", "fused-heads"), ("value", "group"), SCORES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scope", "scores"), COMPILED)
 def test_compiled_steps_take_the_same_selections(name: str, scope: str, scores: str) -> None:
     torch.manual_seed(0)
@@ -301,6 +299,7 @@ def test_compiled_steps_take_the_same_selections(name: str, scope: str, scores: 
         assert one.age is other.age or torch.equal(one.age, other.age)
 
 
+@pytest.mark.slow
 def test_compiled_hold_keeps_a_sample() -> None:
     model = readers(Layers("systematic", scope="value"))
     compiled = torch.compile(model, backend="eager", fullgraph=True)

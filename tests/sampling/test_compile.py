@@ -11,6 +11,7 @@ from torch import Tensor
 from fx_approx.sampling import SAMPLERS, Selection, derive_key, uniforms
 
 
+@pytest.mark.slow
 def test_compiled_uniforms_equal_eager() -> None:
     def draw(seed: Tensor, step: Tensor) -> Tensor:
         return uniforms(derive_key(seed, step), 9, 3, 40)

@@ -79,7 +79,7 @@ def check_invariants(sampler: Sampler, scores: Tensor, k: int, fixed_shape: bool
             assert scale is None or all(scale[g, chosen.index(j)] > 0 for j in bad)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     name=st.sampled_from(sorted(SAMPLERS)),
     groups=st.integers(1, 3),

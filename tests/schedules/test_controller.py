@@ -54,6 +54,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, controller: NoiseC
         controller.step(batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "target", "draws"),
     [
@@ -233,24 +234,25 @@ def test_cutting_a_batch() -> None:
         cut(batch, 8)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"target": 0}, ValueError, "target: expected a number above 0"),
-        ({"target": math.inf}, ValueError, "target: expected a number above 0"),
-        ({"target": "0.1"}, TypeError, "target: expected a number above 0"),
-        ({"draws": 0}, ValueError, "draws: expected an integer of at least 1"),
-        ({"parts": 1}, ValueError, "parts: expected an integer of at least 2"),
-        ({"every": 0}, ValueError, "every: expected an integer of at least 1"),
-        ({"ladder": (0.5,)}, TypeError, "ladder: expected at least two ratios"),
-        ({"ladder": (0.5, 0.5)}, ValueError, "ladder: expected at least two different ratios"),
-        ({"ladder": (0.5, 2.0)}, ValueError, "ladder: expected a number"),
-        ({"log": print}, TypeError, "log: expected a ScalarLogger"),
-    ],
-)
-def test_bad_input(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        started(**options)
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"target": 0}, ValueError, "target: expected a number above 0"),
+    ({"target": math.inf}, ValueError, "target: expected a number above 0"),
+    ({"target": "0.1"}, TypeError, "target: expected a number above 0"),
+    ({"draws": 0}, ValueError, "draws: expected an integer of at least 1"),
+    ({"parts": 1}, ValueError, "parts: expected an integer of at least 2"),
+    ({"every": 0}, ValueError, "every: expected an integer of at least 1"),
+    ({"ladder": (0.5,)}, TypeError, "ladder: expected at least two ratios"),
+    ({"ladder": (0.5, 0.5)}, ValueError, "ladder: expected at least two different ratios"),
+    ({"ladder": (0.5, 2.0)}, ValueError, "ladder: expected a number"),
+    ({"log": print}, TypeError, "log: expected a ScalarLogger"),
+]
+
+
+def test_bad_input() -> None:
+    model, _, _ = started()
+    for options, error, message in BAD:
+        with pytest.raises(error, match=message):
+            NoiseController(model, loss, **options)
 
 
 def test_bad_models_losses_and_states() -> None:

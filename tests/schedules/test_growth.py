@@ -17,6 +17,7 @@ from fx_approx.schedules import ExactTail, PiecewiseConstant, PlanRatios
 from tests.helpers.demand_nets import NETS
 from tests.helpers.hoisting import Layers, loss_of
 from tests.helpers.modules import made_of
+from tests.helpers.quick import thinned
 
 
 def trained(name: str, scope: str, scores: str, steps: int = 3) -> tuple[nn.Module, Tensor]:
@@ -35,7 +36,7 @@ def trained(name: str, scope: str, scores: str, steps: int = 3) -> tuple[nn.Modu
 
 @pytest.mark.parametrize(
     ("name", "scope", "scores"),
-    [(name, *(("value", "ema"), ("group", "weight"))[i % 2]) for i, name in enumerate(NETS)],
+    thinned([(name, *(("value", "ema"), ("group", "weight"))[i // 2 % 2]) for i, name in enumerate(NETS)]),
 )
 def test_the_exact_network_computes_what_the_sampled_one_did(name: str, scope: str, scores: str) -> None:
     model, x = trained(name, scope, scores)
@@ -142,7 +143,7 @@ def test_other_products_are_named_and_left_alone() -> None:
     assert torch.equal(model.square, square) and torch.equal(model.fixed, fixed)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", thinned([False, True]))
 def test_a_scheduler_does_it_where_ratios_rise(compiled: bool) -> None:
     torch.manual_seed(0)
     layers = [nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +25,14 @@ X, Y = torch.randn(32, 20, generator=torch.Generator().manual_seed(1)).double(),
 def transformed(
     name: str, scope: str = "value", sampler: str = "topk", ratio: float = 0.5, scores: str = "weight"
 ) -> tuple[nn.Module, Tensor]:
-    """A network of the demand tests in float64, with an input."""
+    """A network of the demand tests in float64, with an input: a copy of one that is transformed once a process."""
+    made = copy.deepcopy(_transformed(name, scope, sampler, ratio, scores))
+    torch.manual_seed(0)
+    return made
+
+
+@functools.cache
+def _transformed(name: str, scope: str, sampler: str, ratio: float, scores: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     build, shape = NETS[name]
     x = torch.randn(*shape).double()

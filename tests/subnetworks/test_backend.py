@@ -101,6 +101,7 @@ def test_plain_sgd_is_that_of_the_compiled_model_under_one_selection(build: Call
     assert "no config of its class describes it" in record_of(sub).notes[0]
 
 
+@pytest.mark.slow
 def test_layers_that_store_their_weight_transposed_and_sizes_of_heads_in_attributes() -> None:
     sub = assert_trains_alike(compiled(gpt2, Override({"*c_proj": HALF}, Exact())))
     block = sub.transformer.h[0]
@@ -160,6 +161,7 @@ def test_the_config_follows_and_the_model_is_saved_and_loaded_again(tmp_path: Pa
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "layer"),
     [
@@ -344,6 +346,7 @@ def test_what_does_not_fit_a_compiled_model_is_refused_and_changes_nothing() -> 
         narrow_optimizer(other, sub, backend)
 
 
+@pytest.mark.slow
 def test_a_stored_one_is_written_back_and_goes_on() -> None:
     model, backend, batch = compiled(llama, Override({"*down_proj": HALF}, Exact()))
     sub, stream = extract(backend, example_inputs=batch), io.BytesIO()
@@ -406,6 +409,7 @@ def test_phases_of_a_compiled_model_resume_bitwise_and_outlive_its_code() -> Non
     assert phases_of(compiled(blocks), 9, forget=True)[0] == steps
 
 
+@pytest.mark.slow
 def test_phases_of_another_state_or_without_graphs_change_nothing() -> None:
     made = compiled(blocks)
     model, backend, batch = made

@@ -17,6 +17,7 @@ from fx_approx.errors import BatchNormWarning
 from fx_approx.runtime.approx_module import find
 from fx_approx.subnetworks import extract, load, merge, record_of, reselect, restore, save
 from tests.helpers.hoisting import Layers, perturbed
+from tests.helpers.quick import in_turn
 from tests.subnetworks.nets import largest, other_selections, same, steps
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
@@ -124,8 +125,7 @@ def stream() -> nn.Module:
     return perturbed(Stream()).double()
 
 
-@pytest.mark.parametrize("build", [network, stream])
-@pytest.mark.parametrize("scope", ["value", "group"])
+@pytest.mark.parametrize(("build", "scope"), in_turn([network, stream], ["value", "group"]))
 def test_its_own_class_runs_the_subnetwork(build: Callable[[], nn.Module], scope: str) -> None:
     """Where a layer gets a wide value it reads its part, though it is none of torch's."""
     approx = fx_approx.transform(build(), Layers("topk", 0.5, "weight", scope), X)

@@ -316,10 +316,10 @@ class Encoder(nn.Module):
 @pytest.mark.parametrize(
     "policy",
     [
-        *(Override({f"*{name}": Uniform(0.5)}, Exact()) for name in ("linear1", "linear2", "self_attn*")),
-        *(Layers("topk", 0.5, "weight", scope) for scope in ("value", "group")),
+        *(Override({f"*{name}": Uniform(0.5)}, Exact()) for name in ("linear1", "self_attn*")),
+        *(Layers("topk", 0.5, "weight", scope) for scope in ("group", "value")),
     ],
-    ids=["linear1", "linear2", "attention", "value", "group"],
+    ids=["linear1", "attention", "group", "value"],
 )
 def test_fused_layers_compute_the_same_in_evaluation(policy: fx_approx.Policy) -> None:
     torch.manual_seed(0)
@@ -414,6 +414,7 @@ def test_scores_of_what_the_step_computes_are_refused_by_name(model: nn.Module, 
 # ---- with other tools
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["own", "graph"])
 def test_parts_of_wide_values_are_exported_and_compiled(example: bool) -> None:
     torch.manual_seed(0)

@@ -18,13 +18,13 @@ from fx_approx.subnetworks import extract, load, merge, record_of, reselect, sav
 from fx_approx.subnetworks.record import tensors_of
 from fx_approx.subnetworks.source import source_of
 from tests.helpers.demand_nets import NETS
-from tests.helpers.quick import in_turn
+from tests.helpers.quick import in_turn, thinned
 from tests.subnetworks.nets import TWICE, X, hidden, other_selections, same, transformed
 
 RANDOM = Override({"0": Exact()}, Uniform(0.5, scores="uniform", sampler="systematic"))
 
 
-@pytest.mark.parametrize(("name", "scope"), in_turn(NETS, ["value", "group"]))
+@pytest.mark.parametrize(("name", "scope"), in_turn(NETS, ["value", "group"], step=2))
 def test_the_tensors_are_those_of_a_fresh_subnetwork(name: str, scope: str) -> None:
     for sampler in ("topk", "systematic"):
         approx, x = transformed(name, scope, sampler)
@@ -47,7 +47,7 @@ def test_the_tensors_are_those_of_a_fresh_subnetwork(name: str, scope: str) -> N
         assert torch.equal(sub(x), fresh(x))
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", thinned([*NETS][::-1]))
 def test_the_users_own_class_takes_other_selections_too(name: str) -> None:
     approx, x = transformed(name)
     sub = extract(approx, example_inputs=x)
@@ -99,8 +99,7 @@ def test_a_kept_selection_is_used_up_by_a_subnetwork() -> None:
     assert fx_approx.sampler_state_dict(approx)["step"] == 10
 
 
-@pytest.mark.parametrize("example", [True, False], ids=["own", "graph"])
-@pytest.mark.parametrize("name", ["grouped", "post-activation"])
+@pytest.mark.parametrize(("name", "example"), in_turn(["grouped", "post-activation"], [True, False]))
 def test_a_stored_subnetwork_goes_on(name: str, example: bool) -> None:
     approx, x = transformed(name)
     sub = extract(approx, example_inputs=x if example else None)

@@ -18,6 +18,7 @@ from fx_approx.sampling import Selection
 from fx_approx.subnetworks import extract, merge, record_of
 from tests.helpers.demand_nets import NETS
 from tests.helpers.hoisting import Layers
+from tests.helpers.quick import in_turn
 from tests.subnetworks.nets import TWICE, X, hidden, largest, mlp, steps, transformed
 
 BY_NUMBER = ("fused-heads", "written-attention", "stacked-heads")  # their Python names numbers of channels
@@ -25,8 +26,7 @@ BY_NUMBER = ("fused-heads", "written-attention", "stacked-heads")  # their Pytho
 # ---- the same training
 
 
-@pytest.mark.parametrize("scope", ["value", "group"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(("name", "scope"), in_turn(NETS, ["value", "group"]))
 def test_plain_sgd_is_that_of_the_model_under_one_selection(name: str, scope: str) -> None:
     approx, x = transformed(name, scope)
     kept, before = copy.deepcopy(approx), copy.deepcopy(approx.state_dict())
@@ -167,8 +167,7 @@ def test_preserved_the_exact_model_computes_what_the_subnetwork_does() -> None:
     assert torch.allclose(approx.eval()(X), sub.eval()(X), atol=1e-12)
 
 
-@pytest.mark.parametrize("scope", ["value", "group"])
-@pytest.mark.parametrize("name", ["grouped", "squeeze-excite", "fused-heads"])
+@pytest.mark.parametrize(("name", "scope"), in_turn(["grouped", "squeeze-excite", "fused-heads"], ["value", "group"]))
 def test_preserved_in_groups_and_heads(name: str, scope: str) -> None:
     approx, x = transformed(name, scope)
     sub = extract(approx)
