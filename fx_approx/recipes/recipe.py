@@ -298,8 +298,8 @@ class Recipe:
             self._keep_narrow()
         if self._narrow is None:
             why = self._why_wide or ("nothing was sampled yet" if self._handle is not None else "nothing is sampled")
-            if self._handle is not None and not any(piece._fx_approx.selectors for piece in pieces_of(self._handle)):
-                why = "tokens are left out, and all channels are read"
+            if self._handle is not None and any(piece._fx_approx.tokens for piece in pieces_of(self._handle)):
+                why = "tokens are left out in training, and a narrow network leaves out channels; finetune() makes one"
             raise UnsupportedError(f"ship: there is no narrow network: {why}")
         return copy.deepcopy(self._narrow)
 
@@ -363,7 +363,14 @@ class Recipe:
         except Exception as error:  # whatever it is, the training goes on without one
             self._why_wide = f"{type(error).__name__}: {error}"
         else:
-            self._narrow = made
+            if _size(made) < _size(self._full):
+                self._narrow = made
+            else:
+                self._why_wide = "; ".join(["no layer of it is narrower", *self.unserved])
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _check_tensors(model: nn.Module, state: Mapping[str, Any]) -> None:

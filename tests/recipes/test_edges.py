@@ -399,3 +399,12 @@ def test_a_batch_with_labels_is_told_what_the_model_takes() -> None:
         ValueError, match=r"Sequential\.forward\(input\) is called with, without labels.*got \(Tensor, Tensor\)"
     ):
         recipes.finetune(mlp(), (X, X), STEPS)
+
+
+def test_what_is_as_large_as_the_model_is_not_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    recipe = recipes.finetune(model, X, STEPS, check=False)
+    monkeypatch.setattr("fx_approx.recipes.recipe.extract", lambda *_, **__: copy.deepcopy(model))
+    to_the_tail(recipe, torch.optim.SGD(recipe.model.parameters(), 0.01))
+    with pytest.raises(UnsupportedError, match="ship: there is no narrow network: no layer of it is narrower"):
+        recipe.ship()
