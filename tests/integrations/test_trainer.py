@@ -200,6 +200,7 @@ def test_a_plain_model_is_saved_and_the_log_has_what_is_saved(tmp_path: Path) ->
     assert torch.equal(ended, recipe.finish().eval()(**images).logits)
 
 
+@pytest.mark.slow
 def test_a_graph_that_autocast_does_not_fit_is_an_error_or_the_backends(tmp_path: Path) -> None:
     recipe = vit()
     with warnings.catch_warnings():

@@ -21,7 +21,7 @@ from tests.sandwich_rows import NETWORKS, ROWS
 TOLERANCE = 1e-10
 BY_NAME = {row.name: row for row in (*ROWS, *NETWORKS)}
 # Operations that need more than one stage of the compiler, each met by one of the frontends.
-_QUICK = {("transform", "GroupNorm"), ("dynamo", "C2f")}
+_QUICK = {("transform", "GroupNorm")}
 _COMPILED = (
     *(("transform", name) for name in ("PReLU of a slope for each channel", "InstanceNorm2d with statistics", "SPPF")),
     *(("transform", name) for name in ("GroupNorm", "F.pad of channels with zeros", "a slice of channels", "C2f")),

@@ -267,6 +267,7 @@ def test_a_checkpoint_recomputes_the_same_tokens() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_compiled_as_one_graph() -> None:
     model, x = stack("causal", "all")
     eager = fx_approx.transform(model, Tokens(0.5), x)

@@ -83,7 +83,9 @@ def test_with_scores_of_weights_what_was_read_is_read_on() -> None:
     torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("every", "compiled"), [(3, False), (3, True), (4, False), (1000, False)])
+@pytest.mark.parametrize(
+    ("every", "compiled"), [(3, False), pytest.param(3, True, marks=pytest.mark.slow), (4, False), (1000, False)]
+)
 def test_a_kept_selection_counts_also_where_its_period_has_just_ended(every: int, compiled: bool) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2)).double()
