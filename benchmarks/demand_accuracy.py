@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import runpy
 import statistics
 import warnings
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import fx_approx
+from fx_approx.demo.images import idx_folder
 from fx_approx.policies import Uniform
 
 warnings.filterwarnings("ignore", category=fx_approx.errors.BatchNormWarning)
@@ -125,8 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.epochs < 3 or options.seeds < 2:
         parser.error("--epochs: expected 3 or more; --seeds: expected 2 or more")
-    examples = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "data.py"))
-    data = examples["idx_folder"](options.data, options.limit)
+    data = idx_folder(options.data, options.limit)
     network = f"WRN-{options.depth}-{options.width:g}"
     print(header(f"{network}, {len(data.train)} images, {options.epochs} epochs"), flush=True)
     runs = _stored(options.json_lines)

@@ -69,7 +69,8 @@ def test_each_script_understands_its_arguments(gpu: ModuleType, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_all_of_it_in_small(gpu: ModuleType, tmp_path: Path) -> None:
+def test_all_of_it_in_small(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FX_APPROX_TEST_INSTALLED", raising=False)  # whoever has a GPU runs it in a checkout
     assert gpu.main(["--out", str(tmp_path), "--small"]) == 0
     for box in gpu.BOXES[1:]:
         assert json.loads((tmp_path / f"{box.name}.json").read_text())["results"]

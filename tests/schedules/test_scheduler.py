@@ -234,6 +234,7 @@ def test_compilations_are_the_distinct_ratios() -> None:
 
 
 @pytest.mark.slow
+@torch._dynamo.config.patch(recompile_limit=8)  # torch's own; other packages raise it for the whole process
 def test_exact_steps_are_one_graph_whatever_the_ratio_between_them() -> None:
     """And up to the limit of torch.compile without a warning, which the tests would raise."""
     torch._dynamo.reset()
@@ -250,6 +251,7 @@ def test_exact_steps_are_one_graph_whatever_the_ratio_between_them() -> None:
 
 
 @pytest.mark.slow
+@torch._dynamo.config.patch(recompile_limit=8)
 def test_the_last_compilation_is_announced_once() -> None:
     torch._dynamo.reset()
     model = twice(Uniform(0.5, min_k=1))
