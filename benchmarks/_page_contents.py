@@ -346,6 +346,18 @@ TOKENS = Page(
             "Tokens, and examples that are drawn",
         ),
         _trained(
+            "MiniLM, sections of Debian",
+            "debian-minilm-tokens",
+            "debian-minilm-tokens",
+            "Tokens, and examples that are drawn",
+        ),
+        _trained(
+            "A GPT from scratch",
+            "shakespeare-gpt-tokens",
+            "shakespeare-gpt-tokens",
+            "Tokens, and examples that are drawn",
+        ),
+        _trained(
             "A CNN, examples drawn",
             "fashion-cnn-examples",
             "fashion-cnn-examples",

@@ -39,7 +39,7 @@ def found() -> tuple[dict[str, list[Any]], dict[str, Any]]:
 
 def files(config: str) -> tuple[str, ...]:
     """The records of a configuration, relative to docs/results."""
-    own = [RESULTS / "experiments" / f"{config}{end}.jsonl" for end in ("", "-costs")]
+    own = [RESULTS / "experiments" / f"{config}{end}.jsonl" for end in ("", "-choice", "-costs")]
     own += [RESULTS / "experiments" / "imagenet-path" / f"{config}.jsonl"]
     return tuple(path.relative_to(RESULTS).as_posix() for path in own if path.exists())
 
@@ -49,8 +49,9 @@ def command(name: str) -> Callable[..., str]:
 
     def of(*_: Content) -> str:
         parts, _results = found()
+        _tables, summaries = scripts()
         own = parts[name]
-        runs, costs = ([one for one in own if ("costs" in one) == timed] for timed in (False, True))
+        runs, costs = summaries.trained(own), [one for one in own if "costs" in one]
         common = runs[0]["common"]
         options = ["--data FOLDER"]
         options += ["--compile"] * common["compile"]
@@ -58,9 +59,11 @@ def command(name: str) -> Callable[..., str]:
         options += [f"--clock {runs[0]['clock']}"] * (runs[0]["clock"] != "wall")
         options += ["--cold"] * bool(common.get("cold"))
         options += ["--no-curve"] * all("accuracy" not in one["epochs"][0] for one in runs if len(one["epochs"]) > 1)
-        lines = [f"OMP_NUM_THREADS=1 {RUN}/{runs[0]['config']}.toml {' '.join(options)} --only VARIANT ..."]
-        lines += [f"{lines[0]} --costs {count}" for count in dict.fromkeys(one["repeats"] for one in costs)]
-        return "\n".join(lines)
+        command = f"OMP_NUM_THREADS=1 {RUN}/{runs[0]['config']}.toml {' '.join(options)}"
+        line = f"{command} --only VARIANT ..."
+        chosen = [f"{command} --choose"] * any("validation" in one for one in own)
+        timed = [f"{line} --costs {count}" for count in dict.fromkeys(one["repeats"] for one in costs)]
+        return "\n".join([*chosen, line, *timed])
 
     return of
 
@@ -97,15 +100,17 @@ def _seed(start: Any) -> str:
 
 
 def body(name: str) -> Callable[..., str]:
-    """Makes the tables of a section: its variants, its rivals, and what might be shipped."""
+    """Makes the tables of a section: its variants, its rivals, what they were chosen by, and what might be shipped."""
 
     def of(*_: Content) -> str:
         tables, _summaries = scripts()
         results = found()[1][name]
         parts = [variants(results)]
-        rivals, shipped = (narrow(made(results)) for made in (tables.rivals, tables.shipped))
+        rivals, choices, shipped = (narrow(made(results)) for made in (tables.rivals, tables.choices, tables.shipped))
         if rivals:
             parts += ["Beside exact training of equal cost:", rivals]
+        if choices:
+            parts += ["Tries, on training examples that were held out:", choices]
         if shipped:
             parts += ["What might be shipped, before the exact tail, beside the full network:", shipped]
         return "\n\n".join(parts)
@@ -125,7 +130,8 @@ def variants(results: Any) -> str:
         rows.append(
             [
                 one.Index,
-                f"{one.runs}" + (f" ({one.diverged} diverged)" if one.diverged else ""),
+                tables.told_runs(one),
+                str(max(1, one.tries)) if results.found.tries.any() else "",
                 "" if brief else tables.told(one.accuracy, one.deviation),
                 "" if brief or less != less or one.Index == getattr(exact, "Index", None) else signed(less),
                 _known(one.trained if round(one.trained - one.accuracy, 2) and not brief else float("nan")),
@@ -141,6 +147,7 @@ def variants(results: Any) -> str:
     heads = [
         "variant",
         "seeds",
+        "tries",
         "accuracy %",
         "to exact",
         "as trained %",

@@ -20,6 +20,9 @@ _IN_PLACE = (
     *(operator.iand, operator.ior, operator.ixor, operator.setitem, F.relu_, torch.relu_),
 )
 
+_PURE = (operator.and_, operator.or_, operator.not_, operator.is_)
+"""Functions whose names end as those of what changes its operand, and which do not."""
+
 _MUTATING_METHODS = (
     *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")),
     *("__ilshift__", "__irshift__", "__setitem__"),
@@ -46,7 +49,7 @@ def changes_in_place(flow: Flow, node: fx.Node) -> bool:
         return False
     if isinstance(node.target, str):
         return _is_mutator(node.target) or node.target in _MUTATING_METHODS
-    if any(node.target is one for one in _IN_PLACE) or _is_mutator(_name(node)):
+    if any(node.target is one for one in _IN_PLACE) or _is_mutating_function(node):
         return True
     code = getattr(node.target, "__code__", None)
     names = () if code is None else code.co_varnames[: code.co_argcount]
@@ -54,9 +57,11 @@ def changes_in_place(flow: Flow, node: fx.Node) -> bool:
     return given is True
 
 
-def _name(node: fx.Node) -> str:
-    """Of a function, without the overload of an ATen operator."""
-    return str(getattr(node.target, "__name__", "")).partition(".")[0]
+def _is_mutating_function(node: fx.Node) -> bool:
+    """By its name, without the overload of an ATen operator."""
+    if any(node.target is one for one in _PURE):
+        return False
+    return _is_mutator(str(getattr(node.target, "__name__", "")).partition(".")[0])
 
 
 def _is_mutator(name: str) -> bool:
@@ -68,7 +73,7 @@ def _elsewhere(node: fx.Node) -> list[fx.Node]:
     changed = [node.kwargs.get("out")]
     if (
         node.op == "call_function"
-        and _is_mutator(_name(node))
+        and _is_mutating_function(node)
         and node.args
         and isinstance(node.args[0], (list, tuple))
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -155,6 +156,8 @@ class Variant(Table):
         by: A baseline is made cheaper ``by`` fewer ``epochs``, or less ``width``.
         epochs: Share of the steps of a full training.
         width: Factor on the width of the network.
+        tries: Lists of values of these fields, ``policy.ratio`` and the like among them, each of which is tried with
+            each value of the others; the best on the held-out examples is taken. None: the fields are as they are.
     """
 
     policy: dict[str, Any] = {}
@@ -179,10 +182,27 @@ class Variant(Table):
     by: Literal["", "epochs", "width"] = ""
     epochs: Positive = 1.0
     width: Positive = 1.0
+    tries: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _tries_fit(self) -> Self:
+        if not self.tries:
+            return self
+        expect("tries", self.tries, "lists of values by the names of fields", bool(self.grid))
+        fields = [name for name in Variant.model_fields if name not in _UNTRIED]
+        for key, values in self.grid.items():
+            one_of(f"tries.{key}", key.partition(".")[0], fields)
+            different = isinstance(values, list) and all(one not in values[:place] for place, one in enumerate(values))
+            expect(f"tries.{key}", values, "a list of one or more different values", different and bool(values))
+        try:
+            list(self.alternatives())
+        except ValidationError as error:
+            raise ValueError(f"tries: {'; '.join(_told(Variant, one) for one in error.errors())}") from None
+        return self
 
     @model_validator(mode="after")
     def _subnetwork_fits(self) -> Self:
-        if self.subnetwork:
+        if self.subnetwork and not self.tries:
             expect("policy", self.policy, "one beside subnetwork", bool(self.policy))
             expect("interleave", self.interleave, "0 beside subnetwork", not self.interleave)
             expect("every", self.every, "0 or 2 or more beside subnetwork", self.every != 1)
@@ -192,6 +212,8 @@ class Variant(Table):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.tries:  # each of them has to fit, and not what they replace
+            return self
         expect("tail", self.tail, f"less than what warmup = {self.warmup:g} leaves", self.warmup + self.tail < 1)
         expect("interleave", self.interleave, "0, or 2 or more", self.interleave != 1)
         teaches = self.interleave > 0 or not self.distill
@@ -223,13 +245,45 @@ class Variant(Table):
         """Whether its policy is a budget, whose plan depends on the weights."""
         return self.policy.get("kind") in ("flops", "time", "memory")
 
+    @property
+    def grid(self) -> dict[str, Any]:
+        """The values that are tried, by dotted names of fields."""
+        return dict(_flat(self.tries))
 
+    def alternatives(self) -> Iterator[tuple[dict[str, Any], Variant]]:
+        """Each try: its values by dotted names, and the variant that they make; without ``tries`` the variant alone."""
+        for values in itertools.product(*self.grid.values()):
+            chosen, table = dict(zip(self.grid, values, strict=True)), self.model_dump(exclude_unset=True)
+            table.pop("tries", None)
+            for key, value in chosen.items():
+                _set(table, key, value)
+            yield chosen, Variant.model_validate(table)
+
+
+def _flat(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _set(table: dict[str, Any], key: str, value: Any) -> None:
+    *tables, last = key.split(".")
+    for name in tables:
+        found = table.get(name)
+        expect(f"tries.{key}", name, "a table that the variant has", isinstance(found, dict))
+        table = found
+    table[last] = value
+
+
+_UNTRIED = ("equal", "to", "by", "tries")
 _LATER = ("preserve", "frozen", "distill", "sensitivity", "subnetwork", "examples")
 
 
 def plain(variant: Variant) -> dict[str, Any]:
     """``variant`` for a record. Fields that came later are left out at their defaults: older runs stay known."""
-    return {key: value for key, value in variant.model_dump().items() if value or key not in _LATER}
+    return {key: value for key, value in variant.model_dump(exclude={"tries"}).items() if value or key not in _LATER}
 
 
 class Start(Table):
@@ -257,6 +311,9 @@ class Config(Table):
         training: How.
         variants: By name, in order.
         seeds: Runs of each variant.
+        validation: Training examples that are held out while tries are compared; the runs of ``seeds`` train on them,
+            too, and then see the test examples once, at the end.
+        choice_seeds: Runs of each try.
         start: Weights to begin with.
         path: The file.
     """
@@ -268,21 +325,24 @@ class Config(Table):
     training: Training
     variants: dict[str, Variant] = Field(min_length=1)
     seeds: Annotated[tuple[Count, ...], Strict(False)] = (0, 1, 2)
+    validation: Count = 0
+    choice_seeds: Annotated[tuple[Count, ...], Strict(False)] = (100,)
     start: Start | None = None
     path: Path
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        different = 0 < len(self.seeds) == len(set(self.seeds))
-        expect("seeds", list(self.seeds), "one or more different integers", different)
+        for key, seeds in (("seeds", self.seeds), ("choice_seeds", self.choice_seeds)):
+            different = 0 < len(seeds) == len(set(seeds))
+            expect(key, list(seeds), "one or more different integers", different)
         known = [name for name, variant in self.variants.items() if not variant.equal]
         for name, variant in self.variants.items():
+            right = f"1 or more examples, for the tries of variants.{name!r}"
+            expect("validation", self.validation, right, self.validation > 0 or not variant.tries)
             if variant.equal:
                 one_of(f"variants.{name!r}.to", variant.to, known)
-                steps_alike = variant.equal != "time" or not self.variants[variant.to].subnetwork
-                right = "a variant without subnetwork beside equal = 'time'"
-                expect(f"variants.{name!r}.to", variant.to, right, steps_alike)
-                drawn = self.variants[variant.to].examples.get("rule") == "infobatch"
+                others = (other for _, other in self.variants[variant.to].alternatives())
+                drawn = any(other.examples.get("rule") == "infobatch" for other in others)
                 expect(f"variants.{name!r}.to", variant.to, "a variant whose steps are known before", not drawn)
         return self
 

@@ -7,6 +7,7 @@ stores MNIST, Fashion-MNIST or CIFAR-10 in any of the known layouts in one file,
 
 from __future__ import annotations
 
+import copy
 import importlib
 import pickle
 import runpy
@@ -29,6 +30,15 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 _PARTS = ("train", "train_labels", "test", "test_labels")
 _EVALUATED = 1000
 """Test images at a time on a CPU; four times as many elsewhere."""
+
+_SPLIT = 30
+"""The seed that examples are held out by, the same for all runs."""
+
+
+def split(size: int, count: int) -> tuple[Tensor, Tensor]:
+    """The numbers of ``size`` examples that are kept, and of ``count`` that are held out; always the same ones."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(_SPLIT))
+    return order[count:].sort().values, order[:count].sort().values
 
 
 class Source(Protocol):
@@ -53,6 +63,10 @@ class Source(Protocol):
 
     def test(self) -> Iterator[Batch]:
         """The test examples in big batches."""
+        ...
+
+    def held_out(self, count: int) -> Source:
+        """The same set without ``count`` of its training examples, which stand in the place of the test examples."""
         ...
 
 
@@ -107,6 +121,15 @@ class Images:
         size = _EVALUATED * (1 if self._device.type == "cpu" else 4)
         for pixels, labels in zip(self._test.split(size), self._test_labels.split(size), strict=True):
             yield self._normalised(pixels), labels
+
+    def held_out(self, count: int) -> Images:
+        """The same images but for ``count`` of those that are trained on, which are normalised like them."""
+        kept, out = (one.to(self._device) for one in split(self.size, count))
+        inner = slice(self._margin, self._margin + self._height)
+        made = copy.copy(self)
+        made._test, made._test_labels = self._train[out, inner, inner], self._labels[out]
+        made._train, made._labels, made.size = self._train[kept], self._labels[kept], len(kept)
+        return made
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """``[N, channels, height, width]``, in memory as channels_last."""
@@ -233,7 +256,8 @@ class Folder:
         first = [transforms.RandomResizedCrop(small), transforms.RandomHorizontalFlip()]
         train = folder(place / "train", transforms.Compose([*first, *last]))
         sized = [transforms.Resize(small * 256 // 224), transforms.CenterCrop(small)]
-        test = folder(place / "val", transforms.Compose([*sized, *last]))
+        self._whole = transforms.Compose([*sized, *last])
+        test = folder(place / "val", self._whole)
         self.classes = len(train.classes)
         self._train, self._test = _spread(train, data.limit), _spread(test, data.test_limit)
         self._workers, self._device = data.workers, device
@@ -249,6 +273,14 @@ class Folder:
         """All test images."""
         yield from self._loaded(self._test, 64 if self._device.type == "cpu" else 256)
 
+    def held_out(self, count: int) -> Folder:
+        """The same files but for ``count`` of those that are trained on, which are cut as those of the test are."""
+        kept, out = (one.tolist() for one in split(self.size, count))
+        made = copy.copy(self)
+        made._test = torch.utils.data.Subset(_transformed(self._train, self._whole), out)
+        made._train, made.size = torch.utils.data.Subset(self._train, kept), len(kept)
+        return made
+
     def _loaded(self, files: Any, batch: int, **options: Any) -> Iterator[Batch]:
         pinned = self._device.type == "cuda"
         loader = torch.utils.data.DataLoader(files, batch, num_workers=self._workers, pin_memory=pinned, **options)
@@ -261,6 +293,16 @@ def _spread(files: Any, limit: int) -> Any:
     if not limit or limit >= len(files):
         return files
     return torch.utils.data.Subset(files, [place * len(files) // limit for place in range(limit)])
+
+
+def _transformed(files: Any, transform: Any) -> Any:
+    """The same files through another transform."""
+    made = copy.copy(files)
+    if isinstance(files, torch.utils.data.Subset):
+        made.dataset = _transformed(files.dataset, transform)
+        return made
+    made.transform = transform
+    return made
 
 
 def folder_of(root: Path, name: str, unpacked: Path) -> Path:

@@ -38,6 +38,7 @@ class Subnetworks:
         self._variant, self._steps, self._example = variant, steps, example
         self._shown, self._step = model, 0
         self._phases: Phases | None = None
+        self._cut: dict[float | None, nn.Module] = {}
 
     @property
     def model(self) -> nn.Module:
@@ -45,17 +46,20 @@ class Subnetworks:
         return self._shown if self._phases is None else self._phases.model
 
     def jump(self, step: int) -> None:
-        """Before the training: to such a network as ``step`` has, cut out of the full one as it is now."""
+        """Before the training: to such a network as ``step`` has, cut out of the full one once for each ratio."""
         ratio = self._schedule.ratio(step)
         if ratio == 1:
             fx_approx.set_sampling(self._full, enabled=False)
             self._shown = self._full
         else:
             fx_approx.set_sampling(self._full, ratio, enabled=True)
-            self._shown = extract(self._full, example_inputs=self._example)
+            if ratio not in self._cut:
+                self._cut[ratio] = extract(self._full, example_inputs=self._example)
+            self._shown = self._cut[ratio]
 
     def begin(self) -> None:
         """To step 0 of the training."""
+        self._cut.clear()
         self._phases = Phases(
             self._full,
             self._optimizer,

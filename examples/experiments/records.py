@@ -1,4 +1,7 @@
-"""Where results and unfinished runs are kept: JSON lines, one for each run, safe for several processes at a time."""
+"""Where results and unfinished runs are kept: JSON lines, one for each run, safe for several processes at a time.
+
+Also which of its accuracies is that of a run, and how a try is told.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+_EXACT_FORWARD = ("backward", "weight_gradient")
+"""Policies that sample gradients alone: BatchNorm sees what it would see in exact training."""
 
 
 def digest(settings: Any) -> str:
@@ -97,3 +103,26 @@ def read(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             found.append(json.loads(line))
     return found
+
+
+def sampled_forward(options: Mapping[str, Any]) -> bool:
+    """Whether forward passes of a variant are sampled."""
+    policy = options["policy"]
+    return bool(policy) and policy.get("kind") not in _EXACT_FORWARD
+
+
+def mended(record: Mapping[str, Any]) -> bool:
+    """Whether the accuracy of a run is that after re-estimating statistics: the last forward passes are sampled."""
+    options = record["options"]
+    sampled = sampled_forward(options) and not options.get("subnetwork")  # the statistics of a narrow one are its own
+    return sampled and not options["tail"] and record["final"].get("recalibrated") is not None
+
+
+def accuracy(record: Mapping[str, Any]) -> float:
+    """Of the end of a run, per cent."""
+    return float(record["final"]["recalibrated" if mended(record) else "accuracy"])
+
+
+def told(values: Mapping[str, Any]) -> str:
+    """The values of a try, for people."""
+    return ", ".join(f"{name} = {value}" for name, value in values.items())

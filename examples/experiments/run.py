@@ -4,6 +4,10 @@
     python examples/experiments/run.py CONFIG --data FOLDER --seeds 0 1 --only exact "value 0.25, tail"
     python examples/experiments/run.py CONFIG --data FOLDER --device cuda --compile --autocast bfloat16
     python examples/experiments/run.py CONFIG --data FOLDER --set training.epochs=1 --set data.limit=2000
+    python examples/experiments/run.py CONFIG --data FOLDER --choose
+
+The last one runs the tries of the variants that have some, without the examples that are held out, and says which is
+best on these; what is chosen is what the other commands train.
 
 Runs that are recorded are not repeated, and a run that was interrupted goes on from its last checkpoint; several
 processes may work on the same folder. ``tables.py`` makes tables and figures of it. It needs torch, numpy, tqdm,
@@ -14,72 +18,81 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
+import itertools
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import choices
 import costs
 import measured
 import reading
 import torch
 import variants
+from choices import FORMAT, Choices, NotChosen
 from config import Config, ConfigError, load, plain
 from networks import Network, network
-from records import Records, digest
+from records import Records, digest, told
 from sources import REPOSITORY, open_source
 from training import Budget, Run, Settings
 
 import fx_approx
 
-FORMAT = 1
-
 
 class Experiment:
-    """A configuration on its data: what its runs are, and how each is done."""
+    """A configuration on its data: what its runs are, and how each is done.
+
+    Where ``options`` say ``choose``, examples are held out, and runs are tested on these.
+    """
 
     def __init__(self, config: Config, settings: Settings, options: argparse.Namespace) -> None:
-        """Opens the data, and checks every variant."""
-        self.config, self.settings = config, settings
+        """Opens the data, and checks every variant, with each of its tries."""
+        self.settings = settings
         self.network: Network = network(config.network, config.path.name)
         self.device = torch.device(settings.device)
-        for name in config.variants:
-            variants.policy_of(config, name)
-            variants.schedule_of(config, name, 1000)
-        self.source = open_source(config, options.data, self.device, options.download)
-        for name in config.variants:
-            reading.sampler_of(config, name, self.source.size, 0)
-        self.records = Records(options.out, config.name)
+        self._validation = config.validation if options.choose else 0
+        _check(config, variants.policy_of)
+        _check(config, lambda one, name: variants.schedule_of(one, name, 1000))
+        self.source = open_source(config, options.data, self.device, options.download, self._validation)
+        _check(config, lambda one, name: reading.sampler_of(one, name, self.source.size, 0))
+        self.choices = Choices(config, settings.identity, options.out, wait=not options.list)
+        self._finals = Records(options.out, config.name)
+        self.records = self.choices.records if options.choose else self._finals
         self._out = options.out
         per_epoch = self.source.size // config.training.batch
         self.full = config.training.steps or max(1, round(config.training.epochs * per_epoch))
         x, y = next(iter(self.source.epoch(0, 0, config.training.batch)))
         self.example = x, y
+        self._take(config)
+
+    def _take(self, config: Config) -> None:
+        self.config = config
         self._exact = functools.cache(lambda: self._flops_of(1.0)[0])
         self._total = functools.cache(self._total_flops)
 
+    def of(self, config: Config) -> Experiment:
+        """The same with other variants."""
+        made = copy.copy(self)
+        made._take(config)
+        return made
+
     def key(self, name: str, seed: int) -> str:
         """Tells runs apart: all that their results depend on, but for code and versions."""
-        return digest([FORMAT, self._described(name), seed])
+        return choices.key(self._described(name), seed, self._validation)
 
     def _described(self, name: str) -> dict[str, Any]:
-        config = self.config
-        found = {
-            "variant": plain(config.variants[name]),
-            "data": {**config.data.model_dump(), "workers": 0},
-            "network": dict(config.network),
-            "training": config.training.model_dump(),
-            "start": None if config.start is None else config.start.model_dump(),
-            **self.settings.identity,
-        }
-        to = config.variants[name].to
-        return {**found, "to": plain(config.variants[to])} if to else found
+        return choices.described(self.config, name, self.settings.identity)
 
-    def do(self, name: str, seed: int, progress: bool) -> str:
-        """Does one run unless it is recorded, or another process is at it; says which."""
+    def do(self, name: str, seed: int, progress: bool, said: Mapping[str, Any]) -> str:
+        """Does one run unless it is recorded, or another process is at it; says which.
+
+        ``said`` is for the record, too.
+        """
         key = self.key(name, seed)
         if self.records.find(key):
             return "recorded already"
@@ -95,9 +108,9 @@ class Experiment:
             found = run.train(self.records, key, progress)
             variant = self.config.variants[name]
             exact = not (variant.policy or variant.equal or variant.examples)
-            if exact and not found["diverged"]:  # what fine-tuning may begin with
+            if exact and not (found["diverged"] or self._validation):  # what fine-tuning may begin with
                 self.records.save(key, {k: v.cpu() for k, v in run.model.state_dict().items()}, "final")
-            self.records.append({**self._head(name, seed, key, budget), **found})
+            self.records.append({**self._head(name, seed, key, budget), **said, **found})
             self.records.forget(key)
         final = found["final"]
         mended = f", recalibrated {final['recalibrated']:.2f}" if final.get("recalibrated") is not None else ""
@@ -238,15 +251,15 @@ class Experiment:
         config = self.config if name else self._with_plain()
         described = [self._described(name) if name else self._described_exact(), budget.width, torch.get_num_threads()]
         key = f"time-{digest(described)}"
-        with self.records.claim(key, wait=True):
-            found = self.records.load(key, "seconds")
+        with self._finals.claim(key, wait=True):
+            found = self._finals.load(key, "seconds")
             if found is None:
-                settings = dataclasses.replace(self.settings, probe=max(20, self.settings.probe))
+                settings = dataclasses.replace(self.settings, probe=max(20, self.settings.probe), cold=False)
                 weights = self._deciding(name, 0)
                 run = Run(config, name, 0, self.source, self.network, settings, budget, weights)
                 run.measure(count=False)
                 found = {phase: quartiles[1] for phase, quartiles in run.seconds.items()}
-                self.records.save(key, found, "seconds")
+                self._finals.save(key, found, "seconds")
         return dict(found)
 
     def _with_plain(self) -> Config:
@@ -256,6 +269,16 @@ class Experiment:
     def _described_exact(self) -> dict[str, Any]:
         first = next(iter(self.config.variants))
         return {**self._described(first), "variant": None, "to": None}
+
+
+def _check(config: Config, check: Callable[[Config, str], Any]) -> None:
+    """Has ``check`` look at each try of each variant; an error says which try it was."""
+    for name, variant in config.variants.items():
+        for values, tried in variant.alternatives():
+            try:
+                check(choices.put(config, name, tried), name)
+            except ConfigError as error:
+                raise ConfigError(f"{error}, in the try {told(values)}" if values else str(error)) from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -269,8 +292,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", nargs="+", metavar="VARIANT", help="some of the variants, by name")
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the configuration")
     made.add_argument("--list", action="store_true", help="show the runs, with what is recorded, and end")
-    made.add_argument("--costs", type=int, default=0, metavar="STEPS", help="time so many steps of each, train nothing")
-    made.add_argument("--report", action="store_true", help="print what each saves by layer, train nothing")
+    other = made.add_mutually_exclusive_group()
+    other.add_argument("--choose", action="store_true", help="run the tries, tested on examples that are held out")
+    other.add_argument(
+        "--costs", type=int, default=0, metavar="STEPS", help="time so many steps of each, train nothing"
+    )
+    other.add_argument("--report", action="store_true", help="print what each saves by layer, train nothing")
     made.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     made.add_argument("--compile", action="store_true", help="train under torch.compile")
     made.add_argument("--autocast", default="", choices=("bfloat16",), help="precision of the products")
@@ -286,6 +313,68 @@ def parser() -> argparse.ArgumentParser:
 _PLAIN = variants.Variant()
 
 
+def _names(config: Config, options: argparse.Namespace) -> list[str]:
+    """The variants that are asked for."""
+    known = [name for name, variant in config.variants.items() if variant.tries or not options.choose]
+    if not known:
+        raise ConfigError(f"--choose: expected variants with tries in {config.path.name}, got none")
+    unknown = [name for name in options.only or () if name not in known]
+    if unknown:
+        tries = " with tries, beside --choose" * options.choose
+        raise ConfigError(f"--only: expected some of {', '.join(known)}{tries}, got {unknown[0]!r}")
+    if options.choose and options.seeds:
+        raise ConfigError(f"--seeds: expected none beside --choose, which has choice_seeds, got {options.seeds}")
+    return options.only or known
+
+
+def _list(experiment: Experiment, names: Sequence[str], options: argparse.Namespace) -> None:
+    """Shows tries and runs, with what is recorded."""
+    config, found = experiment.config, experiment.choices
+    for name in choices.ordered(config, names):
+        if not config.variants[name].tries:
+            continue
+        try:
+            for one, seed in itertools.product(found.tries(name), config.choice_seeds):
+                reached = found.accuracy(name, one, seed)
+                said = "missing" if reached is None else choices.percent(reached)
+                print(f"{config.name}: {name}, {told(one.values)}, seed {seed}, held out: {said}")
+            print(f"{config.name}: {name}: {found.taken(name)}")
+        except NotChosen as error:
+            print(error)
+    for seed, name in itertools.product(() if options.choose else options.seeds or config.seeds, names):
+        try:
+            key = experiment.of(found.settled([name])).key(name, seed)
+            said = "missing" if experiment.records.find(key) is None else "recorded"
+        except NotChosen:
+            said = "missing, and so is its choice"
+        print(f"{config.name}: {name}, seed {seed}: {said}")
+
+
+def _choose(experiment: Experiment, names: Sequence[str], progress: bool) -> None:
+    """Does the runs of tries that are missing, and says what is chosen."""
+    config, found = experiment.config, experiment.choices
+    for name in choices.ordered(config, names):
+        for one, seed in itertools.product(found.tries(name), config.choice_seeds):
+            about = {"validation": config.validation, "tried": dict(one.values)}
+            said = experiment.of(one.config).do(name, seed, progress, about)
+            print(f"{config.name}: {name}, {told(one.values)}, seed {seed}, held out: {said}", flush=True)
+    for name in names:
+        print(f"{config.name}: {name}: {found.taken(name)}", flush=True)
+
+
+def _train(experiment: Experiment, names: Sequence[str], seeds: Sequence[int], progress: bool) -> None:
+    """Does the runs that are missing, as was chosen."""
+    config, found = experiment.config, experiment.choices
+    about = {}
+    for name in names:
+        grid = config.variants[name].tries
+        about[name] = {"chosen": dict(found.chosen(name).values), "tries": len(found.tries(name))} if grid else {}
+    settled = experiment.of(found.settled(names))
+    for seed, name in itertools.product(seeds, names):
+        said = settled.do(name, seed, progress, about[name])
+        print(f"{config.name}: {name}, seed {seed}: {said}", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Does the runs that are missing."""
     made = parser()
@@ -293,10 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_flush_denormal(True)  # squares of small gradients made AdamW on CPUs take a third of the step
     try:
         config = load(options.config, options.set)
-        chosen = options.only or list(config.variants)
-        unknown = [name for name in chosen if name not in config.variants]
-        if unknown:
-            raise ConfigError(f"--only: expected some of {', '.join(config.variants)}, got {unknown[0]!r}")
+        names = _names(config, options)
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device: expected cpu, since torch finds no GPU, got 'cuda'")
         if options.costs < 0 or options.costs == 1:
@@ -309,9 +395,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.probe,
             options.checkpoint,
             options.cold,
-            not options.no_curve,
+            not options.no_curve and (options.choose or not config.validation),
         )
-        narrow = [name for name in chosen if config.variants[name].subnetwork]
+        narrow = [name for name in names if any(one.subnetwork for _, one in config.variants[name].alternatives())]
         if narrow and options.compile and not options.cold and not options.report:
             raise ConfigError(
                 f"--compile: expected --cold beside it, got {narrow[0]!r}, whose networks are made and compiled on the "
@@ -324,21 +410,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             torch._dynamo.config.recompile_limit = 64  # one graph for each phase of each run
         if options.device == "cuda":
             torch.backends.cudnn.benchmark = True
-        if options.costs:
-            print(f"{config.name}: {experiment.measure(chosen, options.costs)}: measured", flush=True)
-            return
-        if options.report:
-            for name in chosen:
-                print(f"{config.name}: {name}\n\n{experiment.report(name)}\n", flush=True)
-            return
-        for seed in options.seeds or config.seeds:
-            for name in chosen:
-                if options.list:
-                    there = experiment.records.find(experiment.key(name, seed))
-                    said = "missing" if there is None else "recorded"
-                else:
-                    said = experiment.do(name, seed, not options.quiet)
-                print(f"{config.name}: {name}, seed {seed}: {said}", flush=True)
+        if options.list:
+            _list(experiment, names, options)
+        elif options.choose:
+            _choose(experiment, names, not options.quiet)
+        elif options.costs or options.report:
+            settled = experiment.of(experiment.choices.settled(names))
+            if options.costs:
+                print(f"{config.name}: {settled.measure(names, options.costs)}: measured", flush=True)
+            for name in names if options.report else ():
+                print(f"{config.name}: {name}\n\n{settled.report(name)}\n", flush=True)
+        else:
+            _train(experiment, names, options.seeds or config.seeds, not options.quiet)
     except ConfigError as error:
         made.exit(2, f"{error}\n")
     finally:

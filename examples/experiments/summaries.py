@@ -16,12 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from records import slug
+from records import accuracy, mended, sampled_forward, slug, told
 
 Record = Mapping[str, Any]
-
-_EXACT_FORWARD = ("backward", "weight_gradient")
-"""Policies that sample gradients alone: BatchNorm sees what it would see in exact training."""
 
 _COSTS = ["quicker", "peak", "traffic", "time"]
 
@@ -50,34 +47,21 @@ class Results:
             - ``steps`` of each phase, as shares of the steps of exact training.
             - ``options`` as configured; ``rate``, ``to`` and ``equal`` are among them, ``alike`` leaves out the rate.
             - ``epochs`` in its curve.
+            - ``tries`` that it is the best of, 0 where none were made.
             - What its steps cost, if measured: ``quicker``, quartiles of the time of an exact step over that of the
               step beside it, by phase; ``peak``, the most bytes that such a step allocates as a share of an exact
               step's; ``traffic``, bytes of gradients in data-parallel training as a share of exact training's, and
               ``time`` likewise, both over the whole of it.
         accuracies: A row for each seed, a column for each variant.
         curves: By variant and epoch: ``share`` of FLOPs, ``seconds``, ``accuracy``; means over the runs.
+        choices: A row for each try: its ``variant``, the values that were ``tried``, ``accuracy`` on ``held`` examples
+            that were held out, its ``deviation``, the ``runs``, those that ``diverged``, and whether it was ``taken``.
     """
 
     found: pd.DataFrame
     accuracies: pd.DataFrame
     curves: pd.DataFrame
-
-
-def _sampled_forward(options: Mapping[str, Any]) -> bool:
-    policy = options["policy"]
-    return bool(policy) and policy.get("kind") not in _EXACT_FORWARD
-
-
-def mended(record: Record) -> bool:
-    """Whether the accuracy of a run is that after re-estimating statistics: the last forward passes are sampled."""
-    options = record["options"]
-    sampled = _sampled_forward(options) and not options.get("subnetwork")  # the statistics of a narrow one are its own
-    return sampled and not options["tail"] and record["final"].get("recalibrated") is not None
-
-
-def accuracy(record: Record) -> float:
-    """Of the end of a run, per cent."""
-    return float(record["final"]["recalibrated" if mended(record) else "accuracy"])
+    choices: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
 
 
 def processor(record: Record) -> str:
@@ -125,6 +109,7 @@ def _row(record: Record) -> dict[str, Any]:
         "warm": record.get("warm_seconds", math.nan),
         "first_loss": first["first_loss"] if learnt else math.nan,
         "last_loss": last["last_loss"] if learnt else math.nan,
+        "tries": record.get("tries", 0),
     }
 
 
@@ -172,6 +157,7 @@ def summarised(records: Sequence[Record]) -> Results:
         **means,
         runs=("accuracy", "count"),
         diverged=("diverged", "sum"),
+        tries=("tries", "max"),
         deviation=("accuracy", "std"),
         trained_deviation=("trained", "std"),
         shipped_deviation=("shipped", "std"),
@@ -211,7 +197,7 @@ def _curves(ended: pd.DataFrame, clocked: pd.Index, ends: pd.Series) -> pd.DataF
     shortest = ended.record.map(lambda record: len(record["epochs"])).groupby(ended.variant).min()
     rows = []
     for run in ended.itertuples():
-        epochs, mend = run.record["epochs"], _sampled_forward(run.options)
+        epochs, mend = run.record["epochs"], sampled_forward(run.options)
         for number, one in enumerate(epochs[: shortest[run.variant]]):
             reached = one.get("accuracy", math.nan)
             reached = one.get("recalibrated", reached) if mend else reached
@@ -286,6 +272,37 @@ def costs_of(records: Iterable[Record], found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(made, orient="index", columns=_COSTS)
 
 
+def _choices(records: Iterable[Record], found: pd.DataFrame) -> pd.DataFrame:
+    """The tries that are on record, as :class:`Results` has them; the last run of each seed counts."""
+    rows = [
+        {
+            "variant": one["variant"],
+            "tried": told(one["tried"]),
+            "options": json.dumps(one["options"], sort_keys=True),
+            "seed": one["seed"],
+            "held": one["validation"],
+            "accuracy": math.nan if one["diverged"] else accuracy(one),
+            "diverged": one["diverged"],
+        }
+        for one in records
+        if "validation" in one
+    ]
+    if not rows:
+        return pd.DataFrame()
+    runs = pd.DataFrame(rows).drop_duplicates(["variant", "options", "seed"], keep="last")
+    made = runs.groupby(["variant", "options"], sort=False).agg(
+        tried=("tried", "last"),
+        held=("held", "last"),
+        accuracy=("accuracy", "mean"),
+        deviation=("accuracy", "std"),
+        runs=("accuracy", "count"),
+        diverged=("diverged", "sum"),
+    )
+    taken = found.options.map(lambda options: json.dumps(options, sort_keys=True))
+    made = made.reset_index()
+    return made.assign(taken=made.options == made.variant.map(taken))
+
+
 def evaluated(records: Sequence[Record]) -> Results:
     """The runs of a section together, with the costs of their steps.
 
@@ -293,6 +310,7 @@ def evaluated(records: Sequence[Record]) -> Results:
     training takes as long at each learning rate.
     """
     results = summarised(trained(records))
+    results = dataclasses.replace(results, choices=_choices(records, results.found))
     found = results.found.join(costs_of((one for one in records if "costs" in one), results.found))
     exact = found[found.kind == "exact"]
     if exact.empty:
@@ -315,5 +333,5 @@ def sections(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def trained(records: Iterable[Record]) -> list[Record]:
-    """Those of runs, not of measurements."""
-    return [one for one in records if "costs" not in one]
+    """Those of runs that were tested on the test examples, not of measurements or choices."""
+    return [one for one in records if not {"costs", "validation"} & one.keys()]

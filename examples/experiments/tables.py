@@ -52,6 +52,11 @@ def told(mean: float, deviation: float) -> str:
     return spread(mean, deviation) + ("" if pd.isna(mean) or not pd.isna(deviation) else " (one seed)")
 
 
+def told_runs(one: Any) -> str:
+    """How many runs have an accuracy, and how many others diverged."""
+    return str(one.runs) + (f" ({one.diverged} diverged)" if one.diverged else "")
+
+
 def table(results: Results, within: float) -> str:
     """All variants as a table in markdown, each beside the exact training at its learning rate, if there is one."""
     rows = []
@@ -63,7 +68,8 @@ def table(results: Results, within: float) -> str:
         rows.append(
             [
                 one.Index,
-                str(one.runs) + (f" ({one.diverged} diverged)" if one.diverged else ""),
+                told_runs(one),
+                str(max(1, one.tries)) if results.found.tries.any() else "–",
                 told(one.accuracy, one.deviation),
                 figure(one.accuracy - goal, "+.2f"),
                 spread(one.trained, one.trained_deviation),
@@ -83,6 +89,7 @@ def table(results: Results, within: float) -> str:
     heads = [
         "variant",
         "runs",
+        "tries",
         "accuracy %",
         "to exact, pp",
         "as trained %",
@@ -107,11 +114,12 @@ def table(results: Results, within: float) -> str:
 def rivals(results: Results) -> str:
     """What exact baselines of equal cost reach beside the variants whose cost they have; empty if there are none.
 
-    A baseline at another learning rate stands beside its variant at that rate.
+    A baseline at another learning rate stands beside its variant at that rate. One whose rate was chosen from tries
+    stands beside its variant with what was chosen for that.
     """
     found, rows = results.found, []
     for one in found[(found.equal != "") & found.to.isin(found.index)].itertuples():
-        other = at_rate(found, found.alike[one.to], one.rate)
+        other = next(found.loc[[one.to]].itertuples()) if one.tries else at_rate(found, found.alike[one.to], one.rate)
         if other is None:
             continue
         gains = (results.accuracies[other.Index] - results.accuracies[one.Index]).dropna()
@@ -147,9 +155,28 @@ def shipped(results: Results) -> str:
     return tabulate(rows, heads, tablefmt="pipe", disable_numparse=True)
 
 
+def choices(results: Results) -> str:
+    """What the tries of variants reached on examples that were held out, and which were taken; empty without any."""
+    rows = [
+        [
+            one.variant,
+            one.tried,
+            f"{one.held:,}",
+            told_runs(one),
+            told(one.accuracy, one.deviation),
+            "taken" if one.taken else "",
+        ]
+        for one in results.choices.itertuples()
+    ]
+    heads = ["variant", "try", "examples held out", "runs", "accuracy % on these", "the test is of"]
+    return tabulate(rows, heads, tablefmt="pipe", disable_numparse=True) if rows else ""
+
+
 def rates(results: Results) -> str:
-    """Accuracies by learning rate, seeds in brackets; empty where no variant had a second one."""
-    found = results.found
+    """Accuracies by learning rate, seeds in brackets; empty where no variant had a second one but in its tries."""
+    found = results.found[results.found.tries == 0]
+    if found.empty:
+        return ""
     columns = sorted(found.rate.unique())
     cells = found.apply(lambda one: f"{spread(one.accuracy, one.deviation)} ({one.runs})", axis=1)
     rows = []
@@ -194,7 +221,7 @@ def page(
     for name, own in parts.items():
         runs = trained(own)
         lines += [f"## {runs[0]['title']}", "", described(runs), "", table(results[name], within), ""]
-        more = (rivals(results[name]), rates(results[name]), shipped(results[name]))
+        more = (made(results[name]) for made in (rivals, rates, choices, shipped))
         lines += [line for text in more if text for line in (text, "")]
         lines += [f"![{runs[0]['title']}]({picture})" for picture in figures.get(name, ())] + [""]
     return "\n".join(lines).rstrip() + "\n"

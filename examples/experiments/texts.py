@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 from config import ConfigError, Data
-from images import Batch
+from images import Batch, split
 from torch import Tensor
 
 Tokenizer = Callable[[Sequence[str], int], Tensor]
@@ -73,6 +74,14 @@ class Characters:
         y = self._test[1 : count * self._length + 1].view(count, -1)
         yield from zip(x.split(64), y.split(64), strict=True)
 
+    def held_out(self, count: int) -> Characters:
+        """The same text but for the end of what is trained on, of ``count`` stretches and a character."""
+        cut = len(self._train) - count * self._length - 1
+        made = copy.copy(self)
+        made._train, made._test = self._train[:cut], self._train[cut:]
+        made.size = (cut - 1) // self._length
+        return made
+
 
 def speeches(text: str) -> list[tuple[str, str]]:
     """Speaker and speech of those in ``text`` (a name with a colon, then lines up to a blank one) by the ten busiest.
@@ -134,3 +143,11 @@ class Labelled:
     def test(self) -> Iterator[Batch]:
         """All test texts."""
         yield from zip(self._test.split(256), self._test_labels.split(256), strict=True)
+
+    def held_out(self, count: int) -> Labelled:
+        """The same texts but for ``count`` of those that are trained on."""
+        kept, out = (one.to(self._train.device) for one in split(self.size, count))
+        made = copy.copy(self)
+        made._test, made._test_labels = self._train[out], self._labels[out]
+        made._train, made._labels, made.size = self._train[kept], self._labels[kept], len(kept)
+        return made

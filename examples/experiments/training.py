@@ -186,23 +186,25 @@ class Run:
     def measure(self, count: bool = True) -> None:
         """Counts and times a step of each phase, and compiles on the way; everything is as before afterwards.
 
-        A cold run, and one of narrow networks, which are made on the way, is only counted.
+        A cold run is only counted. Of narrow networks one of each ratio is cut out, which is not in its time.
         """
         start = time.perf_counter()
         kept = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         sampling = fx_approx.sampler_state_dict(self.model) if self.sampled else None
-        optimizer = costs.optimizer_of(self.training, self.model, 0.0)
+        optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
         if count:
             self.count()
         x, y = self.example
 
         def step(phase: str) -> None:
             self.ratios.jump(self.phases.first[phase])
-            self.step(x, y, optimizer)
+            trained = self.ratios.model
+            if trained not in optimizers:
+                optimizers[trained] = costs.optimizer_of(self.training, trained, 0.0)
+            self.step(x, y, optimizers[trained])
 
         steps = [functools.partial(step, phase) for phase in self.phases.first]
-        timed = not (self.settings.cold or self.variant.subnetwork)
-        if timed and (self.settings.probe or self.settings.compile):
+        if not self.settings.cold and (self.settings.probe or self.settings.compile):
             taken = in_turn(steps, self.device, self.settings.probe, warmup=costs.WARM, clock=self.settings.now)
             phases = zip(self.phases.first, taken, strict=True)
             self.seconds = {phase: costs.quartiles(own) for phase, own in phases if len(own) > 1}

@@ -248,7 +248,11 @@ def call_form(model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[st
     try:
         bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
     except TypeError as error:
-        raise ValueError(f"example_inputs: {type(model).__name__}.forward{tuple(names)} {error}") from None
+        received = ", ".join([*(type(one).__name__ for one in args), *(f"{name}=" for name in kwargs)])
+        raise ValueError(
+            f"example_inputs: expected what {type(model).__name__}.forward({', '.join(names)}) is called with, without "
+            f"labels that it does not take, got ({received}): {error}"
+        ) from None
     given = {name: bound.arguments[name] for name in names if name in bound.arguments}
     numbered: tuple[str, ...] = ()
     further: tuple[str, ...] = ()

@@ -97,7 +97,7 @@ def enable_sparse_allreduce(
 
 
 def estimate_traffic(model: Any) -> Traffic:
-    """What :func:`register` would send at the present ratios; needs no process group.
+    """What :func:`enable_sparse_allreduce` would send at the present ratios; needs no process group.
 
     Args:
         model: A transformed model whose shapes are known (``example_inputs``), or one that holds it.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from fx_approx.policies.hidden_units import HiddenUnits
 from fx_approx.policies.override import Rule, is_rule, rule_text
 from fx_approx.policies.tokens import Tokens
 from fx_approx.policies.uniform import Exact, Uniform
-from fx_approx.recipes.gain import LEAST, agreed, timed, timed_backend
+from fx_approx.recipes.gain import LEAST, Gain, agreed, timed, timed_backend
 from fx_approx.recipes.limits import Limited, adapters, has_frozen
 from fx_approx.recipes.looks import Look, look
 from fx_approx.recipes.recipe import FROZEN, Choice, Recipe
@@ -92,9 +94,9 @@ class _Given:
         if self.batch is None:
             raise ValueError("batch: expected a training batch as the model is called with it, got None")
 
-    def exact(self, choices: Sequence[Choice], what: str, why: str) -> Recipe:
+    def exact(self, what: str, why: str) -> Recipe:
         """A recipe that samples nothing."""
-        return Recipe(self.name, self.model, self.steps, (*choices, Choice(what, why)))
+        return Recipe(self.name, self.model, self.steps, (Choice(what, why),), batch=self.batch)
 
 
 def finetune(
@@ -262,9 +264,9 @@ def transformer(
     tokens = Tokens(ratio, mode, first=0, layers=units)
     if seen.traced and not seen.stacks:
         why = seen.notes[0] if seen.notes else "it has no attention that can be followed"
-        return given.exact((), "exact: no tokens can be sampled", why)
+        return given.exact("exact: no tokens can be sampled", why)
     if seen.traced and mode == "auto" and all(stack.drop is None for stack in seen.stacks):
-        return given.exact((), "exact: tokens can only skip blocks", f"{seen.stacks[0].whole}; mode='skip' tries it")
+        return given.exact("exact: tokens can only skip blocks", f"{seen.stacks[0].whole}; mode='skip' tries it")
     tail = max(seen.statistics or 1, steps // 10)
     choices = [Choice(f"{ratio:g} of the tokens, others in each step", "above fewer epochs at as many operations")]
     if hidden_units < 1:
@@ -319,13 +321,13 @@ def _tail(tail: int, seen: Look) -> Choice:
 def _made(given: _Given, seen: Look, setting: _Setting, optimizer: Optimizer | None = None) -> Recipe:
     if seen.statistics is None:
         why = "its BatchNorm averages over all batches (momentum=None)"
-        return given.exact(setting.choices, "exact: no tail is long enough", why)
+        return given.exact("exact: no tail is long enough", why)
     if not any(parameter.requires_grad for parameter in given.model.parameters()):
-        return given.exact(setting.choices, "exact: nothing is trained", "no parameter has requires_grad")
+        return given.exact("exact: nothing is trained", "no parameter has requires_grad")
     spent = setting.warmup + setting.tail
     if 2 * spent > given.steps:
         why = f"{spent} of them would be exact; expected {2 * spent} or more"
-        return given.exact(setting.choices, f"exact: {given.steps} steps are too few", why)
+        return given.exact(f"exact: {given.steps} steps are too few", why)
     make = _transformed if seen.traced else _by_backend
     with kept_random_state():
         recipe = make(given, setting, optimizer)
@@ -335,25 +337,34 @@ def _made(given: _Given, seen: Look, setting: _Setting, optimizer: Optimizer | N
     return recipe
 
 
-def _worth_it(given: _Given, setting: _Setting, speedup: float) -> tuple[Choice, ...] | Recipe:
-    """The choices with what was measured, or the recipe that samples nothing."""
-    speedup = agreed(speedup, given.model)
-    if speedup < LEAST:
-        what = f"exact: a step would be {speedup:.2f} times as fast here"
-        return given.exact(setting.choices, what, f"expected {LEAST} or more, on this machine and at this batch")
-    return (*setting.choices, Choice(f"a sampled step is {speedup:.2f} times as fast here", "five steps in turn"))
+def _worth_it(given: _Given, setting: _Setting, gain: Gain, started: float) -> tuple[Choice, ...] | Recipe:
+    """The choices with what was measured since ``started``, or the recipe that samples nothing."""
+    gain = dataclasses.replace(gain, speedup=agreed(gain.speedup, given.model))
+    if gain.speedup < LEAST:
+        what = f"exact: a step would be {gain.speedup:.2f} times as fast here"
+        return given.exact(what, f"expected {LEAST} or more, on this machine and at this batch")
+    exact = setting.warmup + setting.tail
+    spent = math.ceil((time.perf_counter() - started) / gain.exact)
+    return (
+        *setting.choices,
+        Choice(f"a sampled step is {gain.speedup:.2f} times as fast here", "five steps in turn"),
+        Choice(
+            f"the whole training takes {gain.of_training(given.steps, exact):.2f} of the time",
+            f"{exact} of {given.steps} steps are exact; finding this out took as long as {spent} exact steps",
+        ),
+    )
 
 
 def _transformed(given: _Given, setting: _Setting, optimizer: Optimizer | None) -> Recipe:
     choices = setting.choices
     narrow = optimizer is not None
     if given.check:
-        policy = setting.policy
+        policy, started = setting.policy, time.perf_counter()
         try:
-            speedup = timed(given.model, policy, given.batch, given.compile, narrow, optimizer)
+            gain = timed(given.model, policy, given.batch, given.compile, narrow, optimizer)
         except UnsupportedError as error:
-            return given.exact(setting.choices, "exact: there is no narrow network of it", str(error))
-        decided = _worth_it(given, setting, speedup)
+            return given.exact("exact: there is no narrow network of it", str(error))
+        decided = _worth_it(given, setting, gain, started)
         if isinstance(decided, Recipe):
             return decided
         choices = decided
@@ -365,7 +376,7 @@ def _transformed(given: _Given, setting: _Setting, optimizer: Optimizer | None) 
                 *(given.model, setting.policy, given.batch), seed=given.seed, selection_interval=interval
             )
         except NoEffectWarning as error:
-            return given.exact(setting.choices, "exact: nothing can be sampled", str(error))
+            return given.exact("exact: nothing can be sampled", str(error))
     if given.compile and not narrow:
         approx.compile()
     return _driven(given, setting, approx, optimizer, choices)
@@ -415,9 +426,10 @@ def _seen_by(
         finally:
             buffers.restore()
         if not handle.pieces:
-            return given.exact(choices, "exact: nothing can be sampled", _why_none(handle))
+            return given.exact("exact: nothing can be sampled", _why_none(handle))
         if given.check:
-            decided = _worth_it(given, setting, timed_backend(model, handle, given.batch))
+            started = time.perf_counter()
+            decided = _worth_it(given, setting, timed_backend(model, handle, given.batch), started)
             if isinstance(decided, Recipe):
                 return decided
             choices = decided

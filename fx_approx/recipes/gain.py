@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import statistics
 from typing import Any
@@ -24,10 +25,27 @@ LEAST = 1.1
 """A step that is not so many times as fast is not worth what sampling costs in accuracy."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """What a sampled step gains.
+
+    Attributes:
+        speedup: An exact step takes so many times as long.
+        exact: Seconds of an exact step.
+    """
+
+    speedup: float
+    exact: float
+
+    def of_training(self, steps: int, exact: int) -> float:
+        """Time of ``steps`` of which ``exact`` are exact, as a share of that of exact steps alone."""
+        return (exact + (steps - exact) / self.speedup) / steps
+
+
 def timed(
     model: nn.Module, policy: Policy, batch: Any, compiled: bool, subnetwork: bool, optimizer: Optimizer | None
-) -> float:
-    """How many times as fast a step under ``policy`` is, by five steps in turn on copies of the model.
+) -> Gain:
+    """What a step under ``policy`` gains, by five steps in turn on copies of the model.
 
     Raises:
         UnsupportedError: There is no subnetwork.
@@ -35,8 +53,8 @@ def timed(
     view, plan = view_of(model, policy, batch)
     step = view.realized(subnetwork, None if optimizer is None else maker(optimizer))
     decisions = {one.name: one for one in plan.sampled}
-    _, found = step.time([decisions], tokens=[plan.tokens], compiled=compiled, repeats=5)
-    return found.speedup[1]
+    whole, found = step.time([decisions], tokens=[plan.tokens], compiled=compiled, repeats=5)
+    return Gain(found.speedup[1], whole.seconds)
 
 
 def agreed(speedup: float, model: nn.Module) -> float:
@@ -57,7 +75,7 @@ def maker(optimizer: Optimizer) -> MakeOptimizer:
     return lambda parameters: kind(parameters, **settings)
 
 
-def timed_backend(model: nn.Module, handle: GraphHandle, batch: Any) -> float:
+def timed_backend(model: nn.Module, handle: GraphHandle, batch: Any) -> Gain:
     """The same of a model that runs through a backend; its state, gradients and the samplers' are as before."""
     args, kwargs = check_inputs(model, batch)
     assert args is not None
@@ -83,4 +101,5 @@ def timed_backend(model: nn.Module, handle: GraphHandle, batch: Any) -> float:
                 value.copy_(buffers[name])
         for name, parameter in model.named_parameters():
             parameter.grad = gradients[name]
-    return statistics.median(one / other for one, other in zip(exact, sampled, strict=True))
+    speedup = statistics.median(one / other for one, other in zip(exact, sampled, strict=True))
+    return Gain(speedup, statistics.median(exact))

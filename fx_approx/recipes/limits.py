@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Iterator, Sequence
 
 from torch import nn
@@ -12,7 +11,7 @@ from fx_approx.core.candidates import Candidate
 from fx_approx.core.plan import Decision, Plan, Policy, make_plan
 from fx_approx.core.step_cost import Model, is_whole
 from fx_approx.policies.base import exact
-from fx_approx.policies.override import Rule, ask
+from fx_approx.policies.override import Rule, fits
 from fx_approx.policies.partial_view import PartialView
 
 
@@ -53,11 +52,7 @@ class Limited:
         if self.rule is None:
             inside = any(candidate.fqn == path or candidate.fqn.startswith(f"{path}.") for path in self.adapters)
             return "an adapter: it is small" if inside else None
-        if isinstance(self.rule, str):
-            meant = fnmatch.fnmatchcase(candidate.fqn, self.rule)
-        else:
-            module = model.module(candidate.name)
-            meant = module is not None and ask(self.rule, candidate.fqn, module)
+        meant = fits(self.rule, candidate, model.module(candidate.name))
         return None if meant else "not among the layers asked for"
 
 

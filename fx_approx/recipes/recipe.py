@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fx_approx._compat import forget_compiled
-from fx_approx.compiler.transform import report
+from fx_approx.compiler.transform import explain, report
 from fx_approx.errors import NoEffectWarning, UnsupportedError
+from fx_approx.policies.uniform import Exact
 from fx_approx.runtime.approx_module import ApproxModule
 from fx_approx.runtime.controls import (
     follow_modes,
@@ -150,6 +151,10 @@ class Recipe:
         self._narrow: nn.Module | None = None
         self._pieces: Sequence[ApproxModule] = ()
         self._why_wide = ""
+        self._said = False
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {self.taken} of {self.steps} steps, {'exact' if self.exact else 'sampled'}>"
 
     def __str__(self) -> str:
         head = f"{self.name}: {self.steps} steps of {type(self._full).__name__}"
@@ -189,9 +194,21 @@ class Recipe:
 
         Raises:
             ValueError: There are no more steps; or, with an optimiser, the full model was changed meanwhile.
+
+        Warns:
+            NoEffectWarning: ``model`` is in evaluation mode, in which nothing is sampled; or, with an optimiser, that
+                one does not step.
         """
         if self.taken >= self.steps:
             raise ValueError(f"step: all {self.steps} steps of the recipe were taken; call finish()")
+        if not (self.exact or self._said or self.model.training):
+            self._said = True
+            warnings.warn(
+                "step: recipe.model is in evaluation mode, in which nothing is sampled and BatchNorm learns nothing; "
+                "call recipe.model.train() before a step of training",
+                NoEffectWarning,
+                stacklevel=2,
+            )
         if self._driver is not None and self.taken + 1 < self.steps:
             self._go_on(self._driver)
         self.taken += 1
@@ -216,11 +233,14 @@ class Recipe:
     def report(self) -> SavingsReport:
         """What each layer saves in a sampled step, whatever step this is, see :func:`fx_approx.report`.
 
+        Where nothing is sampled, all layers are exact, and a note says why.
+
         Raises:
-            ValueError: Nothing is sampled (``print(recipe)`` says why), or a backend has compiled nothing yet.
+            ValueError: A backend has compiled nothing yet.
         """
         if self._handle is None:
-            raise ValueError(f"report: nothing is sampled. {self.choices[-1].what}: {self.choices[-1].why}")
+            found = explain(self._full, Exact(), self._batch).report
+            return dataclasses.replace(found, notes=(*found.notes, *(f"{one.what}: {one.why}" for one in self.choices)))
         runtimes = [piece._fx_approx for piece in pieces_of(self._handle)]
         switches: list[Any] = [one for runtime in runtimes for one in (*runtime.selectors.values(), *runtime.tokens)]
         before = [one.enabled for one in switches]
@@ -278,8 +298,8 @@ class Recipe:
             self._keep_narrow()
         if self._narrow is None:
             why = self._why_wide or ("nothing was sampled yet" if self._handle is not None else "nothing is sampled")
-            if self._handle is not None and not any(piece._fx_approx.selectors for piece in pieces_of(self._handle)):
-                why = "tokens are left out, and all channels are read"
+            if self._handle is not None and any(piece._fx_approx.tokens for piece in pieces_of(self._handle)):
+                why = "tokens are left out in training, and a narrow network leaves out channels; finetune() makes one"
             raise UnsupportedError(f"ship: there is no narrow network: {why}")
         return copy.deepcopy(self._narrow)
 
@@ -343,7 +363,14 @@ class Recipe:
         except Exception as error:  # whatever it is, the training goes on without one
             self._why_wide = f"{type(error).__name__}: {error}"
         else:
-            self._narrow = made
+            if _size(made) < _size(self._full):
+                self._narrow = made
+            else:
+                self._why_wide = "; ".join(["no layer of it is narrower", *self.unserved])
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _check_tensors(model: nn.Module, state: Mapping[str, Any]) -> None:

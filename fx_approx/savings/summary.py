@@ -38,9 +38,15 @@ class Summary:
         return [self.head(), *self.totals_lines(), *self.details(), *self.token_texts(), *stops, *self.notes]
 
     def head(self) -> str:
-        """How many products are sampled."""
+        """How many products are sampled, and how many blocks compute some tokens only."""
+        said = []
+        fewer = sum(1 for row in self.tokens if row.computed < row.tokens)
+        if fewer:
+            said.append(f"{fewer} of {len(self.tokens)} blocks compute some of the tokens")
         sampled = sum(1 for row in self.rows if row.samples)
-        return f"{self.model}: {sampled} of {len(self.rows)} multiplies sampled."
+        if sampled or not fewer:
+            said.append(f"{sampled} of {len(self.rows)} multiplies sampled")
+        return f"{self.model}: {', '.join(said)}."
 
     def totals_lines(self) -> list[str]:
         """Operations, predicted time where it is known, memory."""

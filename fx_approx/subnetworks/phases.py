@@ -37,6 +37,8 @@ from fx_approx.subnetworks.selections import Selections
 from fx_approx.subnetworks.source import source_of
 
 _KEYS = {"scheduler", "since", "sub"}
+_PATIENCE = 5
+"""Steps without one of the optimiser before that is said: a gradient scaler leaves out some at the beginning."""
 
 
 @dataclasses.dataclass
@@ -144,6 +146,7 @@ class Phases:
         self._idle: _Phase | None = None
         self._since = 0
         self._stepped = False
+        self._missed = 0
         self._trains: bool | None = None
         before = self._source.settings()
         with warnings.catch_warnings():
@@ -195,9 +198,11 @@ class Phases:
             DistributedMismatchError: The selections differ between the ranks.
 
         Warns:
-            NoEffectWarning: The optimiser's first step in a phase changed no parameter of the subnetwork.
+            NoEffectWarning: The optimiser's first step in a phase changed no parameter of the subnetwork; or it has not
+                stepped for some steps.
         """
         self._check_trained()
+        self._check_stepped()
         steps = self._since + 1
         changed, rising = self._scheduler.changes_next()
         if changed:
@@ -228,6 +233,18 @@ class Phases:
                 stacklevel=3,
             )
             self._trains = True
+
+    def _check_stepped(self) -> None:
+        """Warns where another optimiser seems to train."""
+        self._missed = 0 if self._stepped else self._missed + 1
+        if self._missed == _PATIENCE:
+            warnings.warn(
+                f"step: the optimiser that was given has not stepped in the last {_PATIENCE} steps; give the recipe, "
+                "or Phases, the one that trains, and call its step() before this one: only that one follows into a "
+                "subnetwork",
+                NoEffectWarning,
+                stacklevel=3,
+            )
 
     def _note_step(self) -> None:
         self._stepped = True

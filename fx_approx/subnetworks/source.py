@@ -81,7 +81,8 @@ class Source(abc.ABC):
             if resample is not None and not resample.known:
                 raise ValueError(
                     "schedule: scores ema have learnt nothing yet, and a subnetwork teaches them nothing; expected "
-                    "exact steps before the first phase, such as ExactWarmup(schedule, 50)"
+                    "exact steps before the first phase, such as ExactWarmup(schedule, 50), in which phases.model, or "
+                    "recipe.model, was called in training mode, and no other module"
                 )
 
     def compare(self, sub: nn.Module, group: Any) -> None:

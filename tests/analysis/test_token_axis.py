@@ -93,6 +93,7 @@ def test_a_vit_block_by_block() -> None:
     fx_approx.set_sampling(approx, enabled=False)
     said = str(fx_approx.report(approx))
     assert "Tokens that the blocks compute, 51 of 51 in all:" in said and "all 17, none is left out now" in said
+    assert "blocks compute some" not in said
 
 
 def test_a_gpt_skips_and_does_not_drop() -> None:
@@ -104,6 +105,10 @@ def test_a_gpt_skips_and_does_not_drop() -> None:
     assert text[-1] == "drop: no, since the model puts out every position"
     approx = fx_approx.transform(model, Tokens(0.5), x)
     report = fx_approx.report(approx)
+    assert "2 of 4 blocks compute some of the tokens.\n" in str(report)
+    both = fx_approx.transform(model, Tokens(0.5, layers=Uniform(0.5, min_k=2)), x)
+    said_of_both = str(fx_approx.report(both)).replace("\n", " ")
+    assert "2 of 4 blocks compute some of the tokens, " in said_of_both and "multiplies sampled." in said_of_both
     assert str(report).splitlines()[-4:] == [
         "Tokens that the blocks compute, 30 of 40 in all:",
         "  blocks.0: all 10, whole by first=1",

@@ -80,15 +80,15 @@ def taken(value: Any, index: Tensor, length: int) -> Any:
     return value[:, index] if value.dim() > 1 and value.shape[1] == length else value
 
 
-def leave_out(layers: nn.ModuleList, index: Tensor, length: int, skips: bool) -> None:
-    """Hooks that have all layers but the first (and the last) see the chosen tokens only."""
+def leave_out(layers: nn.ModuleList, index: Tensor, length: int, skips: bool, first: int = 1) -> None:
+    """Hooks that have all layers behind the ``first`` (and before the last) see the chosen tokens only."""
     last = len(layers) - 2 if skips else len(layers) - 1
     whole: list[Tensor] = []
 
     def before(number: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             states = args[0] if args else kwargs["hidden_states"]
-            if number == 1:
+            if number == first:
                 whole.append(states)
                 states = states[:, index]
             rest = {name: taken(value, index, length) for name, value in kwargs.items() if name != "hidden_states"}
@@ -101,23 +101,25 @@ def leave_out(layers: nn.ModuleList, index: Tensor, length: int, skips: bool) ->
         back = whole[-1].index_copy(1, index, part)
         return (back, *output[1:]) if isinstance(output, tuple) else back
 
-    for number in range(1, last + 1):
+    for number in range(first, last + 1):
         layers[number].register_forward_pre_hook(before(number), with_kwargs=True)
     if skips:
         layers[last].register_forward_hook(behind)
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vit", "gpt2", "bert"))]
+    ("name", "first"),
+    [("llama", 1), ("bert", 0), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("vit", "gpt2", "bert"))],
 )
-def test_numbers_are_those_of_the_model_whose_layers_see_fewer_tokens(name: str) -> None:
+def test_numbers_are_those_of_the_model_whose_layers_see_fewer_tokens(name: str, first: int) -> None:
+    """Also where the mask is made behind the embeddings (first=0)."""
     case = CASES[name]
     torch.manual_seed(0)
     torch.compiler.reset()
     model = case.make().double().train()
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in case.inputs.items()}
     hand, exact = copy.deepcopy(model), copy.deepcopy(model)
-    backend = fx_approx.backend(Tokens(0.5, per_example=False), inner="eager")
+    backend = fx_approx.backend(Tokens(0.5, first=first, per_example=False), inner="eager")
     model.compile(backend=backend)
     chosen: list[Tensor] = []
     usual = TokenSelection.forward
@@ -133,7 +135,7 @@ def test_numbers_are_those_of_the_model_whose_layers_see_fewer_tokens(name: str)
     index = chosen[-1]
     length = LENGTH if "input_ids" in inputs else 17
     assert length // 2 <= len(index) <= length // 2 + 1
-    leave_out(case.layers(hand), index, length, case.skips)
+    leave_out(case.layers(hand), index, length, case.skips, first)
     expected = hand(**inputs).logits
     assert torch.allclose(logits, expected, rtol=1e-10, atol=1e-12)
     assert not torch.allclose(logits, exact(**inputs).logits)

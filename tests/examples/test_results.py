@@ -263,6 +263,51 @@ def test_what_is_compared_has_the_same_learning_rate(tables: ModuleType, summari
     assert tables.rates(summaries.summarised(by_hand())) == ""
 
 
+def test_tries_stand_beside_what_the_best_of_them_reached(tables: ModuleType, summaries: ModuleType) -> None:
+    policy = {"kind": "paper"}
+
+    def held_out(variant: str, seed: int, value: float, rate: float, **options: Any) -> Any:
+        run = record(variant, seed, (value,), 1.0, 8.0, rate=rate, **options)
+        return {**run, "validation": 5000, "tried": {"rate": rate}}
+
+    runs = [
+        {
+            **record("tail", 0, (80, 91), 0.5, 6.0, policy=policy, tail=0.2, rate=2.0),
+            "tries": 3,
+            "chosen": {"rate": 2.0},
+        },
+        record("exact", 0, (90, 92), 1.0, 10.0),
+        {**record("fewer", 0, (80, 85), 0.5, 5.0, equal="flops", by="epochs", to="tail", rate=4.0), "tries": 2},
+    ]
+    tried = [
+        held_out("tail", 100, 70.0, 1.0, policy=policy, tail=0.2),
+        held_out("tail", 100, 60.0, 2.0, policy=policy, tail=0.2),  # made again below
+        held_out("tail", 100, 80.0, 2.0, policy=policy, tail=0.2),
+        held_out("tail", 101, 82.0, 2.0, policy=policy, tail=0.2),
+        {**held_out("tail", 100, 0.0, 4.0, policy=policy, tail=0.2), "diverged": True},
+    ]
+    assert summaries.sections(tried) == {}  # nothing was tested
+    (own,) = summaries.sections([*tried, *runs]).values()
+    assert summaries.trained(own) == runs
+    results = summaries.evaluated(own)
+    assert results.found.loc["tail"].accuracy == 91 and set(results.accuracies.index) == {0}
+    cells = {line.split()[0]: line.split()[1:3] for line in lines_of(tables.table(results, 0.5))}
+    assert cells == {"exact": ["1", "1"], "tail": ["1", "3"], "fewer": ["1", "2"]}
+    # Each at the rate that is best for it.
+    (rival,) = lines_of(tables.rivals(results))
+    assert rival.split()[:2] == ["tail", "91.00_(one_seed)"] and rival.split()[-1] == "6.00_(one_seed)"
+    assert tables.rates(results) == ""
+    assert [line.split() for line in lines_of(tables.choices(results))] == [
+        ["tail", "rate_=_1.0", "5,000", "1", "70.00_(one_seed)"],
+        ["tail", "rate_=_2.0", "5,000", "2", "81.00_±_1.41", "taken"],
+        ["tail", "rate_=_4.0", "5,000", "0_(1_diverged)", "diverged"],
+    ]
+    text = tables.page({"x": own}, {"x": results}, 0.5, "c", {})
+    assert tables.choices(results) in text and "**" not in text  # no seed alone in bold
+    without = summaries.evaluated(by_hand())
+    assert tables.choices(without) == "" and "tries" not in tables.table(without, 0.5)
+
+
 def lines_of(table: str) -> list[str]:
     """The rows below the head, cells without inner blanks."""
     rows = [[cell.strip().replace(" ", "_") for cell in line.strip("|").split("|")] for line in table.splitlines()]

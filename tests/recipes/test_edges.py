@@ -238,7 +238,7 @@ def test_layers_that_are_in_evaluation_by_themselves_stay_so(narrow: bool) -> No
 )
 def test_a_state_of_another_recipe_is_refused_and_changes_nothing(other: Callable[[], Recipe]) -> None:
     own, foreign = recipes.finetune(mlp(), X, STEPS, check=False), other()
-    train(foreign, torch.optim.SGD(foreign.model.parameters(), 0.05), 5)
+    train(foreign, torch.optim.SGD(foreign.model.parameters(), 0.05), 4)
     before = copy.deepcopy(own.state_dict())
     with pytest.raises(ValueError, match="state: expected that of a recipe"):
         own.load_state_dict(foreign.state_dict())
@@ -331,3 +331,80 @@ def test_an_error_of_a_rule_names_rule_and_layer() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
     with pytest.raises(ValueError, match=r"<lambda>\('0', Conv2d\) failed: AttributeError"):
         fx_approx.transform(model, policy, torch.randn(2, 3, 8, 8))
+
+
+def test_another_optimizer_than_the_one_that_was_given_is_told() -> None:
+    model = mlp()
+    recipe = recipes.finetune(model, X, STEPS, optimizer=torch.optim.SGD(model.parameters(), 0.01), check=False)
+    other = torch.optim.SGD(model.parameters(), 0.01)
+    with pytest.warns(NoEffectWarning, match="the optimiser that was given has not stepped in the last 5 steps"):
+        train(recipe, other, 5)
+
+
+def test_a_step_that_a_scaler_leaves_out_is_not_told() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    recipe = recipes.finetune(model, X, STEPS, optimizer=optimizer, check=False)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        recipe.model(X).square().mean().backward()
+        if step % 5:
+            optimizer.step()
+        recipe.step()
+    recipe.finish()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_evaluation_mode_in_training_is_told_once(given: bool) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    recipe = recipes.finetune(model, X, STEPS, optimizer=optimizer if given else None, check=False)
+    train(recipe, optimizer, 2)
+    recipe.model.eval()
+    with pytest.warns(NoEffectWarning, match=r"recipe\.model is in evaluation mode") as told:
+        train(recipe, optimizer, 3)
+    assert len(told) == 1
+
+
+def test_a_model_that_is_called_in_place_of_the_recipes_is_named() -> None:
+    model = mlp().eval()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    recipe = recipes.finetune(model, X, STEPS, optimizer=optimizer, check=False)
+    with (
+        pytest.warns(NoEffectWarning, match="evaluation mode"),
+        pytest.raises(ValueError, match=r"or recipe\.model, was called in training mode"),
+    ):
+        train(recipe, optimizer)
+
+
+def test_an_exact_recipe_has_a_report_with_the_reason() -> None:
+    recipe = recipes.finetune(mlp(), X, 5, check=False)
+    assert recipe.exact and len(recipe.choices) == 1
+    report = recipe.report()
+    assert report.totals.saved == 0 and not any(row.samples for row in report.rows)
+    assert "exact: 5 steps are too few" in str(report)
+    assert repr(recipe) == "<finetune: 0 of 5 steps, exact>"
+
+
+def test_what_the_whole_training_gains_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "timed", lambda *_: gain.Gain(2.0, 0.5))
+    recipe = recipes.finetune(mlp(), X, STEPS)
+    exact = sum(int(one.what.split()[0]) for one in recipe.choices if "exact steps" in one.what)
+    share = (exact + (STEPS - exact) / 2) / STEPS
+    assert f"the whole training takes {share:.2f} of the time: {exact} of {STEPS} steps are exact" in str(recipe)
+
+
+def test_a_batch_with_labels_is_told_what_the_model_takes() -> None:
+    with pytest.raises(
+        ValueError, match=r"Sequential\.forward\(input\) is called with, without labels.*got \(Tensor, Tensor\)"
+    ):
+        recipes.finetune(mlp(), (X, X), STEPS)
+
+
+def test_what_is_as_large_as_the_model_is_not_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    recipe = recipes.finetune(model, X, STEPS, check=False)
+    monkeypatch.setattr("fx_approx.recipes.recipe.extract", lambda *_, **__: copy.deepcopy(model))
+    to_the_tail(recipe, torch.optim.SGD(recipe.model.parameters(), 0.01))
+    with pytest.raises(UnsupportedError, match="ship: there is no narrow network: no layer of it is narrower"):
+        recipe.ship()

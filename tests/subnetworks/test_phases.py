@@ -222,6 +222,7 @@ def test_an_interval_that_is_given_decides() -> None:
     assert seen[0::2] == seen[1::2] and len(set(seen)) == 3
 
 
+@pytest.mark.filterwarnings("ignore:step. the optimiser that was given has not stepped")  # nothing is to move
 def test_scores_that_learn_look_for_what_was_not_chosen_in_phases_too() -> None:
     approx = hidden(AHEAD)
     optimizer = torch.optim.SGD(approx.parameters(), 0.0)
