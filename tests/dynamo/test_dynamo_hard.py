@@ -125,7 +125,7 @@ def test_settings_outlive_another_shape(kind: str) -> None:
 
 def test_more_ratios_than_torch_compiles_go_on_uncompiled() -> None:
     model = Net()
-    call, backend = compiled(model)
+    call, backend = compiled(model, inner="aot_eager")
     limit = 2
     with torch._dynamo.config.patch(recompile_limit=limit), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -63,7 +63,7 @@ class Page(html.parser.HTMLParser):
             self.texts[-1] += data
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit", pytest.param("bert", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["resnet50", "vit", pytest.param("bert", marks=pytest.mark.slow)])
 def test_it_stands_by_itself_and_has_every_row(name: str) -> None:
     report = report_of(name)
     text = report.to_html()
@@ -85,7 +85,7 @@ def test_it_stands_by_itself_and_has_every_row(name: str) -> None:
 
 
 def test_columns_and_their_numbers() -> None:
-    report = report_of("resnet18")
+    report = report_of("resnet50")
     head, first, *_ = Page(report.to_html(list(COLUMNS))).rows
     assert [cell for cell, _ in head] == [head for heads in COLUMNS.values() for head in heads]
     row = report.rows[0]
@@ -157,7 +157,7 @@ def test_names_are_escaped() -> None:
 
 def test_bars_of_operations(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    report = report_of("resnet18")
+    report = report_of("resnet50")
     figure = report.plot(tmp_path / "bars.png")
     (axes,) = figure.axes
     widths = [[bar.get_width() for bar in bars] for bars in axes.containers]

@@ -24,7 +24,7 @@ VISION = import_torchvision().models
 
 
 def vit() -> tuple[nn.Module, torch.Tensor]:
-    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 4, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
+    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 6, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
     return VISION.VisionTransformer(**sizes), torch.empty(2, 3, 32, 32)
 
 
@@ -35,8 +35,8 @@ def vit_alone() -> nn.Module:
 
 @functools.cache
 def report_of(name: str) -> SavingsReport:
-    if name == "resnet18":
-        return fx_approx.explain(VISION.resnet18(), Uniform(0.5), torch.empty(2, 3, 64, 64)).report
+    if name == "resnet50":
+        return fx_approx.explain(VISION.resnet50(), Uniform(0.5), torch.empty(2, 3, 64, 64)).report
     if name == "bert":
         transformers = pytest.importorskip("transformers")
         sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
@@ -48,7 +48,7 @@ def report_of(name: str) -> SavingsReport:
     return fx_approx.explain(model, policy, x).report
 
 
-MODELS = ["resnet18", "vit", "vit of some tokens", "bert"]
+MODELS = ["resnet50", "vit", "vit of some tokens", "bert"]
 
 
 def expanded(name: str) -> list[str]:
@@ -101,7 +101,7 @@ def test_it_speaks_of_modules_and_not_of_nodes(name: str) -> None:
     if name == "bert":
         assert not {word for word in words if re.fullmatch(r"(\w+_)?(states|add|embeddings|tensor|getitem)_\d+", word)}
         return
-    model, x = (VISION.resnet18(), torch.empty(2, 3, 64, 64)) if name == "resnet18" else vit()
+    model, x = (VISION.resnet50(), torch.empty(2, 3, 64, 64)) if name == "resnet50" else vit()
     graph = analysed(model, x).captured.graph
     paths = {path for path, _ in model.named_modules()}
     nodes = {n.name for n in graph.nodes if "_" in n.name and n.name not in paths}
