@@ -227,7 +227,7 @@ def test_as_a_command(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
     assert "21 of 21 multiplies sampled" in ended.stdout
-    assert "layer4.1.conv2" in ended.stdout
+    assert "layer4.0.conv2" in ended.stdout
 
 
 # ---- what is not explain
