@@ -31,14 +31,19 @@ def _block(channels: int, out: int, stride: int = 1) -> nn.Sequential:
 
 
 class ViT(nn.Module):
-    """A vision transformer of three blocks on 49 or 64 patches; the mean over them is classified."""
+    """A vision transformer of three blocks on 49 or 64 patches; the mean over them is classified.
+
+    Two convolutions make overlapping patches, after "Early Convolutions Help Transformers See Better" (Xiao et al.,
+    2021). What is in a dropped patch is then partly in its neighbours.
+    """
 
     def __init__(self, images: Images, width: int) -> None:
         super().__init__()
         side = images.train.shape[-1]
-        patch = max(1, side // 8)
-        self.embed = nn.Conv2d(1, width, patch, patch)
-        self.positions = nn.Parameter(0.5 * torch.randn((side // patch) ** 2, width))
+        stride = 2 if side > 16 else 1
+        first, second = (nn.Conv2d(*sizes, 3, stride, padding=1) for sizes in ((1, width // 2), (width // 2, width)))
+        self.embed = nn.Sequential(first, nn.GELU(), second)
+        self.positions = nn.Parameter(0.5 * torch.randn((-(-side // stride**2)) ** 2, width))
         layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, images.classes)
