@@ -303,7 +303,8 @@ def _check_share(ratio: float) -> None:
 
 def _check_optimizer(optimizer: Optimizer) -> None:
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer: expected one of torch.optim, made of the model's parameters, got {optimizer!r}")
+        kind = type(optimizer).__name__  # its text may hold all weights
+        raise TypeError(f"optimizer: expected one of torch.optim, made of the model's parameters, got a {kind}")
     check_kind(optimizer)
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if several and torch.distributed.get_world_size() > 1:
@@ -347,7 +348,7 @@ def _worth_it(given: _Given, setting: _Setting, gain: Gain, started: float) -> t
     spent = math.ceil((time.perf_counter() - started) / gain.exact)
     return (
         *setting.choices,
-        Choice(f"a sampled step is {gain.speedup:.2f} times as fast here", "five steps in turn"),
+        Choice(f"a sampled step is {gain.speedup:.2f} times as fast here", gain.how),
         Choice(
             f"the whole training takes {gain.of_training(given.steps, exact):.2f} of the time",
             f"{exact} of {given.steps} steps are exact; finding this out took as long as {spent} exact steps",

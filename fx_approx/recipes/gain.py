@@ -23,6 +23,8 @@ from fx_approx.utils.timing import in_turn
 
 LEAST = 1.1
 """A step that is not so many times as fast is not worth what sampling costs in accuracy."""
+REPEATS = 5
+"""Steps of either kind that are timed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +32,20 @@ class Gain:
     """What a sampled step gains.
 
     Attributes:
-        speedup: An exact step takes so many times as long.
+        speedup: An exact step takes so many times as long: the median of steps in turn.
         exact: Seconds of an exact step.
+        quartiles: Lower and upper of what ``speedup`` is the median of, if known.
     """
 
     speedup: float
     exact: float
+    quartiles: tuple[float, float] | None = None
+
+    @property
+    def how(self) -> str:
+        """How it was measured, and how sure that is."""
+        spread = "" if self.quartiles is None else ", quartiles {:.2f} and {:.2f}".format(*self.quartiles)
+        return f"{REPEATS} steps in turn{spread}"
 
     def of_training(self, steps: int, exact: int) -> float:
         """Time of ``steps`` of which ``exact`` are exact, as a share of that of exact steps alone."""
@@ -45,7 +55,7 @@ class Gain:
 def timed(
     model: nn.Module, policy: Policy, batch: Any, compiled: bool, subnetwork: bool, optimizer: Optimizer | None
 ) -> Gain:
-    """What a step under ``policy`` gains, by five steps in turn on copies of the model.
+    """What a step under ``policy`` gains, by steps in turn on copies of the model.
 
     Raises:
         UnsupportedError: There is no subnetwork.
@@ -53,8 +63,9 @@ def timed(
     view, plan = view_of(model, policy, batch)
     step = view.realized(subnetwork, None if optimizer is None else maker(optimizer))
     decisions = {one.name: one for one in plan.sampled}
-    whole, found = step.time([decisions], tokens=[plan.tokens], compiled=compiled, repeats=5)
-    return Gain(found.speedup[1], whole.seconds)
+    whole, found = step.time([decisions], tokens=[plan.tokens], compiled=compiled, repeats=REPEATS)
+    low, middle, high = found.speedup
+    return Gain(middle, whole.seconds, (low, high))
 
 
 def agreed(speedup: float, model: nn.Module) -> float:
@@ -92,7 +103,7 @@ def timed_backend(model: nn.Module, handle: GraphHandle, batch: Any) -> Gain:
     device = next(iter(model.parameters())).device
     try:
         with kept_random_state(), torch.enable_grad():
-            exact, sampled = in_turn([lambda: run(False), lambda: run(True)], device, 5, warmup=2)
+            exact, sampled = in_turn([lambda: run(False), lambda: run(True)], device, REPEATS, warmup=2)
     finally:
         set_sampling(handle, enabled=True)
         load_sampler_state_dict(handle, state)
@@ -101,5 +112,7 @@ def timed_backend(model: nn.Module, handle: GraphHandle, batch: Any) -> Gain:
                 value.copy_(buffers[name])
         for name, parameter in model.named_parameters():
             parameter.grad = gradients[name]
-    speedup = statistics.median(one / other for one, other in zip(exact, sampled, strict=True))
-    return Gain(speedup, statistics.median(exact))
+    low, middle, high = statistics.quantiles(
+        [one / other for one, other in zip(exact, sampled, strict=True)], n=4, method="inclusive"
+    )
+    return Gain(middle, statistics.median(exact), (low, high))

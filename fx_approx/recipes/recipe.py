@@ -29,6 +29,7 @@ from fx_approx.savings.report import SavingsReport
 from fx_approx.schedules.preserve import LEFT_WHOLE
 from fx_approx.schedules.ratio_scheduler import RatioScheduler
 from fx_approx.subnetworks.extract import extract
+from fx_approx.subnetworks.stale import StaleWatch
 
 _KEYS = {"steps", "made", "model", "sampler", "driver"}
 
@@ -151,7 +152,9 @@ class Recipe:
         self._narrow: nn.Module | None = None
         self._pieces: Sequence[ApproxModule] = ()
         self._why_wide = ""
-        self._said = False
+        self._said = self._asked = False
+        self._watch = StaleWatch(full)
+        self._tell_stale()
 
     def __repr__(self) -> str:
         return f"<{self.name}: {self.taken} of {self.steps} steps, {'exact' if self.exact else 'sampled'}>"
@@ -185,6 +188,11 @@ class Recipe:
 
     @property
     def model(self) -> nn.Module:
+        self._asked = True
+        return self._model
+
+    @property
+    def _model(self) -> nn.Module:
         if self._phases is not None:
             return self._phases.model
         return self._handle if isinstance(self._handle, nn.Module) else self._full
@@ -196,22 +204,36 @@ class Recipe:
             ValueError: There are no more steps; or, with an optimiser, the full model was changed meanwhile.
 
         Warns:
-            NoEffectWarning: ``model`` is in evaluation mode, in which nothing is sampled; or, with an optimiser, that
-                one does not step.
+            NoEffectWarning: ``model`` is in evaluation mode, in which nothing is sampled, or was never used; or, with
+                an optimiser, that one does not step.
         """
         if self.taken >= self.steps:
             raise ValueError(f"step: all {self.steps} steps of the recipe were taken; call finish()")
-        if not (self.exact or self._said or self.model.training):
-            self._said = True
-            warnings.warn(
-                "step: recipe.model is in evaluation mode, in which nothing is sampled and BatchNorm learns nothing; "
-                "call recipe.model.train() before a step of training",
-                NoEffectWarning,
-                stacklevel=2,
-            )
+        if not (self.exact or self._said):
+            self._check_sampled()
         if self._driver is not None and self.taken + 1 < self.steps:
             self._go_on(self._driver)
+            self._tell_stale()
         self.taken += 1
+
+    def _tell_stale(self) -> None:
+        """The user's model, of which Phases may know another with the same weights, has old ones during a phase."""
+        if self._phases is not None and isinstance(self._handle, nn.Module):
+            self._watch.set(self._phases.subnetwork is not None)
+
+    def _check_sampled(self) -> None:
+        """Warns, once, where the step seems to have been exact though it should have sampled."""
+        if not self._model.training:
+            self._tell(
+                "step: recipe.model is in evaluation mode, in which nothing is sampled and BatchNorm learns nothing; "
+                "call recipe.model.train() before a step of training"
+            )
+        elif self.sampling and self._handle is self._model and not self._asked:
+            self._tell("step: recipe.model was never used; call it in the place of the model, which trains exactly")
+
+    def _tell(self, message: str) -> None:
+        self._said = True
+        warnings.warn(message, NoEffectWarning, stacklevel=4)
 
     def _go_on(self, driver: Driver) -> None:
         changed, rising = driver.changes_next()
@@ -277,6 +299,7 @@ class Recipe:
             raise ValueError(f"finish: {self.steps - self.taken} of {self.steps} steps are left; take them, or ship()")
         if self._phases is not None:
             self._phases.finish()
+            self._tell_stale()
         elif self._handle is not None:
             set_sampling(self._handle, enabled=False)
         if isinstance(self._handle, nn.Module):
@@ -346,6 +369,7 @@ class Recipe:
             load_sampler_state_dict(self._handle, state["sampler"])
             self._driver.load_state_dict(state["driver"])
         self.taken = taken
+        self._tell_stale()
         self._narrow, self._why_wide = None, ""
         if self._driver is not None and taken and not self.sampling:
             self._why_wide = "it goes on from a state in which nothing was sampled, or no longer"
@@ -358,7 +382,7 @@ class Recipe:
                 assert self._phases.subnetwork is not None
                 made = copy.deepcopy(self._phases.subnetwork)
             else:
-                with _own_forward(self.model):
+                with _own_forward(self._model):
                     made = extract(self._handle, example_inputs=self._batch)
         except Exception as error:  # whatever it is, the training goes on without one
             self._why_wide = f"{type(error).__name__}: {error}"

@@ -35,6 +35,7 @@ from fx_approx.subnetworks.optimizers import (
 from fx_approx.subnetworks.record import record_of
 from fx_approx.subnetworks.selections import Selections
 from fx_approx.subnetworks.source import source_of
+from fx_approx.subnetworks.stale import StaleWatch
 
 _KEYS = {"scheduler", "since", "sub"}
 _PATIENCE = 5
@@ -72,6 +73,8 @@ class Phases:
     For selections that are kept for some tens of steps at least, since each swap copies weights and moments. Where
     selections are to be others in every step, follow the activations (scores ``online``), or parameters must stay full
     size, train the transformed model itself (``fx_approx.schedules.RatioScheduler``).
+
+    To validate the full model during a phase warns: it has the weights from before.
 
     Attributes:
         model: What is to be called in this step: the full model, or a subnetwork; in what ``wrap`` made of it.
@@ -148,6 +151,7 @@ class Phases:
         self._stepped = False
         self._missed = 0
         self._trains: bool | None = None
+        self._watch = StaleWatch(self._full)
         before = self._source.settings()
         with warnings.catch_warnings():
             if preserve:  # what a phase gathers fits the exact model then, see merge
@@ -272,7 +276,7 @@ class Phases:
             return
         self._write_back(phase, preserve, steps)
         follow_modes(self._full, phase.sub)
-        self._phase, self._idle = None, phase
+        self._end(phase)
 
     def _write_back(self, phase: _Phase, preserve: bool, steps: int) -> bool:
         """After so many steps; returns whether the next selection is another one."""
@@ -293,8 +297,13 @@ class Phases:
         if not self._write_back(phase, False, steps):
             for approx, chosen in self._source.graphs(phase.sub):
                 use_up(approx, chosen)
-        self._phase, self._idle = None, phase
+        self._end(phase)
         self._begin(self._source.chosen(self._group()))
+
+    def _end(self, waits: _Phase | None) -> None:
+        """The full model has all that was trained; the subnetwork may wait for its next phase."""
+        self._phase, self._idle = None, waits
+        self._watch.set(False)
 
     def _enter(self) -> None:
         """A phase by the ratios of the moment, if they sample."""
@@ -324,6 +333,7 @@ class Phases:
         narrow_optimizer(self._optimizer, phase.sub, self._source.given, rest=self._rest)
         self._phase, self._idle, self._since = phase, None, 0
         self._trains = None
+        self._watch.set(True)
 
     def _group(self) -> Any:
         """The process group that is known so far."""
@@ -362,7 +372,7 @@ class Phases:
         self._scheduler.load_state_dict(state["scheduler"])
         if self._phase is not None:
             widen_optimizer(self._optimizer, self._phase.sub)
-        self._phase, self._idle = None, None
+        self._end(None)
         if sub is not None:
             self._train(self._made(sub))
             restore_moments(self._optimizer, state["moments"])

@@ -377,6 +377,48 @@ def test_a_model_that_is_called_in_place_of_the_recipes_is_named() -> None:
         train(recipe, optimizer)
 
 
+def test_a_recipe_whose_model_is_never_used_says_so() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    recipe = recipes.pretrain(model, X, STEPS, check=False)
+    model(X).square().mean().backward()
+    optimizer.step()
+    with pytest.warns(NoEffectWarning, match=r"recipe\.model was never used; call it in the place of the model"):
+        recipe.step()
+    train(recipe, optimizer, STEPS - 1)
+    recipe.finish()
+
+
+def test_a_validation_with_weights_from_before_the_phase_says_so() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    recipe = recipes.finetune(model, X, STEPS, optimizer=optimizer, check=False)
+    model.eval()(X)  # the exact steps train this one
+    while not recipe.sampling:
+        train(recipe, optimizer, 1)
+    with pytest.warns(NoEffectWarning, match="Sequential: called with the weights from before this phase") as told:
+        model(X)
+        model(X)
+    assert len(told) == 1
+    copy.deepcopy(model)(X)  # such as an average of the weights
+    train(recipe, optimizer, STEPS - recipe.taken)
+    assert recipe.finish() is model and not model._forward_pre_hooks
+
+
+def test_the_spread_of_what_was_timed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = gain.timed(mlp(), fx_approx.policies.Uniform(0.5), X, False, False, None)
+    assert found.quartiles and found.quartiles[0] <= found.speedup <= found.quartiles[1]
+    monkeypatch.setattr(calls, "timed", lambda *_: gain.Gain(2.0, 0.5, (1.875, 2.25)))
+    text = str(recipes.finetune(mlp(), X, STEPS))
+    assert "a sampled step is 2.00 times as fast here: 5 steps in turn, quartiles 1.88 and 2.25" in text
+
+
+def test_a_wrong_optimizer_is_named_by_its_type() -> None:
+    model = mlp()
+    with pytest.raises(TypeError, match=r"made of the model's parameters, got a list$"):
+        recipes.finetune(model, X, STEPS, optimizer=list(model.parameters()))  # type: ignore[arg-type]
+
+
 def test_an_exact_recipe_has_a_report_with_the_reason() -> None:
     recipe = recipes.finetune(mlp(), X, 5, check=False)
     assert recipe.exact and len(recipe.choices) == 1

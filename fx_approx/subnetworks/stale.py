@@ -1,0 +1,46 @@
+"""Tells a validation of the full model while a narrow network trains: it would be one of older weights."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from fx_approx.errors import NoEffectWarning
+
+
+class StaleWatch:
+    """Warns once where a model is called without gradients or in evaluation mode while its weights are old ones."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._hook = _Told()
+        self._handle: RemovableHandle | None = None
+
+    def set(self, stale: bool) -> None:
+        """Says whether the weights are old ones from now on."""
+        if stale and self._handle is None:
+            self._handle = self._model.register_forward_pre_hook(self._hook)
+        elif not stale and self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+class _Told:
+    """The hook; an object of a module, so that a model that has it can be copied and pickled."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def __call__(self, module: nn.Module, inputs: object) -> None:
+        if self._said or (module.training and torch.is_grad_enabled()):
+            return
+        self._said = True
+        warnings.warn(
+            f"{type(module).__name__}: called with the weights from before this phase, in which a narrow network "
+            "trains; call recipe.model, or phases.model, to validate what was trained so far",
+            NoEffectWarning,
+            stacklevel=4,
+        )
