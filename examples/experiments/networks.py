@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Protocol, Self
 
@@ -244,16 +244,38 @@ class ViT(_Transformer):
         heads: Of attention.
         size: Channels of a head.
         patch: Height and width of a patch.
+        stem: Patches overlap: convolutions of stride 2 make them, as in "Early Convolutions Help Transformers See
+            Better" (Xiao et al., 2021).
     """
 
     patch: int = 4
+    stem: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        powers = self.patch >= 2 and self.patch & (self.patch - 1) == 0
+        expect("patch", self.patch, "a power of 2 with stem = true", powers or not self.stem)
+        return self
 
     def build(self, classes: int, example: Tensor, width: float) -> nn.Module:
         """The network."""
         blocks, inner = self._blocks(width, causal=False)
-        patches = nn.Conv2d(example.shape[1], inner, self.patch, self.patch)
         tokens = (example.shape[-1] // self.patch) ** 2
-        return _Tokens(nn.Sequential(patches, _Rows()), tokens, blocks, inner, classes, False)
+        return _Tokens(
+            nn.Sequential(*self._patches(example.shape[1], inner), _Rows()), tokens, blocks, inner, classes, False
+        )
+
+    def _patches(self, channels: int, inner: int) -> Iterator[nn.Module]:
+        if not self.stem:
+            yield nn.Conv2d(channels, inner, self.patch, self.patch)
+            return
+        count = self.patch.bit_length() - 1
+        for layer in range(count):
+            outputs = inner >> (count - 1 - layer)
+            yield nn.Conv2d(channels, outputs, 3, 2, 1)
+            if layer + 1 < count:
+                yield nn.GELU()
+            channels = outputs
 
 
 class _Rows(nn.Module):
