@@ -16,7 +16,7 @@ class StaleWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._hook = _Told()
+        self._hook = _Told(id(model))
         self._handle: RemovableHandle | None = None
 
     def set(self, stale: bool) -> None:
@@ -29,13 +29,14 @@ class StaleWatch:
 
 
 class _Told:
-    """The hook; an object of a module, so that a model that has it can be copied and pickled."""
+    """The hook; plain data, so that a model that has it can be copied and pickled. It means no copy."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: int) -> None:
+        self._model = model
         self._said = False
 
     def __call__(self, module: nn.Module, inputs: object) -> None:
-        if self._said or (module.training and torch.is_grad_enabled()):
+        if self._said or id(module) != self._model or (module.training and torch.is_grad_enabled()):
             return
         self._said = True
         warnings.warn(
