@@ -70,6 +70,12 @@ def shared_keys(m: Written, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
     return plain(m, q, k[:, :1], v[:, :1], bias)
 
 
+def own_weights(m: Written, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Each token has a matrix of its own, which goes where the token goes."""
+    assert m.own is not None
+    return plain(m, q, k, torch.einsum("bhtd,tde->bhte", v, m.own[m.rows()]), bias)
+
+
 class Written(nn.Module):
     """Four blocks of attention; ``index`` leaves tokens out by hand."""
 
@@ -81,6 +87,7 @@ class Written(nn.Module):
         self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(4))
         self.out = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
         self.bias = nn.Parameter(torch.randn(TOKENS, TOKENS)) if bias else None
+        self.own = nn.Parameter(torch.randn(TOKENS, EACH, EACH)) if attend is own_weights else None
         self.softmax, self.drop = nn.Softmax(dim=-1), nn.Dropout(0.0)
         self.register_buffer("hidden", torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1))
         self.register_buffer("slopes", torch.tensor([0.5, 0.25]))
@@ -120,13 +127,13 @@ def examples(batch: int = 3) -> Tensor:
     return torch.randn(batch, TOKENS, 5, dtype=torch.float64)
 
 
-WAYS = [plain, causal, in_place, by_labels, positions_first, rows, shared_keys]
+WAYS = [plain, causal, in_place, by_labels, positions_first, rows, shared_keys, own_weights]
 
 
 @pytest.mark.parametrize("head", thinned(["all", "mean"]))
 @pytest.mark.parametrize(("attend", "bias"), in_turn(WAYS, [False, True]))
 def test_values_and_gradients_are_those_of_the_model_by_hand(attend: Any, bias: bool, head: str) -> None:
-    if bias and attend not in (plain, in_place, shared_keys):
+    if bias and attend not in (plain, in_place, shared_keys, own_weights):
         pytest.skip("takes no bias")
     model = Written(attend, bias, head).double()
     approx, chosen = made(model, Tokens(0.5), examples())
