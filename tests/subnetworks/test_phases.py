@@ -236,11 +236,16 @@ def test_scores_that_learn_look_for_what_was_not_chosen_in_phases_too() -> None:
     assert len(seen) > 48  # 32 without age, since nothing moves
 
 
-def test_counts_that_are_random_make_another_subnetwork() -> None:
+@pytest.mark.parametrize("by_backend", [False, True])
+def test_counts_that_are_random_make_another_subnetwork(by_backend: bool) -> None:
     policy = Override({"0": Exact()}, Uniform(0.5, "bernoulli"))
-    approx = hidden(policy)
-    optimizer = adamw(approx.parameters())
-    phases = Phases(approx, optimizer, PlanRatios(), interval=1, preserve=False)
+    given: Any = hidden(policy)
+    parameters = list(given.parameters())
+    if by_backend:
+        model, given = fx_approx.restore(given).train(), fx_approx.backend(policy, inner="eager")
+        torch.compile(model, backend=given)(X)
+    optimizer = adamw(parameters)
+    phases = Phases(given, optimizer, PlanRatios(), interval=1, preserve=False, example_inputs=X)
     widths = set()
     for _ in range(4):
         widths.add(phases.model.get_submodule("3").in_features)
