@@ -253,6 +253,13 @@ def test_nothing_of_the_model_changes() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_parameter_that_nothing_reads_changes_no_error() -> None:
+    model, data = network(), batches(2)
+    before = fx_approx.analysis.sensitivity(model, data, loss, data[0][0], **OPTIONS)
+    model.register_parameter("spare", nn.Parameter(torch.ones(7)))
+    assert fx_approx.analysis.sensitivity(model, data, loss, data[0][0], **OPTIONS) == before
+
+
 def test_draws_differ() -> None:
     model, data = network(), batches(1)
     one, two = (
