@@ -277,5 +277,5 @@ class _SampledNode:
 
 
 def _slices(node: fx.Node) -> bool:
-    given = node.args[1] if node.op == "call_module" and len(node.args) > 1 else None
+    given = node.args[1] if len(node.args) > 1 else None
     return isinstance(given, fx.Node) and given.target is slice_weights
