@@ -218,8 +218,8 @@ TRAINING = Page(
     "Experiments on real data",
     "Whole trainings, and their rivals of equal cost: exact training for fewer epochs, and of a narrower network. "
     "Accuracy is on the "
-    "test set at the end, which was also used to choose ratios and rates where no section says otherwise. *To exact* is "
-    "in points, to exact training at the same "
+    "test set at the end, which was also used to choose ratios and rates where no section says otherwise. *To exact* "
+    "is in points, to exact training at the same "
     "rate. Operations, times, memory and bytes are shares of exact training's. Times with quartiles are of steps in "
     "turn. Compiling "
     "is in no time, unless the section says so. A row of **one seed** says little below a "
@@ -282,8 +282,8 @@ TRAINING = Page(
             "fashion-wrn10-2-protocol",
             "Fine-tuning by phases",
             "Accuracy is mean ± standard deviation over five networks to begin with, which `cifar-wrn10-2-short.toml "
-            "--autocast bfloat16` trains. The test set was asked once for each run. Seconds have in all that transforms "
-            "and cuts networks out.",
+            "--autocast bfloat16` trains. The test set was asked once for each run. Seconds have in all that "
+            "transforms and cuts networks out.",
         ),
         _trained("The network that the small ViT begins with", "cifar-vit-small", "cifar-vit-small", "Fine-tuning"),
         _trained(
@@ -360,7 +360,8 @@ TOKENS = Page(
             "fashion-vit-tokens-protocol",
             "Tokens, and examples that are drawn",
             "Accuracy is mean ± standard deviation over five networks to begin with, which "
-            "`cifar-vit-tokens.toml --only exact --seeds 0 1 2 3 4 100` trains. The test set was asked once for each run.",
+            "`cifar-vit-tokens.toml --only exact --seeds 0 1 2 3 4 100` trains. The test set was asked once for "
+            "each run.",
         ),
         _trained(
             "MiniLM, who speaks",

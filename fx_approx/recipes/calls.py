@@ -268,7 +268,9 @@ def transformer(
     if seen.traced and mode == "auto" and all(stack.drop is None for stack in seen.stacks):
         return given.exact("exact: tokens can only skip blocks", f"{seen.stacks[0].whole}; mode='skip' tries it")
     tail = max(seen.statistics or 1, steps // 10)
-    choices = [Choice(f"{ratio:g} of the tokens, others in each step", "from scratch above fewer epochs, fine-tuned level")]
+    choices = [
+        Choice(f"{ratio:g} of the tokens, others in each step", "from scratch above fewer epochs, fine-tuned level")
+    ]
     if hidden_units < 1:
         choices.append(Choice(f"{hidden_units:g} of the hidden units", "asked for"))
     choices.append(_tail(tail, seen))
