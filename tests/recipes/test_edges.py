@@ -396,6 +396,7 @@ def test_a_validation_with_weights_from_before_the_phase_says_so() -> None:
     model.eval()(X)  # the exact steps train this one
     while not recipe.sampling:
         train(recipe, optimizer, 1)
+    torch.compile(model, backend="eager", fullgraph=True)(X)  # is not told, and not broken
     with pytest.warns(NoEffectWarning, match="Sequential: called with the weights from before this phase") as told:
         model(X)
         model(X)
