@@ -211,7 +211,7 @@ class GraphView:
             calls = [torch.compile(model, dynamic=False) if compiled else model for model in models]
             times = _step_seconds(calls, models, args, kwargs, repeats, self._optimizer)
         exact = times[0]
-        return [StepTime(statistics.median(own), _quartiles(exact, own)) for own in times]
+        return [StepTime(statistics.median(own), speedup_quartiles(exact, own)) for own in times]
 
     def _plan(self, decisions: Mapping[str, Decision], tokens: TokenSampling | None) -> Plan:
         candidates = self.candidates
@@ -326,7 +326,8 @@ def _step_seconds(
     return in_turn(steps, device, repeats, warmup=1, before=1)
 
 
-def _quartiles(exact: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
+def speedup_quartiles(exact: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of exact / own, by neighbouring steps; seconds are given."""
     ratios = [one / other for one, other in zip(exact, own, strict=True)]
     if len(ratios) == 1:
         return (ratios[0],) * 3

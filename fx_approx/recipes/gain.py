@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from fx_approx.capture.containers import mean_square
 from fx_approx.capture.trace import kept_random_state
+from fx_approx.compiler.graph_view import speedup_quartiles
 from fx_approx.compiler.transform import view_of
 from fx_approx.core.plan import Policy
 from fx_approx.core.step_cost import MakeOptimizer
@@ -112,7 +113,5 @@ def timed_backend(model: nn.Module, handle: GraphHandle, batch: Any) -> Gain:
                 value.copy_(buffers[name])
         for name, parameter in model.named_parameters():
             parameter.grad = gradients[name]
-    low, middle, high = statistics.quantiles(
-        [one / other for one, other in zip(exact, sampled, strict=True)], n=4, method="inclusive"
-    )
+    low, middle, high = speedup_quartiles(exact, sampled)
     return Gain(middle, statistics.median(exact), (low, high))
