@@ -48,7 +48,7 @@ def wait(*_: Any) -> None:
     time.sleep(WAIT)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", ["ahead", "online", pytest.param("gradients", marks=pytest.mark.slow)])
 def test_what_makes_selections_is_timed_and_the_rest_is_not(name: str) -> None:
     approx = fx_approx.transform(net(), POLICIES[name], X)
     runtime = approx._fx_approx

@@ -33,7 +33,7 @@ OTHERS = ["apart", "power", "scaled", "micro batches", "resumed", "controlled", 
 
 
 SHARDED = [
-    *("vit nested stale group", "vit blocks online", "vit blocks weight micro"),
+    *("vit blocks online", "vit blocks weight micro"),
     *("mlp layers weight systematic", "grouped layers weight value", "mlp layers weight columns"),
 ]
 MORE_SHARDED = [
@@ -42,6 +42,7 @@ MORE_SHARDED = [
     "vit root weight value",
     "cnn layers stale group",
     "mlp layers weight copies",
+    "vit nested stale group",
 ]
 SHARDED_OTHERS = ["partly", "gradients", "mixed", "frontend", "python", "refused", "resumed"]
 FOUR = ["four copies", "four shards"]

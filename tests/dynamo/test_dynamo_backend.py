@@ -61,7 +61,9 @@ def sampled_inputs(layer: nn.Linear) -> int:
     return int((layer.weight.grad != 0).any(0).sum())
 
 
-@pytest.mark.parametrize("policy", [Uniform(0.5, "systematic", scope="group"), Paper(0.5)])
+@pytest.mark.parametrize(
+    "policy", [Uniform(0.5, "systematic", scope="group"), pytest.param(Paper(0.5), marks=pytest.mark.slow)]
+)
 def test_samples_gradients_and_statistics_are_those_of_the_transform(policy: Any) -> None:
     model = ConvNet()
     twin = copy.deepcopy(model)

@@ -16,6 +16,7 @@ import fx_approx
 from fx_approx.analysis import verify
 from fx_approx.policies import Tokens
 from fx_approx.runtime.token_selection import TokenSelection
+from tests.helpers.quick import quick
 
 BATCH, LENGTH = 2, 12
 IDS = torch.randint(0, 50, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -109,7 +110,7 @@ def leave_out(layers: nn.ModuleList, index: Tensor, length: int, skips: bool, fi
 
 @pytest.mark.parametrize(
     ("name", "first"),
-    [("llama", 1), ("bert", 0), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("vit", "gpt2", "bert"))],
+    quick([("llama", 1), ("bert", 0), ("vit", 1), ("gpt2", 1), ("bert", 1)], lambda name, first: name == "llama"),
 )
 def test_numbers_are_those_of_the_model_whose_layers_see_fewer_tokens(name: str, first: int) -> None:
     """Also where the mask is made behind the embeddings (first=0)."""

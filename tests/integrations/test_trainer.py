@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fx_approx import recipes
 from fx_approx.recipes import Recipe
+from tests.helpers.quick import quick
 from tests.helpers.torchvision_compat import define_missing_schemas
 
 pytest.importorskip("transformers")
@@ -148,7 +149,7 @@ MIXED = {"bf16": True, "gradient_accumulation_steps": 2, "activation_checkpointi
 
 
 @pytest.mark.parametrize(
-    "kind, options", [("net", {}), ("untraced", {}), pytest.param("gpt2", MIXED, marks=pytest.mark.slow)]
+    ("kind", "options"), quick([("net", {}), ("untraced", {}), ("gpt2", MIXED)], lambda kind, options: kind == "net")
 )
 def test_a_run_goes_on_from_its_checkpoint_bitwise(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     def made(place: str) -> tuple[Recipe, Trainer]:

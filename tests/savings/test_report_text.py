@@ -48,7 +48,7 @@ def report_of(name: str) -> SavingsReport:
     return fx_approx.explain(model, policy, x).report
 
 
-MODELS = ["resnet50", "vit", "vit of some tokens", "bert"]
+MODELS = ["resnet50", "vit", "vit of some tokens", pytest.param("bert", marks=pytest.mark.slow)]
 
 
 def expanded(name: str) -> list[str]:
