@@ -15,6 +15,7 @@ Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
 Names = Annotated[tuple[str, ...], Strict(False)]
 """The tuples of a model are the lists of TOML."""
 
@@ -149,6 +150,7 @@ class Variant(Table):
         sensitivity: Batches that a budget's errors are measured on before the training, in single precision, with the
             weights that it begins with; 0: they are predicted.
         frozen: Globs on parameters that are not trained, which fine-tuning may leave as they are.
+        dropout: Rates, above 0 and below 1, of dropout on what the layers of these globs read in training.
         examples: What of the data an epoch reads: ``rule``, ``importance`` or ``infobatch``, and the options of that
             rule of :class:`fx_approx.data.ImportanceSampler`; none: everything.
         equal: A baseline that is trained exactly and costs what the variant ``to`` does, in ``flops`` or ``time``.
@@ -176,6 +178,7 @@ class Variant(Table):
     distill: float = Field(0.0, ge=0, le=1)
     sensitivity: Count = 0
     frozen: Names = ()
+    dropout: dict[str, Rate] = {}
     examples: dict[str, Any] = {}
     equal: Literal["", "flops", "time"] = ""
     to: str = ""
@@ -229,6 +232,9 @@ class Variant(Table):
             expect(self.by, given, f"none beside equal and by = {self.by!r}, which find it", given == 1)
         elif self.to or self.by:
             raise ValueError(f"equal: expected flops or time beside to = {self.to!r}, by = {self.by!r}, got ''")
+        # The hooks of a dropout are not part of a layer's sampling, and a narrower rival is another network.
+        plain_training = not (self.policy or self.equal)
+        expect("dropout", self.dropout, "none beside policy or equal", plain_training or not self.dropout)
         for name, other in (("equal", self.equal), ("preserve", self.preserve)):
             # What a frozen network costs is not known there; weights that are zeroed could not be learnt again.
             expect("frozen", self.frozen, f"none beside {name}", not (self.frozen and other))
@@ -278,7 +284,7 @@ def _set(table: dict[str, Any], key: str, value: Any) -> None:
 
 
 _UNTRIED = ("equal", "to", "by", "tries")
-_LATER = ("preserve", "frozen", "distill", "sensitivity", "subnetwork", "examples")
+_LATER = ("preserve", "frozen", "distill", "sensitivity", "subnetwork", "examples", "dropout")
 
 
 def plain(variant: Variant) -> dict[str, Any]:

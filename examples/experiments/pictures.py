@@ -20,12 +20,13 @@ from summaries import Results, front
 
 _PALE = "#c8c8c8"
 _COLOURS = [to_hex(plt.get_cmap("tab20")(place)) for place in range(20) if place not in (14, 15)]  # greys
-_MARKERS = {"exact": "*", "epochs": "s", "width": "D", "frozen": "^", "sampled": "o"}
+_MARKERS = {"exact": "*", "epochs": "s", "width": "D", "frozen": "^", "dropout": "P", "sampled": "o"}
 _KINDS = {
     "exact": "exact",
     "epochs": "exact, fewer epochs",
     "width": "exact, narrower",
     "frozen": "exact, in part frozen",
+    "dropout": "exact, with dropout",
     "sampled": "sampled",
 }
 _NAMED = 16  # as many variants have a colour and a name each; of more, those on a front

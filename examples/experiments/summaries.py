@@ -30,7 +30,7 @@ class Results:
     Attributes:
         found: A row for each variant, exact ones first, then in the order of the first run:
 
-            - ``kind``: ``exact``; ``epochs``, ``width`` or ``frozen`` for baselines; ``sampled``.
+            - ``kind``: ``exact``; ``epochs``, ``width``, ``frozen`` or ``dropout`` for baselines; ``sampled``.
             - ``runs`` that did not diverge, and those that ``diverged``.
             - ``accuracy`` and its ``deviation``; ``trained`` and ``trained_deviation`` before statistics are
               re-estimated.
@@ -79,6 +79,8 @@ def _kind(options: Mapping[str, Any]) -> str:
         return "sampled"
     if options.get("frozen"):
         return "frozen"
+    if options.get("dropout"):
+        return "dropout"
     if options["by"] == "width" or options["width"] != 1:
         return "width"
     return "epochs" if options["by"] == "epochs" or options["epochs"] != 1 else "exact"

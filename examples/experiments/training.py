@@ -11,7 +11,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import costs
@@ -107,6 +107,24 @@ def freeze(model: nn.Module, globs: Sequence[str]) -> None:
     expect("frozen", list(globs), "globs that leave parameters to train", trained)
 
 
+def drop_inputs(model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Puts dropout, at the rate of its glob, in front of layers; in evaluation there is none.
+
+    Raises:
+        ValueError: A glob matches no layer.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if [*layer.parameters(recurse=False)]}
+    for glob, rate in rates.items():
+        found = fnmatch.filter(layers, glob)
+        expect("dropout", glob, f"a glob on layers such as {next(iter(layers))}", bool(found))
+        for name in found:
+            layers[name].register_forward_pre_hook(functools.partial(_dropped, rate))
+
+
+def _dropped(rate: float, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return F.dropout(inputs[0], rate, layer.training), *inputs[1:]
+
+
 class Run:
     """A variant of a configuration under a seed."""
 
@@ -134,6 +152,7 @@ class Run:
         if weights is not None:
             adopt(model, weights)
         freeze(model, self.variant.frozen)
+        drop_inputs(model, self.variant.dropout)
         model = model.to(self.device).train()
         if x.dim() == 4:
             model = model.to(memory_format=torch.channels_last)
