@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from training import Budget, Run, Settings
 
 import fx_approx
+from fx_approx.policies import Exact
 from fx_approx.sampling import SamplerConfig, inclusion_probabilities
 
 
@@ -68,7 +69,8 @@ def watched(model: nn.Module, policy: fx_approx.Policy, example: Tensor, every: 
         layer, spec = dict(model.named_modules()).get(one.name), one.spec
         fits = isinstance(layer, nn.Linear) and spec is not None and (spec.name, spec.scores) == ("bernoulli", "online")
         if not fits:
-            raise ConfigError(f"--variant: expected linear layers by bernoulli with online scores, got {one}")
+            told = one.name if spec is None else f"{one.name} by {spec.name} and {spec.scores} scores"
+            raise ConfigError(f"--variant: expected bernoulli and online scores of linear layers, got {told}")
         found[one.name] = Watch(layer, spec, every)
     if not found:
         raise ConfigError("--variant: expected one that samples a layer, got one that leaves all exact")
@@ -102,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kind = network(config.network, config.path.name)
         steps = config.training.steps or round(config.training.epochs * (source.size // config.training.batch))
         run = Run(config, "exact", options.seed, source, kind, Settings(probe=0, curve=False), Budget(steps, 1.0))
-        policy = variants.policy_of(config, options.variant)
+        policy = variants.policy_of(config, options.variant) or Exact()
         found = watched(run.model, policy, run.example[0], options.every)
     except (ConfigError, ValueError) as error:
         made.exit(2, f"{error}\n")

@@ -17,7 +17,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "examples" / "experiments"
 
 MODULES = (
     *("config", "records", "choices", "images", "texts", "sources", "networks", "minilm"),
-    *("costs", "measured", "narrow", "variants", "reading", "training", "run"),
+    *("costs", "measured", "narrow", "variants", "reading", "training", "run", "equal_noise"),
 )
 
 
