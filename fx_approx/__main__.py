@@ -30,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "demo":
             return _demo(options)
         commands = importlib.import_module("fx_approx.cli.commands")  # torch takes seconds, which help does not need
-        text, code, said = commands.run(options)
+        recipe = None
+        if options.command == "recipe":
+            recipe = getattr(importlib.import_module("fx_approx.recipes"), options.recipe)
+        text, code, said = commands.run(options, recipe)
     except WrongArgumentError as error:
         print(f"fx_approx: error: {error}", file=sys.stderr)
         return 2

@@ -26,6 +26,7 @@ Looks at models as fx_approx sees them.
   python -m fx_approx explain torchvision.models:resnet50 --input 32x3x224x224 --policy topk:0.5
   python -m fx_approx predict torchvision.models:resnet50 --input 32x3x224x224 --check
   python -m fx_approx verify mymodels:Net.small --kwarg classes=10 --input 8x128:int64
+  python -m fx_approx recipe finetune torchvision.models:resnet18 --input 32x3x64x64
   python -m fx_approx demo
 """
 _EXPLAIN = """\
@@ -43,6 +44,14 @@ Transforms the model and runs a training step twice on random inputs, with and w
 computing what no one reads, and compares all numbers. Integers and truth values are 0
 and 1. The exit code is 1 where numbers differ.
 """
+_RECIPE = """\
+What a recipe would choose for the model, and why, and how much faster a step of training is on this machine. Nothing is
+trained: steps are timed on random inputs.
+
+  python -m fx_approx recipe finetune torchvision.models:resnet18 --input 32x3x64x64
+  python -m fx_approx recipe transformer torchvision.models:vit_b_16 --input 2x3x224x224 --steps 500
+"""
+_RECIPES = {"finetune": 0.5, "pretrain": 0.65, "transformer": 0.5}
 _INPUT = re.compile(r"([1-9][0-9]*(?:x[1-9][0-9]*)*)(?::(\w+))?")
 _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _TABLES = ("text", "md", "html")
@@ -142,11 +151,23 @@ def _parser() -> _Parser:
         formatter_class=raw,
     )
     _add_model(verify, "needed")
+    recipe = commands.add_parser(
+        "recipe",
+        help="what a recipe would choose and gain, without training",
+        description=_RECIPE,
+        formatter_class=raw,
+    )
+    recipe.add_argument("recipe", choices=list(_RECIPES), help="the function of fx_approx.recipes")
+    _add_model(recipe, "needed", policy=False)
+    shares = ", ".join(f"{ratio:g} of {name}" for name, ratio in _RECIPES.items())
+    recipe.add_argument("--ratio", type=float, help=f"share that is computed ({shares})")
+    recipe.add_argument("--steps", type=int, default=1000, help="of the whole training (%(default)s)")
+    recipe.add_argument("--compile", action="store_true", help="the training will be compiled")
     add_demo(commands)
     return parser
 
 
-def _add_model(command: argparse.ArgumentParser, without: str) -> None:
+def _add_model(command: argparse.ArgumentParser, without: str, policy: bool = True) -> None:
     command.add_argument(
         "model",
         type=_argument(_split_model),
@@ -162,9 +183,10 @@ def _add_model(command: argparse.ArgumentParser, without: str) -> None:
         help="shape of a positional argument of the model, such as 32x3x224x224 or 8x128:int64, once for each; "
         f"{without}",
     )
-    command.add_argument(
-        "--policy", type=_argument(_checked_policy), help="see below; by default that of fx_approx.transform"
-    )
+    if policy:
+        command.add_argument(
+            "--policy", type=_argument(_checked_policy), help="see below; by default that of fx_approx.transform"
+        )
     command.add_argument(
         "--kwarg",
         action="append",
@@ -211,7 +233,7 @@ def _argument(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def without_name(error: Exception) -> str:
     """The message without the library's name for the argument."""
-    return re.sub(r"^(model|policy|example_inputs): ", "", str(error))
+    return re.sub(r"^(model|policy|example_inputs|batch): ", "", str(error))
 
 
 def _split_model(text: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.machinery
 import importlib.util
+import inspect
 import io
 import json
 import subprocess
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 import fx_approx
+from fx_approx import recipes
 from fx_approx.__main__ import main
 from fx_approx.core.policy_names import POLICIES, SAMPLERS, form
 from tests.helpers import torchvision_compat
@@ -176,6 +178,17 @@ def test_what_is_not_traced_is_a_warning_or_a_note(capsys: pytest.CaptureFixture
         (["verify", "climodels:ready"], "argument --input: verify needs the shapes of one training batch, such as"),
         (["predict", "climodels:ready", "--input", "4x9"], "argument --input: the model does not run on them: at 0"),
         (["verify", "climodels:ready", "--input", "4x9"], "argument --input: the model does not run on them: at 0"),
+        (["recipe", "best", "climodels:ready"], "argument recipe: invalid choice: 'best'"),
+        (["recipe", "finetune", "climodels:ready"], "argument --input: recipe needs the shapes of one training batch"),
+        (["recipe", "finetune", "climodels:ready", "--input", "4x9"], "argument --input: the model does not run on"),
+        (
+            ["recipe", "pretrain", "climodels:ready", "--input", "4x8", "--ratio", "2"],
+            "argument --ratio: expected a number in (0, 1]",
+        ),
+        (
+            ["recipe", "pretrain", "climodels:ready", "--input", "4x8", "--steps", "0"],
+            "argument --steps: expected an integer of at least 1, got 0",
+        ),
         (["explain", "climodels:ready", "--setup", "nowhere.py"], "argument --setup: nowhere.py is no file"),
         (["explain", "torch.nn:LazyLinear", "--kwarg", "out_features=3"], "MODULE:CALLABLE: torch.nn:LazyLinear: "),
     ],
@@ -270,6 +283,44 @@ def test_verify(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     wrong = SimpleNamespace(passed=False)
     monkeypatch.setattr("fx_approx.cli.commands.verify", lambda model, inputs: wrong)
     assert main(["verify", "climodels:Nets.small", "--input", "4x8"]) == 1
+
+
+ALL = [name for name in recipes.__all__ if inspect.isfunction(getattr(recipes, name))]
+
+
+def test_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    plain = recipes.finetune
+
+    def finetune(model: nn.Module, batch: Any, steps: int, **options: Any) -> recipes.Recipe:
+        given.extend((batch, steps, options, {id(p) for p in model.parameters()}))
+        return plain(model, batch, steps, check=False, **options)
+
+    monkeypatch.setattr(recipes, "finetune", finetune)
+    monkeypatch.setenv("COLUMNS", "80")
+    arguments = ["recipe", "finetune", "climodels:Nets.small", "--kwarg", "width=64", "--input", "4x8"]
+    assert main([*arguments, "--steps", "300", "--ratio", "0.25"]) == 0
+    (batch,), steps, options, parameters = given
+    assert batch.shape == (4, 8) and (steps, options["ratio"], options["compile"]) == (300, 0.25, False)
+    assert {id(p) for p in options["optimizer"].param_groups[0]["params"]} == parameters, "a narrow network trains"
+    said = capsys.readouterr().out
+    assert said.startswith("finetune: 300 steps of Sequential\n  0.25 of the hidden units, kept: ")
+    assert "16 of 64" in said and max(map(len, said.splitlines())) <= 80
+
+
+def test_a_recipe_that_would_not_pay_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe", "transformer", "climodels:ready", "--input", "4x8"]) == 0
+    said = capsys.readouterr().out
+    assert "exact: no tokens can be sampled" in said and "0 of 2 multiplies sampled" in said
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_its_help_has_the_ratios_that_recipes_take(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["recipe", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    ratio = inspect.signature(getattr(recipes, name)).parameters["ratio"].default
+    assert f"{ratio:g} of {name}" in said and f"{{{','.join(ALL)}}}" in said
 
 
 def test_without_shapes_it_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
