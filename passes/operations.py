@@ -173,10 +173,10 @@ RULES: tuple[Rule, ...] = (
                 "expm1 fix floor frac lgamma log log10 log1p log2 logical_not bitwise_not logit nan_to_num neg "
                 "negative rad2deg reciprocal round rsqrt sgn sign sin sinc sinh sqrt square tan trunc i0 isnan isinf "
                 "isfinite clone expit entr ndtr log_ndtr erfcx i0e i1 i1e arccos arccosh arcsin arcsinh arctan arctanh "
-                "gammaln ndtri psi signbit isneginf isposinf",
+                "gammaln ndtri psi signbit isneginf isposinf positive",
                 torch.special,
             ),
-            *(operator.neg, operator.abs, operator.invert),
+            *(operator.neg, operator.pos, operator.abs, operator.invert),
         ),
         passes="always",
     ),
@@ -298,7 +298,7 @@ RULES: tuple[Rule, ...] = (
         "softmax",
         along(1),
         (nn.Softmax, nn.LogSoftmax, nn.Softmin),
-        tuple(functions("softmax log_softmax softmin")),
+        tuple(functions("softmax log_softmax softmin", torch.special)),
         passes=_OTHER_AXES,
         stops=_CHANNEL_AXIS,
     ),
@@ -309,7 +309,8 @@ RULES: tuple[Rule, ...] = (
         calls=tuple(
             functions(
                 "mean sum prod amax amin aminmax std var std_mean var_mean logsumexp any all argmax argmin "
-                "count_nonzero nansum nanmean median nanmedian mode"
+                "count_nonzero nansum nanmean median nanmedian mode",
+                torch.special,
             )
         ),
         passes=_OTHER_AXES,

@@ -118,6 +118,8 @@ CASES: dict[str, tuple[Callable[[Between, Tensor], Tensor], bool | None]] = {
     "in-place-part-then-read": (read_between(lambda net, x: x[:, :3].add_(1.0)), None),
     "division-then-read": (read_between(divide_in_place), None),
     "through-contiguous": (seen_elsewhere(lambda net, x: x.contiguous()), None),
+    "through-positive": (seen_elsewhere(lambda net, x: x.positive()), None),
+    "through-plus": (seen_elsewhere(lambda net, x: +x), None),
     "through-identity": (seen_elsewhere(lambda net, x: net.identity(x)), None),
     "through-to": (seen_elsewhere(lambda net, x: x.to(x.dtype)), None),
     "through-view": (seen_elsewhere(lambda net, x: x.view(x.shape)), None),
