@@ -30,7 +30,9 @@ _MUTATING_METHODS = (
 
 _VIEWS = (
     *("contiguous", "float", "half", "double", "bfloat16", "to", "type", "type_as", "detach", "requires_grad_"),
-    *("positive", operator.pos, torch.positive),
+    *("positive", operator.pos, torch.positive, "cpu", "cuda", "to_dense", "dequantize", torch.dequantize),
+    *("conj", "conj_physical", "resolve_conj", "resolve_neg", torch.conj, torch.conj_physical, torch.resolve_conj),
+    *(torch.resolve_neg, torch.real, torch.imag, torch.ravel, "adjoint", torch.adjoint, "as_strided", torch.as_strided),
     *("select", "diagonal", "unfold", "broadcast_to", torch.broadcast_to, torch.select, torch.diagonal, torch.detach),
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
     *(torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout),

@@ -29,7 +29,7 @@ PRODUCTS = (torch.matmul, operator.matmul, torch.bmm, "matmul", "__matmul__", "b
 ADDED_PRODUCTS = (torch.baddbmm, "baddbmm")
 """The same with something that the product is added to."""
 
-SOFTMAXES = (torch.softmax, F.softmax, "softmax")
+SOFTMAXES = (torch.softmax, torch.special.softmax, F.softmax, "softmax")
 
 
 # Where attention is

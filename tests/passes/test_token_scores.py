@@ -52,7 +52,7 @@ def by_labels(m: Written, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) 
 def positions_first(m: Written, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     q, k, v = (one.transpose(1, 2) for one in (q, k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", [q, k])
-    return torch.einsum("bhqk,bkhd->bqhd", [torch.softmax(scores, dim=3), v]).transpose(1, 2)
+    return torch.einsum("bhqk,bkhd->bqhd", [torch.special.softmax(scores, dim=3), v]).transpose(1, 2)
 
 
 def rows(m: Written, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
