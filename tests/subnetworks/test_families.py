@@ -37,8 +37,8 @@ NETS = ("yolo", "unet_transposed", "encoder")
 DETECTORS = ("retinanet_resnet50_fpn",)
 GRAPHS = ("swin_t",)  # its Python names numbers of heads
 STEPS = {"yolo": 5, "hgnetv2_b0": 5}
-"""Where roundings grow too much in 20 steps: in yolo that of one weight by 4e6, and in hgnetv2_b0 those of all weights move
-the model itself by 1.3e-10 within 10."""
+"""Where roundings grow too much in 20 steps: in yolo that of one weight by 4e6, and in hgnetv2_b0 those of all weights
+move the model itself by 1.3e-10 within 10."""
 
 Made = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
