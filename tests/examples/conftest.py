@@ -15,6 +15,23 @@ import pytest
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "examples" / "experiments"
 
+SMALL_MLP = """
+[data]
+kind = "images"
+folder = "mnist"
+
+[network]
+kind = "mlp"
+hidden = 16
+
+[training]
+batch = 16
+epochs = 2
+rate = 0.05
+schedule = "onecycle"
+"""
+"""Of a configuration: an MLP on the images of :func:`data`, for two epochs."""
+
 MODULES = (
     *("config", "records", "choices", "images", "texts", "sources", "networks", "minilm"),
     *("costs", "measured", "narrow", "variants", "reading", "training", "run", "equal_noise"),

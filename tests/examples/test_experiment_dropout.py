@@ -12,35 +12,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from fx_approx.sampling import SamplerConfig, get_sampler
+from tests.examples.conftest import SMALL_MLP
 
-CONFIG = """
+CONFIG = f"""
 title = "Tiny"
 seeds = [0]
-
-[data]
-kind = "images"
-folder = "mnist"
-
-[network]
-kind = "mlp"
-hidden = 16
-
-[training]
-batch = 16
-epochs = 2
-rate = 0.05
-schedule = "onecycle"
-
+{SMALL_MLP}
 [variants.exact]
 
 [variants."Bernoulli 0.5"]
-policy = { kind = "paper", ratio = 0.5, sampler = "bernoulli" }
+policy = {{ kind = "paper", ratio = 0.5, sampler = "bernoulli" }}
 
 [variants.TopK]
-policy = { kind = "paper", ratio = 0.5 }
+policy = {{ kind = "paper", ratio = 0.5 }}
 
 [variants.dropout]
-dropout = { fc1 = 0.4, "fc[2-9]" = 0.2 }
+dropout = {{ fc1 = 0.4, "fc[2-9]" = 0.2 }}
 """
 
 

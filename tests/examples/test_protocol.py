@@ -12,39 +12,27 @@ import numpy as np
 import pytest
 import torch
 
-TINY = """
+from tests.examples.conftest import SMALL_MLP
+
+TINY = f"""
 title = "tiny"
 seeds = [0]
 validation = 30
-
-[data]
-kind = "images"
-folder = "mnist"
-
-[network]
-kind = "mlp"
-hidden = 16
-
-[training]
-batch = 16
-epochs = 2
-rate = 0.05
-schedule = "onecycle"
-
+{SMALL_MLP}
 [variants.exact]
-tries = { rate = [0.5, 2] }
+tries = {{ rate = [0.5, 2] }}
 
 [variants."fewer"]
 equal = "flops"
 to = "half"
 by = "epochs"
-tries = { rate = [1, 2] }
+tries = {{ rate = [1, 2] }}
 
 [variants.half]
-policy = { kind = "uniform", sampler = "topk", ratio = 0.5, scores = "weight", scope = "value" }
+policy = {{ kind = "uniform", sampler = "topk", ratio = 0.5, scores = "weight", scope = "value" }}
 exact = ["classifier"]
 tail = 0.25
-tries = { "policy.ratio" = [0.5, 0.25], rate = [1, 2] }
+tries = {{ "policy.ratio" = [0.5, 0.25], rate = [1, 2] }}
 
 [variants."as written"]
 rate = 3.0
