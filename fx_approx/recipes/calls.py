@@ -343,11 +343,12 @@ def _made(given: _Given, seen: Look, setting: _Setting, optimizer: Optimizer | N
 def _worth_it(given: _Given, setting: _Setting, gain: Gain, started: float) -> tuple[Choice, ...] | Recipe:
     """The choices with what was measured since ``started``, or the recipe that samples nothing."""
     gain = dataclasses.replace(gain, speedup=agreed(gain.speedup, given.model))
+    spent = math.ceil((time.perf_counter() - started) / gain.exact)
     if gain.speedup < LEAST:
         what = f"exact: a step would be {gain.speedup:.2f} times as fast here"
-        return given.exact(what, f"expected {LEAST} or more, on this machine and at this batch")
+        told = f"expected {LEAST} or more, on this machine and at this batch"
+        return given.exact(what, f"{told}; finding this out took as long as {spent} steps")
     exact = setting.warmup + setting.tail
-    spent = math.ceil((time.perf_counter() - started) / gain.exact)
     return (
         *setting.choices,
         Choice(f"a sampled step is {gain.speedup:.2f} times as fast here", gain.how),

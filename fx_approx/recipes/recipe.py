@@ -353,9 +353,16 @@ class Recipe:
         if set(state) | {"model"} != _KEYS:
             raise ValueError(f"state: expected what Recipe.state_dict gives, got the keys {sorted(map(str, state))}")
         taken, steps = state["steps"]
-        if steps != self.steps or bool(state["driver"]) != (self._driver is not None):
+        if steps != self.steps:
+            raise ValueError(f"state: expected that of a recipe of {self.steps} steps, got one of {steps}")
+        if bool(state["driver"]) != (self._driver is not None):
+            one, other, remedy = (
+                ("samples", f"does not ({self.choices[0].what})", "make it with check=False")
+                if state["driver"]
+                else ("was exact", "samples", "train the model itself, as that one did")
+            )
             raise ValueError(
-                f"state: expected that of a recipe of {self.steps} steps with the same choices, got {steps}"
+                f"state: of a recipe that {one}, and this one {other}; {remedy}: what is measured differs from run to run"
             )
         if tuple(state["made"]) != self._made:
             own, other = "; ".join(self._made), "; ".join(map(str, state["made"]))
