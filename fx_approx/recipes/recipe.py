@@ -362,7 +362,7 @@ class Recipe:
                 else ("was exact", "samples", "train the model itself, as that one did")
             )
             raise ValueError(
-                f"state: of a recipe that {one}, and this one {other}; {remedy}: what is measured differs from run to run"
+                f"state: of a recipe that {one}, and this one {other}; {remedy}: measurements differ from run to run"
             )
         if tuple(state["made"]) != self._made:
             own, other = "; ".join(self._made), "; ".join(map(str, state["made"]))

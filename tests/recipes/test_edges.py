@@ -455,12 +455,10 @@ def test_what_is_as_large_as_the_model_is_not_shipped(monkeypatch: pytest.Monkey
 
 def test_a_state_of_a_sampled_recipe_says_what_an_exact_one_lacks_and_the_reverse() -> None:
     """What is measured may come out otherwise when a script is resumed."""
-    sampled, exact = (recipes.pretrain(mlp(), X, steps, check=False) for steps in (STEPS, 2))
+    sampled, exact = (recipes.finetune(mlp(), X, steps, check=False) for steps in (STEPS, 2))
     assert exact.exact and not sampled.exact  # two steps are too few
     exact.steps = STEPS
-    with pytest.raises(
-        ValueError, match=r"that samples, and this one does not .*are too few.*; make it with check=False"
-    ):
+    with pytest.raises(ValueError, match=r"that samples, and this one does not .*too few.*; make it with check=False"):
         exact.load_state_dict(sampled.state_dict())
     with pytest.raises(ValueError, match="that was exact, and this one samples; train the model itself"):
         sampled.load_state_dict(exact.state_dict())
