@@ -205,7 +205,7 @@ class Recipe:
 
         Warns:
             NoEffectWarning: ``model`` is in evaluation mode, in which nothing is sampled, or was never used; or, with
-                an optimiser, that one does not step.
+                an optimiser, that one does not step, or no narrow network can be made any more: the rest is exact.
         """
         if self.taken >= self.steps:
             raise ValueError(f"step: all {self.steps} steps of the recipe were taken; call finish()")
@@ -248,9 +248,27 @@ class Recipe:
                 if FROZEN in self.choices:  # it was said at the beginning
                     warnings.filterwarnings("ignore", f".*{LEFT_WHOLE}", NoEffectWarning)
                 driver.step()
+        except UnsupportedError as error:
+            self._narrow, self._why_wide = kept
+            if self._phases is None or self._phases.subnetwork is not None:
+                raise
+            self._give_up(error)
         except BaseException:
             self._narrow, self._why_wide = kept
             raise
+
+    def _give_up(self, error: UnsupportedError) -> None:
+        """Goes on exactly: what could be cut out at the beginning cannot be now, as where torch compiled too often."""
+        self._why_wide = str(error)
+        self.choices = (Choice("exact from here on: there is no narrow network any more", str(error)), *self.choices)
+        self._handle = self._scheduler = self._phases = self._driver = None
+        forget_compiled(self._full)
+        warnings.warn(
+            f"step: no narrow network can be made any more, so the recipe goes on exactly ({error}); hooks of the "
+            "model, or inputs of many shapes, make torch.compile give up",
+            NoEffectWarning,
+            stacklevel=4,
+        )
 
     def report(self) -> SavingsReport:
         """What each layer saves in a sampled step, whatever step this is, see :func:`fx_approx.report`.

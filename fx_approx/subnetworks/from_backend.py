@@ -202,11 +202,12 @@ class _Pieces:
         """All selections.
 
         Raises:
-            ValueError: There are none, or more were given.
+            UnsupportedError: There are none.
+            ValueError: More were given.
         """
         found = tuple(one for piece in self.made for one in piece.chosen)
         if not found:
-            raise ValueError("model: no graph makes a selection ahead, so that there is nothing to cut out")
+            raise UnsupportedError("model: no graph makes a selection ahead, so that there is nothing to cut out")
         if self.given:
             raise ValueError(
                 f"selections: expected {len(found)}, one for each that the graphs make, got {len(self.given)} more"

@@ -464,3 +464,34 @@ def test_a_state_of_a_sampled_recipe_says_what_an_exact_one_lacks_and_the_revers
         sampled.load_state_dict(exact.state_dict())
     with pytest.raises(ValueError, match=f"expected that of a recipe of {STEPS} steps, got one of 2"):
         sampled.load_state_dict({**sampled.state_dict(), "steps": (0, 2)})
+
+
+class Half(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 64), nn.Linear(64, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+def test_where_torch_gives_up_on_a_model_the_rest_of_the_training_is_exact() -> None:
+    """A hook that stores something is another guard in each step, until torch compiles no more."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    seen: list[Any] = []
+    model = type("Both", (nn.Module,), {"forward": lambda self, x: self.two(self.one(x))})()
+    model.one, model.two = Half(), Half()
+    model.one.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    recipe = recipes.finetune(model, X, STEPS, optimizer=optimizer, check=False)
+    assert not recipe.exact
+    with (
+        torch._dynamo.config.patch(recompile_limit=8),  # another package may have raised it
+        pytest.warns(NoEffectWarning, match="the recipe goes on exactly .*no graph makes a selection ahead"),
+    ):
+        train(recipe, optimizer)
+    assert recipe.exact and recipe.choices[0].what.startswith("exact from here on")
+    assert recipe.finish() is model and len(seen) >= STEPS
+    with pytest.raises(UnsupportedError, match="no graph makes a selection ahead"):
+        recipe.ship()
