@@ -29,6 +29,7 @@ from fx_approx.savings.report import SavingsReport
 from fx_approx.schedules.preserve import LEFT_WHOLE
 from fx_approx.schedules.ratio_scheduler import RatioScheduler
 from fx_approx.subnetworks.extract import extract
+from fx_approx.subnetworks.from_backend import NothingToCutOutError
 from fx_approx.subnetworks.stale import StaleWatch
 
 _KEYS = {"steps", "made", "model", "sampler", "driver"}
@@ -248,7 +249,7 @@ class Recipe:
                 if FROZEN in self.choices:  # it was said at the beginning
                     warnings.filterwarnings("ignore", f".*{LEFT_WHOLE}", NoEffectWarning)
                 driver.step()
-        except UnsupportedError as error:
+        except NothingToCutOutError as error:
             self._narrow, self._why_wide = kept
             if self._phases is None or self._phases.subnetwork is not None:
                 raise
@@ -257,7 +258,7 @@ class Recipe:
             self._narrow, self._why_wide = kept
             raise
 
-    def _give_up(self, error: UnsupportedError) -> None:
+    def _give_up(self, error: NothingToCutOutError) -> None:
         """Goes on exactly: what could be cut out at the beginning cannot be now, as where torch compiled too often."""
         self._why_wide = str(error)
         self.choices = (Choice("exact from here on: there is no narrow network any more", str(error)), *self.choices)

@@ -42,6 +42,10 @@ from fx_approx.subnetworks.specialize import Chosen, specialise
 Selections = Sequence[Selection | None]
 
 
+class NothingToCutOutError(ValueError):
+    """No graph of a backend makes a selection ahead, or none does any more."""
+
+
 class MisfitError(ValueError):
     """A subnetwork cannot be cut anew in place: of other sizes, or of graphs that are no longer there."""
 
@@ -202,12 +206,12 @@ class _Pieces:
         """All selections.
 
         Raises:
-            UnsupportedError: There are none.
+            NothingToCutOutError: There are none.
             ValueError: More were given.
         """
         found = tuple(one for piece in self.made for one in piece.chosen)
         if not found:
-            raise UnsupportedError("model: no graph makes a selection ahead, so that there is nothing to cut out")
+            raise NothingToCutOutError("model: no graph makes a selection ahead, so that there is nothing to cut out")
         if self.given:
             raise ValueError(
                 f"selections: expected {len(found)}, one for each that the graphs make, got {len(self.given)} more"
