@@ -126,6 +126,10 @@ class Training(Table):
         expect("milestones", self.milestones, "one share, not before warmup, from which a trapezoid falls", falls)
         return self
 
+    def full_steps(self, examples: int) -> int:
+        """Of a full training on so many examples."""
+        return self.steps or max(1, round(self.epochs * (examples // self.batch)))
+
 
 class Variant(Table):
     """One way to train the network.

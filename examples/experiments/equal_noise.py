@@ -63,10 +63,9 @@ def watched(model: nn.Module, policy: fx_approx.Policy, example: Tensor, every: 
     Raises:
         ConfigError: It samples none, or one that is not linear or not by Bernoulli-CRS with scores of its input.
     """
-    plan = fx_approx.explain(model, policy, example).plan
-    found = {}
-    for one in plan.sampled:
-        layer, spec = dict(model.named_modules()).get(one.name), one.spec
+    layers, found = dict(model.named_modules()), {}
+    for one in fx_approx.explain(model, policy, example).plan.sampled:
+        layer, spec = layers.get(one.name), one.spec
         fits = isinstance(layer, nn.Linear) and spec is not None and (spec.name, spec.scores) == ("bernoulli", "online")
         if not fits:
             told = one.name if spec is None else f"{one.name} by {spec.name} and {spec.scores} scores"
@@ -102,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         one_of("exact", "exact", list(config.variants))
         source = open_source(config, options.data, torch.device("cpu"), False, 0)
         kind = network(config.network, config.path.name)
-        steps = config.training.steps or round(config.training.epochs * (source.size // config.training.batch))
+        steps = config.training.full_steps(source.size)
         run = Run(config, "exact", options.seed, source, kind, Settings(probe=0, curve=False), Budget(steps, 1.0))
         policy = variants.policy_of(config, options.variant) or Exact()
         found = watched(run.model, policy, run.example[0], options.every)

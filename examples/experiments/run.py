@@ -64,8 +64,7 @@ class Experiment:
         self._finals = Records(options.out, config.name)
         self.records = self.choices.records if options.choose else self._finals
         self._out = options.out
-        per_epoch = self.source.size // config.training.batch
-        self.full = config.training.steps or max(1, round(config.training.epochs * per_epoch))
+        self.full = config.training.full_steps(self.source.size)
         x, y = next(iter(self.source.epoch(0, 0, config.training.batch)))
         self.example = x, y
         self._take(config)

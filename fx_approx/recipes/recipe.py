@@ -249,14 +249,12 @@ class Recipe:
                 if FROZEN in self.choices:  # it was said at the beginning
                     warnings.filterwarnings("ignore", f".*{LEFT_WHOLE}", NoEffectWarning)
                 driver.step()
-        except NothingToCutOutError as error:
+        except BaseException as error:
             self._narrow, self._why_wide = kept
-            if self._phases is None or self._phases.subnetwork is not None:
+            whole = self._phases is not None and self._phases.subnetwork is None
+            if not (whole and isinstance(error, NothingToCutOutError)):
                 raise
             self._give_up(error)
-        except BaseException:
-            self._narrow, self._why_wide = kept
-            raise
 
     def _give_up(self, error: NothingToCutOutError) -> None:
         """Goes on exactly: what could be cut out at the beginning cannot be now, as where torch compiled too often."""
